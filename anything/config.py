@@ -1,0 +1,43 @@
+"""Owns what serving can be told. It needs no torch and knows nothing of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from base.config import Problem, Section
+
+
+class EngineConfig(Section):
+    """The embedded engine's capacity."""
+
+    block_tokens: PositiveInt = 16
+    """Tokens in one block of the latent cache."""
+    cache_blocks: PositiveInt = 1024
+    max_running: PositiveInt = 16
+    """Sequences that are decoded together."""
+    prefill_chunk_tokens: PositiveInt = 256
+    """Prompt tokens that one step takes in beside the running sequences."""
+    max_waiting: PositiveInt = 256
+    """Requests queued before the gateway answers 429."""
+    threads: PositiveInt | None = None
+
+
+class ServeConfig(Section):
+    """The gateway in front of one engine, or of several replicas."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    """0 picks a free port."""
+    timeout_s: PositiveFloat = 30.0
+    shutdown_timeout_s: PositiveFloat = 10.0
+    max_tokens_without_stream: PositiveInt = 2048
+    max_request_bytes: PositiveInt = 1_000_000
+    engine: EngineConfig = EngineConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules over several keys."""
+        if self.engine.prefill_chunk_tokens < self.engine.block_tokens:
+            rule = f"must be at least block_tokens ({self.engine.block_tokens})"
+            yield Problem("engine.prefill_chunk_tokens", rule, self.engine.prefill_chunk_tokens)

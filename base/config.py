@@ -1,0 +1,255 @@
+"""Owns how YAML becomes a frozen, strict configuration, and how every broken rule is reported at once.
+
+It knows no section of the configuration: the schemas live beside the code that they configure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+
+from base.errors import ConfigError, MissingFileError
+
+_DEFER_RULES = {"defer_rules": True}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule: the dotted key (relative to the section), what the rule says, and the value it got."""
+
+    key: str
+    rule: str
+    value: object
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.rule} (got {_short(self.value)})"
+
+
+class Section(BaseModel):
+    """A frozen, strict part of a configuration. Subclasses state impossible combinations in `problems`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield one `Problem` for every combination of otherwise valid values that cannot work."""
+        return iter(())
+
+    def all_problems(self, prefix: str = "") -> Iterator[Problem]:
+        """The problems of this section and of every section inside it, with whole dotted keys."""
+        for problem in self.problems():
+            yield Problem(prefix + problem.key, problem.rule, problem.value)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                yield from value.all_problems(f"{prefix}{name}.")
+
+    @model_validator(mode="after")
+    def _check_rules(self, info: ValidationInfo) -> Self:
+        if info.context is not _DEFER_RULES:
+            found = "; ".join(map(str, self.problems()))
+            if found:
+                raise ValueError(found)
+        return self
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load, with YAML 1.2 floats (`1e-5` is a number) and with repeated keys refused."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+# Integers match the pattern above too, and resolvers are tried in order: put the integer's first.
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _resolvers.sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[object, object]:
+    seen: set[object] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse one YAML document safely.
+
+    Raises:
+        ConfigError: `text` is not YAML, or repeats a key; the message names `origin` and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{origin}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        MissingFileError: no file at `path`.
+        ConfigError: not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise MissingFileError(f"no config file at {path}. The shipped ones are in configs/.") from error
+    raw = parse_yaml(text, str(path))
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections, got {type(raw).__name__}")
+    return raw
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with each `dotted.key=value` set; the value is read as YAML.
+
+    Raises:
+        ConfigError: an override is not `key=value`, or its path runs through something that is no mapping.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(raw))
+    wrong: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            wrong.append(f"override {override!r}: must read dotted.key=value, like train.learning_rate=2e-6")
+            continue
+        node = result
+        for part in parts[:-1]:
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                wrong.append(f"override {override!r}: {part} is a value, not a section")
+                break
+            node = child
+        else:
+            node[parts[-1]] = parse_yaml(text, f"override {key}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return result
+
+
+def load(
+    path: str | Path, schema: type[Schema], overrides: Sequence[str] = (), *, part_of_file: bool = False
+) -> Schema:
+    """Read `path`, apply dotted overrides, and validate against `schema`.
+
+    Args:
+        part_of_file: ignore top-level keys that `schema` does not have, for a program that owns only some
+            sections of a file which was validated whole before.
+
+    Raises:
+        MissingFileError: no file at `path`.
+        ConfigError: lists every broken rule with file, dotted key, rule and value.
+    """
+    raw = apply_overrides(read_yaml(path), overrides)
+    if part_of_file:
+        raw = {key: value for key, value in raw.items() if key in schema.model_fields}
+    return validate(raw, schema, origin=str(path))
+
+
+def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Schema:
+    """Validate a plain mapping; see `load`."""
+    try:
+        text = json.dumps(raw)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{origin}: only plain YAML values are allowed: {error}") from error
+    lines: list[str] = []
+    config: Schema | None = None
+    try:
+        config = _parse(text, schema)
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        lines += [_line(item, schema) for item in items]
+        # Rules over several keys can only be checked on valid values: take the wrong keys out and look again,
+        # so that a person sees every mistake in one go.
+        rest = json.loads(text)
+        for item in items:
+            _remove(rest, item["loc"])
+        with suppress(ValidationError):
+            config = _parse(json.dumps(rest), schema)
+    if config is not None:
+        lines += map(str, config.all_problems())
+        if not lines:
+            return config
+    count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
+    raise ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _parse(text: str, schema: type[Schema]) -> Schema:
+    # Through JSON, so that strict mode still takes a list for a tuple.
+    return schema.model_validate_json(text, context=_DEFER_RULES)
+
+
+def dump(config: Section) -> str:
+    """The configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _line(item: Any, schema: type[Section]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(item['loc'], schema)} (got {_short(item['input'])})"
+    if item["type"] == "missing":
+        return f"{key}: is required and not set"
+    return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {_short(item['input'])})"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _suggestion(location: Sequence[int | str], schema: type[BaseModel]) -> str:
+    known = schema
+    for part in location[:-1]:
+        field = known.model_fields.get(str(part))
+        nested = list(_types_in(field.annotation)) if field else []
+        if not nested:
+            return ""
+        known = nested[0]
+    close = difflib.get_close_matches(str(location[-1]), known.model_fields, n=1)
+    return f", did you mean {close[0]}?" if close else f"; known keys: {', '.join(known.model_fields)}"
+
+
+def _types_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _types_in(inner)
+
+
+def _remove(raw: Any, location: Sequence[int | str]) -> None:
+    for part in location[:-1]:
+        if isinstance(raw, dict) and part in raw:
+            raw = raw[part]
+        else:
+            return
+    if isinstance(raw, dict):
+        raw.pop(location[-1], None)

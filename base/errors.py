@@ -1,0 +1,162 @@
+"""The one error family of the project, and the exit code of each member.
+
+Two sides: `InvalidInputError` is the caller's fault and is never retried; `OperationalError` is the world's
+fault and is retried. An exit code says which side it was across a process boundary: 10 to 29 belong to the
+caller, 30 to 49 to the world.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+CALLER_EXIT_CODES = range(10, 30)
+
+
+class CherryError(Exception):
+    """Base of every error that this project raises on purpose. Its text is a sentence for a person."""
+
+    exit_code = 1
+
+
+class InvalidInputError(CherryError, ValueError):
+    """The caller's fault: the same call fails again, so nothing retries it."""
+
+    exit_code = 10
+
+
+class ConfigError(InvalidInputError):
+    """A configuration file, override or flag breaks one or more rules; the text lists all of them."""
+
+    exit_code = 11
+
+
+class MissingFileError(InvalidInputError):
+    """A file or directory that the caller named does not exist."""
+
+    exit_code = 12
+
+
+class DataError(InvalidInputError):
+    """A document, record or token shard cannot be read as what it claims to be."""
+
+    exit_code = 13
+
+
+class WeightsError(InvalidInputError):
+    """A weights file is truncated, malformed, or does not belong to the configured model."""
+
+    exit_code = 14
+
+
+class CheckpointError(InvalidInputError):
+    """A committed checkpoint cannot be read back: a shard is corrupt, or it belongs to another run."""
+
+    exit_code = 15
+
+
+class NonFiniteLossError(InvalidInputError):
+    """The loss or the gradient norm became NaN or infinite: the same step would fail again."""
+
+    exit_code = 16
+
+
+class AuthenticationError(InvalidInputError):
+    """The bearer token was missing or wrong."""
+
+    exit_code = 17
+
+
+class RequestError(InvalidInputError):
+    """A serving request breaks a rule of the API (HTTP 4xx other than authentication)."""
+
+    exit_code = 18
+
+
+class OperationalError(CherryError):
+    """The world's fault: the same call may succeed later, so tasks retry it."""
+
+    exit_code = 30
+
+
+class StorageError(OperationalError):
+    """Reading or writing storage failed for a reason other than a missing file."""
+
+    exit_code = 31
+
+
+class DiskFullError(StorageError):
+    """No space is left where something had to be written. What was committed before is untouched."""
+
+    exit_code = 32
+
+
+class PortInUseError(OperationalError):
+    """A server cannot bind: another process listens on the port."""
+
+    exit_code = 33
+
+
+class WorkerLostError(OperationalError):
+    """A training process died without an error of its own (killed, out of memory, lost host)."""
+
+    exit_code = 34
+
+
+class ServiceError(OperationalError):
+    """A server did not answer, answered with a failure of its own, or answered too late."""
+
+    exit_code = 35
+
+
+class SupersededError(OperationalError):
+    """A newer attempt took over this run directory, so this one must stop writing to it."""
+
+    exit_code = 36
+
+
+def is_retryable_exit_code(code: int) -> bool:
+    """True when a subprocess that ended with `code` may succeed if it is started again.
+
+    A negative code is a signal (Python's convention); 128 + n is a shell's way to say the same.
+    """
+    return code != 0 and code not in CALLER_EXIT_CODES
+
+
+@contextmanager
+def storage_errors(uri: str) -> Iterator[None]:
+    """Turn an operating system's error about `uri` into this family's.
+
+    Raises:
+        MissingFileError: nothing exists there.
+        DiskFullError: no space, or the quota, is exhausted.
+        StorageError: any other OSError.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{uri} does not exist. Check the path, or run the step that writes it.") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no space left while writing {uri}. Free some space and run the same command again; "
+                "what was committed before is untouched."
+            ) from error
+        raise StorageError(f"storage failed at {uri}: {error}") from error
+
+
+def run_program(main: Callable[[], None]) -> int:
+    """Run a command-line program's body and return its exit code, with this family's errors told in one line.
+
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except CherryError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0

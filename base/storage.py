@@ -1,0 +1,163 @@
+"""Owns reading and writing files by URI through fsspec, and the marker that makes a directory valid.
+
+It knows nothing of what the files mean. URIs are `str`: a plain path, `file://`, `s3://` or `memory://`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from base.errors import MissingFileError, storage_errors
+
+MARKER = "COMMITTED"
+_BLOCK_BYTES = 1 << 20
+
+
+def is_local(uri: str) -> bool:
+    """True for a plain path or a `file://` URI."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> str:
+    """The path of a local URI. `file://` is stripped, `~` is expanded."""
+    return os.path.expanduser(uri.removeprefix("file://"))
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` appended, one slash between each."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a directory is at `uri`."""
+    fs, path = url_to_fs(uri)
+    with storage_errors(uri):
+        return bool(fs.exists(path))
+
+
+@contextmanager
+def open_read(uri: str) -> Iterator[BinaryIO]:
+    """A seekable binary reader.
+
+    Raises:
+        MissingFileError: nothing at `uri`.
+    """
+    with storage_errors(uri), fsspec.open(uri, "rb") as handle:
+        yield cast(BinaryIO, handle)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file."""
+    with open_read(uri) as handle:
+        return handle.read()
+
+
+def read_json(uri: str) -> Any:
+    """The JSON document at `uri`.
+
+    Raises:
+        MissingFileError: nothing at `uri`.
+        ValueError: not JSON.
+    """
+    return json.loads(read_bytes(uri))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file so that a reader sees the old content or the new one, never a part.
+
+    Local files go through a temporary file beside the target and an atomic rename; an object store's put is
+    whole by itself.
+    """
+    with storage_errors(uri):
+        if is_local(uri):
+            path = local_path(uri)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            temporary = f"{path}.{os.getpid()}.tmp"
+            try:
+                with open(temporary, "wb") as handle:
+                    handle.write(data)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+                raise
+        else:
+            fs, path = url_to_fs(uri)
+            fs.pipe_file(path, data)
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write `value` as indented JSON; see `write_bytes`."""
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+
+
+def list_names(uri: str) -> list[str]:
+    """Sorted names directly inside a directory; empty when there is no such directory."""
+    fs, path = url_to_fs(uri)
+    with storage_errors(uri):
+        fs.invalidate_cache()
+        if not fs.exists(path):
+            return []
+        return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+def make_directory(uri: str) -> None:
+    """Create a directory and its parents; nothing to do where directories are only prefixes."""
+    fs, path = url_to_fs(uri)
+    with storage_errors(uri):
+        fs.makedirs(path, exist_ok=True)
+
+
+def remove_tree(uri: str) -> None:
+    """Remove a published directory, its marker first, so that no reader trusts what is half gone."""
+    fs, path = url_to_fs(uri)
+    with storage_errors(uri):
+        if fs.exists(join(path, MARKER)):
+            fs.rm_file(join(path, MARKER))
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+def commit(directory: str, record: dict[str, Any] | None = None) -> None:
+    """Write the marker that makes `directory` valid. Call it last."""
+    write_json(join(directory, MARKER), record or {})
+
+
+def is_committed(directory: str) -> bool:
+    """Whether the marker is there. A directory without it is never to be trusted."""
+    return exists(join(directory, MARKER))
+
+
+def read_commit(directory: str) -> dict[str, Any]:
+    """The record that `commit` wrote.
+
+    Raises:
+        MissingFileError: the directory was never committed.
+    """
+    if not is_committed(directory):
+        raise MissingFileError(f"{directory} holds no finished output (no {MARKER} file). Run the step that writes it.")
+    return cast(dict[str, Any], read_json(join(directory, MARKER)))
+
+
+def digest(uri: str) -> str:
+    """SHA-256 of a file, hexadecimal, read in blocks."""
+    hasher = hashlib.sha256()
+    with open_read(uri) as handle:
+        while block := handle.read(_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in a canonical form, hexadecimal: the identity of a step's inputs."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,134 @@
+"""Owns what a training job can be told: data, parallelism, optimization and checkpoints.
+
+It needs no torch and knows nothing of flows, tracking or serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from base.config import Problem, Section
+from model.config import ModelConfig
+
+
+class DataConfig(Section):
+    """Where documents come from and how they become fixed token sequences."""
+
+    source: str = "python-stdlib"
+    """`python-stdlib` (the embedded default), or a file, directory or glob of text or JSONL, as a path or URI."""
+    format: Literal["auto", "text", "jsonl", "chat"] = "auto"
+    """`auto` goes by the file name. `chat` is JSONL with `messages`; only the assistant's tokens bear loss."""
+    text_key: str = "text"
+    tokenizer: str | None = None
+    """Path or URI of a tokenizer.json; `None` trains a byte-level BPE of model.vocab_size on the training split."""
+    sequence_length: PositiveInt = 512
+    heldout_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    max_documents: PositiveInt | None = None
+    """Take at most this many documents, chosen by the seed."""
+    tokenizer_sample_bytes: PositiveInt = 8_000_000
+    seed: NonNegativeInt = 0
+
+
+class ParallelConfig(Section):
+    """The device mesh. `replicate * shard` must be the number of ranks; `shard: null` takes all that are left."""
+
+    replicate: PositiveInt = 1
+    shard: PositiveInt | None = None
+
+
+class TrainConfig(Section):
+    """One optimizer's recipe. Defaults follow DeepSeek-V3's paper, section 4.2, where a size is not involved."""
+
+    steps: PositiveInt = 200
+    batch_size: PositiveInt = 16
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 2.2e-4
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    warmup_steps: NonNegativeInt = 10
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    weight_decay: NonNegativeFloat = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision. Parameters, gradients' reduction and optimizer states stay fp32."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+    loss_chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at one time; fp32 logits of 4,096 x 129,280 would be 2.1 GB."""
+    mtp_loss_weight: NonNegativeFloat = 0.3
+    balance_loss_weight: NonNegativeFloat = 1e-4
+    expert_bias_update_rate: NonNegativeFloat = 1e-3
+    log_every_steps: PositiveInt = 1
+    evaluate_every_steps: PositiveInt | None = None
+    """Held-out loss every so many steps, always at the end; `None` only at the end."""
+    heldout_sequences: PositiveInt = 64
+    threads_per_rank: PositiveInt | None = None
+    """CPU threads of a rank; `None` shares the machine's cores among its ranks."""
+
+
+class CheckpointConfig(Section):
+    """When training state is saved and how much of it is kept."""
+
+    every_steps: PositiveInt = 50
+    keep_last: PositiveInt = 2
+    asynchronous: bool = True
+    directory: str | None = None
+    """Where checkpoints go, as a path or URI; `None` is `checkpoints/` inside the run directory."""
+
+
+class LaunchConfig(Section):
+    """How `cherry-launch` starts the ranks of one job on this host."""
+
+    nproc_per_node: PositiveInt = 1
+    nnodes: PositiveInt = 1
+    master_addr: str = "127.0.0.1"
+    master_port: PositiveInt | None = None
+    """`None` picks a free port (one node only)."""
+
+
+class JobConfig(Section):
+    """Everything `train.py` reads. The flow's configuration has these sections and more."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    seed: NonNegativeInt = 0
+    init_from: str | None = None
+    """Weights to start from: a Hugging Face safetensors folder or URI; `None` starts from random weights."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules over several sections."""
+        ranks = self.launch.nproc_per_node * self.launch.nnodes
+        micro = ranks * self.train.gradient_accumulation_steps
+        if self.train.batch_size % micro:
+            rule = (
+                f"must be divisible by ranks * train.gradient_accumulation_steps "
+                f"({ranks} * {self.train.gradient_accumulation_steps} = {micro})"
+            )
+            yield Problem("train.batch_size", rule, self.train.batch_size)
+        if ranks % self.parallel.replicate:
+            yield Problem("parallel.replicate", f"must divide the number of ranks ({ranks})", self.parallel.replicate)
+        elif self.parallel.shard is not None and self.parallel.replicate * self.parallel.shard != ranks:
+            rule = f"replicate * shard must be the number of ranks ({self.parallel.replicate} * shard = {ranks})"
+            yield Problem("parallel.shard", rule, self.parallel.shard)
+        if self.launch.nnodes > 1 and self.launch.master_port is None:
+            yield Problem("launch.master_port", "is required when launch.nnodes > 1", None)
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            rule = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
+            yield Problem("data.sequence_length", rule, self.data.sequence_length)
+        if self.train.warmup_steps >= self.train.steps:
+            yield Problem(
+                "train.warmup_steps", f"must be below train.steps ({self.train.steps})", self.train.warmup_steps
+            )
+        if self.data.tokenizer is None and self.model.vocab_size < 512:
+            rule = "a byte-level BPE needs 256 byte tokens, special tokens and merges: at least 512"
+            yield Problem("model.vocab_size", rule, self.model.vocab_size)

@@ -1,0 +1,1 @@
+"""What a DeepSeek-V3 model is: its configuration, modules, weights on disk, and quantization numerics."""

@@ -1,0 +1,267 @@
+"""Owns the shape of a DeepSeek-V3-architecture model: its configuration, presets and golden counts.
+
+It needs no torch, so a planner or a worker can use it. Field names are those of the released config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from base.config import Problem, Section
+
+
+class YarnConfig(Section):
+    """YaRN context extension (arXiv 2309.00071), with the released model's defaults."""
+
+    factor: PositiveFloat = 40.0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: PositiveFloat = 1.0
+    mscale_all_dim: PositiveFloat = 1.0
+    original_max_position_embeddings: PositiveInt = 4096
+
+
+# Released config.json of DeepSeek-V3 (671b) and DeepSeek-V2-Lite (16b). `tiny` has every part of the
+# architecture at a size that two CPU cores train in minutes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "rope_scaling": None,
+        "max_position_embeddings": 4096,
+        "num_nextn_predict_layers": 1,
+        "initializer_range": 0.02,
+    },
+    "16b": {
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_scaling": {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "max_position_embeddings": 163840,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+    },
+    "671b": {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "num_attention_heads": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_scaling": {},
+        "max_position_embeddings": 163840,
+        "num_nextn_predict_layers": 1,
+        "initializer_range": 0.006,
+    },
+}
+
+
+class ModelConfig(Section):
+    """The architecture. `preset` fills every key that is not given; keys that are given win over it."""
+
+    preset: str | None = None
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    moe_intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    first_k_dense_replace: int = Field(ge=0)
+    num_attention_heads: PositiveInt
+    n_routed_experts: PositiveInt
+    n_shared_experts: int = Field(default=1, ge=0)
+    num_experts_per_tok: PositiveInt
+    n_group: PositiveInt = 1
+    topk_group: PositiveInt = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: PositiveFloat = 1.0
+    q_lora_rank: PositiveInt | None = None
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: YarnConfig | None = None
+    max_position_embeddings: PositiveInt = 4096
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
+    initializer_range: PositiveFloat = 0.02
+    bos_token_id: int = Field(default=0, ge=0)
+    eos_token_id: int = Field(default=1, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, raw: Any) -> Any:
+        name = raw.get("preset") if isinstance(raw, dict) else None
+        if name is None:
+            return raw
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        return {**PRESETS[name], **raw}
+
+    def problems(self) -> Iterator[Problem]:
+        """The combinations that the router, RoPE or the layer stack cannot work with."""
+        if self.n_routed_experts % self.n_group:
+            rule = f"must be divisible by n_group ({self.n_group})"
+            yield Problem("n_routed_experts", rule, self.n_routed_experts)
+        if self.topk_group > self.n_group:
+            yield Problem("topk_group", f"must be at most n_group ({self.n_group})", self.topk_group)
+        kept = self.n_routed_experts // self.n_group * min(self.topk_group, self.n_group)
+        if self.num_experts_per_tok > kept:
+            rule = f"must be at most the {kept} experts of the kept groups (n_routed_experts / n_group * topk_group)"
+            yield Problem("num_experts_per_tok", rule, self.num_experts_per_tok)
+        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            rule = "a group's score is the sum of its top 2, so each group needs at least 2 experts"
+            yield Problem("n_group", rule, self.n_group)
+        if self.qk_rope_head_dim % 2:
+            yield Problem("qk_rope_head_dim", "must be even: RoPE rotates pairs", self.qk_rope_head_dim)
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            rule = f"must be at most num_hidden_layers ({self.num_hidden_layers})"
+            yield Problem("first_k_dense_replace", rule, self.first_k_dense_replace)
+        for key in ("bos_token_id", "eos_token_id"):
+            if getattr(self, key) >= self.vocab_size:
+                yield Problem(key, f"must be below vocab_size ({self.vocab_size})", getattr(self, key))
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Main-stack layers with routed experts (the MTP module is one more)."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^-0.5, times mscale_all_dim's correction squared under YaRN (0.135234 for the release)."""
+        scale = 1.0 / math.sqrt(self.qk_head_dim)
+        if self.rope_scaling is not None:
+            scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
+        return scale
+
+    def attention_parameters(self) -> int:
+        """Parameters of one attention block, its two low-rank norms included."""
+        d, h = self.hidden_size, self.num_attention_heads
+        if self.q_lora_rank is None:
+            query = d * h * self.qk_head_dim
+        else:
+            query = d * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * h * self.qk_head_dim
+        key_value = d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
+        key_value += self.kv_lora_rank * h * (self.qk_nope_head_dim + self.v_head_dim)
+        return query + key_value + h * self.v_head_dim * d
+
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert: gate, up and down."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    def layer_parameters(self, *, moe: bool) -> int:
+        """Parameters of one decoder layer, the router's selection bias included (the released files store it)."""
+        norms = 2 * self.hidden_size
+        if not moe:
+            return self.attention_parameters() + norms + 3 * self.hidden_size * self.intermediate_size
+        experts = (self.n_routed_experts + self.n_shared_experts) * self.expert_parameters()
+        router = self.n_routed_experts * self.hidden_size + self._bias_parameters()
+        return self.attention_parameters() + norms + experts + router
+
+    def _bias_parameters(self) -> int:
+        return self.n_routed_experts if self.scoring_func == "sigmoid" else 0
+
+    def mtp_parameters(self) -> int:
+        """Parameters of the MTP modules, their shared embedding and head not counted again."""
+        one = self.layer_parameters(moe=True) + 2 * self.hidden_size**2 + 3 * self.hidden_size
+        return self.num_nextn_predict_layers * one
+
+    def parameters(self, *, with_mtp: bool = False) -> int:
+        """All parameters, embedding and head included."""
+        dense = self.first_k_dense_replace * self.layer_parameters(moe=False)
+        moe = self.n_moe_layers * self.layer_parameters(moe=True)
+        total = 2 * self.vocab_size * self.hidden_size + self.hidden_size + dense + moe
+        return total + (self.mtp_parameters() if with_mtp else 0)
+
+    def active_parameters(self) -> int:
+        """Parameters that one token is multiplied with, embedding and head included, MTP and selection bias not."""
+        return self.parameters() - self.n_moe_layers * (self._idle_expert_parameters() + self._bias_parameters())
+
+    def _idle_expert_parameters(self) -> int:
+        return (self.n_routed_experts - self.num_experts_per_tok) * self.expert_parameters()
+
+    def matmul_parameters(self) -> int:
+        """Active parameters without the embedding, which is a look-up (the norms' 0.003 % are left in)."""
+        return self.active_parameters() - self.vocab_size * self.hidden_size
+
+    def flops_per_token(self, sequence_length: int, *, causal: bool = True, with_mtp: bool = False) -> float:
+        """Training FLOPs (forward and backward) for one token at `sequence_length`.
+
+        6 N_matmul + c 6 L H (d_qk + d_v) s with c = 1/2 when only the causal half is counted and 1 for the full
+        square. Name the convention beside every MFU.
+        """
+        half = 0.5 if causal else 1.0
+        heads = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
+        attention = half * 6 * heads * sequence_length
+        flops = 6 * self.matmul_parameters() + self.num_hidden_layers * attention
+        if with_mtp:
+            module = self.mtp_parameters() // max(self.num_nextn_predict_layers, 1)
+            module -= self._idle_expert_parameters() + self._bias_parameters()
+            head = self.vocab_size * self.hidden_size
+            flops += self.num_nextn_predict_layers * (6 * (module + head) + attention)
+        return flops
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature: 0.1 mscale ln(factor) + 1, and 1 when nothing is extended."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

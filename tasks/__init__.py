@@ -1,0 +1,1 @@
+"""The steps of a run, one Prefect task a file. Only `tracking` imports mlflow."""
