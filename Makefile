@@ -1,0 +1,48 @@
+# `make help` lists the targets. `demo` and `test` install by themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+# A CUDA machine takes the registry's CUDA build by the same line; another build: make TORCH="torch==2.11.0"
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test fast check format bench clean
+
+help: ## List the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Install everything into .venv
+
+# torch goes first and by itself, so that no other package chooses its build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet $(TORCH)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[dev,s3,gpu]"
+	@touch $@
+
+demo: $(STAMP) ## Text to a served, A/B-tested release, on a laptop
+	$(BIN)/cherry demo
+
+test: $(STAMP) ## The whole test suite
+	$(BIN)/python -m pytest
+
+fast: $(STAMP) ## The tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(STAMP) ## Lint, formatting and strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Measure: flow overhead, training step, serving
+	$(BIN)/python -m benchmarks.flow_overhead
+	$(BIN)/python -m benchmarks.train_speed
+	$(BIN)/python -m benchmarks.serve_overhead
+
+clean: ## Remove runs and caches (not .venv)
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache build *.egg-info
