@@ -1,0 +1,91 @@
+"""Owns `cherry status`: what every run directory says of itself, read from disk alone.
+
+It asks no server, so it answers when Prefect and MLflow are down. It knows file names, not what the steps do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from base.storage import MARKER
+
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run directory. `loss`, `step` and `steps_total` are those of the newest logged training step."""
+
+    name: str
+    directory: Path
+    finished: dict[str, float] = field(default_factory=dict)
+    """Seconds by finished step, in the order of the run."""
+    step: int | None = None
+    steps_total: int | None = None
+    loss: float | None = None
+    seconds_left: float | None = None
+    checkpoint: str | None = None
+    """Name of the newest committed checkpoint."""
+    processes: int = 0
+
+
+def read_runs(runs_directory: Path, order: list[str]) -> list[RunStatus]:
+    """The status of every run in `runs_directory`, newest first; empty when there is none."""
+    if not runs_directory.is_dir():
+        return []
+    directories = [path.parent for path in runs_directory.glob("*/config.yaml")]
+    directories.sort(key=lambda path: (path / "config.yaml").stat().st_mtime, reverse=True)
+    alive = list(_command_lines())
+    return [_read_run(directory, order, alive) for directory in directories]
+
+
+def last_metrics(metrics_file: Path) -> dict[str, Any] | None:
+    """The last whole line of a metrics stream; a line that is still being written is skipped."""
+    if not metrics_file.is_file():
+        return None
+    with metrics_file.open("rb") as handle:
+        handle.seek(0, 2)
+        handle.seek(max(0, handle.tell() - _TAIL_BYTES))
+        lines = handle.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            return record
+    return None
+
+
+def _read_run(directory: Path, order: list[str], alive: list[str]) -> RunStatus:
+    finished: dict[str, float] = {}
+    for path in sorted((directory / "steps").glob("*.json"), key=lambda path: _rank(path.stem, order)):
+        finished[path.stem] = float(json.loads(path.read_text()).get("seconds", 0.0))
+    metrics = last_metrics(directory / "train" / "metrics.jsonl") or {}
+    committed = sorted(path.parent.name for path in (directory / "train" / "checkpoints").glob(f"step_*/{MARKER}"))
+    return RunStatus(
+        name=directory.name,
+        directory=directory,
+        finished=finished,
+        step=metrics.get("step"),
+        steps_total=metrics.get("steps"),
+        loss=metrics.get("loss"),
+        seconds_left=metrics.get("seconds_left"),
+        checkpoint=committed[-1] if committed else None,
+        processes=sum(str(directory.absolute()) in line for line in alive),
+    )
+
+
+def _rank(step: str, order: list[str]) -> int:
+    return order.index(step) if step in order else len(order)
+
+
+def _command_lines() -> Iterator[str]:
+    for process in psutil.process_iter(["cmdline"]):
+        yield " ".join(process.info["cmdline"] or [])
