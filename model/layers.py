@@ -1,0 +1,42 @@
+"""Owns the two small layers that every block uses: RMSNorm and the SwiGLU feed-forward.
+
+It knows nothing of attention, routing or how a model is put together.
+
+Shapes: N any leading dimensions, D hidden width, F intermediate width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Normalise; the output has the input's type."""
+        # The fused kernel takes half types with fp32 arithmetic, but only when both sides have one type.
+        weight_D = self.weight if self.weight.dtype == x_ND.dtype else self.weight.to(x_ND.dtype)
+        return F.rms_norm(x_ND, weight_D.shape, weight_D, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up in one weight: one large matmul instead of two."""
+
+    def __init__(self, width: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(width, 2 * intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, width, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Apply the feed-forward to each row."""
+        gate_NF, up_NF = self.gate_up_proj(x_ND).chunk(2, dim=-1)
+        down: Tensor = self.down_proj(F.silu(gate_NF) * up_NF)
+        return down

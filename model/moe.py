@@ -1,0 +1,138 @@
+"""Owns the mixture of experts: scores, the choice of experts (noaux_tc), their counts and the balance loss.
+
+It knows nothing of optimizer steps: the trainer reads the counts, moves the bias and clears them.
+Sources: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and DeepSeek-V2 (arXiv 2405.04434, section 2.2).
+
+Shapes: B batch, T position, N = B T tokens, D hidden, E expert, K chosen experts, G group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.experts import Experts, plan_dispatch
+from model.layers import SwiGLU
+
+# Added to the sum of the chosen scores before dividing, as in the released code.
+_NORM_EPS = 1e-20
+
+
+class Routing(NamedTuple):
+    """The router's answer, all fp32 but the indices."""
+
+    experts_NK: Tensor
+    weight_NK: Tensor
+    """What each chosen expert's output is multiplied with; differentiable."""
+    score_NE: Tensor
+    """Unbiased scores; differentiable."""
+
+
+class MoEOutput(NamedTuple):
+    """What one mixture layer gives back."""
+
+    hidden_BTD: Tensor
+    balance_loss: Tensor
+    """0-dim fp32, unweighted; zero outside training."""
+    counts_E: Tensor
+    """Tokens that chose each expert, fp32."""
+
+
+def route(logits_NE: Tensor, bias_E: Tensor | None, config: ModelConfig) -> Routing:
+    """Choose K experts for each token from fp32 logits.
+
+    sigmoid (V3, noaux_tc): the bias takes part in the choice only, never in the weights or the gradient; a
+    group's score is the sum of its top 2. softmax (V2): no bias, a group's score is its maximum.
+    """
+    score_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
+    with torch.no_grad():
+        choice_NE = score_NE.detach() if bias_E is None else score_NE.detach() + bias_E
+        if config.topk_group < config.n_group:
+            choice_NE = _mask_groups(choice_NE, config)
+        experts_NK = choice_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+    weight_NK = score_NE.gather(1, experts_NK)
+    # V2 divides only where the configuration asks for it, V3's release always does.
+    if config.norm_topk_prob:
+        weight_NK = weight_NK / (weight_NK.sum(dim=-1, keepdim=True) + _NORM_EPS)
+    return Routing(experts_NK, weight_NK * config.routed_scaling_factor, score_NE)
+
+
+def _mask_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
+    """-inf (not 0: biased scores can be negative) outside the topk_group best groups."""
+    choice_NGX = choice_NE.view(choice_NE.shape[0], config.n_group, -1)
+    best = 2 if config.scoring_func == "sigmoid" else 1
+    group_NG = choice_NGX.topk(best, dim=-1, sorted=False).values.sum(-1)
+    kept_NG = group_NG.topk(config.topk_group, dim=-1, sorted=False).indices
+    dropped_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter_(1, kept_NG, value=False)
+    return choice_NGX.masked_fill(dropped_NG[:, :, None], float("-inf")).flatten(1)
+
+
+def sequence_balance_loss(score_BTE: Tensor, chosen_BE: Tensor, experts_per_token: int) -> Tensor:
+    """Mean over sequences of sum_i f_i P_i (V3, equations 17 to 20), unweighted, 0-dim.
+
+    f_i = E / (K T) * tokens of the sequence that chose i; P_i = mean over the sequence of the score's share.
+    """
+    experts, length = score_BTE.shape[-1], score_BTE.shape[1]
+    share_BE = (score_BTE / score_BTE.sum(dim=-1, keepdim=True)).mean(dim=1)
+    fraction_BE = chosen_BE * (experts / (experts_per_token * length))
+    return (fraction_BE * share_BE).sum(dim=-1).mean()
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared ones. No token is ever dropped."""
+
+    e_score_correction_bias_E: Tensor | None
+    tokens_per_expert_E: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        experts, width = config.n_routed_experts, config.hidden_size
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = Experts(experts, width, config.moe_intermediate_size)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(width, shared) if shared else None
+        bias = torch.zeros(experts, dtype=torch.float32) if config.scoring_func == "sigmoid" else None
+        self.register_buffer("e_score_correction_bias_E", bias)
+        counts = torch.zeros(experts, dtype=torch.float32)
+        self.register_buffer("tokens_per_expert_E", counts, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep both buffers fp32 when the module is cast: a step of 1e-3 vanishes in bf16."""
+        kept: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != torch.float32:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def forward(self, x_BTD: Tensor) -> MoEOutput:
+        """Route every token and add the shared experts.
+
+        The counts are returned, not stored: activation recompute runs this twice, and only the caller outside of
+        it knows which run counts.
+        """
+        batch, length, width = x_BTD.shape
+        x_ND = x_BTD.reshape(-1, width)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
+        routing = route(logits_NE, self.e_score_correction_bias_E, self.config)
+        chosen_NE = torch.zeros_like(routing.score_NE, requires_grad=False)
+        chosen_NE = chosen_NE.scatter_(1, routing.experts_NK, 1.0)
+        chosen_BE = chosen_NE.view(batch, length, -1).sum(dim=1)
+        counts_E = chosen_BE.sum(dim=0)
+        dispatch = plan_dispatch(routing.experts_NK, counts_E.to(torch.int64))
+        out_ND = self.experts(x_ND, routing.weight_NK, dispatch)
+        if self.shared_experts is not None:
+            out_ND = out_ND + self.shared_experts(x_ND)
+        balance_loss = counts_E.new_zeros(())
+        if self.training:
+            score_BTE = routing.score_NE.view(batch, length, -1)
+            balance_loss = sequence_balance_loss(score_BTE, chosen_BE, self.config.num_experts_per_tok)
+        return MoEOutput(out_ND.view(batch, length, width), balance_loss, counts_E)

@@ -1,0 +1,83 @@
+"""Owns rotary position embeddings: interleaved pairs, and YaRN's change of frequencies (arXiv 2309.00071).
+
+It knows nothing of attention: it makes tables of cosines and sines, and rotates what it is given.
+
+Shapes: B batch, T position, H head, R rotary width (qk_rope_head_dim), P = R / 2 pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, YarnConfig, yarn_mscale
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Cosines and sines of every position and pair, fp32.
+
+    A plain object on purpose: FSDP2's mixed precision casts the tensors of a module's arguments to bf16, and the
+    angles must stay fp32.
+    """
+
+    cos_TP: Tensor
+    sin_TP: Tensor
+
+
+def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Radians that each pair turns per position, fp32 [P]; YaRN's interpolation applied when configured."""
+    width = config.qk_rope_head_dim
+    exponent_P = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    plain_P = 1.0 / (config.rope_theta**exponent_P)
+    yarn = config.rope_scaling
+    if yarn is None:
+        return plain_P
+    low, high = _correction_range(yarn, width, config.rope_theta)
+    pair_P = torch.arange(width // 2, dtype=torch.float32, device=device)
+    # 0: the pair turns often enough within the original length and keeps its frequency; 1: interpolated fully.
+    ramp_P = ((pair_P - low) / (high - low)).clamp(0, 1)
+    return plain_P / yarn.factor * ramp_P + plain_P * (1 - ramp_P)
+
+
+def _correction_range(yarn: YarnConfig, width: int, theta: float) -> tuple[float, float]:
+    """First and last pair of the ramp: those that turn beta_fast and beta_slow times in the original length."""
+
+    def pair_turning(turns: float) -> float:
+        length = yarn.original_max_position_embeddings
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), width - 1)
+    # 0.001 as in the released code: a ramp of no width would divide by zero.
+    return float(low), float(high) if high != low else high + 0.001
+
+
+def rotary_tables(config: ModelConfig, positions_T: Tensor) -> RotaryTables:
+    """Tables for integer `positions_T` on their device.
+
+    YaRN's temperature on cosine and sine is mscale / mscale_all_dim, 1.0 for the released models: the other part
+    is in ModelConfig.softmax_scale, and must not be applied twice.
+    """
+    angle_TP = positions_T.float()[:, None] * inverse_frequencies(config, positions_T.device)
+    cos_TP, sin_TP = angle_TP.cos(), angle_TP.sin()
+    yarn = config.rope_scaling
+    if yarn is not None and yarn.mscale != yarn.mscale_all_dim:
+        ratio = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        cos_TP, sin_TP = cos_TP * ratio, sin_TP * ratio
+    return RotaryTables(cos_TP, sin_TP)
+
+
+def rotate(x_BTHR: Tensor, tables: RotaryTables) -> Tensor:
+    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by their position's angles, in fp32.
+
+    The result holds all first elements, then all second ones. Queries and keys share that order, so their dot
+    products are those of the interleaved order.
+    """
+    first, second = x_BTHR[..., 0::2].float(), x_BTHR[..., 1::2].float()
+    cos_T1P, sin_T1P = tables.cos_TP[:, None], tables.sin_TP[:, None]
+    rotated = torch.cat([first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P], dim=-1)
+    return rotated.to(x_BTHR.dtype)
