@@ -1,4 +1,4 @@
-"""Owns the two small layers that every block uses: RMSNorm and the SwiGLU feed-forward.
+"""Owns the small parts that every block uses: RMSNorm, the SwiGLU feed-forward, and buffers that stay fp32.
 
 It knows nothing of attention, routing or how a model is put together.
 
@@ -7,9 +7,25 @@ Shapes: N any leading dimensions, D hidden width, F intermediate width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Fp32Buffers(nn.Module):
+    """A module whose fp32 buffers stay fp32 when it is cast: a bias step of 1e-3, for one, vanishes in bf16."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and before.dtype == torch.float32 != after.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
 
 
 class RMSNorm(nn.Module):

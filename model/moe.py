@@ -8,8 +8,7 @@ Shapes: B batch, T position, N = B T tokens, D hidden, E expert, K chosen expert
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.experts import Experts, plan_dispatch
-from model.layers import SwiGLU
+from model.layers import Fp32Buffers, SwiGLU
 
 # Added to the sum of the chosen scores before dividing, as in the released code.
 _NORM_EPS = 1e-20
@@ -83,7 +82,7 @@ def sequence_balance_loss(score_BTE: Tensor, chosen_BE: Tensor, experts_per_toke
     return (fraction_BE * share_BE).sum(dim=-1).mean()
 
 
-class MoE(nn.Module):
+class MoE(Fp32Buffers):
     """Routed experts plus shared ones. No token is ever dropped."""
 
     e_score_correction_bias_E: Tensor | None
@@ -101,16 +100,6 @@ class MoE(nn.Module):
         self.register_buffer("e_score_correction_bias_E", bias)
         counts = torch.zeros(experts, dtype=torch.float32)
         self.register_buffer("tokens_per_expert_E", counts, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep both buffers fp32 when the module is cast: a step of 1e-3 vanishes in bf16."""
-        kept: dict[str, Any] = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != torch.float32:
-                self._buffers[name] = before.to(after.device)
-        return self
 
     def forward(self, x_BTD: Tensor) -> MoEOutput:
         """Route every token and add the shared experts.

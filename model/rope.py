@@ -77,7 +77,7 @@ def rotate(x_BTHR: Tensor, tables: RotaryTables) -> Tensor:
     The result holds all first elements, then all second ones. Queries and keys share that order, so their dot
     products are those of the interleaved order.
     """
-    first, second = x_BTHR[..., 0::2].float(), x_BTHR[..., 1::2].float()
+    first, second = x_BTHR.float().view(*x_BTHR.shape[:-1], -1, 2).unbind(-1)
     cos_T1P, sin_T1P = tables.cos_TP[:, None], tables.sin_TP[:, None]
     rotated = torch.cat([first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P], dim=-1)
     return rotated.to(x_BTHR.dtype)

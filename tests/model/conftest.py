@@ -1,0 +1,72 @@
+"""Shared small configurations and models of the model's tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import PRESETS, ModelConfig
+from model.transformer import DeepseekV3
+
+# Small enough that a forward pass takes milliseconds.
+SMALL: dict[str, Any] = {
+    **PRESETS["tiny"],
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "max_position_embeddings": 256,
+}
+
+
+def small_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **changes})
+
+
+def random_model(config: ModelConfig, *, seed: int = 0, bias: float = 0.3) -> DeepseekV3:
+    """Weights large enough that a wrong scale or order shows, norms that are not one, biases of both signs."""
+    model = DeepseekV3(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                std = 1.0 if name == "embed_tokens.weight" else 1.5 / parameter.shape[-1] ** 0.5
+                parameter.normal_(std=std, generator=generator)
+        for moe in model.moe_layers():
+            if moe.e_score_correction_bias_E is not None:
+                moe.e_score_correction_bias_E.normal_(mean=-bias, std=bias, generator=generator)
+    return model
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+@pytest.fixture
+def make_config() -> Callable[..., ModelConfig]:
+    return small_config
+
+
+@pytest.fixture
+def make_model() -> Callable[..., DeepseekV3]:
+    return random_model
+
+
+@pytest.fixture
+def make_tokens() -> Callable[..., torch.Tensor]:
+    return random_tokens
