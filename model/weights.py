@@ -61,7 +61,7 @@ class WeightsReader:
             try:
                 weight_map = storage.read_json(index)["weight_map"]
                 return {str(name): str(file) for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise WeightsError(f"{index} is no safetensors index: {error}. Copy or export it again.") from error
         if storage.exists(storage.join(self.uri, _SINGLE_NAME)):
             return dict.fromkeys(self.file(_SINGLE_NAME).tensors, _SINGLE_NAME)
@@ -134,7 +134,7 @@ def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
     path = storage.join(uri, "config.json")
     try:
         raw = storage.read_json(path)
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path} is not JSON: {error}. Copy or export it again.") from error
     return config_from_hf(raw, path), raw
 
