@@ -1,0 +1,169 @@
+"""The model on a CUDA GPU: transformers' logits, the grouped matmuls against the loop, and cuDNN's attention."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.experts as experts_module
+from model.attention import scaled_dot_product
+from model.config import ModelConfig
+from model.experts import can_group, grouped_experts, looped_experts
+from model.quantize import quantize_folder
+from model.transformer import DeepseekV3
+from model.weights import load_pretrained, save_pretrained, state_to_hf
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none"),
+]
+
+MakeConfig = Callable[..., ModelConfig]
+MakeModel = Callable[..., DeepseekV3]
+MakeTokens = Callable[..., Tensor]
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+# Widths that the grouped matmul takes: multiples of 8 numbers of bf16.
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 256}
+
+
+def export(model: DeepseekV3, folder: Path) -> None:
+    named = (pair for name, tensor in model.state_dict().items() for pair in state_to_hf(name, tensor, model.config))
+    save_pretrained(named, str(folder), model.config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 33),
+        ({"rope_scaling": YARN}, 150),
+        ({"q_lora_rank": None, "n_group": 1}, 33),
+        ({"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5}, 33),
+        ({"rope_scaling": YARN}, 1),
+    ],
+)
+def test_fp32_logits_equal_transformers(
+    changes: dict[str, Any],
+    length: int,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    make_model: MakeModel,
+    make_tokens: MakeTokens,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = make_config(num_nextn_predict_layers=0, **changes)
+    export(make_model(config), tmp_path)
+    ours = load_pretrained(str(tmp_path), dtype=torch.float32, device="cuda")
+    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).cuda().eval()
+    tokens = make_tokens(config, 2, length).cuda()
+    with torch.no_grad():
+        difference = ours.logits(ours(tokens).hidden_BTD) - theirs(tokens, use_cache=False).logits
+    assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("counts", [[64] * 8, [0, 200, 1, 7, 0, 300, 4, 0], [512, 0, 0, 0, 0, 0, 0, 0]])
+def test_grouped_experts_equal_the_loop(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    width, intermediate = 256, 96
+
+    def leaf(*shape: int) -> Tensor:
+        values = torch.randn(*shape, device="cuda") / shape[-1] ** 0.5
+        return values.bfloat16().requires_grad_()
+
+    inputs = [leaf(sum(counts), width), leaf(8, 2 * intermediate, width), leaf(8, width, intermediate)]
+    scale = torch.rand(sum(counts), device="cuda").bfloat16().requires_grad_()
+    counts_E = torch.tensor(counts, device="cuda")
+    upstream = torch.randn(sum(counts), width, device="cuda")
+    assert can_group(*inputs)
+    results = []
+    for run, dtype in [
+        (grouped_experts, torch.bfloat16),
+        (looped_experts, torch.bfloat16),
+        (looped_experts, torch.float32),
+    ]:
+        rows, w13, w2, weight = (tensor.to(dtype) for tensor in [*inputs, scale])
+        out = run(rows, weight, counts_E, w13, w2)
+        results.append([out, *torch.autograd.grad((out.float() * upstream).sum(), [*inputs, scale])])
+    for grouped, looped, exact in zip(*results, strict=True):
+        allowed = 2 * (looped.float() - exact.float()).norm() + 1e-6
+        assert (grouped.float() - exact.float()).norm() <= allowed, "the grouped path is as exact as the loop"
+        assert grouped.isfinite().all()
+
+
+def test_a_bf16_training_step_equals_the_loop_and_repeats_itself(
+    make_config: MakeConfig, make_model: MakeModel, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**WIDE)
+    tokens = make_tokens(config, 4, 64).cuda()
+
+    def step() -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        model = make_model(config).to("cuda", torch.bfloat16).train()
+        out = model(tokens)
+        assert out.mtp_hidden_BTD is not None
+        logits = torch.cat([model.logits(out.hidden_BTD), model.logits(out.mtp_hidden_BTD)]).float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten().repeat(2)) + out.balance_loss
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        return loss, list(grads), [moe.tokens_per_expert_E for moe in model.moe_layers()]
+
+    calls: list[int] = []
+    plain = experts_module.grouped_experts
+
+    def counted(*inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return plain(*inputs)
+
+    monkeypatch.setattr(experts_module, "grouped_experts", counted)
+    loss, grads, counts = step()
+    assert len(calls) == 3, "the grouped path runs by itself in every mixture layer"
+    assert all(grad.isfinite().all() for grad in grads)
+    monkeypatch.setattr(experts_module, "can_group", lambda *_: False)
+    looped_loss, looped_grads, looped_counts = step()
+    assert loss.item() == pytest.approx(looped_loss.item(), rel=1e-2)
+    assert torch.equal(counts[0], looped_counts[0]), "before the first mixture layer nothing differs"
+    for grad, looped in zip(grads, looped_grads, strict=True):
+        # Small differences change a few tokens' experts further up.
+        assert (grad.float() - looped.float()).norm() <= 0.3 * looped.float().norm() + 1e-4
+
+
+def test_experts_gradients_are_the_same_bits_every_time(make_config: MakeConfig, make_model: MakeModel) -> None:
+    config = make_config(**WIDE)
+    moe = make_model(config).moe_layers()[0].to("cuda", torch.bfloat16)
+    x = torch.randn(8, 128, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    runs = [
+        torch.autograd.grad(moe(x).hidden_BTD.float().square().sum(), [x, *moe.experts.parameters()]) for _ in range(3)
+    ]
+    for first, *others in zip(*runs, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("length", [1, 64, 200])
+def test_attention_with_192_wide_keys_and_128_wide_values(dtype: torch.dtype, tolerance: float, length: int) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 4, length, 192, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, 4, length, 128, device="cuda", dtype=dtype, requires_grad=True)
+    upstream = torch.randn(2, 4, length, 128, device="cuda")
+    out = scaled_dot_product(q, k, v, 0.135, None)
+    grads = torch.autograd.grad((out.float() * upstream).sum(), [q, k, v])
+    scores = q.float() @ k.float().transpose(-2, -1) * 0.135
+    hidden = torch.ones(length, length, device="cuda", dtype=torch.bool).triu(1)
+    expected = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v.float()
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), [q, k, v])
+    for got, want in zip([out, *grads], [expected, *expected_grads], strict=True):
+        assert (got.float() - want.float()).norm() <= tolerance * want.float().norm() + 1e-5
+
+
+def test_the_int8_model_on_cuda_equals_the_cpu(
+    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, make_tokens: MakeTokens
+) -> None:
+    config = make_config()
+    export(make_model(config), tmp_path / "export")
+    quantize_folder(str(tmp_path / "export"), str(tmp_path / "quantized"))
+    models = [load_pretrained(str(tmp_path / "quantized"), dtype=torch.float32, device=d) for d in ("cpu", "cuda")]
+    tokens = make_tokens(config, 2, 20)
+    with torch.no_grad():
+        cpu, cuda = (model.logits(model(tokens.to(model.lm_head.weight.device)).hidden_BTD).cpu() for model in models)
+    torch.testing.assert_close(cpu, cuda, rtol=1e-4, atol=1e-4)
