@@ -95,7 +95,7 @@ class Experts(nn.Module):
         w13_EFD, w2_EDF = self.w13_EFD.to(rows_RD.dtype), self.w2_EDF.to(rows_RD.dtype)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
-        return looped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
+        return cast(Tensor, looped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF))
 
 
 def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:
@@ -115,6 +115,8 @@ def grouped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD
     return torch._grouped_mm(hidden_RF, w2_EDF.transpose(-2, -1), offs=ends_E)
 
 
+# One graph break instead of one for each expert: the counts are data.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def looped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
     """One expert after the other; an expert without rows costs nothing and gets a gradient of zeros."""
     counts = counts_E.tolist()

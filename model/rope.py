@@ -8,7 +8,6 @@ Shapes: B batch, T position, H head, R rotary width (qk_rope_head_dim), P = R / 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,16 +15,16 @@ from torch import Tensor
 from model.config import ModelConfig, YarnConfig, yarn_mscale
 
 
-@dataclass(frozen=True)
 class RotaryTables:
     """Cosines and sines of every position and pair, fp32.
 
-    A plain object on purpose: FSDP2's mixed precision casts the tensors of a module's arguments to bf16, and the
-    angles must stay fp32.
+    Neither a tuple nor a dataclass, on purpose: FSDP2's mixed precision looks into those among a module's arguments
+    and casts their tensors to bf16, and the angles must stay fp32.
     """
 
-    cos_TP: Tensor
-    sin_TP: Tensor
+    def __init__(self, cos_TP: Tensor, sin_TP: Tensor) -> None:
+        self.cos_TP = cos_TP
+        self.sin_TP = sin_TP
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:

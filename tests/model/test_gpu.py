@@ -71,7 +71,8 @@ def test_grouped_experts_equal_the_loop(counts: list[int]) -> None:
 
     def leaf(*shape: int) -> Tensor:
         values = torch.randn(*shape, device="cuda") / shape[-1] ** 0.5
-        return values.bfloat16().requires_grad_()
+        leaves: Tensor = values.bfloat16().requires_grad_()
+        return leaves
 
     inputs = [leaf(sum(counts), width), leaf(8, 2 * intermediate, width), leaf(8, width, intermediate)]
     scale = torch.rand(sum(counts), device="cuda").bfloat16().requires_grad_()

@@ -1,10 +1,14 @@
 """The whole model: causality, MTP, counts, recompute, types and initial weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
@@ -134,6 +138,37 @@ def test_bf16_runs_close_to_fp32_and_keeps_biases_fp32(
     assert loss.item() == pytest.approx(expected_loss.item(), rel=0.05)
     torch.autograd.backward(loss)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_bf16_keeps_angles_router_and_biases_fp32(
+    one_rank: DeviceMesh, make_config: MakeConfig, make_model: MakeModel, make_tokens: MakeTokens
+) -> None:
+    config = make_config()
+    model = make_model(config).train()
+    seen: dict[str, torch.dtype] = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.layers:
+        block.register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0].dtype, angle=inputs[1].cos_TP.dtype))
+        fully_shard(block, mesh=one_rank, mp_policy=policy)
+    fully_shard(model, mesh=one_rank, mp_policy=policy)
+    out = model(make_tokens(config, 2, 10))
+    torch.autograd.backward(model.logits(out.hidden_BTD).float().logsumexp(-1).sum() + out.balance_loss)
+    assert seen == {"x": torch.bfloat16, "angle": torch.float32}
+    assert out.balance_loss.dtype == torch.float32
+    for moe in model.moe_layers():
+        assert moe.e_score_correction_bias_E is not None
+        assert moe.e_score_correction_bias_E.dtype == torch.float32
+        assert moe.tokens_per_expert_E.sum() == 2 * 10 * config.num_experts_per_tok
+    gate = model.moe_layers()[0].gate.weight
+    assert gate.grad is not None
+    assert gate.grad.dtype == torch.float32
 
 
 def test_autocast_runs_the_experts_in_bf16(
