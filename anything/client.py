@@ -1,0 +1,153 @@
+"""Owns asking an Anything server from Python, synchronously.
+
+It knows nothing of models and needs no torch.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from anything import sse
+from anything.keys import KEY_ENVIRONMENT
+from base.errors import AuthenticationError, CherryError, ConfigError, RequestError, ServiceError
+
+URL_ENVIRONMENT = "ANYTHING_URL"
+DEFAULT_URL = "http://127.0.0.1:8080"
+# A server answers, or says that it could not, within its own 30 s; twice that means it is gone.
+_TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 5.0
+# A server takes more tokens than this only as a stream.
+_MAX_TOKENS_WITHOUT_STREAM = 2048
+
+
+class Client:
+    """A server's API for one key. Keeps connections open; may be used by several threads, and as a context manager.
+
+    Every method raises AuthenticationError (the key is missing, wrong or revoked), RequestError (the request breaks a
+    rule) or ServiceError (no answer, too late, overloaded, or a failure of the server's).
+    """
+
+    def __init__(self, base_url: str, api_key: str, *, timeout_s: float = _TIMEOUT_S) -> None:
+        self.base_url = base_url.rstrip("/")
+        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
+        headers = {"authorization": f"Bearer {api_key}"}
+        try:
+            # A proxy from the environment is for other machines.
+            trust_env = not _is_this_machine(httpx.URL(self.base_url).host)
+            self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, trust_env=trust_env)
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise ConfigError(f"{base_url!r} or the API key cannot be used in a request: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"Client({self.base_url!r})"
+
+    def infer(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
+        """The text that follows `prompt`. Above 2048 tokens it is streamed, as the server demands."""
+        if max_tokens > _MAX_TOKENS_WITHOUT_STREAM:
+            return "".join(self.stream(prompt, max_tokens=max_tokens, temperature=temperature))
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+        with self._errors():
+            response = self._http.post("/v1/anything/infer", json=body)
+        if response.status_code != httpx.codes.OK:
+            raise self._error(response)
+        try:
+            return str(response.json()["output"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServiceError(
+                f"{self.base_url} did not answer as an Anything server: {response.text[:80]!r}"
+            ) from error
+
+    def stream(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
+        """The text piece by piece. Closing the iterator cancels the generation."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        reader = sse.EventReader()
+        with self._errors(), self._http.stream("POST", "/v1/anything/infer", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+                raise self._error(response)
+            for line in response.iter_lines():
+                event = reader.read(line)
+                if event is None:
+                    continue
+                if "error" in event:
+                    raise ServiceError(f"the answer broke off: {_message(event)}")
+                yield str(event.get("text", ""))
+        if not reader.done:
+            raise ServiceError(f"{self.base_url} broke off in the middle of an answer. Ask again.")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise ServiceError(
+                f"nothing answers at {self.base_url} ({error}). Is the server running? Start one with `anything serve`."
+            ) from error
+        except httpx.TimeoutException as error:
+            raise ServiceError(f"{self.base_url} did not answer in time ({type(error).__name__}).") from error
+        except httpx.HTTPError as error:
+            raise ServiceError(f"{self.base_url} failed: {type(error).__name__}: {error}") from error
+
+    def _error(self, response: httpx.Response) -> CherryError:
+        status = response.status_code
+        try:
+            message = _message(response.json())
+        except ValueError:
+            message = response.text[:200]
+        text = f"{self.base_url} answered {status}: {message}"
+        if status in (401, 403):
+            return AuthenticationError(text)
+        if status in (408, 429) or status >= 500:
+            return ServiceError(text)
+        return RequestError(text)
+
+
+def infer(prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
+    """Ask the server at ANYTHING_URL (else the local default) with the key in ANYTHING_API_KEY; see `Client`."""
+    with client_from_environment() as client:
+        return client.infer(prompt, max_tokens=max_tokens, temperature=temperature)
+
+
+def client_from_environment(url: str | None = None) -> Client:
+    """A client for `url`, else ANYTHING_URL, else the local default.
+
+    Raises:
+        AuthenticationError: ANYTHING_API_KEY is not set.
+    """
+    key = os.environ.get(KEY_ENVIRONMENT)
+    if not key:
+        raise AuthenticationError(f"no API key: set {KEY_ENVIRONMENT} to a key of the server.")
+    return Client(url or os.environ.get(URL_ENVIRONMENT) or DEFAULT_URL, key)
+
+
+def _message(answer: Any) -> str:
+    try:
+        return str(answer["error"]["message"])
+    except (KeyError, TypeError):
+        return str(answer)[:200]
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

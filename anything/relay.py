@@ -1,0 +1,99 @@
+"""Owns one admitted request: waiting for its engine's chunks under a deadline, a disconnect and a shutdown.
+
+It knows nothing of which engine writes the chunks, nor of how they are sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+
+from anything.protocol import Chunk, Deadline, Engine, Generation, UnavailableError
+
+
+class DisconnectedError(UnavailableError):
+    """The client went away, so nobody reads this."""
+
+    def __init__(self) -> None:
+        # 499 is nginx's "client closed request".
+        super().__init__("the client disconnected", status=499, code="disconnected")
+
+
+class Call:
+    """One request in flight. `interrupt` ends it from outside; `chunks` may be iterated once."""
+
+    def __init__(self, engine: Engine, generation: Generation, deadline: Deadline) -> None:
+        self._stream = engine.generate(generation)
+        self._deadline = deadline
+        self._interrupted: asyncio.Future[UnavailableError] = asyncio.get_running_loop().create_future()
+        self._watcher: asyncio.Task[None] | None = None
+
+    def interrupt(self, error: UnavailableError) -> None:
+        """Make `next` raise `error`, at once if it waits."""
+        if not self._interrupted.done():
+            self._interrupted.set_result(error)
+
+    def watch(self, request: Request) -> None:
+        """Interrupt when the client disconnects. The request's body must have been read."""
+        self._watcher = asyncio.create_task(self._watch(request))
+
+    async def _watch(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt(DisconnectedError())
+
+    async def next(self) -> Chunk:
+        """The next chunk.
+
+        Raises:
+            UnavailableError: the deadline passed (504), or what `interrupt` was given.
+            RefusedError: the engine cannot take the request.
+        """
+        step = asyncio.ensure_future(anext(self._stream))
+        try:
+            waiting: set[asyncio.Future[Any]] = {step, self._interrupted}
+            await asyncio.wait(waiting, timeout=self._deadline.remaining_s(), return_when=asyncio.FIRST_COMPLETED)
+            if step.done():
+                return step.result()
+            if self._interrupted.done():
+                raise self._interrupted.result()
+            self._deadline.expire()
+            raise UnavailableError(
+                f"the model gave no answer within {self._deadline.timeout_s:g} s, so the generation was cancelled. "
+                "Ask for fewer tokens, or set stream to true.",
+                status=504,
+                code="timeout",
+            )
+        except StopAsyncIteration as error:
+            raise UnavailableError(
+                "the engine ended without a final chunk", status=502, code="engine_failed"
+            ) from error
+        finally:
+            await _settle(step)
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """Every chunk to the last one, each within the same deadline."""
+        while True:
+            chunk = await self.next()
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+    async def close(self) -> None:
+        """Cancel the generation if it still runs, and stop watching."""
+        if self._watcher is not None:
+            await _settle(self._watcher)
+        closing = getattr(self._stream, "aclose", None)
+        if closing is not None:
+            await closing()
+
+
+async def _settle(task: asyncio.Future[Any]) -> None:
+    """Cancel a task unless it is done, and wait for it to end; its outcome is only looked at."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,126 @@
+"""A tiny random model folder with a byte-level tokenizer, fp32 and int8, and servers that run in a thread."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from anything.config import ServeConfig
+from anything.gateway import create_app
+from anything.keys import create_key, load_keys
+from anything.protocol import Engine
+from anything.server import DrainingServer, bind, url_of
+from model.config import ModelConfig
+
+EOS = 1
+
+
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=288,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=EOS,
+    )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Two special tokens, then one token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<bos>": 0, "<eos>": EOS} | {letter: index for index, letter in enumerate(alphabet, start=2)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+
+    from model.transformer import DeepseekV3
+    from model.weights import save_pretrained, state_to_hf
+
+    folder = tmp_path_factory.mktemp("model")
+    config = tiny_config()
+    model = DeepseekV3(config)
+    model.init_weights(seed=7)
+    tokenizer = folder / "tokenizer.json"
+    byte_tokenizer().save(str(tokenizer))
+    tensors = [pair for name, tensor in model.state_dict().items() for pair in state_to_hf(name, tensor, config)]
+    uri = str(folder / "export")
+    save_pretrained(tensors, uri, config, dtype=torch.float32, tokenizer_uri=str(tokenizer))
+    return uri
+
+
+@pytest.fixture(scope="session")
+def int8_folder(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from model.quantize import quantize_folder
+
+    target = str(tmp_path_factory.mktemp("int8") / "quantized")
+    quantize_folder(model_folder, target, lambda *_: None)
+    return target
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> tuple[str, str]:
+    """A file of key hashes, and the key."""
+    path = str(tmp_path / "keys.json")
+    return path, create_key(path)
+
+
+@contextmanager
+def serving(engine: Engine, key_file: str, config: ServeConfig | None = None) -> Iterator[str]:
+    """A real server in a thread; its URL, once it is ready."""
+    config = config or ServeConfig(port=0)
+    listener = bind(config.host, 0)
+    server = DrainingServer(create_app(engine, config, load_keys(key_file)), listener)
+    ready = threading.Event()
+    server.on_ready = ready.set
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield url_of(listener)
+    finally:
+        server.exit_soon()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve(key_file: tuple[str, str]) -> Iterator[Callable[..., str]]:
+    """Start a server for an engine, with the key of `key_file`; all are stopped at the end."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield lambda engine, config=None: stack.enter_context(serving(engine, key_file[0], config))
+
+
+def write_routes(path: Path, replicas: list[dict[str, object]], salt: str = "s") -> None:
+    """Replace routes.json in one move, as a deploy does."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"salt": salt, "replicas": replicas}))
+    temporary.replace(path)
