@@ -34,7 +34,7 @@ _INT8_MAX = 127
 # Everything else of a folder is copied; these are written anew.
 _WRITTEN = ("config.json", "model.safetensors.index.json", storage.MARKER)
 
-Progress = Callable[[float, str], None]
+Progress = Callable[[str, float], None]
 
 
 def is_quantized(hf_name: str) -> bool:
@@ -59,22 +59,24 @@ def quantize_folder(source_uri: str, target_uri: str, on_progress: Progress | No
     """Quantize a folder into another one, one shard at a time; the marker comes last.
 
     Args:
-        on_progress: called with the fraction done and a line for people after each shard.
+        on_progress: called with a line for people and the fraction done after each shard.
 
     Returns:
         The report, also in quantization.json: `tensors` with name, shape, rel_error (Frobenius) and
         max_abs_error of each quantized one; bytes_before, bytes_after (weights only) and their ratio.
 
     Raises:
-        MissingFileError, WeightsError: the source cannot be read, or is quantized already.
+        MissingFileError, WeightsError: the source cannot be read, or is quantized already (fp8 in DeepSeek's own
+            format is taken).
         InvalidInputError: source and target are the same folder.
         DiskFullError, StorageError: a file could not be written. The target stays without a marker.
     """
     if source_uri.rstrip("/") == target_uri.rstrip("/"):
         raise InvalidInputError(f"source and target are both {source_uri}: name another folder for the result")
     _, raw_config = read_model_config(source_uri)
-    if "quantization_config" in raw_config:
-        raise WeightsError(f"{source_uri} is quantized already: its config.json has a quantization_config")
+    method = (raw_config.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "fp8"):
+        raise WeightsError(f"{source_uri} is quantized already ({method}). Name the folder with the plain weights.")
     reader = WeightsReader(source_uri)
     storage.remove_tree(target_uri)
     storage.make_directory(target_uri)
@@ -90,7 +92,7 @@ def quantize_folder(source_uri: str, target_uri: str, on_progress: Progress | No
         errors += shard_errors
         reader.close(file)
         if on_progress is not None:
-            on_progress(number / len(reader.files), f"quantized {number}/{len(reader.files)} shards ({file})")
+            on_progress(f"quantized {number}/{len(reader.files)} shards ({file})", number / len(reader.files))
     report |= {"ratio": report["bytes_after"] / report["bytes_before"], **_worst(errors), "tensors": errors}
     _finish(source_uri, target_uri, raw_config, file_of, report)
     return report
@@ -100,7 +102,9 @@ def _quantize_shard(reader: WeightsReader, file: str) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     errors: list[dict[str, Any]] = []
     for name in reader.names_in(file):
-        tensor = reader.read(name)
+        if reader.is_scale(name):
+            continue
+        tensor = reader.read_weight(name)
         if not is_quantized(name):
             tensors[name] = tensor
             continue
@@ -182,7 +186,7 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="folder or URI to write")
     arguments = parser.parse_args()
     report = quantize_folder(
-        arguments.source, arguments.target, lambda fraction, line: print(f"{fraction:4.0%} {line}", flush=True)
+        arguments.source, arguments.target, lambda line, fraction: print(f"{fraction:4.0%} {line}", flush=True)
     )
     print(
         f"{report['quantized_tensors']} tensors, {report['bytes_before']:,} -> {report['bytes_after']:,} bytes "

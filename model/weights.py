@@ -17,6 +17,7 @@ from base import storage
 from base.errors import MissingFileError, WeightsError
 from model.config import ModelConfig
 from model.experts import Experts
+from model.fp8 import SCALE_SUFFIX, dequantize_blocks, scale_shape
 from model.int8 import use_int8
 from model.layout import config_from_hf, hf_config, is_ignorable, pieces, state_to_hf
 from model.safetensors_file import SafetensorsFile, TensorInfo, write_file
@@ -120,6 +121,28 @@ class WeightsReader:
         self.info(name)
         return self.file(self._file_of[name]).read(name)
 
+    def read_weight(self, name: str) -> Tensor:
+        """Like `read`, and an fp8 tensor comes dequantized to fp32 by its block scales (see model/fp8.py).
+
+        Raises:
+            WeightsError: an fp8 tensor without scales of the right shape.
+        """
+        tensor = self.read(name)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor
+        scale_name = name + SCALE_SUFFIX
+        if scale_name not in self or self.shape(scale_name) != scale_shape(tensor.shape):
+            found = list(self.shape(scale_name)) if scale_name in self else "none"
+            raise WeightsError(
+                f"{self.uri}: fp8 tensor {name} of shape {list(tensor.shape)} needs {scale_name} of shape "
+                f"{list(scale_shape(tensor.shape))} (got {found}). Copy the folder again."
+            )
+        return dequantize_blocks(tensor, self.read(scale_name))
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor is the block scales of an fp8 tensor that is there too."""
+        return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
@@ -182,15 +205,18 @@ def _fill(model: DeepseekV3, reader: WeightsReader) -> None:
         elif (found := reader.shape(piece.hf_name)) != expected:
             problems.append(f"wrong shape of {piece.hf_name}: the model has {list(expected)}, the file {list(found)}")
     wanted = {piece.hf_name for _, piece in plan}
-    extra = [name for name in reader.names if name not in wanted and not is_ignorable(name, model.config)]
-    problems += [f"unexpected {name} (shape {list(reader.shape(name))})" for name in extra]
+    problems += [
+        f"unexpected {name} (shape {list(reader.shape(name))})"
+        for name in reader.names
+        if name not in wanted and not is_ignorable(name, model.config) and not reader.is_scale(name)
+    ]
     if problems:
         raise WeightsError(
             f"{reader.uri} does not fit the model: {len(problems)} tensors. Check that model and weights belong "
             "together:\n" + "\n".join(f"  {problem}" for problem in problems)
         )
     for tensor, piece in plan:
-        tensor[piece.part].copy_(reader.read(piece.hf_name))
+        tensor[piece.part].copy_(reader.read_weight(piece.hf_name))
 
 
 def _quantized_modules(model: DeepseekV3, reader: WeightsReader) -> set[str]:

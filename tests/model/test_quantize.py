@@ -58,12 +58,12 @@ def test_what_is_quantized_and_what_is_kept(folder: str) -> None:
 
 
 def test_report_and_folder_agree(folder: str, tmp_path: Path) -> None:
-    target, lines = str(tmp_path / "quantized"), list[tuple[float, str]]()
-    report = quantize_folder(folder, target, lambda fraction, line: lines.append((fraction, line)))
+    target, lines = str(tmp_path / "quantized"), list[tuple[str, float]]()
+    report = quantize_folder(folder, target, lambda line, fraction: lines.append((line, fraction)))
     assert storage.is_committed(target)
     assert storage.read_json(storage.join(target, "quantization.json")) == report
     before, after = WeightsReader(folder), WeightsReader(target)
-    assert [fraction for fraction, _ in lines] == [(i + 1) / len(before.files) for i in range(len(before.files))]
+    assert [fraction for _, fraction in lines] == [(i + 1) / len(before.files) for i in range(len(before.files))]
     assert after.files == before.files
     assert {item["name"] for item in report["tensors"]} == {name for name in before.names if is_quantized(name)}
     for name in before.names:
