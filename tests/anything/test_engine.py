@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import re
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +84,107 @@ def test_concurrent_greedy_equals_decoding_without_a_cache(
         assert all(chunk.finish_reason is None for chunk in chunks[:-1])
     assert gauges["cache_blocks_free"] == config.cache_blocks
     assert (gauges["preemptions"] > 0) == (config.cache_blocks == 52)
+
+
+def test_a_cancelled_generation_frees_its_blocks_for_others(model_folder: str) -> None:
+    config = EngineConfig(block_tokens=4, cache_blocks=64, prefill_chunk_tokens=8)
+    model = load_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = Tokenizer(model_folder)
+    expected, _ = greedy_without_cache(model, tokenizer.encode(PROMPTS[3]), 40)
+
+    async def main() -> None:
+        async with running(model_folder, config) as engine:
+            beside = asyncio.create_task(collect(engine, Generation(PROMPTS[3], 40)))
+            cancelled = [engine.generate(Generation(prompt, 200)) for prompt in PROMPTS[:3]]
+            for stream in cancelled:
+                async with aclosing(stream):
+                    await anext(stream)
+            # Takes the blocks that were given back, while the first one still runs.
+            again = await collect(engine, Generation(PROMPTS[3], 40))
+            for chunks in (again, await beside):
+                assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(expected)
+            gauges = engine.gauges()
+            assert (gauges["cache_blocks_free"], gauges["running"], gauges["waiting"]) == (64, 0, 0)
+
+    asyncio.run(main())
+
+
+def test_sampling_depends_on_the_seed_alone(model_folder: str) -> None:
+    def asked(seed: int, temperature: float = 1.0) -> Generation:
+        return Generation("sample", 24, temperature=temperature, seed=seed)
+
+    async def main() -> None:
+        async with running(model_folder, EngineConfig()) as engine:
+            alone = await collect(engine, asked(3))
+            crowd = [asked(seed) for seed in (3, 4, 3, 5)] + [Generation(prompt, 24) for prompt in PROMPTS]
+            together = await asyncio.gather(*(collect(engine, generation) for generation in crowd))
+            texts = ["".join(chunk.text for chunk in chunks) for chunks in [alone, *together]]
+            assert texts[0] == texts[1] == texts[3]
+            assert len({texts[0], texts[2], texts[4]}) == 3
+            cold, greedy = await collect(engine, asked(9, 1e-30)), await collect(engine, Generation("sample", 24))
+            assert [chunk.text for chunk in cold] == [chunk.text for chunk in greedy]
+
+    asyncio.run(main())
+
+
+def test_the_context_bounds_prompt_and_output(model_folder: str) -> None:
+    async def main() -> None:
+        async with running(model_folder, EngineConfig(block_tokens=4, cache_blocks=16)) as engine:
+            with pytest.raises(RefusedError, match=r"1 to 63 tokens .*got 64"):
+                await collect(engine, Generation("p" * 64, 1))
+            chunks = await collect(engine, Generation("p" * 60, 100))
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.completion_tokens <= 4
+        async with running(model_folder, EngineConfig()) as engine:
+            with pytest.raises(RefusedError, match="1 to 511 tokens"):
+                await collect(engine, Generation("p" * 512, 1))
+
+    asyncio.run(main())
+
+
+def test_a_failed_step_fails_every_generation_and_readiness(model_folder: str) -> None:
+    async def main() -> None:
+        async with running(model_folder, EngineConfig()) as engine:
+            stream = engine.generate(Generation("abc", 400))
+            await anext(stream)
+            engine._forward.cache_LZX = torch.zeros(0, 0, 0)
+            with pytest.raises(UnavailableError, match="the engine failed") as error:
+                async for _ in stream:
+                    pass
+            assert error.value.status == 503
+            assert not await engine.ready()
+            with pytest.raises(UnavailableError, match="the engine failed"):
+                await collect(engine, Generation("abc", 4))
+
+    asyncio.run(main())
+
+
+def test_closing_ends_generations_in_flight(model_folder: str) -> None:
+    async def main() -> None:
+        async with running(model_folder, EngineConfig()) as engine:
+            assert await engine.ready()
+            stream = engine.generate(Generation("abc", 500))
+            await anext(stream)
+        with pytest.raises(UnavailableError, match="the engine has ended"):
+            async for _ in stream:
+                pass
+        assert not await engine.ready()
+
+    asyncio.run(main())
+
+
+def test_a_folder_that_cannot_be_served_says_why(model_folder: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    async def start(uri: Path) -> None:
+        async with running(str(uri), EngineConfig()):
+            pass
+
+    with pytest.raises(WeightsError, match=re.escape(weights.name)):
+        asyncio.run(start(broken))
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(MissingFileError, match=r"tokenizer\.json"):
+        asyncio.run(start(broken))
