@@ -108,7 +108,11 @@ def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:
 
 
 def grouped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """All experts in two grouped matmuls. The offsets end at R, so no row is left uninitialised."""
+    """All experts in two grouped matmuls. The offsets end at R, so no row is left uninitialised.
+
+    An expert without rows gets a weight gradient of zeros on Hopper. On Blackwell the kernel returns something else
+    (pytorch issue 172439, open in 2026-11): mask it before training there.
+    """
     ends_E = counts_E.cumsum(0).to(torch.int32)
     gate_RF, up_RF = torch._grouped_mm(rows_RD, w13_EFD.transpose(-2, -1), offs=ends_E).chunk(2, dim=-1)
     hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None]

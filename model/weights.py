@@ -246,7 +246,7 @@ def save_pretrained(
         tensors: released names and values (see `state_to_hf`), in any order. In the order of the model's state
             dict at most one shard is in memory at a time.
         dtype: of all weights but the selection biases, which are fp32.
-        tokenizer_uri: a tokenizer.json to put beside the weights.
+        tokenizer_uri: a tokenizer.json, or the folder that holds one, to put beside the weights.
 
     Raises:
         WeightsError: lists all tensors that are missing, unexpected or of another shape.
@@ -321,6 +321,8 @@ def write_tokenizer(uri: str, tokenizer_uri: str, config: ModelConfig) -> None:
         MissingFileError: no tokenizer there.
         WeightsError: it is not a tokenizer.json.
     """
+    if not tokenizer_uri.endswith(".json"):
+        tokenizer_uri = storage.join(tokenizer_uri, "tokenizer.json")
     data = storage.read_bytes(tokenizer_uri)
     try:
         added = {int(entry["id"]): str(entry["content"]) for entry in json.loads(data).get("added_tokens", [])}

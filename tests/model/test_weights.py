@@ -173,12 +173,15 @@ def test_an_export_with_mtp_loads_in_transformers(
     assert difference.abs().max() < 1e-4
 
 
-def test_tokenizer_travels_with_the_weights(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("given", ["", "/tokenizer.json"])
+def test_tokenizer_travels_with_the_weights(
+    given: str, tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
+) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    export(make_model(make_config()), str(tmp_path / "e"), tokenizer_uri=str(tmp_path / "tokenizer.json"))
+    export(make_model(make_config()), str(tmp_path / "e"), tokenizer_uri=f"{tmp_path}{given}")
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "e"))
     assert (loaded.bos_token, loaded.eos_token_id) == ("<bos>", 1)
