@@ -19,7 +19,7 @@ from anything.protocol import Engine
 from anything.routing import Router, read_routes
 from anything.server import DrainingServer, bind
 from base import storage
-from base.config import Section, load
+from base.config import Section, load, validate
 from base.errors import MissingFileError, run_program
 
 DEFAULT_KEY_FILE = os.path.join("~", ".config", "anything", "keys.json")
@@ -81,7 +81,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
 def _serve_config(arguments: argparse.Namespace) -> ServeConfig:
     config = load(arguments.config, _ServeFile, part_of_file=True).serve if arguments.config else ServeConfig()
     given = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
-    return ServeConfig.model_validate({**config.model_dump(), **given})
+    return validate({**config.model_dump(mode="json"), **given}, ServeConfig, origin="the command line")
 
 
 def _key_file(given: str | None) -> str | None:

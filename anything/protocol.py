@@ -6,7 +6,7 @@ It knows neither HTTP nor torch: an engine may live in this process or behind an
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -37,18 +37,19 @@ class UnavailableError(ServiceError):
 class Deadline:
     """The time that is left for the next thing a caller waits for: the whole answer, or each gap of a stream."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.timeout_s = timeout_s
         self.expired = False
-        self._end = time.monotonic() + timeout_s
+        self._clock = clock
+        self._end = clock() + timeout_s
 
     def remaining_s(self) -> float:
         """Seconds until the deadline, never negative."""
-        return max(0.0, self._end - time.monotonic())
+        return max(0.0, self._end - self._clock())
 
     def restart(self) -> None:
         """Give the next gap of a stream the whole time again."""
-        self._end = time.monotonic() + self.timeout_s
+        self._end = self._clock() + self.timeout_s
 
     def expire(self) -> None:
         """Record that the gateway gave up, so that an engine that is cancelled next knows why."""

@@ -39,7 +39,9 @@ def bind(host: str, port: int) -> socket.socket:
         InvalidInputError: this machine has no such address, or the port needs privileges.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by number: asyncio sets TCP_NODELAY only where it is given, and without it each answer waits
+    # some 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

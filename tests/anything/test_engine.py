@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from anything.client import Client
 from anything.config import EngineConfig
 from anything.engine import EmbeddedEngine
-from anything.protocol import Chunk, Generation, RefusedError, UnavailableError
+from anything.protocol import Chunk, Generation, RefusedError, UnavailableError, Usage
 from anything.tokenizer import Tokenizer
 from base.errors import MissingFileError, WeightsError
 from model.transformer import DeepseekV3
@@ -188,3 +191,36 @@ def test_a_folder_that_cannot_be_served_says_why(model_folder: str, tmp_path: Pa
     (broken / "tokenizer.json").unlink()
     with pytest.raises(MissingFileError, match=r"tokenizer\.json"):
         asyncio.run(start(broken))
+
+
+def test_the_end_token_stops_and_is_not_said(model_folder: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(model_folder)
+    prompt = tokenizer.encode("stop here")
+    free, _ = greedy_without_cache(load_pretrained(model_folder, dtype=torch.float32), prompt, 30)
+    end = free[3]
+    assert end not in free[:1]
+    shutil.copytree(model_folder, tmp_path / "ends")
+    config = tmp_path / "ends" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": end}))
+
+    async def main() -> list[Chunk]:
+        async with running(str(tmp_path / "ends"), EngineConfig()) as engine:
+            return await collect(engine, Generation("stop here", 30))
+
+    chunks = asyncio.run(main())
+    said = free[: free.index(end)]
+    assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(said)
+    assert (chunks[-1].finish_reason, chunks[-1].usage) == ("stop", Usage(len(prompt), len(said)))
+
+
+def test_an_answer_over_http_is_greedy_decoding(
+    model_folder: str, serve: Callable[..., str], key_file: tuple[str, str]
+) -> None:
+    model, tokenizer = load_pretrained(model_folder, dtype=torch.float32), Tokenizer(model_folder)
+    url = serve(EmbeddedEngine(model_folder, EngineConfig(), version="v"))
+    with Client(url, key_file[1]) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = pool.map(lambda prompt: client.infer(prompt, max_tokens=20), PROMPTS)
+        streams = pool.map(lambda prompt: "".join(client.stream(prompt, max_tokens=20)), PROMPTS)
+        for prompt, answer, stream in zip(PROMPTS, answers, streams, strict=True):
+            expected = tokenizer.decode(greedy_without_cache(model, tokenizer.encode(prompt), 20)[0])
+            assert answer == stream == expected

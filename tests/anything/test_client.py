@@ -1,0 +1,81 @@
+"""The client against a real server, and every way that asking can fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+import anything
+from anything.client import Client, infer
+from anything.config import ServeConfig
+from anything.fake import EchoEngine
+from anything.protocol import UnavailableError
+from base.errors import AuthenticationError, ConfigError, RequestError, ServiceError
+
+Serve = Callable[..., str]
+
+
+def test_infer_and_stream(serve: Serve, key_file: tuple[str, str]) -> None:
+    engine = EchoEngine()
+    with Client(serve(engine) + "/", key_file[1]) as client:
+        assert client.infer("one two three", max_tokens=2) == "one two "
+        assert list(client.stream("one two three", temperature=1.0)) == ["one ", "two ", "three"]
+        # Over the limit of an answer in one piece.
+        assert client.infer("one two three", max_tokens=5000) == "one two three"
+        engine.let(1)
+        stream = client.stream("one two three")
+        assert next(stream) == "one "
+        stream.close()
+        assert engine.wait_for("cancelled", 1)
+
+
+def test_the_module_function_reads_the_environment(
+    serve: Serve, key_file: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANYTHING_URL", serve(EchoEngine()))
+    monkeypatch.delenv("ANYTHING_API_KEY", raising=False)
+    with pytest.raises(AuthenticationError, match="ANYTHING_API_KEY"):
+        infer("a")
+    monkeypatch.setenv("ANYTHING_API_KEY", key_file[1])
+    assert infer("one two", max_tokens=1) == "one "
+    assert anything.infer is infer
+    assert anything.Client is Client
+
+
+def test_errors_say_whose_fault_it_was(serve: Serve, key_file: tuple[str, str]) -> None:
+    engine = EchoEngine()
+    url = serve(engine, ServeConfig(port=0, timeout_s=0.3))
+    with Client(url, "any-wrong") as client:
+        for ask in (lambda: client.infer("a"), lambda: list(client.stream("a"))):
+            with pytest.raises(AuthenticationError, match="401") as error:
+                ask()
+            assert error.value.exit_code == 17
+        assert "any-wrong" not in repr(client) + str(error.value)
+    with Client(url, key_file[1]) as client:
+        with pytest.raises(RequestError, match=r"422.*temperature"):
+            client.infer("a", temperature=3.0)
+        engine._tokens = 1
+        with pytest.raises(ServiceError, match=r"504.*within 0.3 s"):
+            client.infer("one two")
+        engine.let(1)
+        with pytest.raises(ServiceError, match=r"broke off.*within 0.3 s"):
+            list(client.stream("one two"))
+        engine.fail(UnavailableError("lost", status=503, code="engine_failed"))
+        with pytest.raises(ServiceError, match=r"503.*lost"):
+            client.infer("one two")
+    with Client("http://127.0.0.1:9", "k") as client, pytest.raises(ServiceError, match="nothing answers at"):
+        client.infer("a")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        Client("http://127.0.0.1:8080", "clé")
+
+
+@pytest.mark.parametrize("module", ["anything", "anything.client", "anything.gateway", "anything.cli", "anything.fake"])
+def test_importing_needs_no_torch(module: str) -> None:
+    program = (
+        f"import sys, {module}; {module}.__dict__; import anything; anything.Client; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
