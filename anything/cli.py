@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for noisy in ("httpx", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     commands = {"serve": serve_command, "key": key_command, "infer": infer_command}
     return run_program(lambda: commands[arguments.command](arguments))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -22,6 +23,11 @@ class EngineConfig(Section):
     max_waiting: PositiveInt = 256
     """Requests queued before the gateway answers 429."""
     threads: PositiveInt | None = None
+    """CPU threads of one operation; `None` leaves it to torch (OMP_NUM_THREADS)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights, arithmetic and cache; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
 
 class ServeConfig(Section):

@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from anything.forward import Forward, Sampling, draw
 from anything.protocol import Chunk, Generation, RefusedError, UnavailableError, Usage
 from anything.scheduler import Row, Scheduler, Sequence
 from anything.tokenizer import GrowingText, Tokenizer
-from base.errors import WeightsError
+from base.errors import ConfigError, WeightsError
 from model.weights import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class EmbeddedEngine:
         self._thread.start()
         await loaded
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Chunk]:
         """Whole characters as they are certain; see the protocol.
 
         Raises:
@@ -176,8 +176,7 @@ class EmbeddedEngine:
     def _load(self) -> None:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        device, dtype = _place(self._config)
         self._tokenizer = Tokenizer(self._uri)
         model = load_pretrained(self._uri, dtype=dtype, device=device)
         config = model.config
@@ -231,6 +230,22 @@ class EmbeddedEngine:
         del self._jobs[row.sequence]
         usage = Usage(len(row.sequence.prompt), len(row.sequence.generated))
         return Chunk(text + job.text.finish(), self._version, reason, usage)
+
+
+def _place(config: EngineConfig) -> tuple[str, torch.dtype]:
+    """Device and type that the configuration asks for, on this machine.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("serve.engine.device: this machine has no CUDA GPU that torch can use (got 'cuda')")
+    if config.dtype != "auto":
+        return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    return device, torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def _put(chunks: list[tuple[_Job, Chunk]]) -> None:

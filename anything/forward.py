@@ -56,6 +56,7 @@ class _Batch:
     slots_N: Tensor
     decode_slots_BS: Tensor
     decode_mask_B11S: Tensor
+    """False behind a sequence's last token."""
     chunks: list[_Chunk]
     sampled_rows: list[int]
 
@@ -113,35 +114,39 @@ class Forward:
 
     def _batch(self, rows: list[Row]) -> _Batch:
         decoding = [row for row in rows if row.count == 1]
-        longest = max((row.start + 1 for row in decoding), default=0)
-        slots = [self._slots(row) for row in rows]
-        # Padding points at slot 0 and is masked.
-        decode_slots = [s + [0] * (longest - len(s)) for s in slots[: len(decoding)]]
         lengths_B = self._tensor([row.start + 1 for row in decoding])
-        positions_S = torch.arange(longest, device=self._device)
+        longest = max((row.start + 1 for row in decoding), default=0)
         chunks, sampled, first = [], [], 0
-        for row, row_slots in zip(rows, slots, strict=True):
+        for row in rows:
             last = first + row.count
             if row.count > 1:
-                chunks.append(_Chunk(first, last, self._tensor(row_slots), self._causal_mask(row)))
+                slots_S = self._slots([row], last=row.start + row.count)[0]
+                chunks.append(_Chunk(first, last, slots_S, self._causal_mask(row)))
             if row.samples:
                 sampled.append(last - 1)
             first = last
+        positions = [row.start + offset for row in rows for offset in range(row.count)]
+        owners = [row for row in rows for _ in range(row.count)]
+        size = self._block_tokens
+        slots = [row.blocks[p // size] * size + p % size for row, p in zip(owners, positions, strict=True)]
         return _Batch(
-            tokens_N=self._tensor([t for row in rows for t in row.sequence.tokens(row.start, row.count)]),
-            positions_N=self._tensor([row.start + offset for row in rows for offset in range(row.count)]),
-            slots_N=self._tensor([z for row, s in zip(rows, slots, strict=True) for z in s[row.start :]]),
-            decode_slots_BS=self._tensor(decode_slots).view(len(decoding), longest),
-            decode_mask_B11S=(positions_S < lengths_B[:, None])[:, None, None],
+            tokens_N=self._tensor([token for row in rows for token in row.tokens]),
+            positions_N=self._tensor(positions),
+            slots_N=self._tensor(slots),
+            decode_slots_BS=self._slots(decoding, last=longest),
+            decode_mask_B11S=(torch.arange(longest, device=self._device) < lengths_B[:, None])[:, None, None],
             chunks=chunks,
             sampled_rows=sampled,
         )
 
-    def _slots(self, row: Row) -> list[int]:
-        """The cache's slots of all tokens up to the row's last."""
+    def _slots(self, rows: list[Row], *, last: int) -> Tensor:
+        """The cache's slots [B, last] of each row's sequence; what a sequence does not reach points anywhere."""
         size = self._block_tokens
-        slots = [block * size + offset for block in row.sequence.blocks for offset in range(size)]
-        return slots[: row.start + row.count]
+        width = -(-last // size)
+        tables = [[*row.blocks, *[0] * width][:width] for row in rows]
+        blocks_BX = self._tensor(tables).view(len(rows), width)
+        within = torch.arange(size, device=self._device)
+        return (blocks_BX[:, :, None] * size + within).flatten(1)[:, :last]
 
     def _causal_mask(self, row: Row) -> Tensor | None:
         """True where a query of the chunk may look; None at a prompt's start: causal attention needs no mask there."""

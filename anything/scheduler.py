@@ -53,13 +53,23 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens [start, start + count) of one sequence, to be computed in a step."""
+    """Tokens [start, start + count) of one sequence, to be computed in a step.
+
+    A copy: the sequence may be cancelled, and so lose its blocks, while the step runs. What is then written to them
+    is harmless, for they get another owner only in a later step.
+    """
 
     sequence: Sequence
     start: int
-    count: int
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
     samples: bool
     """Whether these are the last known tokens, so that the step gives a new one."""
+
+    @property
+    def count(self) -> int:
+        """Tokens of this row."""
+        return len(self.tokens)
 
 
 class BlockAllocator:
@@ -256,4 +266,5 @@ class Scheduler:
 
 
 def _row(sequence: Sequence, count: int) -> Row:
-    return Row(sequence, sequence.computed, count, samples=count == sequence.remaining)
+    start, samples = sequence.computed, count == sequence.remaining
+    return Row(sequence, start, tuple(sequence.tokens(start, count)), tuple(sequence.blocks), samples)

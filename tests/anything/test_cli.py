@@ -119,6 +119,7 @@ def test_serve_a_folder_that_is_no_model(tmp_path: Path, model_folder: str, key_
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") or "error: " in done.stderr
 
 
+@pytest.mark.slow
 def test_serve_a_model_and_route_to_it(tmp_path: Path, model_folder: str, key_file: tuple[str, str]) -> None:
     """Two processes: a replica with a model, and a gateway in front; both end with 0 on SIGTERM."""
     key, client_key = tmp_path / "key", key_file[1]

@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from anything.client import Client
 from anything.config import EngineConfig
 from anything.engine import EmbeddedEngine
 from anything.protocol import Chunk, Generation, RefusedError, UnavailableError, Usage
+from anything.scheduler import Row
 from anything.tokenizer import Tokenizer
 from base.errors import MissingFileError, WeightsError
 from model.transformer import DeepseekV3
@@ -39,7 +41,7 @@ def greedy_without_cache(model: DeepseekV3, prompt: list[int], max_tokens: int) 
 
 
 @asynccontextmanager
-async def running(uri: str, config: EngineConfig) -> AsyncIterator[EmbeddedEngine]:
+async def running(uri: str, config: EngineConfig) -> AsyncGenerator[EmbeddedEngine]:
     engine = EmbeddedEngine(uri, config, version="v")
     await engine.start()
     try:
@@ -108,6 +110,33 @@ def test_a_cancelled_generation_frees_its_blocks_for_others(model_folder: str) -
                 assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(expected)
             gauges = engine.gauges()
             assert (gauges["cache_blocks_free"], gauges["running"], gauges["waiting"]) == (64, 0, 0)
+
+    asyncio.run(main())
+
+
+def test_a_cancel_in_the_middle_of_a_step_harms_nobody(model_folder: str) -> None:
+    config = EngineConfig(block_tokens=4, cache_blocks=128)
+
+    async def main() -> None:
+        async with running(model_folder, config) as engine:
+            inside, go_on = threading.Event(), threading.Event()
+            step = engine._forward.step
+
+            def held(rows: Sequence[Row]) -> tuple[list[int], torch.Tensor]:
+                inside.set()
+                go_on.wait(30)
+                return step(rows)
+
+            stays, goes = engine.generate(Generation("stays", 30)), engine.generate(Generation("goes away", 30))
+            chunks, _ = [await anext(stays)], await anext(goes)
+            engine._forward.step = held  # type: ignore[method-assign]
+            await asyncio.to_thread(inside.wait)
+            await goes.aclose()
+            go_on.set()
+            chunks += [chunk async for chunk in stays]
+            alone = await collect(engine, Generation("stays", 30))
+            assert "".join(chunk.text for chunk in chunks) == "".join(chunk.text for chunk in alone)
+            assert engine.gauges()["cache_blocks_free"] == 128
 
     asyncio.run(main())
 

@@ -57,9 +57,10 @@ class Run:
         assert admitted == [s.order for s in self.alive[: len(admitted)]], "a younger one overtook"
         for row in rows:
             assert row.start == row.sequence.computed
-            assert len(row.sequence.blocks) * self.block_tokens >= row.start + row.count
+            assert list(row.blocks) == row.sequence.blocks
+            assert len(row.blocks) * self.block_tokens >= row.start + row.count
             known = row.sequence.prompt + row.sequence.generated
-            assert row.sequence.tokens(row.start, row.count) == known[row.start : row.start + row.count]
+            assert list(row.tokens) == known[row.start : row.start + row.count]
             assert row.samples == (row.start + row.count == row.sequence.length)
         for row in rows:
             token = 1000 + len(row.sequence.generated) if row.samples else None
