@@ -1,0 +1,60 @@
+"""Owns the tokenizer of a run: a byte-level BPE trained on its documents, or one that was given.
+
+It knows nothing of sequences. Training and encoding are the `tokenizers` library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from base import storage
+from base.errors import DataError
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_id: int) -> Tokenizer:
+    """Train a byte-level BPE (as GPT-2's) of at most `vocab_size` tokens. The same texts give the same tokenizer.
+
+    Raises:
+        DataError: the model's bos and eos ids are not 0 and 1, which a tokenizer trained here has.
+    """
+    if (bos_id, eos_id) != (0, 1):
+        raise DataError(
+            f"a tokenizer that is trained here has bos 0 and eos 1, the model wants {bos_id} and {eos_id}. "
+            "Give data.tokenizer, or set model.bos_token_id=0 and model.eos_token_id=1."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, *ROLE_TOKENS.values()],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(uri: str, vocab_size: int | None = None) -> Tokenizer:
+    """Load a tokenizer.json.
+
+    Raises:
+        MissingFileError: nothing is at `uri`.
+        DataError: it is no tokenizer, or has more tokens than the model's `vocab_size`.
+    """
+    content = storage.read_bytes(uri)
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(f"{uri}: not a tokenizer.json that the tokenizers library reads: {error}") from error
+    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
+        raise DataError(
+            f"{uri}: has {tokenizer.get_vocab_size()} tokens, model.vocab_size is {vocab_size}. "
+            "They do not belong together: give another tokenizer, or set model.vocab_size."
+        )
+    return tokenizer

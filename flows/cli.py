@@ -1,0 +1,123 @@
+"""Owns the `cherry` command: its arguments, and what a person reads at the end of each of its subcommands.
+
+It knows the flows and the run directory; what the steps do is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from base.errors import CherryError, run_program
+from cherry import __version__
+
+_STATE_STYLE = {"ok": "green", "note": "yellow", "fail": "bold red"}
+# Where the pages and the gateway listen unless a person says otherwise: each tool's own default port.
+PORTS = (("the Anything gateway", 8080), ("the Prefect page", 4200), ("the MLflow page", 5000))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="cherry", description="From data to a served, A/B-tested release of a DeepSeek-V3-class model."
+    )
+    parser.add_argument("--version", action="version", version=f"cherry {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="data, training, quantization, evaluation and registration")
+    deploy = commands.add_parser("deploy", help="serve a registered version and shift traffic to it")
+    for command in (run, deploy):
+        command.add_argument("config", metavar="CONFIG", help="a YAML file, like configs/tiny.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="like train.learning_rate=2e-6")
+        command.add_argument("--verbose", action="store_true", help="print every log line of the flow")
+    deploy.add_argument("--model-version", type=int, metavar="N", help="a registered version; default: the candidate")
+
+    status = commands.add_parser("status", help="every run: finished steps, loss, checkpoint, processes")
+    stop = commands.add_parser("stop", help="stop what `cherry deploy` started")
+    doctor = commands.add_parser("doctor", help="whether this machine can run the pipeline")
+    for command in (status, stop, doctor):
+        command.add_argument("--runs-directory", type=Path, default=Path("runs"), metavar="DIR")
+    commands.add_parser("demo", help="text to a served release with configs/tiny.yaml")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; ends the process with the error's exit code."""
+    options = build_parser().parse_args(arguments)
+    raise SystemExit(run_program(lambda: _dispatch(options)))
+
+
+def _dispatch(options: argparse.Namespace) -> None:
+    console = Console()
+    if options.command == "doctor":
+        _doctor(console, options.runs_directory)
+    elif options.command == "status":
+        _status(console, options.runs_directory)
+    elif options.command == "stop":
+        from tasks.deploy import stop_serving
+
+        stopped = stop_serving(str(options.runs_directory))
+        console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
+    else:
+        from flows import commands
+
+        _quiet_prefect(verbose=getattr(options, "verbose", False))
+        if options.command == "run":
+            commands.run(console, options.config, options.overrides)
+        elif options.command == "deploy":
+            commands.deploy(console, options.config, options.overrides, version=options.model_version)
+        else:
+            commands.demo(console)
+
+
+def _quiet_prefect(*, verbose: bool) -> None:
+    """Leave the terminal to the progress display; the log lines still reach the Prefect page."""
+    os.environ.setdefault("PREFECT_LOGGING_COLORS", "0" if not sys.stdout.isatty() else "1")
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+
+
+def _doctor(console: Console, runs_directory: Path) -> None:
+    from flows.doctor import examine
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "check", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    checks = examine(runs_directory, PORTS)
+    for check in checks:
+        style = _STATE_STYLE[check.state]
+        table.add_row(f"[{style}]{check.state}[/]", check.name, check.found, check.advice)
+    console.print(table)
+    failed = [check.name for check in checks if check.state == "fail"]
+    if failed:
+        raise CherryError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+    console.print("\nReady. Next: cherry run configs/tiny.yaml")
+
+
+def _status(console: Console, runs_directory: Path) -> None:
+    from flows.status import read_runs
+    from flows.summary import STEPS
+
+    runs = read_runs(runs_directory, list(STEPS))
+    if not runs:
+        console.print(f"no runs in {runs_directory}. Next: cherry run configs/tiny.yaml")
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "finished", "training", "loss", "checkpoint", "processes"):
+        table.add_column(heading)
+    for run in runs:
+        training = "-" if run.step is None else f"{run.step}/{run.steps_total or '?'}"
+        loss = "-" if run.loss is None else f"{run.loss:.3f}"
+        finished = f"{len(run.finished)}: {list(run.finished)[-1]}" if run.finished else "-"
+        table.add_row(run.name, finished, training, loss, run.checkpoint or "-", str(run.processes))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
