@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from anything.config import ServeConfig
-from anything.gateway import create_app
 from anything.keys import create_key, load_keys
 from anything.protocol import Engine
-from anything.server import DrainingServer, bind, url_of
 from model.config import ModelConfig
 
 EOS = 1
@@ -94,6 +91,10 @@ def key_file(tmp_path: Path) -> tuple[str, str]:
 @contextmanager
 def serving(engine: Engine, key_file: str, config: ServeConfig | None = None) -> Iterator[str]:
     """A real server in a thread; its URL, once it is ready."""
+    # Here, because the engine's own tests run on GPU machines without a web framework.
+    from anything.gateway import create_app
+    from anything.server import DrainingServer, bind, url_of
+
     config = config or ServeConfig(port=0)
     listener = bind(config.host, 0)
     server = DrainingServer(create_app(engine, config, load_keys(key_file)), listener)
@@ -113,14 +114,5 @@ def serving(engine: Engine, key_file: str, config: ServeConfig | None = None) ->
 @pytest.fixture
 def serve(key_file: tuple[str, str]) -> Iterator[Callable[..., str]]:
     """Start a server for an engine, with the key of `key_file`; all are stopped at the end."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield lambda engine, config=None: stack.enter_context(serving(engine, key_file[0], config))
-
-
-def write_routes(path: Path, replicas: list[dict[str, object]], salt: str = "s") -> None:
-    """Replace routes.json in one move, as a deploy does."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"salt": salt, "replicas": replicas}))
-    temporary.replace(path)

@@ -126,7 +126,7 @@ def test_serve_a_model_and_route_to_it(tmp_path: Path, model_folder: str, key_fi
     key.write_text(client_key)
     command = [sys.executable, "-m", "anything.cli", "serve", "--port", "0", "--key_file", key_file[0]]
     config = tmp_path / "config.yaml"
-    config.write_text("name: run\nserve:\n  engine:\n    cache_blocks: 64\n    threads: 1\n")
+    config.write_text("name: run\nserve:\n  engine:\n    cache_blocks: 64\n    threads: 1\n    device: cpu\n")
     replica_port, front_port = tmp_path / "replica.json", tmp_path / "front.json"
     replica = [*command, "--model_path", model_folder, "--port_file", str(replica_port), "--config", str(config)]
     with subprocess.Popen(replica) as first:

@@ -25,6 +25,12 @@ from base.errors import MissingFileError, WeightsError
 from model.transformer import DeepseekV3
 from model.weights import load_pretrained
 
+
+def cpu(**options: int) -> EngineConfig:
+    """fp32 on the CPU, also where there is a GPU, whose rounding may choose another token."""
+    return EngineConfig.model_validate({"device": "cpu", "dtype": "float32", **options})
+
+
 PROMPTS = ["a", "def main(", "x" * 37, "".join(map(chr, range(40, 120))), "été " * 9, "0123456789" * 11]
 
 
@@ -58,9 +64,9 @@ async def collect(engine: EmbeddedEngine, generation: Generation) -> list[Chunk]
 @pytest.mark.parametrize(
     "config",
     [
-        EngineConfig(block_tokens=16, cache_blocks=256),
+        cpu(block_tokens=16, cache_blocks=256),
         # Prompts in several chunks, few places, blocks for about two sequences: preemption and reuse.
-        EngineConfig(block_tokens=4, cache_blocks=52, max_running=4, prefill_chunk_tokens=7),
+        cpu(block_tokens=4, cache_blocks=52, max_running=4, prefill_chunk_tokens=7),
     ],
     ids=["roomy", "tight"],
 )
@@ -92,7 +98,7 @@ def test_concurrent_greedy_equals_decoding_without_a_cache(
 
 
 def test_a_cancelled_generation_frees_its_blocks_for_others(model_folder: str) -> None:
-    config = EngineConfig(block_tokens=4, cache_blocks=64, prefill_chunk_tokens=8)
+    config = cpu(block_tokens=4, cache_blocks=64, prefill_chunk_tokens=8)
     model = load_pretrained(model_folder, dtype=torch.float32)
     tokenizer = Tokenizer(model_folder)
     expected, _ = greedy_without_cache(model, tokenizer.encode(PROMPTS[3]), 40)
@@ -115,7 +121,7 @@ def test_a_cancelled_generation_frees_its_blocks_for_others(model_folder: str) -
 
 
 def test_a_cancel_in_the_middle_of_a_step_harms_nobody(model_folder: str) -> None:
-    config = EngineConfig(block_tokens=4, cache_blocks=128)
+    config = cpu(block_tokens=4, cache_blocks=128)
 
     async def main() -> None:
         async with running(model_folder, config) as engine:
@@ -146,7 +152,7 @@ def test_sampling_depends_on_the_seed_alone(model_folder: str) -> None:
         return Generation("sample", 24, temperature=temperature, seed=seed)
 
     async def main() -> None:
-        async with running(model_folder, EngineConfig()) as engine:
+        async with running(model_folder, cpu()) as engine:
             alone = await collect(engine, asked(3))
             crowd = [asked(seed) for seed in (3, 4, 3, 5)] + [Generation(prompt, 24) for prompt in PROMPTS]
             together = await asyncio.gather(*(collect(engine, generation) for generation in crowd))
@@ -161,13 +167,13 @@ def test_sampling_depends_on_the_seed_alone(model_folder: str) -> None:
 
 def test_the_context_bounds_prompt_and_output(model_folder: str) -> None:
     async def main() -> None:
-        async with running(model_folder, EngineConfig(block_tokens=4, cache_blocks=16)) as engine:
+        async with running(model_folder, cpu(block_tokens=4, cache_blocks=16)) as engine:
             with pytest.raises(RefusedError, match=r"1 to 63 tokens .*got 64"):
                 await collect(engine, Generation("p" * 64, 1))
             chunks = await collect(engine, Generation("p" * 60, 100))
             assert chunks[-1].usage is not None
             assert chunks[-1].usage.completion_tokens <= 4
-        async with running(model_folder, EngineConfig()) as engine:
+        async with running(model_folder, cpu()) as engine:
             with pytest.raises(RefusedError, match="1 to 511 tokens"):
                 await collect(engine, Generation("p" * 512, 1))
 
@@ -176,7 +182,7 @@ def test_the_context_bounds_prompt_and_output(model_folder: str) -> None:
 
 def test_a_failed_step_fails_every_generation_and_readiness(model_folder: str) -> None:
     async def main() -> None:
-        async with running(model_folder, EngineConfig()) as engine:
+        async with running(model_folder, cpu()) as engine:
             stream = engine.generate(Generation("abc", 400))
             await anext(stream)
             engine._forward.cache_LZX = torch.zeros(0, 0, 0)
@@ -193,7 +199,7 @@ def test_a_failed_step_fails_every_generation_and_readiness(model_folder: str) -
 
 def test_closing_ends_generations_in_flight(model_folder: str) -> None:
     async def main() -> None:
-        async with running(model_folder, EngineConfig()) as engine:
+        async with running(model_folder, cpu()) as engine:
             assert await engine.ready()
             stream = engine.generate(Generation("abc", 500))
             await anext(stream)
@@ -212,7 +218,7 @@ def test_a_folder_that_cannot_be_served_says_why(model_folder: str, tmp_path: Pa
     weights.write_bytes(weights.read_bytes()[:-100])
 
     async def start(uri: Path) -> None:
-        async with running(str(uri), EngineConfig()):
+        async with running(str(uri), cpu()):
             pass
 
     with pytest.raises(WeightsError, match=re.escape(weights.name)):
@@ -233,7 +239,7 @@ def test_the_end_token_stops_and_is_not_said(model_folder: str, tmp_path: Path) 
     config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": end}))
 
     async def main() -> list[Chunk]:
-        async with running(str(tmp_path / "ends"), EngineConfig()) as engine:
+        async with running(str(tmp_path / "ends"), cpu()) as engine:
             return await collect(engine, Generation("stop here", 30))
 
     chunks = asyncio.run(main())
@@ -246,7 +252,7 @@ def test_an_answer_over_http_is_greedy_decoding(
     model_folder: str, serve: Callable[..., str], key_file: tuple[str, str]
 ) -> None:
     model, tokenizer = load_pretrained(model_folder, dtype=torch.float32), Tokenizer(model_folder)
-    url = serve(EmbeddedEngine(model_folder, EngineConfig(), version="v"))
+    url = serve(EmbeddedEngine(model_folder, cpu(), version="v"))
     with Client(url, key_file[1]) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = pool.map(lambda prompt: client.infer(prompt, max_tokens=20), PROMPTS)
         streams = pool.map(lambda prompt: "".join(client.stream(prompt, max_tokens=20)), PROMPTS)
