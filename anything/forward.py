@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anything.scheduler import Row
-from model.attention import Attention, Latents, scaled_dot_product
+from model.attention import Attention, Latents
 from model.rope import rotary_tables
 from model.transformer import Block, DeepseekV3
 
@@ -55,7 +55,7 @@ class _Batch:
     positions_N: Tensor
     slots_N: Tensor
     decode_slots_BS: Tensor
-    decode_mask_B11S: Tensor
+    decode_mask_B1S: Tensor
     """False behind a sequence's last token."""
     chunks: list[_Chunk]
     sampled_rows: list[int]
@@ -104,7 +104,7 @@ class Forward:
         if decoding:
             latents_BSX = cache_ZX[batch.decode_slots_BS]
             of_decode = (queries[0][0, :decoding], queries[1][0, :decoding])
-            parts.append(absorbed_attention(attention, of_decode, latents_BSX, batch.decode_mask_B11S)[None])
+            parts.append(absorbed_attention(attention, of_decode, latents_BSX, batch.decode_mask_B1S)[None])
         for chunk in batch.chunks:
             latents_1SX = cache_ZX[chunk.slots_S][None]
             latents = Latents(latents_1SX[..., : self._latent_width], latents_1SX[..., self._latent_width :])
@@ -134,7 +134,7 @@ class Forward:
             positions_N=self._tensor(positions),
             slots_N=self._tensor(slots),
             decode_slots_BS=self._slots(decoding, last=longest),
-            decode_mask_B11S=(torch.arange(longest, device=self._device) < lengths_B[:, None])[:, None, None],
+            decode_mask_B1S=(torch.arange(longest, device=self._device) < lengths_B[:, None])[:, None],
             chunks=chunks,
             sampled_rows=sampled,
         )
@@ -161,23 +161,26 @@ class Forward:
 
 
 def absorbed_attention(
-    attention: Attention, queries: tuple[Tensor, Tensor], latents_BSX: Tensor, mask_B11S: Tensor
+    attention: Attention, queries: tuple[Tensor, Tensor], latents_BSX: Tensor, mask_B1S: Tensor
 ) -> Tensor:
     """Attention of one query per sequence on cached latents, projected back to [B, D].
 
+    Plain matrix products: heads share key and value, so they are the rows of one product per sequence. No fused
+    kernel takes a width of C + R = 576, and cuDNN plans anew for each length, which changes at every step.
+
     Args:
         queries: the unrotated part [B, H, P] and the rotated part [B, H, R].
-        mask_B11S: True where a sequence has a token.
+        mask_B1S: True where a sequence has a token.
     """
     width = attention.latent_width
     kv_b_HXC = attention.kv_b_proj.weight.view(attention.heads, -1, width)
     w_uk_HPC, w_uv_HVC = torch.split(kv_b_HXC, [attention.nope_width, attention.value_width], dim=1)
     q_latent_BHC = torch.einsum("bhp,hpc->bhc", queries[0], w_uk_HPC)
-    # Heads share key and value, so they stand where queries of one head would.
-    q_B1HX = torch.cat([q_latent_BHC, queries[1]], dim=-1)[:, None]
-    k_B1SX = latents_BSX[:, None]
-    mixed_B1HC = scaled_dot_product(q_B1HX, k_B1SX, k_B1SX[..., :width], attention.scale, mask_B11S)
-    value_BHV = torch.einsum("bhc,hvc->bhv", mixed_B1HC[:, 0], w_uv_HVC)
+    q_BHX = torch.cat([q_latent_BHC, queries[1]], dim=-1) * attention.scale
+    scores_BHS = torch.bmm(q_BHX, latents_BSX.transpose(1, 2)).float()
+    share_BHS = scores_BHS.masked_fill(~mask_B1S, float("-inf")).softmax(dim=-1)
+    mixed_BHC = torch.bmm(share_BHS.to(latents_BSX.dtype), latents_BSX[..., :width])
+    value_BHV = torch.einsum("bhc,hvc->bhv", mixed_BHC, w_uv_HVC)
     out_BD: Tensor = attention.o_proj(value_BHV.flatten(1))
     return out_BD
 
