@@ -1,0 +1,261 @@
+"""Owns training checkpoints: written in the background, committed by a marker, pruned, and checked when read back.
+
+It knows nothing of training but the names of what a resume needs. One directory a step, never overwritten; a directory
+without its marker does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from base import storage
+from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, SupersededError, storage_errors
+from cherry.fence import Fence
+
+logger = logging.getLogger(__name__)
+_STEP = re.compile(r"^step_(\d+)$")
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step's checkpoint."""
+    return f"step_{step:06d}"
+
+
+def committed_steps(directory: str) -> list[int]:
+    """Steps with a committed checkpoint, oldest first. One rank only: it lists storage."""
+    steps = [int(match[1]) for name in storage.list_names(directory) if (match := _STEP.match(name))]
+    return sorted(step for step in steps if storage.is_committed(storage.join(directory, step_name(step))))
+
+
+def newest_checkpoint(directory: str) -> str | None:
+    """URI of the newest committed checkpoint, or `None`. One rank only."""
+    steps = committed_steps(directory)
+    return storage.join(directory, step_name(steps[-1])) if steps else None
+
+
+class Checkpointer:
+    """Saves and restores one job's state. Every method is called by every rank, in the same order.
+
+    Args:
+        directory: where the step directories go, as a path or URI.
+        group: a process group with a CPU backend that nothing else uses.
+        fence: refuses the commit of an attempt that was superseded; rank 0's.
+    """
+
+    def __init__(
+        self, directory: str, *, keep_last: int, asynchronous: bool, group: dist.ProcessGroup, fence: Fence | None
+    ) -> None:
+        self.directory = directory
+        self.failures: list[CherryError] = []
+        """Saves that failed, on this rank; training went on."""
+        self.last_saved: str | None = None
+        self._keep_last = keep_last
+        self._asynchronous = asynchronous
+        self._group = group
+        self._fence = fence
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+        """Copy the state, and write it in the background; waits first for a save that is still going on.
+
+        Args:
+            record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
+        """
+        self.wait()
+        target = storage.join(self.directory, step_name(step))
+        if dist.get_rank(self._group) == 0:
+            storage.remove_tree(target)  # an attempt before this one may have died in it
+        dist.barrier(self._group)
+        state = _stage(_state(model, optimizer))
+        self._pending = self._thread.submit(self._write, target, state, record)
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in flight is committed or has failed. A failure is kept in `failures`, not raised.
+
+        Raises:
+            SupersededError: a newer attempt owns the run directory.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except SupersededError:
+            raise
+        except CherryError as error:
+            logger.error("checkpoint not saved: %s", error)
+            self.failures.append(error)
+
+    def close(self) -> None:
+        """Finish the save in flight and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, target: str, state: dict[str, Any], record: dict[str, Any]) -> None:
+        """On the background thread of every rank: write, agree that all have, commit, prune."""
+        rank = dist.get_rank(self._group)
+        error: CherryError | None = None
+        files: dict[str, list[Any]] = {}
+        try:
+            storage.make_directory(target)
+            _save(state, target, self._group)
+            files = _digest_own(target, rank)
+        except (Exception, CheckpointException) as failure:
+            error = _as_storage_error(failure, target)
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(outcomes, (error, files), group=self._group)
+        failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
+        verdict: list[CherryError | None] = [failed]
+        if rank == 0:
+            try:
+                if failed is None:
+                    self._commit(target, record, {k: v for outcome in outcomes for k, v in outcome[1].items()})
+                else:
+                    storage.remove_tree(target)
+            except CherryError as failure:
+                verdict = [failure]
+        dist.broadcast_object_list(verdict, group=self._group, group_src=0)
+        if verdict[0] is not None:
+            raise verdict[0]
+        self.last_saved = target
+
+    def _commit(self, target: str, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
+        if self._fence is not None:
+            self._fence.check()
+        storage.write_json(storage.join(target, "state.json"), record)
+        storage.commit(target, {**record, "files": files})
+        for step in committed_steps(self.directory)[: -self._keep_last]:
+            storage.remove_tree(storage.join(self.directory, step_name(step)))
+
+
+def restore(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Load a committed checkpoint into a model and optimizer of any world size; its record.
+
+    Raises:
+        MissingFileError: the directory was never committed.
+        CheckpointError: a file is corrupt, truncated or missing, or the checkpoint is of another model.
+    """
+    record = storage.read_commit(uri)
+    _verify(uri, record.get("files", {}), group)
+    state = _state(model, optimizer)
+    try:
+        if storage.is_local(uri):
+            load_state(state, storage_reader=FileSystemReader(storage.local_path(uri)), process_group=group)
+        else:
+            from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+            load_state(state, storage_reader=FsspecReader(uri), process_group=group)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(
+            f"{uri} does not fit the configured model, or cannot be read: {str(error).strip().splitlines()[-1]}. "
+            "Resume with the config it was made with, or start in another run directory."
+        ) from error
+    set_model_state_dict(model, state["model"], options=_OPTIONS)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+    return record
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    # Also makes the optimizer's states exist, with zeros, when no step was taken yet.
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _stage(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy on the CPU that later steps do not change."""
+    from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+
+    return _copy_state_dict(state, _create_cpu_state_dict(state))
+
+
+def _save(state: dict[str, Any], target: str, group: dist.ProcessGroup) -> None:
+    if storage.is_local(target):
+        writer: FileSystemWriter = FileSystemWriter(storage.local_path(target), sync_files=True)
+    else:
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        writer = FsspecWriter(target)
+    save_state(state, storage_writer=writer, process_group=group)
+
+
+def _digest_own(target: str, rank: int) -> dict[str, list[Any]]:
+    """Size and SHA-256 of the files that this rank wrote, by name; rank 0's include the metadata."""
+    own = [name for name in storage.list_names(target) if name.startswith(f"__{rank}_")]
+    return {name: _digest(storage.join(target, name)) for name in own + ([".metadata"] if rank == 0 else [])}
+
+
+def _digest(uri: str) -> list[Any]:
+    hasher, size = hashlib.sha256(), 0
+    with storage.open_read(uri) as handle:
+        while block := handle.read(1 << 22):
+            hasher.update(block)
+            size += len(block)
+    return [size, hasher.hexdigest()]
+
+
+def _verify(uri: str, files: dict[str, list[Any]], group: dist.ProcessGroup) -> None:
+    """Each rank checks its share of the files; all ranks raise what any of them found."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    broken: list[str] = []
+    for name in sorted(files)[rank::ranks]:
+        try:
+            found = _digest(storage.join(uri, name))
+        except CherryError as error:
+            broken.append(str(error))
+            continue
+        if found != files[name]:
+            what = (
+                f"{found[0]} bytes, {files[name][0]} were committed" if found[0] != files[name][0] else "other content"
+            )
+            broken.append(f"{storage.join(uri, name)}: {what}")
+    found_by: list[Any] = [None] * ranks
+    dist.all_gather_object(found_by, broken, group=group)
+    if everything := [line for lines in found_by for line in lines]:
+        raise CheckpointError(
+            "corrupt checkpoint:\n"
+            + "\n".join(f"  {line}" for line in everything)
+            + "\nRemove this step's directory to resume from the one before it."
+        )
+
+
+def _as_storage_error(failure: BaseException, target: str) -> CherryError:
+    if isinstance(failure, CherryError):
+        return failure
+    causes = list(getattr(failure, "failures", {}).values())  # a CheckpointException: (error, traceback) by rank
+    errors = [cause[0] for cause in causes] or [failure]
+    for error in errors:
+        if isinstance(error, OSError):
+            try:
+                with storage_errors(target):
+                    raise error
+            except CherryError as known:
+                return known
+    # torch reports a full disk in its own zip writer's words
+    text = str(errors[0]).strip()
+    if "No space left" in text or "PytorchStreamWriter failed" in text or "enforce fail at inline_container" in text:
+        return DiskFullError(f"no space left while writing {target}: {text.splitlines()[0]}. Free some and run again.")
+    return StorageError(f"could not write {target}: {text}")

@@ -1,0 +1,171 @@
+"""Owns what `train.py` does on each rank: flags into a resolved config, the process group, and the exit code.
+
+It knows nothing of the loop itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from base import storage
+from base.config import dump, load, validate
+from base.errors import CherryError, ConfigError, WorkerLostError, run_program
+from cherry.config import JobConfig
+
+# Linux: the signal that this process gets when its parent dies (prctl(2)).
+_PR_SET_PDEATHSIG = 1
+_FLAGS = {
+    "batch_size": "train.batch_size",
+    "learning_rate": "train.learning_rate",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "steps": "train.steps",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of train.py."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train one model; start it with cherry-launch.")
+    parser.add_argument("--config", help="a resolved config, or one of configs/*.yaml")
+    parser.add_argument("--run_dir", help="the run directory (default: runs/<name>)")
+    parser.add_argument("--model_path", help="weights to start from: a Hugging Face folder or URI, or a .pt file")
+    parser.add_argument("--resume_from", help="a checkpoint directory, like .../step_1000 (default: the newest one)")
+    parser.add_argument("--batch_size", type=int, help="sequences per optimizer step, over all ranks")
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--gradient_accumulation_steps", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="any key of the config, dotted")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one rank; ends the process with the error's exit code."""
+    _die_with_parent()
+    options = build_parser().parse_args(arguments)
+    code = run_program(lambda: _train(options))
+    sys.stdout.flush()
+    # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
+    os._exit(code) if code else sys.exit(0)
+
+
+def _die_with_parent() -> None:
+    """A launcher that is killed outright leaves no rank behind."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(WorkerLostError.exit_code)
+
+
+def resolve(options: argparse.Namespace) -> JobConfig:
+    """The job that the flags describe.
+
+    Raises:
+        ConfigError: lists every broken rule.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    overrides = [
+        f"{key}={getattr(options, flag)}" for flag, key in _FLAGS.items() if getattr(options, flag) is not None
+    ]
+    overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
+    if world > local:
+        overrides.append(f"launch.master_port={os.environ['MASTER_PORT']}")
+    if options.model_path is not None:
+        overrides.append(f"init_from={json.dumps(options.model_path)}")
+    overrides += options.set
+    if options.config is not None:
+        return load(options.config, JobConfig, overrides, part_of_file=True)
+    if options.model_path is None:
+        raise ConfigError(
+            "train.py needs --config, or --model_path of a folder whose config.json gives the architecture"
+        )
+    return _from_model_path(options.model_path, overrides)
+
+
+def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
+    """A job around given weights: architecture and tokenizer from their folder, everything else by default."""
+    from base.config import apply_overrides
+    from model.weights import read_model_config
+
+    folder = path.rsplit("/", 1)[0] if path.endswith(".pt") else path
+    model, _ = read_model_config(folder)
+    raw: dict[str, Any] = {"name": "train", "model": model.model_dump(mode="json", exclude={"preset"})}
+    tokenizer = storage.join(folder, "tokenizer.json")
+    if storage.exists(tokenizer):
+        raw["data"] = {"tokenizer": tokenizer}
+    return validate(apply_overrides(raw, overrides), JobConfig, origin=f"flags with --model_path={path}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = resolve(options)
+    run_directory = options.run_dir or f"runs/{config.name}"
+    rank, local_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _log_to_file(run_directory, rank)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(config.train.threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        _prepare(config, run_directory, rank)
+        from cherry.trainer import Trainer
+
+        trainer = Trainer(config, run_directory, resume_from=options.resume_from)
+        trainer.run()
+    except CherryError as error:
+        # Every rank raises what concerns all; one line is enough for a person.
+        if rank != 0:
+            raise SystemExit(error.exit_code) from error
+        raise
+    dist.destroy_process_group()
+
+
+def _prepare(config: JobConfig, run_directory: str, rank: int) -> None:
+    """Run by hand, without the flow: write the resolved config and prepare the data when they are not there."""
+    import torch.distributed as dist
+
+    outcome: list[CherryError | None] = [None]
+    if rank == 0:
+        try:
+            if not storage.exists(storage.join(run_directory, "config.yaml")):
+                storage.write_bytes(storage.join(run_directory, "config.yaml"), dump(config).encode())
+            data = storage.join(run_directory, "data")
+            if not storage.is_committed(data):
+                from cherry.data import prepare
+
+                model = config.model
+                prepare(
+                    config.data,
+                    vocab_size=model.vocab_size,
+                    directory=data,
+                    bos_id=model.bos_token_id,
+                    eos_id=model.eos_token_id,
+                    on_progress=lambda line, _: print(line, flush=True),
+                )
+        except CherryError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _log_to_file(run_directory: str, rank: int) -> None:
+    directory = Path(storage.local_path(run_directory)) / "train"
+    directory.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(directory / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("cherry").setLevel(logging.INFO)

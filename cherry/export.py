@@ -1,0 +1,79 @@
+"""Owns `python -m cherry.export`: a run's newest committed checkpoint as a Hugging Face folder.
+
+It knows nothing of training: it reads the weights alone, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+
+from base import storage
+from base.config import load
+from base.errors import MissingFileError, run_program
+from cherry.checkpoint import newest_checkpoint
+from cherry.config import JobConfig
+from model.layout import state_to_hf
+from model.transformer import DeepseekV3
+from model.weights import save_pretrained
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = None) -> str:
+    """Write `<run>/export` from a checkpoint, the newest committed one by default; the checkpoint's URI.
+
+    Raises:
+        MissingFileError: no checkpoint is committed.
+    """
+    config = load(storage.join(run_directory, "config.yaml"), JobConfig, part_of_file=True)
+    directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+    source = checkpoint or newest_checkpoint(directory)
+    if source is None:
+        raise MissingFileError(
+            f"{directory} holds no committed checkpoint. Train first; `cherry status` shows how far it is."
+        )
+    storage.read_commit(source)
+    target = storage.join(run_directory, "export")
+    storage.remove_tree(target)
+    with torch.device("meta"):
+        model = DeepseekV3(config.model)
+    tokenizer = storage.join(run_directory, "data", "tokenizer.json")
+    tensors = (pair for name, tensor in read_tensors(model, source) for pair in state_to_hf(name, tensor, config.model))
+    save_pretrained(tensors, target, config.model, dtype=dtype, tokenizer_uri=tokenizer)
+    return source
+
+
+def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's weights by name, each read when it is asked for, so that one is in memory at a time."""
+    reader: FileSystemReader
+    for name, tensor in model.state_dict().items():
+        if storage.is_local(source):
+            reader = FileSystemReader(storage.local_path(source))
+        else:
+            from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+            reader = FsspecReader(source)
+        state = {"model": {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")}}
+        load_state(state, storage_reader=reader, no_dist=True)
+        yield name, state["model"][name]
+
+
+def main() -> None:
+    """Entry point of the program."""
+    parser = argparse.ArgumentParser(prog="python -m cherry.export", description=__doc__)
+    parser.add_argument("--run_dir", required=True)
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
+    parser.add_argument("--checkpoint", help="a committed checkpoint (default: the newest)")
+    options = parser.parse_args()
+    source = export(options.run_dir, dtype=_DTYPES[options.dtype], checkpoint=options.checkpoint)
+    print(f"exported {source} to {storage.join(options.run_dir, 'export')} in {options.dtype}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,56 @@
+"""Owns who may write to a run directory: the newest attempt, by an epoch taken once and never given back.
+
+It knows nothing of checkpoints. Two schedulers may start one run twice; only the later attempt may commit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from base import storage
+from base.errors import SupersededError, storage_errors
+
+_EPOCH = re.compile(r"^epoch-(\d{6})$")
+
+
+class Fence:
+    """The epoch that this attempt holds.
+
+    Args:
+        directory: a local directory that all attempts share.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.epoch = self._take()
+
+    def check(self) -> None:
+        """Raise when a newer attempt has taken the directory.
+
+        Raises:
+            SupersededError: this attempt must stop writing.
+        """
+        newest = _newest(self.directory)
+        if newest != self.epoch:
+            raise SupersededError(
+                f"{self.directory}: attempt {newest} took over from attempt {self.epoch}, which stops here. "
+                "Nothing is lost: the newer attempt goes on from the newest committed checkpoint."
+            )
+
+    def _take(self) -> int:
+        path = storage.local_path(self.directory)
+        with storage_errors(self.directory):
+            os.makedirs(path, exist_ok=True)
+            while True:
+                epoch = _newest(self.directory) + 1
+                try:
+                    # exclusive: of two attempts that start together, one gets the next number
+                    os.close(os.open(f"{path}/epoch-{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                except FileExistsError:
+                    continue
+                return epoch
+
+
+def _newest(directory: str) -> int:
+    return max((int(m[1]) for name in storage.list_names(directory) if (m := _EPOCH.match(name))), default=0)

@@ -1,0 +1,138 @@
+"""Owns the held-out loss: per-document negative log-likelihoods, in windows of the trained length.
+
+It knows nothing of where the model came from. Convention: a document is bos and its tokens, cut into windows of
+sequence_length; each token is predicted from those before it in its window, the first of all from bos.
+Only text tokens are scored, so nats convert to bits per byte of exactly the text that they cover.
+
+Shapes: B window, T position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from base import storage
+from cherry.config import JobConfig
+from cherry.data import HeldoutDocument, load_heldout
+from cherry.loss import IGNORE_INDEX
+from model.transformer import DeepseekV3
+
+_WINDOWS_PER_BATCH = 16
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""tokens [B, T], targets [B, T] -> nll [B] in nats, summed over the targets that count."""
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """One document's sum of -log p over its scored tokens, in nats; `bytes` is the text they cover."""
+
+    id: str
+    nll: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The loss over all scored tokens, in nats per token, and per byte of text in bits."""
+
+    loss: float
+    bits_per_byte: float
+
+
+def score_documents(
+    score: Score, documents: Sequence[HeldoutDocument], window: int, on_progress: Callable[[float], None] | None = None
+) -> list[DocumentScore]:
+    """Score each document with `score`, several windows at a time."""
+    nll = [0.0] * len(documents)
+    windows = list(_windows(documents, window))
+    windows.sort(key=lambda item: len(item[1]))  # little padding; the sums do not depend on the order of batches
+    for start in range(0, len(windows), _WINDOWS_PER_BATCH):
+        batch = windows[start : start + _WINDOWS_PER_BATCH]
+        length = max(len(tokens) for _, tokens, _ in batch)
+        tokens_BT = torch.zeros(len(batch), length, dtype=torch.int64)
+        targets_BT = torch.full((len(batch), length), IGNORE_INDEX, dtype=torch.int64)
+        for row, (_, tokens, targets) in enumerate(batch):
+            tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
+            targets_BT[row, : len(targets)] = torch.tensor(targets)
+        for (document, _, _), value in zip(batch, score(tokens_BT, targets_BT).tolist(), strict=True):
+            nll[document] += value
+        if on_progress is not None:
+            on_progress(min(1.0, (start + _WINDOWS_PER_BATCH) / len(windows)))
+    return [
+        DocumentScore(document.id, value, sum(document.loss_mask), document.bytes)
+        for document, value in zip(documents, nll, strict=True)
+    ]
+
+
+def _windows(documents: Sequence[HeldoutDocument], window: int) -> Iterator[tuple[int, list[int], list[int]]]:
+    for index, document in enumerate(documents):
+        pairs = zip(document.tokens[1:], document.loss_mask[1:], strict=True)
+        targets = [token if bears else IGNORE_INDEX for token, bears in pairs]
+        for start in range(0, len(targets), window):
+            yield (
+                index,
+                document.tokens[start : start + window][: len(targets) - start],
+                targets[start : start + window],
+            )
+
+
+def model_score(model: DeepseekV3, device: torch.device) -> Score:
+    """A `Score` by plain forward passes of an unsharded model."""
+
+    @torch.no_grad()
+    def score(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        targets_BT = targets_BT.to(device)
+        hidden_BTD = model(tokens_BT.to(device)).hidden_BTD
+        rows = []
+        for hidden_TD, targets_T in zip(hidden_BTD, targets_BT, strict=True):  # one row's logits at a time
+            logits_TV = model.logits(hidden_TD).float()
+            rows.append(
+                nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="sum").double()
+            )
+        return torch.stack(rows).cpu()
+
+    return score
+
+
+@torch.no_grad()
+def evaluate_heldout(
+    model: DeepseekV3, network: nn.Module, config: JobConfig, run_directory: str, device: torch.device
+) -> Heldout:
+    """The held-out loss of a model in training, sharded or not; every rank takes part and gets the result.
+
+    Every rank runs the same number of forward passes, because each gathers shards from all.
+    """
+    window = config.data.sequence_length
+    documents = load_heldout(storage.join(run_directory, "data"), None, window)
+    documents = [document for document in documents if sum(document.loss_mask)][: config.train.heldout_sequences]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sums = torch.zeros(3, dtype=torch.float64)
+    network.eval()
+    try:
+        for start in range(0, len(documents), ranks * _WINDOWS_PER_BATCH):
+            share = documents[start + rank : start + ranks * _WINDOWS_PER_BATCH : ranks]
+            for batch in [share] if share else [documents[:1]]:  # an idle rank computes along, and counts nothing
+                tokens_BT = torch.zeros(len(batch), window, dtype=torch.int64)
+                targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
+                for row, (_, tokens, targets) in enumerate(_windows(batch, window)):
+                    tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
+                    targets_BT[row, : len(targets)] = torch.tensor(targets)
+                loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
+                if share:
+                    counted = sum(sum(document.loss_mask) for document in share)
+                    sums += torch.tensor([float(loss), counted, sum(document.bytes for document in share)])
+    finally:
+        network.train()
+    if ranks > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    nll, tokens, size = sums.tolist()
+    return Heldout(nll / max(tokens, 1.0), nll / math.log(2) / max(size, 1.0))

@@ -1,0 +1,70 @@
+"""Owns cross-entropy over a large vocabulary without ever holding all logits.
+
+It knows nothing of models. Method: the gradient of softmax cross-entropy is known as soon as the logits are, so each
+chunk's logits are made once, used for loss and gradient, and dropped (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+
+Shapes: N token, D hidden, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needed else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
+        for start in range(0, hidden_ND.shape[0], chunk):
+            part = slice(start, start + chunk)
+            hidden_CD, targets_C = hidden_ND[part], targets_N[part]
+            valid_C = targets_C != IGNORE_INDEX
+            logits_CV = (hidden_CD @ weight_VD.T).float()
+            log_sum_C = logits_CV.logsumexp(dim=-1)
+            index_C1 = targets_C.clamp(min=0)[:, None]
+            chosen_C = logits_CV.gather(1, index_C1)[:, 0]
+            total += torch.where(valid_C, log_sum_C - chosen_C, 0.0).sum()
+            if grad_hidden_ND is None or grad_weight_VD is None:
+                continue
+            grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
+            grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1.0, dtype=torch.float32))
+            grad_CV.mul_(valid_C[:, None])
+            grad_CV = grad_CV.to(hidden_ND.dtype)
+            grad_hidden_ND[part] = grad_CV @ weight_VD
+            grad_weight_VD += grad_CV.T @ hidden_CD
+        if needed:
+            ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+            ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
+            (grad_weight_VD * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int) -> Tensor:
+    """Sum of -log p(target) over the tokens whose target is not IGNORE_INDEX, 0-dim fp32, in nats.
+
+    Args:
+        hidden_ND: hidden states after the final norm, in the compute type.
+        weight_VD: the head's weight, in the same type.
+        targets_N: int64 token ids or IGNORE_INDEX.
+        chunk_tokens: tokens whose logits exist at one time; memory is chunk_tokens * V * 4 bytes and the gradients.
+    """
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_tokens)  # type: ignore[no-untyped-call]
+    return total

@@ -1,0 +1,89 @@
+"""Owns what a training run reports: the metrics stream, the line for people, and MFU with its convention.
+
+It knows nothing of how the figures come about.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.errors import storage_errors
+
+MFU_CONVENTION = "causal"
+"""Attention counts half of the full square: see ModelConfig.flops_per_token."""
+
+# Dense bf16 tensor-core peaks without sparsity, FLOP/s, from NVIDIA's data sheets (H100/H200/H800 SXM: 989.4e12;
+# A100: 312e12; B200: 2250e12).
+_PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "B200": 2250e12}
+# fp32 matmuls run on CUDA cores unless tf32 is asked for (H100 data sheet: 67e12; A100: 19.5e12; B200: 80e12).
+_PEAK_FP32 = {"H100": 67e12, "H200": 67e12, "H800": 67e12, "A100": 19.5e12, "B200": 80e12}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s that the device can reach: the data sheet's, or a short measured matmul where there is none."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        table = _PEAK_BF16 if precision == "bf16" else _PEAK_FP32
+        for key, peak in table.items():
+            if key in name:
+                return peak
+    size = 1024
+    a = torch.randn(size, size, device=device, dtype=torch.float32)
+    best = 0.0
+    for _ in range(6):  # the first warms up; the best of the others is the ceiling
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+class MetricsWriter:
+    """Appends one JSON object a logged step, whole lines only; a resume drops what lies past its checkpoint."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        self._path = path
+        kept = [line for line in _lines(path) if line["step"] <= resume_step] if path.exists() else []
+        with storage_errors(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._handle = path.open("a", buffering=1)
+        self.first_loss: float | None = kept[0]["loss"] if kept else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; it is on its way to the disk when this returns."""
+        if self.first_loss is None:
+            self.first_loss = record["loss"]
+        with storage_errors(str(self._path)):
+            self._handle.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # cut short by a kill
+    return lines
+
+
+def format_line(record: dict[str, Any]) -> str:
+    """One line for people: step, loss, gradient norm, rate, tokens/s, MFU, expert load and the time left."""
+    left = int(record["seconds_left"])
+    eta = f"{left // 3600}h{left % 3600 // 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s"
+    speed = record["tokens_per_second"]
+    rate = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
+    return (
+        f"step {record['step']}/{record['steps']} loss {record['loss']:.3f} grad {record['grad_norm']:.2f} "
+        f"lr {record['learning_rate']:.1e} {rate} tok/s mfu {100 * record['mfu']:.1f}% ({MFU_CONVENTION}) "
+        f"load {record['expert_load_max_over_mean']:.2f} eta {eta}"
+    )

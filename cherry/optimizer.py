@@ -1,0 +1,69 @@
+"""Owns the optimizer step: AdamW's groups, the learning rate's schedule, clipping, and the experts' selection bias.
+
+It knows nothing of data or of where parameters live.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cherry.config import TrainConfig
+from model.moe import MoE
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices only, as is usual for norms and biases."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of optimizer step `step` (0-based): linear warm-up, then the schedule down to its minimum ratio."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    low = config.min_learning_rate_ratio
+    return config.learning_rate * (low + (1 - low) * left)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to a total norm of at most `max_norm`; the norm before, 0-dim, over all ranks' shards."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def update_expert_bias(layers: list[MoE], rate: float) -> Tensor:
+    """Move each layer's selection bias towards balance, once an optimizer step; the counts [L, E], all ranks'.
+
+    b += rate * sign(mean(c) - c), with c the tokens that chose each expert over all micro-batches and ranks since
+    the last call (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The counts are cleared.
+    """
+    if not layers:
+        return torch.zeros(0, 0)
+    counts_LE = torch.stack([layer.tokens_per_expert_E for layer in layers])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(counts_LE)
+    for layer, counts_E in zip(layers, counts_LE, strict=True):
+        if layer.e_score_correction_bias_E is not None:
+            layer.e_score_correction_bias_E += rate * torch.sign(counts_E.mean() - counts_E)
+        layer.tokens_per_expert_E.zero_()
+    return counts_LE
