@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -33,6 +33,8 @@ VERSION_HEADER = "x-anything-version"
 SUBJECT_HEADER = "x-subject"
 # Seconds a caller is asked to stay away from a server that drains: another one has taken over by then.
 _DRAIN_RETRY_AFTER_S = 5
+# Seconds in which interrupted requests can tell their clients.
+_INTERRUPT_TIMEOUT_S = 1.0
 # Some twenty lines of text: an answer that a default timeout leaves time for.
 DEFAULT_MAX_TOKENS = 256
 
@@ -85,7 +87,9 @@ class Gateway:
             await asyncio.wait_for(self._idle.wait(), self.config.shutdown_timeout_s)
         except TimeoutError:
             self.interrupt_all()
-            await self._idle.wait()
+            # A client that does not read its answer cannot hold the server.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), _INTERRUPT_TIMEOUT_S)
 
     def interrupt_all(self) -> None:
         """End every request in flight with a 503."""
@@ -183,7 +187,10 @@ class Gateway:
 
 
 class EventStream(Response):
-    """A streamed answer: one event a chunk, the last one with finish_reason and usage, then [DONE]."""
+    """A streamed answer: one event a chunk, the last one with finish_reason and usage, then [DONE].
+
+    A client that reads nothing for as long as a gap may last counts as gone.
+    """
 
     def __init__(
         self, call: Call, first: Chunk, deadline: Deadline, record: Callable[[Chunk], None], finish: Callable[[], Any]
@@ -197,17 +204,23 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; a failure after the first byte is an `error` event without [DONE]."""
+
+        async def write(data: bytes, *, more: bool = True) -> None:
+            async with asyncio.timeout(self._deadline.timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 async for data in self._events():
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await write(data)
                     self._deadline.restart()
-            except DisconnectedError:
-                return
             except (RequestError, ServiceError) as error:
-                await send({"type": "http.response.body", "body": sse.event(error_body(error)), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if not isinstance(error, DisconnectedError):
+                    await write(sse.event(error_body(error)))
+            await write(b"", more=False)
+        except TimeoutError:
+            logger.info("a client stopped reading its stream; its generation was cancelled")
         finally:
             await self._finish()
 

@@ -190,16 +190,11 @@ def test_every_token_of_a_stream_starts_the_time_anew() -> None:
     async def receive() -> MutableMapping[str, Any]:
         raise AssertionError("the body was read before")
 
-    async def finish() -> None:
-        await call.close()
-
     async def main() -> None:
-        nonlocal call
         call = Call(EchoEngine(), Generation("1 2 3", 9), deadline)
-        stream = EventStream(call, await call.next(), deadline, lambda chunk: None, finish)
+        stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
         await stream({"type": "http"}, receive, send)
 
-    call: Any = None
     deadline = Deadline(10.0, clock=lambda: now)
     asyncio.run(main())
     assert left == [10.0] * 4
@@ -360,6 +355,43 @@ def test_sigterm_drains_and_exits_0(
         assert process.stdout.readline() == ("left 1 1 0 False\n" if finishes else "left 1 0 1 False\n")
         assert process.wait(30) == 0
     assert not port_file.exists()
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_cannot_hold_the_server(tmp_path: Path, key_file: tuple[str, str]) -> None:
+    port_file = tmp_path / "port.json"
+    command = [sys.executable, "-c", _PROGRAM, key_file[0], "0.1", str(port_file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stdin.write("1000000\n")
+        process.stdin.flush()
+        url = json.loads(port_file.read_text())["url"]
+        # The events of so many words are more than the buffers on both sides hold.
+        with _connect(url, key_file[1], body("a " * 400_000, max_tokens=400_000, stream=True)) as connection:
+            assert b" 200 " in connection.recv(20)
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def test_a_stream_that_is_not_read_is_given_up() -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message.get("body"):
+            await asyncio.Event().wait()
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise AssertionError("the body was read before")
+
+    async def main() -> None:
+        deadline = Deadline(0.1)
+        call = Call(engine, Generation("1 2 3", 9), deadline)
+        stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
+        await stream({"type": "http"}, receive, send)
+
+    engine = EchoEngine()
+    asyncio.run(main())
+    assert (engine.finished, engine.cancelled) == (0, 1)
 
 
 def _connect(url: str, key: str, content: dict[str, object], missing_bytes: int = 0) -> socket.socket:
