@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,33 @@ def int8_folder(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> 
     target = str(tmp_path_factory.mktemp("int8") / "quantized")
     quantize_folder(model_folder, target, lambda *_: None)
     return target
+
+
+@pytest.fixture
+def breaking_server() -> Iterator[str]:
+    """The URL of a server that ends every stream after its first event, without a word."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1 << 16)
+                head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+                connection.sendall(head + b'data: {"text":"one "}\n\n')
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):
+                    pass
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(30)
 
 
 @pytest.fixture

@@ -72,6 +72,14 @@ def test_errors_say_whose_fault_it_was(serve: Serve, key_file: tuple[str, str]) 
         Client("http://127.0.0.1:8080", "clé")
 
 
+def test_a_stream_that_breaks_off_is_no_answer(breaking_server: str) -> None:
+    with Client(breaking_server, "k") as client:
+        stream = client.stream("a")
+        assert next(stream) == "one "
+        with pytest.raises(ServiceError, match="broke off in the middle"):
+            next(stream)
+
+
 @pytest.mark.parametrize("module", ["anything", "anything.client", "anything.gateway", "anything.cli", "anything.fake"])
 def test_importing_needs_no_torch(module: str) -> None:
     program = (

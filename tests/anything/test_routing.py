@@ -217,6 +217,16 @@ def test_a_dead_replica_and_a_wrong_key_are_502(fleet: Fleet, tmp_path: Path) ->
     assert "any-wrong" not in refused.text
 
 
+def test_a_replica_that_breaks_off_is_502_or_an_error_event(fleet: Fleet, breaking_server: str) -> None:
+    fleet.urls["new"] = breaking_server
+    fleet.shift(new=100)
+    whole = fleet.ask("a")
+    assert (whole.status_code, whole.json()["error"]["code"]) == (502, "replica_failed")
+    stream = fleet.ask("a", stream=True)
+    assert (stream.status_code, "[DONE]" in stream.text, "broke off" in stream.text) == (200, False, True)
+    assert (fleet.counters()["new"]["requests"], fleet.counters()["new"]["errors"]) == (2, 2)
+
+
 def test_what_the_replica_refuses_is_told_and_no_error_of_the_version(fleet: Fleet) -> None:
     fleet.engines["old"]._limit = 0
     busy = fleet.ask("a")
