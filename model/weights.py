@@ -334,7 +334,8 @@ def write_tokenizer(uri: str, tokenizer_uri: str, config: ModelConfig) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": False,
+        # Training puts it before every document (as the release does), so a prompt begins with it too.
+        "add_bos_token": config.bos_token_id in added,
         "add_eos_token": False,
     }
     for key, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):

@@ -168,14 +168,14 @@ def test_sampling_depends_on_the_seed_alone(model_folder: str) -> None:
 def test_the_context_bounds_prompt_and_output(model_folder: str) -> None:
     async def main() -> None:
         async with running(model_folder, cpu(block_tokens=4, cache_blocks=16)) as engine:
-            with pytest.raises(RefusedError, match=r"1 to 63 tokens .*got 64"):
+            with pytest.raises(RefusedError, match=r"1 to 63 tokens .*got 65"):
                 await collect(engine, Generation("p" * 64, 1))
-            chunks = await collect(engine, Generation("p" * 60, 100))
+            chunks = await collect(engine, Generation("p" * 59, 100))
             assert chunks[-1].usage is not None
             assert chunks[-1].usage.completion_tokens <= 4
         async with running(model_folder, cpu()) as engine:
             with pytest.raises(RefusedError, match="1 to 511 tokens"):
-                await collect(engine, Generation("p" * 512, 1))
+                await collect(engine, Generation("p" * 511, 1))
 
     asyncio.run(main())
 
