@@ -6,7 +6,6 @@ It knows nothing of the loop itself.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -18,11 +17,10 @@ from typing import Any
 
 from base import storage
 from base.config import dump, load, validate
-from base.errors import CherryError, ConfigError, WorkerLostError, run_program
+from base.errors import CherryError, ConfigError, run_program
 from cherry.config import JobConfig
+from cherry.launcher import die_with_parent
 
-# Linux: the signal that this process gets when its parent dies (prctl(2)).
-_PR_SET_PDEATHSIG = 1
 _FLAGS = {
     "batch_size": "train.batch_size",
     "learning_rate": "train.learning_rate",
@@ -48,21 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank; ends the process with the error's exit code."""
-    _die_with_parent()
+    die_with_parent(signal.SIGKILL)  # a launcher that is killed outright leaves no rank behind
     options = build_parser().parse_args(arguments)
     code = run_program(lambda: _train(options))
     sys.stdout.flush()
     # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
     os._exit(code) if code else sys.exit(0)
-
-
-def _die_with_parent() -> None:
-    """A launcher that is killed outright leaves no rank behind."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(WorkerLostError.exit_code)
 
 
 def resolve(options: argparse.Namespace) -> JobConfig:

@@ -5,6 +5,7 @@ It knows nothing of training. torch is imported only when something is launched.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from base.errors import CherryError, InvalidInputError, OperationalError, PortInUseError, WorkerLostError, run_program
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,6 +31,8 @@ def launch(arguments: list[str]) -> None:
         WorkerLostError: a signal killed a rank.
         InvalidInputError, OperationalError: a rank ended with an exit code of that side.
     """
+    if os.environ.get("CHERRY_PARENT"):
+        die_with_parent(signal.SIGTERM)
     # Ranks live in sessions of their own: after a SIGTERM, do not wait torch's 30 s before they are killed.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
     # An in-place restart of torch's agent meets the previous attempt's port without this.
@@ -46,6 +51,15 @@ def launch(arguments: list[str]) -> None:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         raise _error_of(failure) from error
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Ask Linux to send this process a signal when the one that started it ends, even by SIGKILL (prctl(2))."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(WorkerLostError.exit_code)
 
 
 def _check_port(options: Any) -> None:

@@ -1,7 +1,7 @@
 """Owns cross-entropy over a large vocabulary without ever holding all logits.
 
 It knows nothing of models. Method: the gradient of softmax cross-entropy is known as soon as the logits are, so each
-chunk's logits are made once, used for loss and gradient, and dropped (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+chunk's logits are made once, used for loss and gradient, and dropped (Liger Kernel, arXiv 2410.10989, section 3.2).
 
 Shapes: N token, D hidden, V vocabulary, C tokens of a chunk.
 """

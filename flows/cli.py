@@ -60,7 +60,7 @@ def _dispatch(options: argparse.Namespace) -> None:
     elif options.command == "status":
         _status(console, options.runs_directory)
     elif options.command == "stop":
-        from tasks.deploy import stop_serving
+        from tasks.serving import stop_serving
 
         stopped = stop_serving(str(options.runs_directory))
         console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
@@ -102,7 +102,7 @@ def _doctor(console: Console, runs_directory: Path) -> None:
 
 def _status(console: Console, runs_directory: Path) -> None:
     from flows.status import read_runs
-    from flows.summary import STEPS
+    from tasks.report import STEPS
 
     runs = read_runs(runs_directory, list(STEPS))
     if not runs:

@@ -1,0 +1,141 @@
+"""Owns what `cherry run`, `cherry deploy` and `cherry demo` do, and the commands that a person needs next.
+
+It knows the flows and where their results lie; the arguments are flows/cli.py's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from anything.client import Client
+from anything.keys import read_key_file
+from base import storage
+from base.config import load
+from base.errors import CherryError, OperationalError
+from flows.progress import RunProgress
+from tasks.config import RunConfig
+from tasks.parameters import overrides_from, run_directory
+from tasks.report import summarize
+from tasks.tracking import tracking_uri
+
+DEMO_CONFIG = "configs/tiny.yaml"
+DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
+DEMO_PROMPT = "def main(argv):\n    "
+DEMO_TOKENS = 48
+
+
+def set_offline_defaults() -> None:
+    """Nothing is sent to anyone, and a cold machine gets the time that it needs; a person's own settings win."""
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+
+
+def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
+    """The training flow, with its progress in the terminal; its summary.
+
+    Raises:
+        CherryError: what the failing step raised.
+    """
+    resolved = load(config, RunConfig, overrides)
+    directory = Path(run_directory(resolved))
+    console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
+    set_offline_defaults()
+    with RunProgress(console, directory):
+        from flows.train_flow import train_flow
+
+        _finished(train_flow(config, overrides_from(overrides), return_state=True))
+    summary = summarize(directory)
+    console.print(_table(summary))
+    _next(console, resolved, f"cherry deploy {' '.join([config, *overrides])}")
+    return summary
+
+
+def deploy(console: Console, config: str, overrides: list[str], *, version: int | None = None) -> dict[str, Any]:
+    """The deployment flow; where the release answers.
+
+    Raises:
+        CherryError: what the failing step raised.
+    """
+    resolved = load(config, RunConfig, overrides)
+    set_offline_defaults()
+    with RunProgress(console, Path(run_directory(resolved))):
+        from flows.deploy_flow import deploy_flow
+
+        released: dict[str, Any] = _finished(deploy_flow(config, overrides_from(overrides), version, return_state=True))
+    console.print(f"[bold]{released['version']}[/] answers at {released['url']}", highlight=False)
+    body = '{"prompt": "def main(", "max_tokens": 32}'
+    console.print(
+        f'  ask:   curl {released["url"]}/v1/anything/infer -H "Authorization: Bearer $(cat {released["key_file"]})" '
+        f"-H 'Content-Type: application/json' -d '{body}'\n"
+        f"  logs:  {Path(resolved.runs_directory) / 'serving'}/*.log\n"
+        f"  stop:  cherry stop --runs-directory {resolved.runs_directory}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return released
+
+
+def demo(console: Console) -> None:
+    """Text to a served release: run, deploy, and ask it with the README's client."""
+    overrides = list(DEMO_OVERRIDES)
+    summary = run(console, DEMO_CONFIG, overrides)
+    released = deploy(console, DEMO_CONFIG, overrides)
+    with Client(released["url"], read_key_file(released["key_file"])) as client:
+        output = client.infer(DEMO_PROMPT, max_tokens=DEMO_TOKENS)
+    directory = Path(run_directory(load(DEMO_CONFIG, RunConfig, overrides)))
+    summary = {**summarize(directory), "infer_prompt": DEMO_PROMPT, "infer_output": output, "url": released["url"]}
+    storage.write_json(str(directory / "summary.json"), summary)
+    console.print("\n[bold]asked[/]")
+    console.print(DEMO_PROMPT + output, highlight=False, markup=False)
+    console.print(f"\nsummary: {directory / 'summary.json'}", highlight=False)
+
+
+def _finished(state: Any) -> Any:
+    """The result of a finished flow; its error otherwise, without Prefect's frames around it."""
+    if state.is_completed():
+        return state.result()
+    try:
+        state.result()
+    except CherryError:
+        raise
+    except Exception as error:
+        raise OperationalError(f"the flow ended as {state.name}: {error}") from error
+    raise OperationalError(f"the flow ended as {state.name}")
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "loss": f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}",
+        "held-out": f"{summary['heldout_bits_per_byte']:.3f} bits per byte (zlib: {summary['zlib_bits_per_byte']:.3f})",
+        "int8": f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token",
+        "verdict": f"{summary['verdict']} than {summary['compared_with']}: {summary['reason']}",
+        "data": f"{summary['documents']:,} documents, {summary['data_bytes'] / 1e6:.1f} MB, {summary['data_digest'][:12]}",
+        "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in summary["seconds"].items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _next(console: Console, config: RunConfig, deploy_command: str) -> None:
+    uri = tracking_uri(config.tracking, config.runs_directory)
+    page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri} --port 5000"
+    prefect = os.environ.get("PREFECT_API_URL", "prefect server start").removesuffix("/api")
+    console.print(
+        f"\n  figures:  {page}\n  flow:     {prefect}\n  logs:     {run_directory(config)}/train/\n"
+        f"  resume:   the same command; finished steps are found\n  serve:    {deploy_command}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

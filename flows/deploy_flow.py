@@ -1,0 +1,34 @@
+"""Owns the order of a release: resolve the version, start, smoke, shift, record.
+
+It knows nothing of what a step does. A breach puts traffic back where it was, so nothing here is retried blindly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.train_flow import NO_OVERRIDES
+from tasks.deploy import record, resolve_version, shift, smoke, start
+from tasks.parameters import Overrides
+from tasks.report import begin_release
+
+
+@flow(name="deploy-flow", flow_run_name="{config}", validate_parameters=True)
+def deploy_flow(
+    config: str = "configs/tiny.yaml", overrides: Overrides = NO_OVERRIDES, version: int | None = None
+) -> dict[str, Any]:
+    """Serve a registered version behind the gateway; its URL, version and the file with the clients' key.
+
+    Args:
+        config: path of the YAML config that the run was made with.
+        overrides: any of its keys, nested; they win over the file.
+        version: a registered version; `None` takes the candidate.
+    """
+    context = begin_release(config, overrides)
+    release = resolve_version(context, version)
+    replica = start(context, release)
+    answer = smoke(context, replica)
+    shifted = shift(context, replica)
+    return record(context, release, replica, shifted, answer)

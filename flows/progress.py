@@ -1,0 +1,101 @@
+"""Owns what a terminal shows while a flow works: one row a step, and a bar where a step tells how far it is.
+
+It reads events.jsonl and metrics.jsonl from the run directory; it knows neither Prefect nor the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+_POLL_S = 0.3
+
+
+class RunProgress:
+    """Follows a run directory from a thread, from the time it is entered.
+
+    On a terminal, steps are rows with bars; elsewhere each event is a line, training's every tenth only.
+    """
+
+    def __init__(self, console: Console, run_directory: Path) -> None:
+        self._console = console
+        self._events = run_directory / "events.jsonl"
+        self._offset = self._events.stat().st_size if self._events.exists() else 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._rows: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.fields[mark]} {task.description:<10}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[line]}", table_column=None),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._progress.stop()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._read()
+        self._read()
+
+    def _read(self) -> None:
+        if not self._events.exists():
+            return
+        with self._events.open("rb") as handle:
+            handle.seek(self._offset)
+            content = handle.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._show(json.loads(line))
+
+    def _show(self, event: dict[str, Any]) -> None:
+        step, kind = str(event["step"]), str(event["event"])
+        line = str(event.get("line") or "").split("\n")[0]
+        if kind == "reused":
+            line = "found finished"
+        if not self._console.is_terminal:
+            self._print(step, kind, event, line)
+            return
+        if step not in self._rows:
+            self._rows[step] = self._progress.add_task(step, total=None, mark="[cyan]·[/]", line="")
+        row = self._rows[step]
+        if kind == "progress":
+            fraction = event.get("fraction")
+            total = None if fraction is None else 1.0
+            self._progress.update(row, line=line, total=total, completed=fraction or 0.0)
+        elif kind in ("finished", "reused"):
+            mark = "[green]✓[/]"
+            self._progress.update(row, mark=mark, total=1.0, completed=1.0, **({"line": line} if line else {}))
+            self._progress.stop_task(row)
+        elif kind == "failed":
+            self._progress.update(row, mark="[red]✗[/]", line=line)
+            self._progress.stop_task(row)
+
+    def _print(self, step: str, kind: str, event: dict[str, Any], line: str) -> None:
+        fraction = event.get("fraction")
+        if kind == "progress" and step == "train" and fraction is not None and not _round(line):
+            return
+        seconds = f" ({event['seconds']:.1f} s)" if kind == "finished" else ""
+        self._console.print(f"{step}: {line or kind}{seconds}", highlight=False, markup=False)
+
+
+def _round(line: str) -> bool:
+    """Whether a `step 120/300 ...` line is one of every tenth, or the last."""
+    done, _, total = line.split(" ")[1].partition("/")
+    return int(done) % 10 == 0 or done == total

@@ -1,0 +1,54 @@
+"""Owns the order of a training run: provision, data, train, export, quantize, evaluate, register.
+
+It knows nothing of what a step does. Flow retries stay at 0: each task retries the world's faults itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from tasks.data import prepare_data
+from tasks.evaluate import evaluate
+from tasks.export import export
+from tasks.parameters import Overrides
+from tasks.provision import provision, release
+from tasks.quantize import quantize
+from tasks.register import register
+from tasks.report import begin, conclude, teardown
+from tasks.train import train
+
+NO_OVERRIDES = Overrides()
+
+
+@flow(
+    name="train-flow",
+    flow_run_name="{config}",
+    on_cancellation=[teardown],
+    on_crashed=[teardown],
+    validate_parameters=True,
+)
+def train_flow(config: str = "configs/tiny.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+    """Take a model from documents to a registered version; the headline figures.
+
+    Args:
+        config: path of a YAML config.
+        overrides: any of its keys, nested; they win over the file.
+    """
+    context = begin(config, overrides)
+    retry = context.config.retry
+    try:
+        provision(context)
+        data = prepare_data(context)
+        trained = train.with_options(retries=retry.attempts - 1, retry_delay_seconds=retry.delay_s)(context, data)
+        exported = export(context, trained)
+        quantized = quantize(context, exported)
+        evaluated = evaluate(context, data, exported, quantized)
+        register(context, exported, quantized, evaluated)
+    except BaseException:
+        conclude(context, "FAILED")
+        raise
+    finally:
+        release(context.directory)
+    return conclude(context, "FINISHED")

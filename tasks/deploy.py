@@ -1,0 +1,243 @@
+"""Owns a release: which version, its replica, the smoke test, the shift of traffic in steps, and the way back.
+
+It knows the registry and the gateway's routes; processes are tasks/serving.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from prefect import get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from anything.client import Client
+from anything.keys import read_key_file
+from base import storage
+from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
+from tasks.serving import GATEWAY, Server, ServingDirectory
+from tasks.steps import RunContext, StepRun, perform, worth_retrying
+from tasks.tracking import ModelVersion
+
+_PROMPT_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Release:
+    """A version that is to be served, and where its weights lie."""
+
+    name: str
+    version: int
+    model_path: str
+
+    @property
+    def label(self) -> str:
+        """What answers are labelled with."""
+        return f"{self.name}-v{self.version}"
+
+
+def _serving(context: RunContext) -> ServingDirectory:
+    return ServingDirectory(context.config.runs_directory)
+
+
+def _registered(context: RunContext, number: int | None) -> ModelVersion:
+    config = context.config.register_model
+    alias = None if number is not None else config.candidate_alias
+    found = context.tracker().version(config.model_name, alias=alias, number=number)
+    if found is None:
+        wanted = f"version {number}" if number is not None else f"version with the alias {config.candidate_alias!r}"
+        raise MissingFileError(
+            f"{config.model_name} has no {wanted} in the registry at {context.tracker().uri}. "
+            "Run the training flow first, or name a version that exists."
+        )
+    return found
+
+
+@task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+def resolve_version(context: RunContext, number: int | None) -> Release:
+    """Find the version and its weights.
+
+    Raises:
+        MissingFileError: no such version, or its weights are gone.
+        ConfigError: the quantized weights cost more than quantize.max_dnll, so they are not served.
+    """
+    found = _registered(context, number)
+    quantized = context.config.deploy.artifact == "quantized"
+    if quantized and found.tags.get("quantized_passed") == "false":
+        raise ConfigError(
+            f"{found.name} version {found.version}: its int8 weights cost more than quantize.max_dnll "
+            f"({context.config.quantize.max_dnll}). Deploy the export (deploy.artifact=export), or raise the limit."
+        )
+    path = found.tags["quantized_uri"] if quantized else found.uri
+    if not storage.is_committed(path):
+        raise MissingFileError(f"{found.name} version {found.version}: its weights are no longer at {path}")
+    get_run_logger().info("%s version %d at %s", found.name, found.version, path)
+    return Release(found.name, found.version, path)
+
+
+@task(name="start", cache_policy=NO_CACHE)
+def start(context: RunContext, release: Release) -> Server:
+    """Start a replica of the version, or find it running, and wait until it is healthy."""
+    serving = _serving(context)
+    serving.prepare()
+    running = serving.find(release.label)
+    if running is not None and running.model == release.model_path:
+        get_run_logger().info("found running: %s at %s", running.name, running.url)
+        return running
+    arguments = ["--model_path", release.model_path, "--model_version", release.label, "--port", "0"]
+    arguments += ["--config", f"{context.directory}/config.yaml"]
+    return serving.start(
+        release.label,
+        arguments,
+        keys=serving.internal_keys,
+        model=release.model_path,
+        version=release.label,
+        timeout_s=context.config.deploy.start_timeout_s,
+    )
+
+
+@task(name="smoke", cache_policy=NO_CACHE)
+def smoke(context: RunContext, replica: Server) -> str:
+    """Ask the new replica itself, before any traffic; it is stopped again when it fails."""
+    serving, deploy = _serving(context), context.config.deploy
+    try:
+        with Client(replica.url, read_key_file(str(serving.internal_key))) as client:
+            output = client.infer(deploy.smoke_prompt, max_tokens=deploy.smoke_max_tokens)
+        if not output:
+            raise ServiceError(f"{replica.name} answered the smoke prompt {deploy.smoke_prompt!r} with nothing")
+    except CherryError:
+        if replica.name not in serving.weights():
+            serving.stop(replica)
+        raise
+    get_run_logger().info("smoke: %r -> %r", deploy.smoke_prompt, output[:_PROMPT_CHARACTERS])
+    return output
+
+
+@task(name="shift", cache_policy=NO_CACHE)
+def shift(context: RunContext, replica: Server) -> dict[str, Any]:
+    """Move traffic to the replica in steps, each checked with real requests; back to what was on a breach.
+
+    Raises:
+        ServiceError: the error rate of a step was above deploy.max_error_rate; the routes are as before.
+    """
+    serving, config = _serving(context), context.config.deploy
+    before = {name: weight for name, weight in serving.weights().items() if name != replica.name and weight > 0}
+    rows: list[dict[str, Any]] = []
+    try:
+        for percent in config.traffic_steps_percent:
+            share = float(percent) if before else 100.0
+            total = sum(before.values())
+            others = {name: weight / total * (100.0 - share) for name, weight in before.items()}
+            serving.write_routes({**others, replica.name: share})
+            gateway = _gateway(context)
+            errors, latencies = _probe(context, gateway, percent)
+            rate = errors / config.requests_per_step
+            rows.append(
+                {
+                    "percent": share,
+                    "requests": config.requests_per_step,
+                    "errors": errors,
+                    "median_ms": round(1000 * sorted(latencies)[len(latencies) // 2], 1) if latencies else None,
+                }
+            )
+            get_run_logger().info("%s %% on %s: %d errors", share, replica.name, errors)
+            if rate > config.max_error_rate:
+                raise ServiceError(
+                    f"{replica.name}: {errors} of {config.requests_per_step} requests failed at {share:g} % of traffic "
+                    f"(deploy.max_error_rate {config.max_error_rate}); traffic is back where it was"
+                )
+    except BaseException:
+        if before:
+            serving.write_routes({**before})
+        else:
+            serving.routes.unlink(missing_ok=True)
+        serving.stop(replica)
+        raise
+    create_table_artifact(rows, key=f"shift-{context.config.name}", description=f"Traffic to {replica.name}")
+    return {"steps": rows, "gateway": gateway.url, "replaced": sorted(before)}
+
+
+def _gateway(context: RunContext) -> Server:
+    """The running gateway, or a new one."""
+    serving = _serving(context)
+    running = serving.find(GATEWAY)
+    if running is not None:
+        return running
+    arguments = ["--routes", str(serving.routes), "--config", f"{context.directory}/config.yaml"]
+    timeout_s = context.config.deploy.start_timeout_s
+    return serving.start(GATEWAY, arguments, keys=serving.client_keys, model="", version="", timeout_s=timeout_s)
+
+
+def _probe(context: RunContext, gateway: Server, salt: int) -> tuple[int, list[float]]:
+    """Failed requests, and the seconds of those that were answered."""
+    serving, config = _serving(context), context.config.deploy
+    errors, latencies = 0, []
+    with Client(gateway.url, read_key_file(str(serving.client_key))) as client:
+        for number in range(config.requests_per_step):
+            started = time.monotonic()
+            try:
+                client.infer(f"{config.smoke_prompt}f{salt}_{number}(", max_tokens=config.smoke_max_tokens)
+            except CherryError as error:
+                get_run_logger().warning("request failed: %s", error)
+                errors += 1
+            else:
+                latencies.append(time.monotonic() - started)
+    return errors, latencies
+
+
+@task(name="record", cache_policy=NO_CACHE)
+def record(
+    context: RunContext, release: Release, replica: Server, shifted: dict[str, Any], answer: str
+) -> dict[str, Any]:
+    """Write the release into MLflow and the run directory, and stop the replicas that it replaced."""
+    serving = _serving(context)
+    for name in shifted["replaced"]:
+        old = serving.find(name)
+        if old is not None:
+            serving.stop(old)
+    inputs = {
+        "release": release.label,
+        "model_path": release.model_path,
+        "pid": replica.pid,
+        "created": replica.created,
+    }
+
+    def work(step: StepRun) -> dict[str, str]:
+        target = context.path / "deploy.json"
+        state = {"release": release.label, "replica": replica.url, **shifted, "smoke": answer}
+        storage.write_json(str(target), state)
+        for number, row in enumerate(shifted["steps"]):
+            now = int(time.time() * 1000)
+            values = [
+                (key, float(row[key]), number, now)
+                for key in ("percent", "errors", "median_ms")
+                if row[key] is not None
+            ]
+            step.tracker.points(step.run_id, values)
+        step.tracker.artifact(step.run_id, target)
+        found = _registered(context, release.version)
+        context.tracker().tag_version(found, {"deployed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        context.tracker().set_alias(release.name, "serving", release.version)
+        return {"deploy": str(target)}
+
+    perform(context, "deploy", inputs, work)
+    return {"url": shifted["gateway"], "version": release.label, "key_file": str(serving.client_key)}
+
+
+def traffic(url: str, key: str) -> dict[str, Any]:
+    """What the gateway says of its routes and each version's requests, errors and latencies.
+
+    Raises:
+        ServiceError: it does not answer.
+    """
+    try:
+        answer = httpx.get(f"{url}/v1/anything/routes", headers={"Authorization": f"Bearer {key}"}, timeout=10)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServiceError(f"the gateway at {url} did not answer: {error}") from error
+    result: dict[str, Any] = json.loads(answer.content)
+    return result

@@ -1,0 +1,150 @@
+"""Owns the evaluate step: candidate, quantized candidate and champion on the same held-out documents, and a verdict.
+
+It knows nothing of models or statistics; cherry/scoring.py and anything/compare.py do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from anything.compare import Comparison, compare
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from base import storage
+from tasks.config import EvaluateConfig
+from tasks.plots import plot_comparison
+from tasks.process import run_module
+from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
+from tasks.tracking import ModelVersion
+
+UNTRAINED = "untrained"
+
+
+@task(name="evaluate", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quantized: StepRecord) -> StepRecord:
+    """Compare the candidate with the champion; with none, with the untrained model, and say so."""
+    champion = _champion(context, exported)
+    inputs = {
+        **sections(context.config, ["evaluate", "quantize"]),
+        "data_fingerprint": data.fingerprint,
+        "export_fingerprint": exported.fingerprint,
+        "quantize_fingerprint": quantized.fingerprint,
+        "baseline": _label(champion),
+    }
+
+    def work(step: StepRun) -> dict[str, str]:
+        folder = context.path / "evaluate"
+        baseline = (
+            ["--model_path", champion.uri]
+            if champion
+            else ["--untrained", "--config", f"{context.directory}/config.yaml"]
+        )
+        scores = {
+            name: _score(context, step, name, arguments, folder)
+            for name, arguments in {
+                "candidate": ["--model_path", exported.outputs["export"]],
+                "quantized": ["--model_path", quantized.outputs["quantized"]],
+                "baseline": baseline,
+            }.items()
+        }
+        return _decide(context, step, scores, _label(champion), folder)
+
+    return perform(context, "evaluate", inputs, work)
+
+
+def _label(champion: ModelVersion | None) -> str:
+    return f"{champion.name} v{champion.version}" if champion else UNTRAINED
+
+
+def _champion(context: RunContext, exported: StepRecord) -> ModelVersion | None:
+    """The registered champion; not when its weights are gone, or when it is this very model."""
+    config = context.config.register_model
+    found = context.tracker().version(config.model_name, alias=config.champion_alias)
+    if found is None:
+        return None
+    if found.tags.get("export_fingerprint") == exported.fingerprint:
+        before = found.tags.get(f"previous_{config.champion_alias}")
+        found = context.tracker().version(config.model_name, number=int(before)) if before else None
+    return found if found is not None and storage.exists(found.uri) else None
+
+
+def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
+    """Score one model in a program of its own; the file that it wrote."""
+    output = folder / f"nll-{name}.json"
+    arguments = [*model, "--data_dir", f"{context.directory}/data", "--output", str(output)]
+    evaluation = context.config.evaluate
+    arguments += ["--documents", str(evaluation.documents), "--max_tokens", str(evaluation.max_document_tokens)]
+    run_module("cherry.scoring", arguments, on_line=lambda line: step.say(f"{name}: {line}"))
+    result: dict[str, Any] = storage.read_json(str(output))
+    step.metrics(**{f"{name}_loss": result["loss"], f"{name}_bits_per_byte": result["bits_per_byte"]})
+    return result
+
+
+def _pairs(score: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
+    return {document["id"]: (document["nll"], document["tokens"]) for document in score["documents"]}
+
+
+def _compare(baseline: Mapping[str, Any], candidate: Mapping[str, Any], config: EvaluateConfig) -> Comparison:
+    return compare(
+        _pairs(baseline),
+        _pairs(candidate),
+        margin=config.margin_nats,
+        confidence=config.confidence,
+        bootstrap_samples=config.bootstrap_samples,
+        seed=config.seed,
+    )
+
+
+def _decide(
+    context: RunContext, step: StepRun, scores: Mapping[str, dict[str, Any]], baseline: str, folder: Path
+) -> dict[str, str]:
+    config = context.config
+    against = _compare(scores["baseline"], scores["candidate"], config.evaluate)
+    cost = _compare(scores["candidate"], scores["quantized"], config.evaluate)
+    passed = cost.difference <= config.quantize.max_dnll
+    result = {
+        "verdict": against.verdict,
+        "reason": against.reason,
+        "baseline": baseline,
+        "candidate_vs_baseline": asdict(against),
+        "quantized_vs_candidate": asdict(cost),
+        "quantized_dnll": cost.difference,
+        "quantized_passed": passed,
+        "bits_per_byte": scores["candidate"]["bits_per_byte"],
+        "quantized_bits_per_byte": scores["quantized"]["bits_per_byte"],
+        "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
+        "heldout_loss": scores["candidate"]["loss"],
+        "documents": against.documents,
+    }
+    storage.write_json(str(folder / "evaluation.json"), result)
+    rows = [
+        (f"candidate - {baseline}", against.difference, against.low, against.high),
+        ("int8 - candidate", cost.difference, cost.low, cost.high),
+    ]
+    plot = plot_comparison(rows, config.evaluate.margin_nats, folder / "comparison.png")
+    headline = {
+        "heldout_bits_per_byte": result["bits_per_byte"],
+        "heldout_loss_per_token": result["heldout_loss"],
+        "zlib_bits_per_byte": result["zlib_bits_per_byte"],
+        "difference": against.difference,
+        "difference_low": against.low,
+        "difference_high": against.high,
+        "minimum_detectable_effect": against.minimum_detectable_effect,
+        "quantized_dnll": cost.difference,
+    }
+    for run_id in (step.run_id, context.parent_run_id):
+        step.tracker.artifact(run_id, plot, "plots")
+        step.tracker.log(run_id, metrics=headline, tags={"verdict": against.verdict, "compared_with": baseline})
+    step.tracker.artifact(step.run_id, folder / "evaluation.json")
+    create_table_artifact(
+        [dict(zip(("difference", "nats per token", "low", "high"), row, strict=True)) for row in rows],
+        key=f"evaluate-{config.name}",
+        description=f"Verdict: **{against.verdict}**. {against.reason}",
+    )
+    step.say(f"verdict: {against.verdict}. {against.reason}")
+    return {"evaluation": str(folder / "evaluation.json")}

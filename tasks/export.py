@@ -1,0 +1,26 @@
+"""Owns the export step: the newest checkpoint as a Hugging Face folder, by a program of its own.
+
+It knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.process import run_module
+from tasks.steps import RunContext, StepRecord, StepRun, perform, worth_retrying
+
+
+@task(name="export", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+def export(context: RunContext, trained: StepRecord) -> StepRecord:
+    """Export the trained weights in bf16."""
+
+    def work(step: StepRun) -> dict[str, str]:
+        arguments = ["--run_dir", context.directory, "--dtype", "bf16", "--checkpoint", trained.outputs["checkpoint"]]
+        run_module("cherry.export", arguments, on_line=step.say)
+        folder = context.path / "export"
+        step.metrics(bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        return {"export": str(folder)}
+
+    return perform(context, "export", {"train_fingerprint": trained.fingerprint, "dtype": "bf16"}, work)

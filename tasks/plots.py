@@ -1,0 +1,97 @@
+"""Owns the pictures of a run: loss, learning rate, expert load, quantization error and the interval of a comparison.
+
+It knows figures, not where they come from or go to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@contextmanager
+def _figure(path: Path, width: float = 8.0, height: float = 4.5) -> Iterator[Axes]:
+    """One set of axes, saved to `path`. No pyplot: its global state is not safe in a task's thread."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    yield axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """loss.png, learning_rate.png and, for a mixture of experts, expert_load.png from a metrics stream."""
+    steps = [line["step"] for line in metrics]
+    paths = [folder / "loss.png", folder / "learning_rate.png"]
+    with _figure(paths[0]) as axes:
+        axes.plot(steps, [line["loss"] for line in metrics], label="training loss", linewidth=1)
+        if any(line.get("mtp_loss") for line in metrics):
+            axes.plot(steps, [line["mtp_loss"] for line in metrics], label="MTP loss", linewidth=1, alpha=0.6)
+        held = [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
+        axes.plot(*zip(*held, strict=True), "o-", label="held-out loss") if held else None
+        axes.set(xlabel="optimizer step", ylabel="nats per token", title="Loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with _figure(paths[1], height=3.0) as axes:
+        axes.plot(steps, [line["learning_rate"] for line in metrics])
+        axes.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
+        axes.grid(alpha=0.3)
+    loads = [(line["step"], line["expert_load"]) for line in metrics if "expert_load" in line]
+    if loads:
+        paths.append(folder / "expert_load.png")
+        _plot_load(loads, paths[-1])
+    return paths
+
+
+def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Path) -> None:
+    """Rows are experts, layer under layer; columns are steps; 1 is a fair share."""
+    layers, experts = len(loads[0][1]), len(loads[0][1][0])
+    columns = [[share * experts for layer in load for share in layer] for _, load in loads]
+    rows = list(zip(*columns, strict=True))
+    with _figure(path, height=max(3.0, min(12.0, 0.15 * layers * experts))) as axes:
+        image = axes.imshow(rows, aspect="auto", cmap="coolwarm", vmin=0.0, vmax=2.0, interpolation="nearest")
+        marks = sorted({round(i * (len(loads) - 1) / 5) for i in range(6)})
+        axes.set_xticks(marks, [str(loads[i][0]) for i in marks])
+        axes.set_yticks([(i + 0.5) * experts - 0.5 for i in range(layers)], [f"MoE layer {i}" for i in range(layers)])
+        for boundary in range(1, layers):
+            axes.axhline(boundary * experts - 0.5, color="black", linewidth=0.8)
+        axes.set(xlabel="optimizer step", title="Expert load (tokens over a fair share)")
+        assert axes.figure is not None
+        axes.figure.colorbar(image, ax=axes)
+
+
+def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """The relative error of each quantized tensor, largest first."""
+    errors = sorted((tensor["rel_error"] for tensor in tensors), reverse=True)
+    with _figure(path, height=3.5) as axes:
+        axes.plot([100 * error for error in errors])
+        axes.set(
+            xlabel="tensor, by error", ylabel="relative error, %", title="Quantization error by tensor", ylim=(0, None)
+        )
+        axes.grid(alpha=0.3)
+    return path
+
+
+def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: float, path: Path) -> Path:
+    """Intervals of differences in nats per token: (label, difference, low, high); left of zero is better."""
+    with _figure(path, height=1.6 + 0.6 * len(rows)) as axes:
+        for row, (_, difference, low, high) in enumerate(rows):
+            axes.plot([low, high], [row, row], color="tab:blue", linewidth=3)
+            axes.plot([difference], [row], "o", color="tab:blue")
+        axes.axvline(0.0, color="black", linewidth=1)
+        axes.axvspan(-margin, margin, color="grey", alpha=0.2, label="margin")
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.set(
+            xlabel="difference of the held-out loss, nats per token (left is better)", ylim=(-0.7, len(rows) - 0.3)
+        )
+        axes.legend(loc="upper right")
+    return path

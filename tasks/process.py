@@ -1,0 +1,129 @@
+"""Owns programs that a task starts: their lines, their exit codes as errors, and that nothing of them stays behind.
+
+It knows nothing of what the programs do.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+import base.errors
+from base import storage
+from base.errors import CherryError, InvalidInputError, OperationalError, WorkerLostError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
+_TERMINATE_GRACE_S = 15.0
+_KEPT_LINES = 40
+
+
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    on_line: Callable[[str], None],
+    log_file: Path | None = None,
+    record_file: Path | None = None,
+) -> None:
+    """Run `python -m module arguments` to its end, with its output given line by line.
+
+    Args:
+        log_file: every line is appended there too.
+        record_file: holds the program's pid while it runs, for a clean-up by another process.
+
+    Raises:
+        CherryError: the program's own error, by its exit code and its last `error:` text.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CHERRY_PARENT": str(os.getpid())}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    try:
+        if record_file is not None:
+            created = psutil.Process(process.pid).create_time()
+            storage.write_json(str(record_file), {"pid": process.pid, "created": created})
+        assert process.stdout is not None
+        for line in process.stdout:
+            line = line.rstrip("\n")
+            lines = [*lines[-_KEPT_LINES:], line]
+            if log_file is not None:
+                with log_file.open("a") as handle:
+                    handle.write(line + "\n")
+            on_line(line)
+        code = process.wait()
+    finally:
+        # Also reached by Prefect's TerminationSignal, which is a BaseException.
+        end_tree(process.pid)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        if record_file is not None:
+            record_file.unlink(missing_ok=True)
+    if code:
+        raise error_of(code, lines, module)
+
+
+def end_tree(pid: int) -> None:
+    """End a process and all its descendants: SIGTERM, a grace, then SIGKILL. Ranks have sessions of their own."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    if root.status() == psutil.STATUS_ZOMBIE and len(tree) == 1:
+        return
+    _signal([root], "terminate")
+    deadline = time.monotonic() + _TERMINATE_GRACE_S
+    _, alive = psutil.wait_procs(tree, timeout=max(0.0, deadline - time.monotonic()))
+    _signal(alive, "kill")
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _signal(processes: Sequence[psutil.Process], action: str) -> None:
+    for process in processes:
+        try:
+            getattr(process, action)()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def error_of(code: int, lines: Sequence[str], program: str) -> CherryError:
+    """The error that an exit code and the last lines of output stand for."""
+    text = _message(lines) or f"{program} ended with exit code {code}; its last lines:\n" + "\n".join(lines[-10:])
+    if code < 0:
+        return WorkerLostError(f"{program} was killed by signal {-code}")
+    for kind in vars(base.errors).values():
+        if isinstance(kind, type) and issubclass(kind, CherryError) and kind.exit_code == code and code != 1:
+            return kind(text)
+    error = InvalidInputError(text) if code in base.errors.CALLER_EXIT_CODES else OperationalError(text)
+    error.exit_code = code
+    return error
+
+
+def _message(lines: Sequence[str]) -> str:
+    """The text after the last `error:` that is not the launcher's, with the indented lines that belong to it."""
+    for start in range(len(lines) - 1, -1, -1):
+        if lines[start].startswith("error: ") and "its own message is above" not in lines[start]:
+            rest = []
+            for line in lines[start + 1 :]:
+                if not line.startswith("  "):
+                    break
+                rest.append(line)
+            return "\n".join([lines[start].removeprefix("error: "), *rest])
+    return ""

@@ -1,0 +1,38 @@
+"""Owns the quantize step: int8 weights from the export, and the error of every tensor as a table and a plot.
+
+It knows nothing of the numerics. What the quantized weights cost in loss is the evaluate step's to say.
+"""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from base import storage
+from tasks.plots import plot_quantization
+from tasks.process import run_module
+from tasks.steps import RunContext, StepRecord, StepRun, perform, worth_retrying
+
+
+@task(name="quantize", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
+    """Quantize the exported weights, shard by shard."""
+    scheme = context.config.quantize.format
+
+    def work(step: StepRun) -> dict[str, str]:
+        source, target = exported.outputs["export"], context.path / "quantized"
+        run_module("model.quantize", ["--source", source, "--target", str(target)], on_line=step.say)
+        report_file = target / "quantization.json"
+        report = storage.read_json(str(report_file))
+        ratio = report["bytes_after"] / report["bytes_before"]
+        errors = [tensor["rel_error"] for tensor in report["tensors"]]
+        step.metrics(quantized_bytes_ratio=ratio, rel_error_mean=sum(errors) / len(errors), rel_error_max=max(errors))
+        plot = plot_quantization(report["tensors"], target / "quantization.png")
+        for path in (report_file, plot):
+            step.tracker.artifact(step.run_id, path)
+        step.tracker.artifact(context.parent_run_id, plot, "plots")
+        step.tracker.log(context.parent_run_id, metrics={"quantized_bytes_ratio": ratio})
+        return {"quantized": str(target)}
+
+    inputs = {"export_fingerprint": exported.fingerprint, "format": scheme}
+    return perform(context, "quantize", inputs, work)

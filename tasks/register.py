@@ -1,0 +1,54 @@
+"""Owns the register step: a version in the model registry, by reference, with the figures that decided.
+
+It knows nothing of how the verdict came about.
+"""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from base import storage
+from tasks.evaluate import UNTRAINED
+from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
+
+
+@task(name="register", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
+def register(context: RunContext, exported: StepRecord, quantized: StepRecord, evaluated: StepRecord) -> StepRecord:
+    """Register the candidate; it becomes champion when it is better than the one before it."""
+    inputs = {
+        **sections(context.config, ["register_model"]),
+        "export_fingerprint": exported.fingerprint,
+        "evaluate_fingerprint": evaluated.fingerprint,
+    }
+
+    def work(step: StepRun) -> dict[str, str]:
+        config, tracker = context.config.register_model, context.tracker()
+        result = storage.read_json(evaluated.outputs["evaluation"])
+        tags = {
+            "run": context.config.name,
+            "quantized_uri": quantized.outputs["quantized"],
+            "export_fingerprint": exported.fingerprint,
+            "verdict": result["verdict"],
+            "compared_with": result["baseline"],
+            "quantized_passed": str(result["quantized_passed"]).lower(),
+            "heldout_bits_per_byte": f"{result['bits_per_byte']:.4f}",
+            "parent_run_id": context.parent_run_id or "",
+        }
+        version = tracker.register(
+            step.run_id, config.model_name, exported.outputs["export"], alias=config.candidate_alias, tags=tags
+        )
+        champion = result["verdict"] == "better"
+        if champion:
+            tracker.set_alias(config.model_name, config.champion_alias, version.version)
+        step.metrics(version=version.version)
+        step.say(
+            f"{version.name} version {version.version}: {config.candidate_alias}"
+            + (f", {config.champion_alias}" if champion else "")
+            + (" (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else "")
+        )
+        target = str(context.path / "register.json")
+        storage.write_json(target, {"name": version.name, "version": version.version, "champion": champion})
+        return {"register": target}
+
+    return perform(context, "register", inputs, work)

@@ -1,0 +1,171 @@
+"""Owns what makes a step a step: its fingerprint, its record on disk, its MLflow run, and the events a terminal shows.
+
+It knows nothing of what the steps compute. Same inputs, same output: found and reused.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+
+from base import storage
+from base.errors import CherryError, InvalidInputError
+from cherry import __version__
+from tasks.config import RunConfig
+from tasks.tracking import MlflowTracker, Tracker, connect
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every task of one run is given: plain values, so that it passes through any task runner."""
+
+    directory: str
+    config: RunConfig
+    parent_run_id: str | None = None
+    """MLflow run of the flow; `None` when the tracking server could not be reached."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.directory)
+
+    def tracker(self) -> MlflowTracker:
+        """The run's tracker; never raises because a server is down."""
+        return connect(self.config.tracking, self.config.runs_directory)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A finished step, as steps/<step>.json keeps it."""
+
+    step: str
+    fingerprint: str
+    outputs: dict[str, str]
+    """Directories or files by name; directories are committed."""
+    figures: dict[str, Any]
+    seconds: float
+    finished_at: float
+    mlflow_run_id: str | None
+    mlflow_parent_run_id: str | None
+    reused: bool = False
+
+
+@dataclass
+class StepRun:
+    """A step while it works: where it reports to."""
+
+    context: RunContext
+    step: str
+    fingerprint: str
+    run_id: str | None
+    tracker: Tracker
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, line: str, fraction: float | None = None) -> None:
+        """A line for the Prefect log and the terminal."""
+        get_run_logger().info(line)
+        write_event(self.context.path, self.step, "progress", line=line, fraction=fraction)
+
+    def metrics(self, **values: float) -> None:
+        """Figures of this step: into its MLflow run and its record."""
+        self.figures.update(values)
+        self.tracker.log(self.run_id, metrics=values)
+
+
+def perform(
+    context: RunContext,
+    step: str,
+    inputs: Mapping[str, Any],
+    work: Callable[[StepRun], Mapping[str, str]],
+) -> StepRecord:
+    """Do a step, or find it done.
+
+    Args:
+        inputs: everything that its output depends on, as JSON values.
+        work: does it, and returns its outputs by name.
+    """
+    identity = storage.fingerprint({"step": step, "inputs": inputs, "version": __version__})
+    found = find_finished(context.path, step, identity)
+    if found is not None:
+        get_run_logger().info("found finished: %s (%s)", step, ", ".join(found.outputs.values()) or "no output")
+        write_event(context.path, step, "reused", seconds=found.seconds)
+        return found
+    write_event(context.path, step, "started")
+    tracker = context.tracker()
+    run_id = tracker.start(f"{context.config.name}-{step}", parent=context.parent_run_id, step=step, identity=identity)
+    running = StepRun(context, step, identity, run_id, tracker)
+    started = time.monotonic()
+    status = "FAILED"
+    try:
+        tracker.log(run_id, params=flatten(inputs))
+        outputs = dict(work(running))
+        status = "FINISHED"
+    except CherryError as error:
+        write_event(context.path, step, "failed", line=str(error))
+        raise
+    finally:
+        tracker.finish(run_id, status)
+    record = StepRecord(
+        step, identity, outputs, running.figures, time.monotonic() - started, time.time(), run_id, context.parent_run_id
+    )
+    storage.write_json(str(context.path / "steps" / f"{step}.json"), asdict(record))
+    tracker.log(context.parent_run_id, metrics={f"seconds_{step}": record.seconds})
+    write_event(context.path, step, "finished", seconds=record.seconds)
+    return record
+
+
+def find_finished(run_directory: Path, step: str, identity: str | None = None) -> StepRecord | None:
+    """The record of a finished step whose outputs are still valid, with this fingerprint if one is given."""
+    path = run_directory / "steps" / f"{step}.json"
+    if not path.exists():
+        return None
+    record = StepRecord(**{**storage.read_json(str(path)), "reused": True})
+    if identity is not None and record.fingerprint != identity:
+        return None
+    for output in record.outputs.values():
+        valid = storage.is_committed(output) if Path(output).is_dir() else storage.exists(output)
+        if not valid:
+            return None
+    return record
+
+
+def write_event(run_directory: Path, step: str, event: str, **details: Any) -> None:
+    """Append to events.jsonl, which the terminal's progress display reads."""
+    run_directory.mkdir(parents=True, exist_ok=True)
+    with (run_directory / "events.jsonl").open("a") as handle:
+        handle.write(json.dumps({"time": time.time(), "step": step, "event": event, **details}) + "\n")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values with dotted keys, as MLflow shows parameters."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def sections(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Some sections of the config as JSON values: what a step's fingerprint is made of."""
+    return {name: value for name, value in config.model_dump(mode="json").items() if name in names}
+
+
+def worth_retrying(_task: Any, _task_run: Any, state: Any) -> bool:
+    """Prefect's retry condition: the caller's fault fails again, so it is not tried again."""
+    try:
+        state.result()
+    except InvalidInputError:
+        return False
+    except CherryError as error:
+        return not 10 <= error.exit_code < 30
+    except Exception:
+        return False  # a bug of ours
+    return True

@@ -1,0 +1,285 @@
+"""Owns what is said to MLflow: runs found again by tag, figures, plots, datasets and models by reference.
+
+It knows nothing of what the figures mean. A tracking outage never hurts a run: what could not be sent is a warning
+in the log, and is still on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
+from base.errors import OperationalError
+from tasks.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# MLflow refuses larger batches (its REST API's limits).
+_BATCH_METRICS = 1000
+_BATCH_PARAMS = 100
+_PARAM_CHARACTERS = 6000
+
+
+class Tracker(Protocol):
+    """Where runs are recorded. `None` for a run id means that the run could not be made; calls then do nothing."""
+
+    def start(self, name: str, *, parent: str | None, step: str, identity: str) -> str | None:
+        """Open the run of a step, found again by (step, identity, name) or new; its id."""
+
+    def log(
+        self,
+        run_id: str | None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record values. A parameter that exists keeps its first value."""
+
+    def points(self, run_id: str | None, points: Iterable[tuple[str, float, int, int]]) -> bool:
+        """Record (metric, value, step, unix milliseconds); False when they could not be sent."""
+
+    def artifact(self, run_id: str | None, path: Path, folder: str = "") -> None:
+        """Copy a small file (a plot, a table) to the run."""
+
+    def finish(self, run_id: str | None, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered version, by reference: `uri` is where its weights lie."""
+
+    name: str
+    version: int
+    uri: str
+    tags: dict[str, str]
+
+
+def tracking_uri(config: TrackingConfig, runs_directory: str) -> str:
+    """The configured URI, else MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
+    if config.uri is not None:
+        return config.uri
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs_directory).absolute()}/mlflow.db"
+
+
+@functools.lru_cache(maxsize=8)
+def connect(config: TrackingConfig, runs_directory: str) -> MlflowTracker:
+    """One tracker a configuration and process."""
+    return MlflowTracker(config, runs_directory)
+
+
+def _forgiving(method: Callable[P, T]) -> Callable[P, T | None]:
+    """Turn an outage into a warning and `None`."""
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # MLflow raises its own, requests', SQLAlchemy's and the OS's errors
+            logger.warning(
+                "tracking: %s failed: %s", method.__name__, str(error).splitlines()[0] if str(error) else error
+            )
+            return None
+
+    return guarded
+
+
+class MlflowTracker:
+    """`Tracker` over an MLflow server or database, and its model registry."""
+
+    def __init__(self, config: TrackingConfig, runs_directory: str) -> None:
+        self.uri = tracking_uri(config, runs_directory)
+        self.experiment = config.experiment
+        self._runs_directory = Path(runs_directory).absolute()
+        self._lock = threading.Lock()
+        self._connected: tuple[MlflowClient, str] | None = None
+
+    def _client(self) -> tuple[MlflowClient, str]:
+        """The client and the experiment's id; made on the first call, because importing mlflow takes a second."""
+        with self._lock:
+            if self._connected is None:
+                os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+                # MLflow's defaults retry a dead server for minutes.
+                os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+                os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+                import mlflow
+
+                if self.uri.startswith("sqlite:///"):
+                    Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+                mlflow.set_tracking_uri(self.uri)
+                client = mlflow.MlflowClient(self.uri)
+                self._connected = client, self._experiment_id(client)
+            return self._connected
+
+    def _experiment_id(self, client: MlflowClient) -> str:
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        # With a bare database, artifacts would land in the working directory.
+        local = (self._runs_directory / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
+        return str(client.create_experiment(self.experiment, artifact_location=local))
+
+    @_forgiving
+    def start(self, name: str, *, parent: str | None, step: str, identity: str) -> str | None:
+        """See `Tracker`."""
+        client, experiment = self._client()
+        tags = {"cherry.step": step, "cherry.fingerprint": identity, "cherry.run": name}
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = client.search_runs([experiment], query, max_results=1)
+        if found:
+            run_id = str(found[0].info.run_id)
+            client.update_run(run_id, status="RUNNING")
+        else:
+            if parent is not None:
+                tags["mlflow.parentRunId"] = parent
+            run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        return run_id
+
+    @_forgiving
+    def log(
+        self,
+        run_id: str | None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """See `Tracker`."""
+        if run_id is None:
+            return
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, _ = self._client()
+        known = client.get_run(run_id).data.params if params else {}
+        fresh = [Param(k, str(v)[:_PARAM_CHARACTERS]) for k, v in (params or {}).items() if k not in known]
+        for start in range(0, len(fresh), _BATCH_PARAMS):
+            client.log_batch(run_id, params=fresh[start : start + _BATCH_PARAMS])
+        now = int(time.time() * 1000)
+        values = [Metric(key, float(value), now, 0) for key, value in (metrics or {}).items()]
+        labels = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
+        if values or labels:
+            client.log_batch(run_id, metrics=values, tags=labels)
+
+    def points(self, run_id: str | None, points: Iterable[tuple[str, float, int, int]]) -> bool:
+        """See `Tracker`."""
+        return run_id is not None and bool(self._points(run_id, list(points)))
+
+    @_forgiving
+    def _points(self, run_id: str, points: list[tuple[str, float, int, int]]) -> bool:
+        from mlflow.entities import Metric
+
+        client, _ = self._client()
+        metrics = [Metric(key, value, milliseconds, step) for key, value, step, milliseconds in points]
+        for start in range(0, len(metrics), _BATCH_METRICS):
+            client.log_batch(run_id, metrics=metrics[start : start + _BATCH_METRICS])
+        return True
+
+    @_forgiving
+    def artifact(self, run_id: str | None, path: Path, folder: str = "") -> None:
+        """See `Tracker`."""
+        if run_id is not None:
+            client, _ = self._client()
+            client.log_artifact(run_id, str(path), folder or None)
+
+    @_forgiving
+    def finish(self, run_id: str | None, status: str) -> None:
+        """See `Tracker`."""
+        if run_id is not None:
+            client, _ = self._client()
+            client.set_terminated(run_id, status)
+
+    @_forgiving
+    def dataset(self, run_id: str | None, *, name: str, digest: str, source: str, profile: str) -> None:
+        """Record a dataset as the run's input, by reference."""
+        if run_id is None:
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        client, _ = self._client()
+        data = Dataset(
+            name=name, digest=digest[:36], source_type="uri", source=f'{{"uri": "{source}"}}', profile=profile
+        )
+        client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+    @_forgiving
+    def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
+        """Record CPU, memory, disk and GPU use of this node until the returned function is called."""
+        if run_id is None:
+            return None
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._client()
+        monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+            run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True
+        )
+        monitor.start()  # type: ignore[no-untyped-call]
+        return monitor.finish
+
+    def register(self, run_id: str | None, name: str, uri: str, *, alias: str, tags: Mapping[str, str]) -> ModelVersion:
+        """Register weights by reference and point `alias` at the new version, remembering which one it pointed at.
+
+        Raises:
+            OperationalError: the registry could not be reached; nothing else records a version.
+        """
+        try:
+            import mlflow
+
+            client, _ = self._client()
+            model = mlflow.create_external_model(name=name, source_run_id=run_id, tags={"uri": uri}, model_type="LLM")
+            version = mlflow.register_model(f"models:/{model.model_id}", name)
+            for key, value in {**tags, "uri": uri}.items():
+                client.set_model_version_tag(name, version.version, key, str(value))
+            self.set_alias(name, alias, int(version.version))
+        except Exception as error:
+            raise OperationalError(f"could not register {uri} as {name} at {self.uri}: {error}") from error
+        return ModelVersion(name, int(version.version), uri, dict(tags))
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point an alias at a version. MLflow keeps no history, so the one before is written down first."""
+        client, _ = self._client()
+        before = self.version(name, alias=alias)
+        if before is not None and before.version != version:
+            client.set_model_version_tag(name, str(version), f"previous_{alias}", str(before.version))
+        client.set_registered_model_alias(name, alias, str(version))
+
+    def version(self, name: str, *, alias: str | None = None, number: int | None = None) -> ModelVersion | None:
+        """A registered version by alias or number, or `None` when there is none.
+
+        Raises:
+            OperationalError: the registry could not be reached.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        absent = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
+        try:
+            client, _ = self._client()
+            if number is not None:
+                found = client.get_model_version(name, str(number))
+            else:
+                found = client.get_model_version_by_alias(name, alias or "")
+        except MlflowException as error:
+            if error.error_code in absent:
+                return None
+            raise OperationalError(f"the model registry at {self.uri} failed: {error}") from error
+        tags = dict(found.tags)
+        return ModelVersion(name, int(found.version), tags.get("uri", str(found.source)), tags)
+
+    def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+        """Add tags to a version."""
+        client, _ = self._client()
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, str(version.version), key, value)
