@@ -17,7 +17,7 @@ from anything.gateway import create_app
 from anything.keys import KEY_ENVIRONMENT, create_key, list_keys, load_keys, revoke_key
 from anything.protocol import Engine
 from anything.routing import Router, read_routes
-from anything.server import DrainingServer, bind
+from anything.server import DrainingServer, bind, freeze_heap
 from base import storage
 from base.config import Section, load, validate
 from base.errors import MissingFileError, run_program
@@ -73,6 +73,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
     try:
         engine = _engine(arguments, config)
         server = DrainingServer(create_app(engine, config, keys), listener, arguments.port_file)
+        server.on_ready = freeze_heap
         server.run()
     finally:
         listener.close()

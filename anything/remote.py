@@ -52,7 +52,7 @@ class RemoteEngine:
             RefusedError: the replica refused the request as the caller's fault (4xx).
             UnavailableError: it failed, broke off, refused this gateway's key (502), or is busy or draining.
         """
-        assert self._http is not None, "start() comes first"  # noqa: S101 - a bug of ours
+        assert self._http is not None, "start() comes first"
         body = {
             "prompt": generation.prompt,
             "max_tokens": generation.max_tokens,

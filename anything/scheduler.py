@@ -31,7 +31,7 @@ class Sequence:
     """Tokens whose latents are in the cache."""
 
     def __post_init__(self) -> None:
-        assert self.prompt and self.max_new_tokens > 0  # noqa: S101 - a bug of ours
+        assert self.prompt and self.max_new_tokens > 0
 
     @property
     def length(self) -> int:
@@ -94,7 +94,7 @@ class BlockAllocator:
     def release(self, blocks: list[int]) -> None:
         """Give blocks back. Giving back what is not owned is a bug of ours."""
         for block in blocks:
-            assert block in self._owned, f"block {block} is released twice"  # noqa: S101 - a bug of ours
+            assert block in self._owned, f"block {block} is released twice"
             self._owned.remove(block)
             self._free.append(block)
 
@@ -145,7 +145,7 @@ class Scheduler:
         Raises:
             UnavailableError: max_waiting sequences are queued already (HTTP 429).
         """
-        assert len(prompt) + max_new_tokens <= self.capacity_tokens  # noqa: S101 - a bug of ours
+        assert len(prompt) + max_new_tokens <= self.capacity_tokens
         if len(self._waiting) >= self._max_waiting:
             raise UnavailableError(
                 f"{len(self._waiting)} requests are waiting already, which is the limit. Try again later.",
@@ -210,7 +210,7 @@ class Scheduler:
         sequence.computed = row.start + row.count
         if not row.samples:
             return None
-        assert token is not None  # noqa: S101 - a bug of ours
+        assert token is not None
         if not end:
             sequence.generated.append(token)
         if not end and len(sequence.generated) < sequence.max_new_tokens:
@@ -235,7 +235,7 @@ class Scheduler:
             self._running.append(sequence)
             count = min(sequence.remaining, budget)
             reserved = self._reserve(sequence, count)
-            assert reserved  # noqa: S101 - a bug of ours
+            assert reserved
             rows.append(_row(sequence, count))
             budget -= count
         return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import logging
 import os
@@ -157,6 +158,15 @@ class DrainingServer(uvicorn.Server):
         finally:
             for number in installed:
                 loop.remove_signal_handler(number)
+
+
+def freeze_heap() -> None:
+    """Keep what is loaded by now out of later garbage collections, for a process that only serves.
+
+    Full collections walk every module and route otherwise: 20 ms at p99 with 16 clients instead of 5 (2026-11-24).
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _remove_own(port_file: str) -> None:

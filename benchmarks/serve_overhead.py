@@ -42,7 +42,7 @@ def serve(kind: str, key_file: str, port_file: str, routes: str) -> None:
     from anything.gateway import create_app
     from anything.keys import load_keys
     from anything.routing import Router
-    from anything.server import DrainingServer, bind
+    from anything.server import DrainingServer, bind, freeze_heap
 
     config, keys = ServeConfig(port=0), load_keys(key_file)
     app = create_app(Router(routes) if kind == "front" else EchoEngine(), config, keys)
@@ -56,7 +56,9 @@ def serve(kind: str, key_file: str, port_file: str, routes: str) -> None:
         bare.state.gateway = app.state.gateway
         bare.add_route("/v1/anything/infer", nothing, methods=["POST"])
         app = bare
-    DrainingServer(app, bind(config.host, 0), port_file).run()
+    server = DrainingServer(app, bind(config.host, 0), port_file)
+    server.on_ready = freeze_heap
+    server.run()
 
 
 async def _one_client(port: int, key: str, requests: int, seconds: list[float]) -> None:
