@@ -81,7 +81,9 @@ class RunProgress:
             self._progress.update(row, line=line, total=total, completed=fraction or 0.0)
         elif kind in ("finished", "reused"):
             mark = "[green]✓[/]"
-            self._progress.update(row, mark=mark, total=1.0, completed=1.0, **({"line": line} if line else {}))
+            self._progress.update(row, mark=mark, total=1.0, completed=1.0)
+            if line:
+                self._progress.update(row, line=line)
             self._progress.stop_task(row)
         elif kind == "failed":
             self._progress.update(row, mark="[red]✗[/]", line=line)
