@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -141,6 +141,19 @@ class Gateway:
                 await self._finish(call)
         return EventStream(call, first, deadline, record, lambda: self._finish(call))
 
+    async def routes(self, request: Request) -> Response:
+        """Answer one GET /v1/anything/routes."""
+        self.authorize(request)
+        if not isinstance(self.engine, Router):
+            text = "this server has a model of its own and no routes. Ask the gateway that was started with --routes."
+            raise RefusedError(text, status=404, code="no_routes")
+        return JSONResponse(self.engine.describe())
+
+    def exposition(self) -> str:
+        """The metrics of this server and its engine in Prometheus' text format."""
+        gauges = {**self.engine.gauges(), "in_flight": self.in_flight, "draining": self.draining}
+        return self.metrics.exposition(gauges, self.engine.versions if isinstance(self.engine, Router) else {})
+
     async def _finish(self, call: Call) -> None:
         try:
             await call.close()
@@ -193,7 +206,12 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, call: Call, first: Chunk, deadline: Deadline, record: Callable[[Chunk], None], finish: Callable[[], Any]
+        self,
+        call: Call,
+        first: Chunk,
+        deadline: Deadline,
+        record: Callable[[Chunk], None],
+        finish: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(media_type="text/event-stream")
         self.headers[VERSION_HEADER] = first.version
@@ -304,26 +322,15 @@ def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
     app = FastAPI(title="Anything", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
 
-    async def answer(request: Request, work: Callable[[Request], Any]) -> Response:
-        try:
-            response: Response = await work(request)
-        except DisconnectedError as error:
-            gateway.metrics.disconnects += 1
-            response = error_response(error)
-        except (RequestError, ServiceError, AuthenticationError) as error:
-            response = error_response(error)
-        gateway.metrics.responses[response.status_code] += 1
-        return response
-
     schema = {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}, "required": True}
 
     @app.post("/v1/anything/infer", openapi_extra={"requestBody": schema})
     async def infer(request: Request) -> Response:
-        return await answer(request, gateway.infer)
+        return await _answer(gateway, request, gateway.infer)
 
     @app.get("/v1/anything/routes")
     async def routes(request: Request) -> Response:
-        return await answer(request, lambda request: _describe_routes(gateway, request))
+        return await _answer(gateway, request, gateway.routes)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -337,17 +344,17 @@ def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        gauges = {**engine.gauges(), "in_flight": gateway.in_flight, "draining": gateway.draining}
-        versions = engine.versions if isinstance(engine, Router) else {}
-        text = gateway.metrics.exposition(gauges, versions)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(gateway.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
 
-async def _describe_routes(gateway: Gateway, request: Request) -> Response:
-    gateway.authorize(request)
-    if not isinstance(gateway.engine, Router):
-        text = "this server has a model of its own and no routes. Ask the gateway that was started with --routes."
-        raise RefusedError(text, status=404, code="no_routes")
-    return JSONResponse(gateway.engine.describe())
+async def _answer(gateway: Gateway, request: Request, work: Callable[[Request], Awaitable[Response]]) -> Response:
+    """The response of `work`, or of the error that it raised; counted either way."""
+    try:
+        response = await work(request)
+    except (RequestError, ServiceError, AuthenticationError) as error:
+        gateway.metrics.disconnects += isinstance(error, DisconnectedError)
+        response = error_response(error)
+    gateway.metrics.responses[response.status_code] += 1
+    return response

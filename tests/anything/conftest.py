@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -144,3 +146,27 @@ def serve(key_file: tuple[str, str]) -> Iterator[Callable[..., str]]:
     """Start a server for an engine, with the key of `key_file`; all are stopped at the end."""
     with ExitStack() as stack:
         yield lambda engine, config=None: stack.enter_context(serving(engine, key_file[0], config))
+
+
+@pytest.fixture
+def ask(key_file: tuple[str, str]) -> Iterator[httpx.Client]:
+    """An HTTP client with the key of `key_file`."""
+    with httpx.Client(headers={"authorization": f"Bearer {key_file[1]}"}, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def connect() -> Callable[..., socket.socket]:
+    """Send a request over a bare socket; see `_connect`."""
+    return _connect
+
+
+def _connect(url: str, key: str, content: dict[str, object], missing_bytes: int = 0) -> socket.socket:
+    """A request over a bare socket, so that the test can end the connection when it wants to."""
+    host, port = url.removeprefix("http://").split(":")
+    payload = json.dumps(content).encode()
+    head = f"POST /v1/anything/infer HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(payload)}\r\n"
+    head += f"authorization: Bearer {key}\r\n\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(head.encode() + payload[: len(payload) - missing_bytes])
+    return connection

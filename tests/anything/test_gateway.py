@@ -7,11 +7,8 @@ import json
 import logging
 import re
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
-from pathlib import Path
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import httpx
@@ -27,12 +24,6 @@ from anything.server import DrainingServer, bind, url_of
 
 Serve = Callable[..., str]
 PATH = "/v1/anything/infer"
-
-
-@pytest.fixture
-def ask(key_file: tuple[str, str]) -> Iterator[httpx.Client]:
-    with httpx.Client(headers={"authorization": f"Bearer {key_file[1]}"}, timeout=60, trust_env=False) as client:
-        yield client
 
 
 def body(prompt: str = "one two three", **more: object) -> dict[str, object]:
@@ -134,9 +125,11 @@ def test_too_large_a_body_is_413_declared_or_not(serve: Serve, ask: httpx.Client
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 
 
-def test_a_body_that_does_not_arrive_is_408(serve: Serve, key_file: tuple[str, str]) -> None:
+def test_a_body_that_does_not_arrive_is_408(
+    serve: Serve, key_file: tuple[str, str], connect: Callable[..., socket.socket]
+) -> None:
     url = serve(EchoEngine(), ServeConfig(port=0, timeout_s=0.2))
-    with _connect(url, key_file[1], body(), missing_bytes=1) as connection:
+    with connect(url, key_file[1], body(), missing_bytes=1) as connection:
         assert b" 408 " in connection.makefile("rb").readline()
 
 
@@ -202,11 +195,11 @@ def test_every_token_of_a_stream_starts_the_time_anew() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_disconnects_cancels_its_generation(
-    stream: bool, serve: Serve, key_file: tuple[str, str], ask: httpx.Client
+    stream: bool, serve: Serve, key_file: tuple[str, str], ask: httpx.Client, connect: Callable[..., socket.socket]
 ) -> None:
     engine = EchoEngine(tokens=1)
     url = serve(engine)
-    with _connect(url, key_file[1], body(stream=stream)) as connection:
+    with connect(url, key_file[1], body(stream=stream)) as connection:
         if stream:
             assert b"one" in b"".join(iter(lambda: connection.recv(1), b"}"))
         else:
@@ -302,79 +295,6 @@ def test_neither_key_nor_prompt_reaches_a_log(
     assert key_file[1] not in caplog.text
 
 
-# Serves an echo that holds until a line on stdin says how many tokens it lets through.
-_PROGRAM = """
-import sys, threading
-from anything.config import ServeConfig
-from anything.fake import EchoEngine
-from anything.gateway import create_app
-from anything.keys import load_keys
-from anything.server import DrainingServer, bind
-
-engine = EchoEngine(tokens=1)
-config = ServeConfig(port=0, shutdown_timeout_s=float(sys.argv[2]))
-threading.Thread(target=lambda: [engine.let(int(line)) for line in sys.stdin], daemon=True).start()
-server = DrainingServer(create_app(engine, config, load_keys(sys.argv[1])), bind("127.0.0.1", 0), sys.argv[3])
-server.on_ready = lambda: print("ready", flush=True)
-server.run()
-print("left", engine.started, engine.finished, engine.cancelled, "torch" in sys.modules, flush=True)
-"""
-
-
-@pytest.mark.parametrize("finishes", [True, False])
-def test_sigterm_drains_and_exits_0(
-    finishes: bool, tmp_path: Path, key_file: tuple[str, str], ask: httpx.Client
-) -> None:
-    port_file = tmp_path / "port.json"
-    timeout_s = "60" if finishes else "0.2"
-    command = [sys.executable, "-c", _PROGRAM, key_file[0], timeout_s, str(port_file)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        record = json.loads(port_file.read_text())
-        assert record["pid"] == process.pid
-        url = record["url"]
-        with ask.stream("POST", url + PATH, json=body(stream=True)) as answer:
-            chunks = answer.iter_text()
-            assert "one" in next(chunks)
-            process.terminate()
-            while finishes and ask.get(url + "/readyz").status_code == 200:
-                pass
-            if finishes:
-                assert ask.get(url + "/readyz").json() == {"status": "draining"}
-                assert ask.get(url + "/healthz").status_code == 200
-                refused = ask.post(url + PATH, json=body())
-                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-                assert "retry-after" in refused.headers
-                process.stdin.write("10\n")
-                process.stdin.flush()
-            rest = "".join(chunks)
-        assert rest.endswith("data: [DONE]\n\n") is finishes
-        assert ('"code":"draining"' in rest) is not finishes
-        assert process.stdout.readline() == ("left 1 1 0 False\n" if finishes else "left 1 0 1 False\n")
-        assert process.wait(30) == 0
-    assert not port_file.exists()
-
-
-@pytest.mark.slow
-def test_a_client_that_does_not_read_cannot_hold_the_server(tmp_path: Path, key_file: tuple[str, str]) -> None:
-    port_file = tmp_path / "port.json"
-    command = [sys.executable, "-c", _PROGRAM, key_file[0], "0.1", str(port_file)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.stdin.write("1000000\n")
-        process.stdin.flush()
-        url = json.loads(port_file.read_text())["url"]
-        # The events of so many words are more than the buffers on both sides hold.
-        with _connect(url, key_file[1], body("a " * 400_000, max_tokens=400_000, stream=True)) as connection:
-            assert b" 200 " in connection.recv(20)
-            process.terminate()
-            assert process.wait(60) == 0
-
-
 def test_a_stream_that_is_not_read_is_given_up() -> None:
     async def send(message: MutableMapping[str, Any]) -> None:
         if message.get("body"):
@@ -392,15 +312,3 @@ def test_a_stream_that_is_not_read_is_given_up() -> None:
     engine = EchoEngine()
     asyncio.run(main())
     assert (engine.finished, engine.cancelled) == (0, 1)
-
-
-def _connect(url: str, key: str, content: dict[str, object], missing_bytes: int = 0) -> socket.socket:
-    """A request over a bare socket, so that the test can end the connection when it wants to."""
-    host, port = url.removeprefix("http://").split(":")
-    payload = json.dumps(content).encode()
-    head = (
-        f"POST {PATH} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\ncontent-length: {len(payload)}\r\n\r\n"
-    )
-    connection = socket.create_connection((host, int(port)), timeout=60)
-    connection.sendall(head.encode() + payload[: len(payload) - missing_bytes])
-    return connection
