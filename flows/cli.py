@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,20 +64,22 @@ def _dispatch(options: argparse.Namespace) -> None:
         stopped = stop_serving(str(options.runs_directory))
         console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
     else:
-        from flows import commands
+        _quiet(verbose=getattr(options, "verbose", False))
+        from flows.commands import demo, deploy, run
 
-        _quiet_prefect(verbose=getattr(options, "verbose", False))
         if options.command == "run":
-            commands.run(console, options.config, options.overrides)
+            run(console, options.config, options.overrides)
         elif options.command == "deploy":
-            commands.deploy(console, options.config, options.overrides, version=options.model_version)
+            deploy(console, options.config, options.overrides, version=options.model_version)
         else:
-            commands.demo(console)
+            demo(console)
 
 
-def _quiet_prefect(*, verbose: bool) -> None:
-    """Leave the terminal to the progress display; the log lines still reach the Prefect page."""
-    os.environ.setdefault("PREFECT_LOGGING_COLORS", "0" if not sys.stdout.isatty() else "1")
+def _quiet(*, verbose: bool) -> None:
+    """Leave the terminal to the progress display; the log lines still reach the Prefect page.
+
+    Prefect reads its settings when it is first imported, so this comes before.
+    """
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
 

@@ -19,8 +19,9 @@ from anything.client import Client
 from anything.keys import read_key_file
 from base import storage
 from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
+from tasks.report import RELEASE_CONFIG
 from tasks.serving import GATEWAY, Server, ServingDirectory
-from tasks.steps import RunContext, StepRun, perform, worth_retrying
+from tasks.steps import RunContext, StepRun, perform, worth_retrying, write_event
 from tasks.tracking import ModelVersion
 
 _PROMPT_CHARACTERS = 60
@@ -42,6 +43,11 @@ class Release:
 
 def _serving(context: RunContext) -> ServingDirectory:
     return ServingDirectory(context.config.runs_directory)
+
+
+def _say(context: RunContext, line: str) -> None:
+    get_run_logger().info(line)
+    write_event(context.path, "deploy", "progress", line=line)
 
 
 def _registered(context: RunContext, number: int | None) -> ModelVersion:
@@ -89,7 +95,8 @@ def start(context: RunContext, release: Release) -> Server:
         get_run_logger().info("found running: %s at %s", running.name, running.url)
         return running
     arguments = ["--model_path", release.model_path, "--model_version", release.label, "--port", "0"]
-    arguments += ["--config", f"{context.directory}/config.yaml"]
+    arguments += ["--config", f"{context.directory}/{RELEASE_CONFIG}"]
+    _say(context, f"starting a replica of {release.label}")
     return serving.start(
         release.label,
         arguments,
@@ -113,7 +120,7 @@ def smoke(context: RunContext, replica: Server) -> str:
         if replica.name not in serving.weights():
             serving.stop(replica)
         raise
-    get_run_logger().info("smoke: %r -> %r", deploy.smoke_prompt, output[:_PROMPT_CHARACTERS])
+    _say(context, f"smoke: {deploy.smoke_prompt!r} -> {output[:_PROMPT_CHARACTERS]!r}")
     return output
 
 
@@ -144,7 +151,7 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
                     "median_ms": round(1000 * sorted(latencies)[len(latencies) // 2], 1) if latencies else None,
                 }
             )
-            get_run_logger().info("%s %% on %s: %d errors", share, replica.name, errors)
+            _say(context, f"{share:g} % of traffic on {replica.name}: {errors} of {config.requests_per_step} failed")
             if rate > config.max_error_rate:
                 raise ServiceError(
                     f"{replica.name}: {errors} of {config.requests_per_step} requests failed at {share:g} % of traffic "
@@ -164,10 +171,12 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
 def _gateway(context: RunContext) -> Server:
     """The running gateway, or a new one."""
     serving = _serving(context)
-    running = serving.find(GATEWAY)
-    if running is not None:
+    running, port = serving.find(GATEWAY), context.config.serve.port
+    if running is not None and (port == 0 or running.url.endswith(f":{port}")):
         return running
-    arguments = ["--routes", str(serving.routes), "--config", f"{context.directory}/config.yaml"]
+    if running is not None:
+        serving.stop(running)  # it listens where this release is not wanted
+    arguments = ["--routes", str(serving.routes), "--config", f"{context.directory}/{RELEASE_CONFIG}"]
     timeout_s = context.config.deploy.start_timeout_s
     return serving.start(GATEWAY, arguments, keys=serving.client_keys, model="", version="", timeout_s=timeout_s)
 

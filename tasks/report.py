@@ -14,6 +14,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
 from base import storage
+from base.config import dump
 from base.errors import CherryError
 from tasks.parameters import resolve, run_directory, write_resolved
 from tasks.process import end_tree
@@ -22,6 +23,8 @@ from tasks.steps import RunContext, StepRecord, find_finished, flatten
 
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
 STEPS = (*TRAIN_STEPS, "deploy")
+RELEASE_CONFIG = "release.yaml"
+"""What a deployment was told, beside the config.yaml that the run was trained with."""
 
 
 def begin(config: str, overrides: BaseModel) -> RunContext:
@@ -42,6 +45,7 @@ def begin_release(config: str, overrides: BaseModel) -> RunContext:
     directory = run_directory(resolved)
     if not Path(directory, "config.yaml").exists():
         write_resolved(resolved)
+    storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
     return _open(RunContext(directory, resolved), "flow")
 
 
