@@ -96,7 +96,7 @@ def compare(
     normal = NormalDist()
     effect = (normal.inv_cdf(1 - tail) + normal.inv_cdf(POWER)) * float(resampled.std(ddof=1))
     verdict, reason = _judge(difference, low, high, margin=margin, effect=effect)
-    reason += f" ({confidence:.4g} interval [{low:+.4f}, {high:+.4f}] on {len(ids)} documents)."
+    reason += f" ({100 * confidence:.4g} % interval [{low:+.4f}, {high:+.4f}] on {len(ids)} documents)."
     left_out = len(baseline.keys() ^ candidate.keys())
     if left_out:
         reason += f" Left out: {left_out} documents that only one model scored."
@@ -168,6 +168,8 @@ def _judge(difference: float, low: float, high: float, *, margin: float, effect:
         return "better", f"the candidate's loss is {size} lower"
     if low > 0 and difference > margin:
         return "worse", f"the candidate's loss is {size} higher"
+    if low == high == 0:
+        return "can't tell", "the two have the same loss on every document"
     if -margin <= low and high <= margin:
         return "can't tell", f"the two are equivalent within the margin of {margin:.4g} nats per token"
     if high < 0 or low > 0:
