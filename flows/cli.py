@@ -81,7 +81,7 @@ def _quiet(*, verbose: bool) -> None:
     Prefect reads its settings when it is first imported, so this comes before.
     """
     if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def _doctor(console: Console, runs_directory: Path) -> None:

@@ -1,0 +1,48 @@
+"""What a person sees who gives `cherry run` something wrong: a clear text, an exit code, and nothing half written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+def cherry(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
+
+
+def test_three_mistakes_in_a_config_are_all_told_before_anything_starts(tmp_path):
+    config = tmp_path / "wrong.yaml"
+    config.write_text("name: wrong\nmodel: {preset: tiny, n_group: 3, vocab_sise: 9}\ntrain: {batch_size: fifteen}\n")
+    ended = cherry("run", str(config), home=tmp_path)
+    assert ended.returncode == 11
+    assert f"{config}: 3 problems" in ended.stderr
+    assert "model.vocab_sise: unknown key, did you mean vocab_size? (got 9)" in ended.stderr
+    assert "train.batch_size: input should be a valid integer (got 'fifteen')" in ended.stderr
+    assert "model.n_routed_experts: must be divisible by n_group (3) (got 8)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_config_is_named(tmp_path):
+    ended = cherry("run", "configs/tinny.yaml", home=tmp_path)
+    assert ended.returncode == 12
+    assert ended.stderr.startswith("error: no config file at configs/tinny.yaml")
+
+
+@pytest.mark.slow
+def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
+    source = tmp_path / "documents.jsonl"
+    source.write_text('{"text": "one"}\n{"text": "two"\n{"text": "three"}\n')
+    ended = cherry("run", TINY, f"data.source={source}", "name=broken", home=tmp_path)
+    assert ended.returncode == 13, ended.stderr
+    assert f"{source} line 2: not valid JSON" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs" / "broken" / "data" / "COMMITTED").exists()
+    assert not (tmp_path / "runs" / "broken" / "steps" / "data.json").exists()
