@@ -153,8 +153,10 @@ def test_attention_with_192_wide_keys_and_128_wide_values(dtype: torch.dtype, to
     hidden = torch.ones(length, length, device="cuda", dtype=torch.bool).triu(1)
     expected = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v.float()
     expected_grads = torch.autograd.grad((expected * upstream).sum(), [q, k, v])
+    # At length 1 the gradients of q and k are zero, so the scale of what came in is the measure there.
+    floor = 0.1 * upstream.norm()
     for got, want in zip([out, *grads], [expected, *expected_grads], strict=True):
-        assert (got.float() - want.float()).norm() <= tolerance * want.float().norm() + 1e-5
+        assert (got.float() - want.float()).norm() <= tolerance * torch.maximum(want.float().norm(), floor)
 
 
 def test_the_int8_model_on_cuda_equals_the_cpu(
