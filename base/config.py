@@ -5,11 +5,11 @@ It knows no section of the configuration: the schemas live beside the code that 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -81,7 +81,11 @@ for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[object, object]:
     seen: set[object] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.MarkedYAMLError(problem="a key must be a plain value", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -117,6 +121,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise MissingFileError(f"no config file at {path}. The shipped ones are in configs/.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: must be UTF-8 text, got {error}") from error
     raw = parse_yaml(text, str(path))
     if raw is None:
         return {}
@@ -131,7 +137,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
     Raises:
         ConfigError: an override is not `key=value`, or its path runs through something that is no mapping.
     """
-    result: dict[str, Any] = json.loads(json.dumps(raw))
+    result: dict[str, Any] = copy.deepcopy(dict(raw))
     wrong: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -180,22 +186,19 @@ def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Sc
         text = json.dumps(raw)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin}: only plain YAML values are allowed: {error}") from error
-    lines: list[str] = []
-    config: Schema | None = None
     try:
         config = _parse(text, schema)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        lines += [_line(item, schema) for item in items]
+        lines = [_line(item, schema) for item in items]
         # Rules over several keys can only be checked on valid values: take the wrong keys out and look again,
         # so that a person sees every mistake in one go.
         rest = json.loads(text)
         for item in items:
             _remove(rest, item["loc"])
-        with suppress(ValidationError):
-            config = _parse(json.dumps(rest), schema)
-    if config is not None:
-        lines += map(str, config.all_problems())
+        lines += map(str, _broken_rules(rest, schema, ""))
+    else:
+        lines = [str(problem) for problem in config.all_problems()]
         if not lines:
             return config
     count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
@@ -205,6 +208,20 @@ def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Sc
 def _parse(text: str, schema: type[Schema]) -> Schema:
     # Through JSON, so that strict mode still takes a list for a tuple.
     return schema.model_validate_json(text, context=_DEFER_RULES)
+
+
+def _broken_rules(raw: Any, schema: type[Section], prefix: str) -> Iterator[Problem]:
+    """The broken rules of `raw`; where it lacks a required key, those of every section inside that lacks none."""
+    try:
+        config = _parse(json.dumps(raw), schema)
+    except ValidationError:
+        inner = raw if isinstance(raw, dict) else {}
+        for name, field in schema.model_fields.items():
+            for section in _types_in(field.annotation):
+                if issubclass(section, Section) and isinstance(inner.get(name), dict):
+                    yield from _broken_rules(inner[name], section, f"{prefix}{name}.")
+    else:
+        yield from config.all_problems(prefix)
 
 
 def dump(config: Section) -> str:

@@ -1,0 +1,138 @@
+"""The error family: codes that tell the side across a process, and operating system errors turned into it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from base import errors, storage
+from base.errors import (
+    CherryError,
+    ConfigError,
+    DiskFullError,
+    InvalidInputError,
+    MissingFileError,
+    OperationalError,
+    StorageError,
+    is_retryable_exit_code,
+    run_program,
+    storage_errors,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def family() -> list[type[CherryError]]:
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CherryError)]
+    assert len(found) > 10
+    return found
+
+
+def test_exit_codes_are_unique_and_on_their_side() -> None:
+    assert len({member.exit_code for member in family()}) == len(family())
+    for member in family():
+        if issubclass(member, InvalidInputError):
+            assert 10 <= member.exit_code < 30
+            assert issubclass(member, ValueError)
+            assert not is_retryable_exit_code(member.exit_code)
+        elif issubclass(member, OperationalError):
+            assert 30 <= member.exit_code < 50
+            assert not issubclass(member, ValueError)
+            assert is_retryable_exit_code(member.exit_code)
+        else:
+            assert member is CherryError
+
+
+@pytest.mark.parametrize(
+    ("code", "retried"),
+    [(0, False), (1, True), (9, True), (10, False), (29, False), (30, True), (-signal.SIGKILL, True), (137, True)],
+)
+def test_a_signal_or_a_crash_is_retried_and_success_is_not(code: int, retried: bool) -> None:
+    assert is_retryable_exit_code(code) is retried
+
+
+def test_a_full_device_is_a_full_disk() -> None:
+    with pytest.raises(DiskFullError, match="/dev/full") as caught, storage_errors("/dev/full"):
+        Path("/dev/full").write_bytes(b"x")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount program")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_running_out_of_space_keeps_what_was_written_before(small_disk: Path) -> None:
+    target = str(small_disk / "state.json")
+    storage.write_bytes(target, b"old")
+    with pytest.raises(DiskFullError, match="Free some space"):
+        storage.write_bytes(target, b"x" * 1_000_000)
+    assert storage.read_bytes(target) == b"old"
+    assert os.listdir(small_disk) == ["state.json"]
+
+
+def test_other_system_errors_keep_their_side(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="none does not exist"), storage_errors("none"):
+        (tmp_path / "none").read_bytes()
+    with pytest.raises(StorageError, match="folder") as caught, storage_errors("folder"):
+        tmp_path.read_bytes()
+    assert not isinstance(caught.value, DiskFullError)
+
+
+def test_an_error_that_has_its_sentence_passes_through_unchanged() -> None:
+    original = ConfigError("a: b")
+    with pytest.raises(ConfigError) as caught, storage_errors("somewhere"):
+        raise original
+    assert caught.value is original
+
+
+def test_a_program_tells_an_error_in_one_line_and_returns_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise DiskFullError("no space left")
+
+    assert run_program(main) == DiskFullError.exit_code
+    captured = capsys.readouterr()
+    assert captured.err == "error: no space left\n"
+    assert captured.out == ""
+
+
+def test_a_program_that_ends_well_or_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_program(lambda: None) == 0
+    assert run_program(interrupted) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_the_code_crosses_a_process_and_a_bug_keeps_its_traceback() -> None:
+    program = "from base.errors import *\ndef main(): raise {}\nraise SystemExit(run_program(main))"
+
+    def code_of(error: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", program.format(error)]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        return ended.returncode, ended.stderr
+
+    assert code_of("NonFiniteLossError('NaN at step 3')") == (16, "error: NaN at step 3\n")
+    code, text = code_of("KeyError('oops')")
+    assert code == 1
+    assert text.startswith("Traceback")
