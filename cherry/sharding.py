@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from base.errors import WeightsError
+from base import storage
+from base.errors import MissingFileError, WeightsError
 from cherry.config import ParallelConfig
 from model.layout import Piece, pieces
 from model.transformer import Block, DeepseekV3, initial_values
@@ -72,7 +73,8 @@ def load_weights(model: DeepseekV3, uri: str) -> None:
         MissingFileError: nothing at `uri`.
         WeightsError: tensors are missing or of another shape; the text lists them all.
     """
-    reader, wrong = WeightsReader(uri), []
+    reader: WeightsReader | PickledWeights = PickledWeights(uri) if uri.endswith(".pt") else WeightsReader(uri)
+    wrong = []
     plan = []
     for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
         local, rows, shape = _local(tensor)
@@ -91,7 +93,40 @@ def load_weights(model: DeepseekV3, uri: str) -> None:
         _copy_piece(local, rows, shape[0], piece, reader)
 
 
-def _copy_piece(local: Tensor, rows: tuple[int, int], height: int, piece: Piece, reader: WeightsReader) -> None:
+class PickledWeights:
+    """A .pt file of tensors under the released names, memory-mapped and read with weights_only: no code in it runs.
+
+    Raises:
+        MissingFileError: nothing at `path`.
+        WeightsError: it is no plain mapping of names to tensors.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not storage.exists(path):
+            raise MissingFileError(f"{path} does not exist. --model_path takes a safetensors folder, or a .pt file.")
+        try:
+            content = torch.load(storage.local_path(path), map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises pickle's, zipfile's and its own errors here
+            raise WeightsError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise WeightsError(f"{path}: must hold a mapping of names to tensors, like a released state dict")
+        self._tensors: dict[str, Tensor] = content
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def read_weight(self, name: str) -> Tensor:
+        """One tensor; its pages are read when they are copied."""
+        return self._tensors[name]
+
+
+def _copy_piece(
+    local: Tensor, rows: tuple[int, int], height: int, piece: Piece, reader: WeightsReader | PickledWeights
+) -> None:
     """Copy what this rank holds of one stored tensor; `piece.part` places it inside the whole parameter."""
     first, last = rows
     index, *rest = piece.part or (slice(None),)

@@ -94,7 +94,7 @@ class RunProgress:
         if kind == "progress" and step == "train" and fraction is not None and not _round(line):
             return
         seconds = f" ({event['seconds']:.1f} s)" if kind == "finished" else ""
-        self._console.print(f"{step}: {line or kind}{seconds}", highlight=False, markup=False)
+        self._console.print(f"{step}: {line or kind}{seconds}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _round(line: str) -> bool:
