@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 CALLER_EXIT_CODES = range(10, 30)
+# Clients of object stores raise some errors (no connection, no credentials) that are no OSError.
+_STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
 
 class CherryError(Exception):
@@ -132,7 +134,7 @@ def storage_errors(uri: str) -> Iterator[None]:
     Raises:
         MissingFileError: nothing exists there.
         DiskFullError: no space, or the quota, is exhausted.
-        StorageError: any other OSError.
+        StorageError: any other OSError, or an error of an object store's client.
     """
     try:
         yield
@@ -144,6 +146,10 @@ def storage_errors(uri: str) -> Iterator[None]:
                 f"no space left while writing {uri}. Free some space and run the same command again; "
                 "what was committed before is untouched."
             ) from error
+        raise StorageError(f"storage failed at {uri}: {error}") from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
+            raise
         raise StorageError(f"storage failed at {uri}: {error}") from error
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-import fsspec
 from fsspec.core import url_to_fs
 
-from base.errors import MissingFileError, storage_errors
+from base.errors import ConfigError, DataError, MissingFileError, storage_errors
 
 MARKER = "COMMITTED"
 _BLOCK_BYTES = 1 << 20
@@ -36,9 +36,20 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def _locate(uri: str) -> tuple[Any, str]:
+    """The file system of `uri` and the path in it; it keeps no listings, for another host may have written since."""
+    try:
+        fs, path = url_to_fs(uri, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{uri}: storage of this kind cannot be used: {error}. For s3:// install cherry-framework[s3]."
+        ) from error
+    return fs, path
+
+
 def exists(uri: str) -> bool:
     """Whether a file or a directory is at `uri`."""
-    fs, path = url_to_fs(uri)
+    fs, path = _locate(uri)
     with storage_errors(uri):
         return bool(fs.exists(path))
 
@@ -50,7 +61,8 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
     Raises:
         MissingFileError: nothing at `uri`.
     """
-    with storage_errors(uri), fsspec.open(uri, "rb") as handle:
+    fs, path = _locate(uri)
+    with storage_errors(uri), fs.open(path, "rb") as handle:
         yield cast(BinaryIO, handle)
 
 
@@ -65,9 +77,12 @@ def read_json(uri: str) -> Any:
 
     Raises:
         MissingFileError: nothing at `uri`.
-        ValueError: not JSON.
+        DataError: not JSON.
     """
-    return json.loads(read_bytes(uri))
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"{uri} must be a JSON document: {error}. Run the step that writes it again.") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -80,7 +95,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if is_local(uri):
             path = local_path(uri)
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            temporary = f"{path}.{os.getpid()}.tmp"
+            temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
             try:
                 with open(temporary, "wb") as handle:
                     handle.write(data)
@@ -92,7 +107,7 @@ def write_bytes(uri: str, data: bytes) -> None:
                     os.unlink(temporary)
                 raise
         else:
-            fs, path = url_to_fs(uri)
+            fs, path = _locate(uri)
             fs.pipe_file(path, data)
 
 
@@ -103,9 +118,8 @@ def write_json(uri: str, value: Any) -> None:
 
 def list_names(uri: str) -> list[str]:
     """Sorted names directly inside a directory; empty when there is no such directory."""
-    fs, path = url_to_fs(uri)
+    fs, path = _locate(uri)
     with storage_errors(uri):
-        fs.invalidate_cache()
         if not fs.exists(path):
             return []
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
@@ -113,14 +127,14 @@ def list_names(uri: str) -> list[str]:
 
 def make_directory(uri: str) -> None:
     """Create a directory and its parents; nothing to do where directories are only prefixes."""
-    fs, path = url_to_fs(uri)
+    fs, path = _locate(uri)
     with storage_errors(uri):
         fs.makedirs(path, exist_ok=True)
 
 
 def remove_tree(uri: str) -> None:
     """Remove a published directory, its marker first, so that no reader trusts what is half gone."""
-    fs, path = url_to_fs(uri)
+    fs, path = _locate(uri)
     with storage_errors(uri):
         if fs.exists(join(path, MARKER)):
             fs.rm_file(join(path, MARKER))
