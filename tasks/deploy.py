@@ -135,8 +135,8 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
     before = {name: weight for name, weight in serving.weights().items() if name != replica.name and weight > 0}
     rows: list[dict[str, Any]] = []
     try:
-        for percent in config.traffic_steps_percent:
-            share = float(percent) if before else 100.0
+        for percent in config.traffic_steps_percent if before else (100,):
+            share = float(percent)
             total = sum(before.values())
             others = {name: weight / total * (100.0 - share) for name, weight in before.items()}
             serving.write_routes({**others, replica.name: share})
@@ -233,7 +233,7 @@ def record(
         context.tracker().set_alias(release.name, "serving", release.version)
         return {"deploy": str(target)}
 
-    perform(context, "deploy", inputs, work)
+    perform(context, "deploy", inputs, work, began=context.began)
     return {"url": shifted["gateway"], "version": release.label, "key_file": str(serving.client_key)}
 
 

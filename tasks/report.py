@@ -55,7 +55,7 @@ def _open(context: RunContext, step: str) -> RunContext:
     parent = tracker.start(context.config.name, parent=None, step=step, identity=identity)
     tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
     get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, tracker.uri)
-    return RunContext(context.directory, context.config, parent)
+    return RunContext(context.directory, context.config, parent, context.began)
 
 
 def _lasting(context: RunContext) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class RunContext:
     config: RunConfig
     parent_run_id: str | None = None
     """MLflow run of the flow; `None` when the tracking server could not be reached."""
+    began: float = field(default_factory=time.time)
+    """Unix time at which the flow began."""
 
     @property
     def path(self) -> Path:
@@ -83,12 +85,15 @@ def perform(
     step: str,
     inputs: Mapping[str, Any],
     work: Callable[[StepRun], Mapping[str, str]],
+    *,
+    began: float | None = None,
 ) -> StepRecord:
     """Do a step, or find it done.
 
     Args:
         inputs: everything that its output depends on, as JSON values.
         work: does it, and returns its outputs by name.
+        began: unix time from which its seconds count, when tasks before this one belong to it.
     """
     identity = storage.fingerprint({"step": step, "inputs": inputs, "version": __version__})
     found = find_finished(context.path, step, identity)
@@ -100,7 +105,7 @@ def perform(
     tracker = context.tracker()
     run_id = tracker.start(f"{context.config.name}-{step}", parent=context.parent_run_id, step=step, identity=identity)
     running = StepRun(context, step, identity, run_id, tracker)
-    started = time.monotonic()
+    started = time.time() if began is None else began
     status = "FAILED"
     try:
         tracker.log(run_id, params=flatten(inputs))
@@ -112,7 +117,7 @@ def perform(
     finally:
         tracker.finish(run_id, status)
     record = StepRecord(
-        step, identity, outputs, running.figures, time.monotonic() - started, time.time(), run_id, context.parent_run_id
+        step, identity, outputs, running.figures, time.time() - started, time.time(), run_id, context.parent_run_id
     )
     storage.write_json(str(context.path / "steps" / f"{step}.json"), asdict(record))
     tracker.log(context.parent_run_id, metrics={f"seconds_{step}": record.seconds})
