@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
-from base.errors import ConfigError, DataError, MissingFileError, storage_errors
+from base.errors import ConfigError, MissingFileError, storage_errors
 
 MARKER = "COMMITTED"
 _BLOCK_BYTES = 1 << 20
@@ -77,12 +77,9 @@ def read_json(uri: str) -> Any:
 
     Raises:
         MissingFileError: nothing at `uri`.
-        DataError: not JSON.
+        ValueError: not JSON.
     """
-    try:
-        return json.loads(read_bytes(uri))
-    except ValueError as error:
-        raise DataError(f"{uri} must be a JSON document: {error}. Run the step that writes it again.") from error
+    return json.loads(read_bytes(uri))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
