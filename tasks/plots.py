@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +16,42 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _figure(path: Path, width: float = 8.0, height: float = 4.5) -> Iterator[Axes]:
-    """One set of axes, saved to `path`. No pyplot: its global state is not safe in a task's thread."""
+def _figure(path: Path, *, height: float = 4.5, rows: int = 1) -> Iterator[list[Axes]]:
+    """Axes under each other, saved to `path`. No pyplot: its global state is not safe in a task's thread."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(8.0, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    yield axes
+    yield list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place."""
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """loss.png, learning_rate.png and, for a mixture of experts, expert_load.png from a metrics stream."""
     steps = [line["step"] for line in metrics]
     paths = [folder / "loss.png", folder / "learning_rate.png"]
-    with _figure(paths[0]) as axes:
-        axes.plot(steps, [line["loss"] for line in metrics], label="training loss", linewidth=1)
-        if any(line.get("mtp_loss") for line in metrics):
-            axes.plot(steps, [line["mtp_loss"] for line in metrics], label="MTP loss", linewidth=1, alpha=0.6)
+    with _figure(paths[0]) as [axes]:
+        window = max(1, len(steps) // 40)
+        for key, label, color in (("mtp_loss", "MTP loss", "tab:orange"), ("loss", "training loss", "tab:blue")):
+            values = [line[key] for line in metrics]
+            if any(values):
+                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+                axes.plot(steps, _smooth(values, window), color=color, label=f"{label}, mean of {window}")
         held = [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
-        axes.plot(*zip(*held, strict=True), "o-", label="held-out loss") if held else None
+        if held:
+            axes.plot(*zip(*held, strict=True), "o-", color="tab:green", label="held-out loss")
         axes.set(xlabel="optimizer step", ylabel="nats per token", title="Loss")
         axes.grid(alpha=0.3)
         axes.legend()
-    with _figure(paths[1], height=3.0) as axes:
+    with _figure(paths[1], height=3.0) as [axes]:
         axes.plot(steps, [line["learning_rate"] for line in metrics])
         axes.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
         axes.grid(alpha=0.3)
@@ -57,7 +67,7 @@ def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Pat
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     columns = [[share * experts for layer in load for share in layer] for _, load in loads]
     rows = list(zip(*columns, strict=True))
-    with _figure(path, height=max(3.0, min(12.0, 0.15 * layers * experts))) as axes:
+    with _figure(path, height=max(3.0, min(12.0, 0.15 * layers * experts))) as [axes]:
         image = axes.imshow(rows, aspect="auto", cmap="coolwarm", vmin=0.0, vmax=2.0, interpolation="nearest")
         marks = sorted({round(i * (len(loads) - 1) / 5) for i in range(6)})
         axes.set_xticks(marks, [str(loads[i][0]) for i in marks])
@@ -72,7 +82,7 @@ def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Pat
 def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """The relative error of each quantized tensor, largest first."""
     errors = sorted((tensor["rel_error"] for tensor in tensors), reverse=True)
-    with _figure(path, height=3.5) as axes:
+    with _figure(path, height=3.5) as [axes]:
         axes.plot([100 * error for error in errors])
         axes.set(
             xlabel="tensor, by error", ylabel="relative error, %", title="Quantization error by tensor", ylim=(0, None)
@@ -82,16 +92,14 @@ def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: float, path: Path) -> Path:
-    """Intervals of differences in nats per token: (label, difference, low, high); left of zero is better."""
-    with _figure(path, height=1.6 + 0.6 * len(rows)) as axes:
-        for row, (_, difference, low, high) in enumerate(rows):
-            axes.plot([low, high], [row, row], color="tab:blue", linewidth=3)
-            axes.plot([difference], [row], "o", color="tab:blue")
-        axes.axvline(0.0, color="black", linewidth=1)
-        axes.axvspan(-margin, margin, color="grey", alpha=0.2, label="margin")
-        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
-        axes.set(
-            xlabel="difference of the held-out loss, nats per token (left is better)", ylim=(-0.7, len(rows) - 0.3)
-        )
-        axes.legend(loc="upper right")
+    """Intervals of differences in nats per token, each on a scale of its own: (label, difference, low, high)."""
+    with _figure(path, height=1.7 * len(rows) + 0.4, rows=len(rows)) as panels:
+        for axes, (label, difference, low, high) in zip(panels, rows, strict=True):
+            axes.axvspan(-margin, margin, color="grey", alpha=0.2, label="margin")
+            axes.axvline(0.0, color="black", linewidth=1)
+            axes.plot([low, high], [0, 0], color="tab:blue", linewidth=4, solid_capstyle="butt")
+            axes.plot([difference], [0], "o", color="tab:blue")
+            axes.set(yticks=[], ylim=(-1, 1), title=f"{label}: {difference:+.4f} ({low:+.4f} to {high:+.4f})")
+        panels[0].legend(loc="upper right")
+        panels[-1].set_xlabel("difference of the held-out loss, nats per token (left is better)")
     return path

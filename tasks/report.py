@@ -73,6 +73,7 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
         summary = summarize(context.path)
         storage.write_json(str(context.path / "summary.json"), summary)
         tracker.artifact(context.parent_run_id, context.path / "summary.json")
+        tracker.log(context.parent_run_id, tags={"mlflow.note.content": _describe(summary)})
         tracker.artifact(context.parent_run_id, context.path / "config.yaml")
         create_table_artifact(_rows(records), key=f"run-{context.config.name}", description=_describe(summary))
     tracker.finish(context.parent_run_id, status)

@@ -7,6 +7,7 @@ in the log, and is still on disk.
 from __future__ import annotations
 
 import functools
+import getpass
 import logging
 import os
 import threading
@@ -130,7 +131,9 @@ class MlflowTracker:
             return str(found.experiment_id)
         # With a bare database, artifacts would land in the working directory.
         local = (self._runs_directory / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
-        return str(client.create_experiment(self.experiment, artifact_location=local))
+        # The page then opens with training's columns and charts, not with those for agents.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self.experiment, artifact_location=local, tags=kind))
 
     @_forgiving
     def start(self, name: str, *, parent: str | None, step: str, identity: str) -> str | None:
@@ -143,6 +146,7 @@ class MlflowTracker:
             run_id = str(found[0].info.run_id)
             client.update_run(run_id, status="RUNNING")
         else:
+            tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"cherry {step}"}
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
             run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
