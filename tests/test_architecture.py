@@ -1,0 +1,132 @@
+"""Which way imports go, and that a worker and the gateway need no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# flows -> tasks -> { cherry | anything } -> model -> base
+MAY_IMPORT = {
+    "base": set[str](),
+    "model": {"base"},
+    "cherry": {"model", "base"},
+    "anything": {"model", "base"},
+    "tasks": {"cherry", "anything", "model", "base"},
+    "flows": {"tasks", "cherry", "anything", "model", "base"},
+}
+WITHOUT_TORCH = (
+    "anything.gateway",
+    "anything.client",
+    "anything.compare",
+    "anything.config",
+    "cherry.config",
+    "cherry.launcher",
+    "cherry.planner",
+    "model.config",
+)
+FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, imported module) of every import statement, inside functions too; string literals of importlib as well."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide the arrows"
+            yield node.lineno, str(node.module)
+        elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
+            for argument in node.args:
+                if isinstance(argument, ast.Constant):
+                    yield node.lineno, str(argument.value)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] == package]
+    assert files
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in files
+        for line, module in imports(path)
+        if module.split(".")[0] in {*MAY_IMPORT, "tests", "benchmarks", "train"} - allowed
+    ]
+    assert wrong == []
+
+
+def test_one_file_knows_mlflow() -> None:
+    importers = {
+        str(path.relative_to(ROOT)) for path in FILES for _, module in imports(path) if is_of(module, "mlflow")
+    }
+    assert importers == {"tasks/tracking.py"}
+
+
+def test_prefect_stays_in_tasks_and_flows() -> None:
+    packages = {
+        path.relative_to(ROOT).parts[0] for path in FILES for _, name in imports(path) if is_of(name, "prefect")
+    }
+    assert packages == {"tasks", "flows"}
+
+
+def test_one_file_shards() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "fully_shard"
+    }
+    assert users == {"cherry/sharding.py"}
+
+
+def is_of(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def light_modules() -> list[str]:
+    existing = [module_of(path) for path in FILES]
+    return [name for name in existing if name.split(".")[0] in {"base", "tasks", "flows"} or name in WITHOUT_TORCH]
+
+
+def test_a_worker_and_the_gateway_need_no_torch() -> None:
+    """One process imports them one after the other, and names the first that brings torch in."""
+    modules = light_modules()
+    assert {"flows.train_flow", "flows.deploy_flow", "anything.gateway", "cherry.launcher"} <= set(modules)
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules:\n"
+        "        sys.exit(f'{name} imports torch')\n"
+    )
+    command = [sys.executable, "-c", program, *modules]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_importing_a_package_does_no_work() -> None:
+    """Constants, definitions and the logger stand at the top of a module: no call that is a statement by itself."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and not registers_with_yaml(node.value)
+    ]
+    assert wrong == []
+
+
+def registers_with_yaml(call: ast.Call) -> bool:
+    """base/config.py's own loader class gets its constructors so; PyYAML has no other way."""
+    return ast.unparse(call.func).startswith("_Loader.add_")
