@@ -85,7 +85,10 @@ def _gpu() -> Check:
     if tool is None:
         return Check("GPU", "note", "none (no nvidia-smi)", "The tiny model trains on the CPU; 16b and up need GPUs.")
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("GPU", "fail", str(error), "The driver does not answer.")
     if answer.returncode:
         return Check("GPU", "fail", answer.stderr.strip() or answer.stdout.strip(), "The driver does not answer.")
     gpus = answer.stdout.strip().splitlines()
@@ -118,7 +121,7 @@ def _server(name: str, url: str | None, path: str, variable: str) -> Check:
         return Check(name, "ok", f"{url} (no server needed)")
     try:
         answer = httpx.get(url.rstrip("/") + path, timeout=5)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return Check(name, "fail", f"{url}: {error}", f"Start it, or unset {variable} to use the local default.")
     state: Literal["ok", "fail"] = "ok" if answer.is_success else "fail"
     advice = "" if answer.is_success else f"{path} should answer 200; check {variable}."

@@ -6,6 +6,8 @@ It asks no server, so it answers when Prefect and MLflow are down. It knows file
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +52,18 @@ def last_metrics(metrics_file: Path) -> dict[str, Any] | None:
     if not metrics_file.is_file():
         return None
     with metrics_file.open("rb") as handle:
-        handle.seek(0, 2)
-        handle.seek(max(0, handle.tell() - _TAIL_BYTES))
-        lines = handle.read().split(b"\n")[:-1]
-    for line in reversed(lines):
+        size = handle.seek(0, os.SEEK_END)
+        tail = _TAIL_BYTES
+        while True:
+            handle.seek(max(0, size - tail))
+            record = _last_record(handle.read(min(size, tail)))
+            if record is not None or tail >= size:
+                return record
+            tail *= 4  # a line with the load of every expert of a large model is longer than a tail
+
+
+def _last_record(tail: bytes) -> dict[str, Any] | None:
+    for line in reversed(tail.split(b"\n")[:-1]):
         try:
             record = json.loads(line)
         except ValueError:
@@ -63,12 +73,17 @@ def last_metrics(metrics_file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read_run(directory: Path, order: list[str], alive: list[str]) -> RunStatus:
+def _read_run(directory: Path, order: list[str], alive: list[list[str]]) -> RunStatus:
     finished: dict[str, float] = {}
     for path in sorted((directory / "steps").glob("*.json"), key=lambda path: _rank(path.stem, order)):
-        finished[path.stem] = float(json.loads(path.read_text()).get("seconds", 0.0))
+        try:
+            finished[path.stem] = float(json.loads(path.read_text())["seconds"])
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # no finished step: removed meanwhile, or not written by a step
     metrics = last_metrics(directory / "train" / "metrics.jsonl") or {}
-    committed = sorted(path.parent.name for path in (directory / "train" / "checkpoints").glob(f"step_*/{MARKER}"))
+    checkpoints = (directory / "train" / "checkpoints").glob(f"step_*/{MARKER}")
+    # By number: past step 999,999 the names are longer.
+    committed = sorted((path.parent.name for path in checkpoints), key=lambda name: (len(name), name))
     return RunStatus(
         name=directory.name,
         directory=directory,
@@ -78,7 +93,7 @@ def _read_run(directory: Path, order: list[str], alive: list[str]) -> RunStatus:
         loss=metrics.get("loss"),
         seconds_left=metrics.get("seconds_left"),
         checkpoint=committed[-1] if committed else None,
-        processes=sum(str(directory.absolute()) in line for line in alive),
+        processes=sum(_works_on(directory, arguments) for arguments in alive),
     )
 
 
@@ -86,6 +101,12 @@ def _rank(step: str, order: list[str]) -> int:
     return order.index(step) if step in order else len(order)
 
 
-def _command_lines() -> Iterator[str]:
+def _works_on(directory: Path, arguments: list[str]) -> bool:
+    """Whether an argument is this directory or lies in it; a run whose name only begins alike does not count."""
+    whole = re.compile(rf"(^|=|file://){re.escape(str(directory.absolute()))}(/|$)")
+    return any(whole.search(argument) for argument in arguments)
+
+
+def _command_lines() -> Iterator[list[str]]:
     for process in psutil.process_iter(["cmdline"]):
-        yield " ".join(process.info["cmdline"] or [])
+        yield process.info["cmdline"] or []
