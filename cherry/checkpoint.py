@@ -83,9 +83,6 @@ class Checkpointer:
         """
         self.wait()
         target = storage.join(self.directory, step_name(step))
-        if dist.get_rank(self._group) == 0:
-            storage.remove_tree(target)  # an attempt before this one may have died in it
-        dist.barrier(self._group)
         state = _stage(_state(model, optimizer))
         self._pending = self._thread.submit(self._write, target, state, record)
         if not self._asynchronous:
@@ -116,24 +113,26 @@ class Checkpointer:
             self._thread.shutdown()
 
     def _write(self, target: str, state: dict[str, Any], record: dict[str, Any]) -> None:
-        """On the background thread of every rank: write, agree that all have, commit, prune."""
+        """On the background thread of every rank: clear, write, agree that all have, commit, prune."""
         rank = dist.get_rank(self._group)
-        error: CherryError | None = None
         files: dict[str, list[Any]] = {}
-        try:
-            storage.make_directory(target)
-            _save(state, target, self._group)
-            files = _digest_own(target, rank)
-        except (Exception, CheckpointException) as failure:
-            error = _as_storage_error(failure, target)
-        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(outcomes, (error, files), group=self._group)
-        failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
+        failed = self._clear(target)
+        if failed is None:
+            error: CherryError | None = None
+            try:
+                _save(state, target, self._group)
+                files = _digest_own(target, rank)
+            except (Exception, CheckpointException) as failure:
+                error = _as_storage_error(failure, target)
+            outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(outcomes, (error, files), group=self._group)
+            failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
+            files = {name: digest for outcome in outcomes for name, digest in outcome[1].items()}
         verdict: list[CherryError | None] = [failed]
         if rank == 0:
             try:
                 if failed is None:
-                    self._commit(target, record, {k: v for outcome in outcomes for k, v in outcome[1].items()})
+                    self._commit(target, record, files)
                 else:
                     storage.remove_tree(target)
             except CherryError as failure:
@@ -142,6 +141,18 @@ class Checkpointer:
         if verdict[0] is not None:
             raise verdict[0]
         self.last_saved = target
+
+    def _clear(self, target: str) -> CherryError | None:
+        """Rank 0 removes what an attempt before this one may have left; every rank hears whether it could."""
+        verdict: list[CherryError | None] = [None]
+        if dist.get_rank(self._group) == 0:
+            try:
+                storage.remove_tree(target)
+                storage.make_directory(target)
+            except CherryError as failure:
+                verdict = [failure]
+        dist.broadcast_object_list(verdict, group=self._group, group_src=0)
+        return verdict[0]
 
     def _commit(self, target: str, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
         if self._fence is not None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from s3fs import S3FileSystem
 from torch import nn
 
 from base import storage
-from base.errors import CheckpointError, MissingFileError
+from base.errors import CheckpointError, MissingFileError, StorageError
 from cherry.checkpoint import Checkpointer, committed_steps, newest_checkpoint, restore
 from cherry.config import DataConfig
 from cherry.data import Sampler, TokenDataset, prepare
@@ -87,6 +88,28 @@ def test_a_broken_or_unfinished_checkpoint_on_the_object_store_is_refused(s3: st
         restore(f"{directory}/step_000003", model, optimizer, group)
     storage.remove_tree(f"{directory}/step_000002")
     assert newest_checkpoint(directory) == f"{directory}/step_000001"
+
+
+def test_an_outage_of_the_object_store_costs_a_checkpoint_and_not_the_run(
+    s3: str, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = f"{s3}/checkpoints"
+    model, optimizer = build(0)
+    saver = Checkpointer(directory, keep_last=5, asynchronous=True, group=group, fence=None)
+    saver.save(1, model, optimizer, {"step": 1})
+    saver.wait()
+    with monkeypatch.context() as outage:
+        outage.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        outage.setenv("AWS_MAX_ATTEMPTS", "1")
+        S3FileSystem.clear_instance_cache()  # a client keeps the address that it was made with
+        saver.save(2, model, optimizer, {"step": 2})
+        saver.wait()
+    S3FileSystem.clear_instance_cache()
+    assert [type(failure) for failure in saver.failures] == [StorageError]
+    assert saver.last_saved == newest_checkpoint(directory) == f"{directory}/step_000001"
+    saver.save(3, model, optimizer, {"step": 3})
+    saver.close()
+    assert newest_checkpoint(directory) == f"{directory}/step_000003"
 
 
 @pytest.mark.parametrize("source", ["", "/*.txt", "/b.jsonl"])
