@@ -3,7 +3,8 @@
     python -m benchmarks.train_speed [--size tiny|3b] [--steps N] [--compile] [--output FILE]
 
 `tiny` is the preset (16 x 256 tokens a step); `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 mixture layers (4 x
-4096 tokens a step, fp32 parameters, bf16 compute, fused AdamW, clip 1.0, no recompute) and needs a GPU. One JSON row each.
+4096 tokens a step, fp32 parameters, bf16 compute, fused AdamW, clip 1.0, no recompute) and needs a GPU. One JSON row
+each.
 """
 
 import argparse
