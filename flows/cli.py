@@ -118,6 +118,23 @@ def _status(console: Console, runs_directory: Path) -> None:
         finished = f"{len(run.finished)}: {list(run.finished)[-1]}" if run.finished else "-"
         table.add_row(run.name, finished, training, loss, run.checkpoint or "-", str(run.processes))
     console.print(table)
+    _status_of_serving(console, runs_directory)
+
+
+def _status_of_serving(console: Console, runs_directory: Path) -> None:
+    from tasks.serving import ServingDirectory
+
+    serving = ServingDirectory(str(runs_directory))
+    weights, servers = serving.weights(), serving.servers()
+    if not servers:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("\nserving", "\nurl", "\ntraffic", "\nstate"):
+        table.add_column(heading)
+    for server in servers:
+        traffic = f"{weights[server.name]:g} %" if server.name in weights else "-"
+        table.add_row(server.name, server.url or "-", traffic, "up" if server.alive else "[red]gone[/]")
+    console.print(table)
 
 
 if __name__ == "__main__":
