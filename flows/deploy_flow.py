@@ -12,10 +12,10 @@ from prefect import flow
 from flows.train_flow import NO_OVERRIDES
 from tasks.deploy import record, resolve_version, shift, smoke, start
 from tasks.parameters import Overrides
-from tasks.report import begin_release
+from tasks.report import begin_release, run_name
 
 
-@flow(name="deploy-flow", flow_run_name="{config}", validate_parameters=True)
+@flow(name="deploy-flow", flow_run_name=run_name, validate_parameters=True)
 def deploy_flow(
     config: str = "configs/tiny.yaml", overrides: Overrides = NO_OVERRIDES, version: int | None = None
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tasks.parameters import Overrides
 from tasks.provision import provision, release
 from tasks.quantize import quantize
 from tasks.register import register
-from tasks.report import begin, conclude, teardown
+from tasks.report import begin, conclude, run_name, teardown
 from tasks.train import train
 
 NO_OVERRIDES = Overrides()
@@ -24,7 +24,7 @@ NO_OVERRIDES = Overrides()
 
 @flow(
     name="train-flow",
-    flow_run_name="{config}",
+    flow_run_name=run_name,
     on_cancellation=[teardown],
     on_crashed=[teardown],
     validate_parameters=True,
@@ -46,8 +46,8 @@ def train_flow(config: str = "configs/tiny.yaml", overrides: Overrides = NO_OVER
         quantized = quantize(context, exported)
         evaluated = evaluate(context, data, exported, quantized)
         register(context, exported, quantized, evaluated)
-    except BaseException:
-        conclude(context, "FAILED")
+    except BaseException as error:
+        conclude(context, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     finally:
         release(context.directory)

@@ -6,20 +6,20 @@ It knows nothing of models or statistics; cherry/scoring.py and anything/compare
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from anything.compare import Comparison, compare
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from anything.compare import Comparison, compare
 from base import storage
+from tasks.artifacts import show_table
 from tasks.config import EvaluateConfig
 from tasks.plots import plot_comparison
 from tasks.process import run_module
-from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
+from tasks.steps import RunContext, StepRecord, StepRun, find_output, perform, sections, worth_retrying
 from tasks.tracking import ModelVersion
 
 UNTRAINED = "untrained"
@@ -70,7 +70,10 @@ def _champion(context: RunContext, exported: StepRecord) -> ModelVersion | None:
     if found.tags.get("export_fingerprint") == exported.fingerprint:
         before = found.tags.get(f"previous_{config.champion_alias}")
         found = context.tracker().version(config.model_name, number=int(before)) if before else None
-    return found if found is not None and storage.exists(found.uri) else None
+    if found is None:
+        return None
+    uri = find_output(found.uri, found.tags.get("export_fingerprint", ""))
+    return replace(found, uri=uri) if storage.is_committed(uri) else None
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
@@ -141,10 +144,10 @@ def _decide(
         step.tracker.artifact(run_id, plot, "plots")
         step.tracker.log(run_id, metrics=headline, tags={"verdict": against.verdict, "compared_with": baseline})
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
-    create_table_artifact(
+    show_table(
+        f"evaluate-{config.name}",
         [dict(zip(("difference", "nats per token", "low", "high"), row, strict=True)) for row in rows],
-        key=f"evaluate-{config.name}",
-        description=f"Verdict: **{against.verdict}**. {against.reason}",
+        f"Verdict: **{against.verdict}**. {against.reason}",
     )
     step.say(f"verdict: {against.verdict}. {against.reason}")
     return {"evaluation": str(folder / "evaluation.json")}

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.process import run_module
-from tasks.steps import RunContext, StepRecord, StepRun, perform, worth_retrying
+from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
 
 
 @task(name="export", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
@@ -17,9 +17,10 @@ def export(context: RunContext, trained: StepRecord) -> StepRecord:
     """Export the trained weights in bf16."""
 
     def work(step: StepRun) -> dict[str, str]:
+        folder = context.path / "export"
+        make_room(context, "export", folder, step.fingerprint)
         arguments = ["--run_dir", context.directory, "--dtype", "bf16", "--checkpoint", trained.outputs["checkpoint"]]
         run_module("cherry.export", arguments, on_line=step.say)
-        folder = context.path / "export"
         step.metrics(bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")))
         return {"export": str(folder)}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -53,11 +52,11 @@ def run_module(
         env=environment,
         start_new_session=True,
     )
+    root = psutil.Process(process.pid)
     lines: list[str] = []
     try:
         if record_file is not None:
-            created = psutil.Process(process.pid).create_time()
-            storage.write_json(str(record_file), {"pid": process.pid, "created": created})
+            storage.write_json(str(record_file), {"pid": root.pid, "created": root.create_time()})
         assert process.stdout is not None
         for line in process.stdout:
             line = line.rstrip("\n")
@@ -69,7 +68,7 @@ def run_module(
         code = process.wait()
     finally:
         # Also reached by Prefect's TerminationSignal, which is a BaseException.
-        end_tree(process.pid)
+        end_tree(root)
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
@@ -79,18 +78,17 @@ def run_module(
         raise error_of(code, lines, module)
 
 
-def end_tree(pid: int) -> None:
-    """End a process and all its descendants: SIGTERM, a grace, then SIGKILL. Ranks have sessions of their own."""
+def end_tree(root: psutil.Process) -> None:
+    """End a process and all its descendants: SIGTERM, a grace, then SIGKILL. Ranks have sessions of their own.
+
+    `root` carries its start time, so that a pid which was given away since is left alone.
+    """
     try:
-        root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    if root.status() == psutil.STATUS_ZOMBIE and len(tree) == 1:
-        return
     _signal([root], "terminate")
-    deadline = time.monotonic() + _TERMINATE_GRACE_S
-    _, alive = psutil.wait_procs(tree, timeout=max(0.0, deadline - time.monotonic()))
+    _, alive = psutil.wait_procs(tree, timeout=_TERMINATE_GRACE_S)
     _signal(alive, "kill")
     psutil.wait_procs(alive, timeout=5)
 

@@ -15,7 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
-from base.errors import ConfigError, OperationalError
+from base.errors import ConfigError, MissingFileError, OperationalError
 from tasks.config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
@@ -24,6 +24,8 @@ LOCAL = "local"
 _TRAINING_BYTES_PER_PARAMETER = 16
 # fp32 parameter and two moments in a checkpoint; one more than is kept exists while a new one is written.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
+# A lease may be dropped and taken again by others while this process tries.
+_LEASE_ATTEMPTS = 5
 
 
 @task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
@@ -87,26 +89,49 @@ def _gpus() -> int:
 
 
 def take_lease(context: RunContext) -> None:
-    """Record that this process uses the run directory, after dropping leases whose process is gone.
+    """Record that this process uses the run directory, after dropping a lease whose process is gone.
 
     Raises:
         OperationalError: a live process is working on the same run.
     """
     path = _lease(context.path)
-    if path.exists():
-        holder = storage.read_json(str(path))
-        if holder["pid"] != os.getpid() and is_alive(holder["pid"], holder["created"]):
-            raise OperationalError(
-                f"{context.directory}: process {holder['pid']} is working on this run. Wait for it, stop it, or give "
-                "this run another name (name=...)."
-            )
-    storage.write_json(str(path), {"pid": os.getpid(), "created": psutil.Process().create_time()})
+    record = {"pid": os.getpid(), "created": psutil.Process().create_time(), "mlflow_run_id": context.parent_run_id}
+    own = path.with_name(f"lease.{os.getpid()}.json")
+    storage.write_json(str(own), record)
+    try:
+        for _ in range(_LEASE_ATTEMPTS):
+            try:
+                os.link(own, path)  # of two processes, one gets it, and it is whole at once
+                return
+            except FileExistsError:
+                holder = _read_lease(path)
+            if holder is not None and holder["pid"] == os.getpid():
+                storage.write_json(str(path), record)
+                return
+            if holder is not None and is_alive(holder["pid"], holder["created"]):
+                break
+            path.unlink(missing_ok=True)
+    finally:
+        own.unlink()
+    raise OperationalError(
+        f"{context.directory}: process {holder['pid'] if holder else '?'} is working on this run. Wait for it, stop "
+        "it, or give this run another name (name=...)."
+    )
+
+
+def _read_lease(path: Path) -> dict[str, Any] | None:
+    try:
+        lease: dict[str, Any] = storage.read_json(str(path))
+    except MissingFileError:
+        return None  # given back since
+    return lease
 
 
 def release(run_directory: str) -> None:
     """Give the lease back; nothing to do when another process holds it or none does."""
     path = _lease(Path(run_directory))
-    if path.exists() and storage.read_json(str(path))["pid"] == os.getpid():
+    lease = _read_lease(path)
+    if lease is not None and lease["pid"] == os.getpid():
         path.unlink()
 
 

@@ -5,12 +5,18 @@ It knows nothing of how the verdict came about.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
 from tasks.evaluate import UNTRAINED
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
+
+# MLflow refuses longer tags of a version.
+_TAG_CHARACTERS = 5000
 
 
 @task(name="register", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
@@ -27,8 +33,10 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
         result = storage.read_json(evaluated.outputs["evaluation"])
         tags = {
             "run": context.config.name,
-            "quantized_uri": quantized.outputs["quantized"],
+            "quantized_uri": _lasting(quantized.outputs["quantized"]),
             "export_fingerprint": exported.fingerprint,
+            "quantize_fingerprint": quantized.fingerprint,
+            "config": json.dumps(context.config.model_dump(mode="json", exclude_unset=True))[:_TAG_CHARACTERS],
             "verdict": result["verdict"],
             "compared_with": result["baseline"],
             "quantized_passed": str(result["quantized_passed"]).lower(),
@@ -36,7 +44,12 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             "parent_run_id": context.parent_run_id or "",
         }
         version = tracker.register(
-            step.run_id, config.model_name, exported.outputs["export"], alias=config.candidate_alias, tags=tags
+            step.run_id,
+            config.model_name,
+            _lasting(exported.outputs["export"]),
+            identity=storage.fingerprint([exported.fingerprint, quantized.fingerprint, context.key]),
+            alias=config.candidate_alias,
+            tags=tags,
         )
         champion = result["verdict"] == "better"
         if champion:
@@ -52,3 +65,8 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
         return {"register": target}
 
     return perform(context, "register", inputs, work)
+
+
+def _lasting(uri: str) -> str:
+    """A URI that means the same from any working directory."""
+    return str(Path(storage.local_path(uri)).absolute()) if storage.is_local(uri) else uri

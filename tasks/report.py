@@ -6,25 +6,39 @@ It knows the files that the steps leave, not how they are made.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prefect import get_run_logger, runtime
-from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
 from base.errors import CherryError
+from tasks.artifacts import show_markdown, show_table
+from tasks.config import RunConfig
 from tasks.parameters import resolve, run_directory, write_resolved
 from tasks.process import end_tree
-from tasks.provision import is_alive
+from tasks.provision import is_alive, take_lease
 from tasks.steps import RunContext, StepRecord, find_finished, flatten
+from tasks.stream import MetricsRelay
+from tasks.tracking import connect
 
+logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
 STEPS = (*TRAIN_STEPS, "deploy")
 RELEASE_CONFIG = "release.yaml"
 """What a deployment was told, beside the config.yaml that the run was trained with."""
+
+
+def run_name() -> str:
+    """What Prefect calls a run: the run's name when it was overridden, else the config's."""
+    parameters = runtime.flow_run.parameters
+    overrides = parameters.get("overrides")
+    given = overrides.get("name") if isinstance(overrides, dict) else getattr(overrides, "name", None)
+    return str(given or Path(str(parameters.get("config", ""))).stem)
 
 
 def begin(config: str, overrides: BaseModel) -> RunContext:
@@ -32,8 +46,11 @@ def begin(config: str, overrides: BaseModel) -> RunContext:
 
     Raises:
         MissingFileError, ConfigError: see `tasks.parameters.resolve`.
+        OperationalError: a live process is working on the same run.
     """
     resolved = resolve(config, overrides)
+    # Before anything is written: a live run's trainer reads config.yaml when it is started again.
+    take_lease(RunContext(run_directory(resolved), resolved))
     context = _open(RunContext(write_resolved(resolved), resolved), "flow")
     context.tracker().log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
     return context
@@ -51,8 +68,8 @@ def begin_release(config: str, overrides: BaseModel) -> RunContext:
 
 def _open(context: RunContext, step: str) -> RunContext:
     tracker = context.tracker()
-    identity = storage.fingerprint({"directory": context.directory, **_lasting(context)})
-    parent = tracker.start(context.config.name, parent=None, step=step, identity=identity)
+    identity = storage.fingerprint(_lasting(context))
+    parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
     tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
     get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, tracker.uri)
     return RunContext(context.directory, context.config, parent, context.began)
@@ -65,19 +82,53 @@ def _lasting(context: RunContext) -> dict[str, Any]:
 
 
 def conclude(context: RunContext, status: str) -> dict[str, Any]:
-    """Close the flow's MLflow run, show the steps as a table in Prefect, and write summary.json when all are done."""
+    """Close the flow's MLflow run as FINISHED, FAILED or KILLED; its summary, which is empty unless it finished.
+
+    Also shows the steps in Prefect, and writes summary.json when all are done.
+    """
+    tracker, parent = context.tracker(), context.parent_run_id
     records = [record for step in TRAIN_STEPS if (record := find_finished(context.path, step)) is not None]
-    tracker = context.tracker()
     summary: dict[str, Any] = {}
+    text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
     if status == "FINISHED":
         summary = summarize(context.path)
+        text = _describe(summary)
         storage.write_json(str(context.path / "summary.json"), summary)
-        tracker.artifact(context.parent_run_id, context.path / "summary.json")
-        tracker.log(context.parent_run_id, tags={"mlflow.note.content": _describe(summary)})
-        tracker.artifact(context.parent_run_id, context.path / "config.yaml")
-        create_table_artifact(_rows(records), key=f"run-{context.config.name}", description=_describe(summary))
-    tracker.finish(context.parent_run_id, status)
+        _send_rest(context, records)
+        # Steps that were found finished have told an earlier run, or none when the server was away.
+        tracker.log(parent, metrics=_headline(summary), tags={"mlflow.note.content": text, **_reused(context, records)})
+        for name in ("summary.json", "config.yaml"):
+            tracker.artifact(parent, context.path / name)
+        show_markdown(f"links-{context.config.name}", _links(context, records), "Where to look")
+    show_table(f"run-{context.config.name}", _rows(context, records), text)
+    tracker.finish(parent, status)
     return summary
+
+
+def _send_rest(context: RunContext, records: list[StepRecord]) -> None:
+    """Training's metrics that a tracking outage held back."""
+    trained = next((record for record in records if record.step == "train"), None)
+    if trained is not None and trained.mlflow_run_id is not None:
+        MetricsRelay(context.path / "train", context.tracker(), trained.mlflow_run_id).send_new()
+
+
+def _headline(summary: dict[str, Any]) -> dict[str, float]:
+    """What two runs are compared by."""
+    figures = {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
+    return figures | {f"seconds_{step}": float(seconds) for step, seconds in summary["seconds"].items()}
+
+
+def _is_reused(context: RunContext, record: StepRecord) -> bool:
+    return record.finished_at < context.began
+
+
+def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
+    """Tags that lead to the MLflow runs of the steps that another flow run did."""
+    return {
+        f"cherry.reused.{record.step}": record.mlflow_run_id
+        for record in records
+        if record.mlflow_run_id is not None and record.mlflow_parent_run_id != context.parent_run_id
+    }
 
 
 def summarize(directory: Path) -> dict[str, Any]:
@@ -119,16 +170,33 @@ def summarize(directory: Path) -> dict[str, Any]:
     }
 
 
-def _rows(records: list[StepRecord]) -> list[dict[str, Any]]:
+def _rows(context: RunContext, records: list[StepRecord]) -> list[dict[str, Any]]:
     return [
         {
             "step": record.step,
             "seconds": round(record.seconds, 1),
-            "output": ", ".join(record.outputs.values()),
+            "reused": "found finished" if _is_reused(context, record) else "",
             "figures": json.dumps({key: round(value, 4) for key, value in list(record.figures.items())[:6]}),
+            "output": ", ".join(record.outputs.values()),
         }
         for record in records
     ]
+
+
+def _links(context: RunContext, records: list[StepRecord]) -> str:
+    """The MLflow runs, as links when there is a page, and the files."""
+    tracker = context.tracker()
+    runs = {"flow": context.parent_run_id, **{record.step: record.mlflow_run_id for record in records}}
+    lines = [f"- {step}: {tracker.page(run)}" for step, run in runs.items() if run is not None]
+    return "\n".join(
+        [
+            f"# {context.config.name}",
+            f"Files: `{context.path.absolute()}`; the metrics stream is `train/metrics.jsonl`.",
+            "MLflow runs:",
+            "",
+            *lines,
+        ]
+    )
 
 
 def _describe(summary: dict[str, Any]) -> str:
@@ -146,19 +214,25 @@ def teardown(flow: Any, flow_run: Any, state: Any) -> None:
     What the flow's process could not end itself (it was killed outright) is ended here.
     """
     try:
-        context = resolve(
-            flow_run.parameters.get("config", "configs/tiny.yaml"), flow_run.parameters.get("overrides") or {}
-        )
-        lease = Path(run_directory(context)) / "lease.json"
-        if lease.exists():
-            holder = storage.read_json(str(lease))
-            if is_alive(holder["pid"], holder["created"]):
-                return  # the process still works, or cleans up by itself
-            lease.unlink()
-        program = Path(run_directory(context)) / "program.json"
-        if program.exists():
-            record = storage.read_json(str(program))
-            if is_alive(record["pid"], record["created"]):
-                end_tree(record["pid"])
+        config = flow_run.parameters.get("config", "configs/tiny.yaml")
+        _end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
     except CherryError as error:
-        get_run_logger().warning("nothing to tear down: %s", error)
+        logger.warning("nothing to tear down: %s", error)
+
+
+def _end_leftovers(config: RunConfig) -> None:
+    directory = Path(run_directory(config))
+    lease, program = directory / "lease.json", directory / "program.json"
+    if lease.exists():
+        holder = storage.read_json(str(lease))
+        if is_alive(holder["pid"], holder["created"]):
+            return  # the process still works, or cleans up by itself
+    if program.exists():
+        record = storage.read_json(str(program))
+        if is_alive(record["pid"], record["created"]):
+            end_tree(psutil.Process(record["pid"]))
+        program.unlink(missing_ok=True)
+    if lease.exists():
+        run_id = storage.read_json(str(lease)).get("mlflow_run_id")
+        connect(config.tracking, config.runs_directory).finish_family(run_id, "KILLED")
+        lease.unlink(missing_ok=True)

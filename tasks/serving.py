@@ -114,7 +114,7 @@ class ServingDirectory:
     def stop(self, server: Server) -> None:
         """Stop a server, letting it drain, and drop its record."""
         if server.pid and server.alive:
-            end_tree(server.pid)
+            end_tree(psutil.Process(server.pid))
         self._file(server.name).unlink(missing_ok=True)
 
     def write_routes(self, weights: dict[str, float]) -> None:

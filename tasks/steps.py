@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,14 @@ class RunContext:
     def path(self) -> Path:
         """The run directory."""
         return Path(self.directory)
+
+    @property
+    def key(self) -> str:
+        """What tells this run directory from every other one of the same name; made on the first call."""
+        path = self.path / "run_key"
+        if not path.exists():
+            storage.write_bytes(str(path), uuid.uuid4().hex.encode())
+        return path.read_text()
 
     def tracker(self) -> MlflowTracker:
         """The run's tracker; never raises because a server is down."""
@@ -103,19 +113,13 @@ def perform(
         return found
     write_event(context.path, step, "started")
     tracker = context.tracker()
-    run_id = tracker.start(f"{context.config.name}-{step}", parent=context.parent_run_id, step=step, identity=identity)
+    name = f"{context.config.name}-{step}"
+    run_id = tracker.start(name, parent=context.parent_run_id, step=step, identity=identity, run_key=context.key)
     running = StepRun(context, step, identity, run_id, tracker)
     started = time.time() if began is None else began
-    status = "FAILED"
-    try:
+    with _watched(running):
         tracker.log(run_id, params=flatten(inputs))
         outputs = dict(work(running))
-        status = "FINISHED"
-    except CherryError as error:
-        write_event(context.path, step, "failed", line=str(error))
-        raise
-    finally:
-        tracker.finish(run_id, status)
     record = StepRecord(
         step, identity, outputs, running.figures, time.time() - started, time.time(), run_id, context.parent_run_id
     )
@@ -123,6 +127,22 @@ def perform(
     tracker.log(context.parent_run_id, metrics={f"seconds_{step}": record.seconds})
     write_event(context.path, step, "finished", seconds=record.seconds)
     return record
+
+
+@contextmanager
+def _watched(running: StepRun) -> Iterator[None]:
+    """Close the step's MLflow run as what became of it, and tell the terminal of a failure."""
+    status = "FINISHED"
+    try:
+        yield
+    except BaseException as error:
+        # A cancellation and Ctrl-C are no Exceptions.
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        line = str(error) if isinstance(error, CherryError) else f"{type(error).__name__}: {error}"
+        write_event(running.context.path, running.step, "failed", line=line)
+        raise
+    finally:
+        running.tracker.finish(running.run_id, status)
 
 
 def find_finished(run_directory: Path, step: str, identity: str | None = None) -> StepRecord | None:
@@ -138,6 +158,37 @@ def find_finished(run_directory: Path, step: str, identity: str | None = None) -
         if not valid:
             return None
     return record
+
+
+def put_aside(folder: Path, identity: str) -> Path:
+    """Move an output that other inputs made to `<folder>.<fingerprint>`: what was saved is never deleted here."""
+    target = _aside(folder, identity)
+    number = 1
+    while target.exists():
+        number += 1
+        target = _aside(folder, identity).with_name(f"{_aside(folder, identity).name}.{number}")
+    folder.rename(target)
+    get_run_logger().info("another config made %s: it is now %s", folder, target)
+    return target
+
+
+def make_room(context: RunContext, step: str, folder: Path, identity: str) -> None:
+    """Put aside the finished output of `step` in `folder` unless these inputs made it."""
+    path = context.path / "steps" / f"{step}.json"
+    owner = storage.read_json(str(path))["fingerprint"] if path.exists() else None
+    if owner not in (None, identity) and storage.is_committed(str(folder)):
+        put_aside(folder, owner)
+
+
+def find_output(uri: str, identity: str) -> str:
+    """Where an output lies that was at `uri` when `identity` made it: there, or put aside."""
+    if storage.is_local(uri) and _aside(Path(uri), identity).is_dir():
+        return str(_aside(Path(uri), identity))
+    return uri
+
+
+def _aside(folder: Path, identity: str) -> Path:
+    return folder.with_name(f"{folder.name}.{identity[:8]}")
 
 
 def write_event(run_directory: Path, step: str, event: str, **details: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import getpass
+import json
 import logging
 import os
 import threading
@@ -36,8 +37,8 @@ _PARAM_CHARACTERS = 6000
 class Tracker(Protocol):
     """Where runs are recorded. `None` for a run id means that the run could not be made; calls then do nothing."""
 
-    def start(self, name: str, *, parent: str | None, step: str, identity: str) -> str | None:
-        """Open the run of a step, found again by (step, identity, name) or new; its id."""
+    def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
+        """Open the run of a step, found again by (step, identity, name, run_key) or new; its id."""
 
     def log(
         self,
@@ -136,21 +137,26 @@ class MlflowTracker:
         return str(client.create_experiment(self.experiment, artifact_location=local, tags=kind))
 
     @_forgiving
-    def start(self, name: str, *, parent: str | None, step: str, identity: str) -> str | None:
+    def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
         """See `Tracker`."""
         client, experiment = self._client()
-        tags = {"cherry.step": step, "cherry.fingerprint": identity, "cherry.run": name}
+        tags = {
+            "cherry.step": step,
+            "cherry.fingerprint": identity,
+            "cherry.run": name,
+            # Another run directory may have the same name on the same server.
+            "cherry.run_key": run_key,
+        }
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         found = client.search_runs([experiment], query, max_results=1)
         if found:
             run_id = str(found[0].info.run_id)
             client.update_run(run_id, status="RUNNING")
-        else:
-            tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"cherry {step}"}
-            if parent is not None:
-                tags["mlflow.parentRunId"] = parent
-            run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
-        return run_id
+            return run_id
+        tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"cherry {step}"}
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+        return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
 
     @_forgiving
     def log(
@@ -206,6 +212,23 @@ class MlflowTracker:
             client.set_terminated(run_id, status)
 
     @_forgiving
+    def finish_family(self, run_id: str | None, status: str) -> None:
+        """Close a run and its children as far as they are still open: their process is gone."""
+        if run_id is None:
+            return
+        client, experiment = self._client()
+        children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+        for run in [*children, client.get_run(run_id)]:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, status)
+
+    def page(self, run_id: str) -> str:
+        """A run as a link for a person, or its id where there is no server."""
+        if not self.uri.startswith("http") or self._connected is None:
+            return f"`{run_id}`"
+        return f"[{run_id}]({self.uri.rstrip('/')}/#/experiments/{self._connected[1]}/runs/{run_id})"
+
+    @_forgiving
     def dataset(self, run_id: str | None, *, name: str, digest: str, source: str, profile: str) -> None:
         """Record a dataset as the run's input, by reference."""
         if run_id is None:
@@ -213,9 +236,8 @@ class MlflowTracker:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         client, _ = self._client()
-        data = Dataset(
-            name=name, digest=digest[:36], source_type="uri", source=f'{{"uri": "{source}"}}', profile=profile
-        )
+        where = json.dumps({"uri": source})
+        data = Dataset(name=name, digest=digest[:36], source_type="uri", source=where, profile=profile)
         client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
 
     @_forgiving
@@ -223,33 +245,50 @@ class MlflowTracker:
         """Record CPU, memory, disk and GPU use of this node until the returned function is called."""
         if run_id is None:
             return None
+        import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._client()
+        mlflow.set_tracking_uri(self.uri)  # the monitor takes the process's
         monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
             run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True
         )
         monitor.start()  # type: ignore[no-untyped-call]
         return monitor.finish
 
-    def register(self, run_id: str | None, name: str, uri: str, *, alias: str, tags: Mapping[str, str]) -> ModelVersion:
-        """Register weights by reference and point `alias` at the new version, remembering which one it pointed at.
+    def register(
+        self, run_id: str | None, name: str, uri: str, *, identity: str, alias: str, tags: Mapping[str, str]
+    ) -> ModelVersion:
+        """Register weights by reference and point `alias` at the version, remembering which one it pointed at.
+
+        The version of the same weights (the same `identity`) is found again, so that a retry makes no second one.
 
         Raises:
             OperationalError: the registry could not be reached; nothing else records a version.
         """
         try:
-            import mlflow
-
-            client, _ = self._client()
-            model = mlflow.create_external_model(name=name, source_run_id=run_id, tags={"uri": uri}, model_type="LLM")
-            version = mlflow.register_model(f"models:/{model.model_id}", name)
-            for key, value in {**tags, "uri": uri}.items():
-                client.set_model_version_tag(name, version.version, key, str(value))
-            self.set_alias(name, alias, int(version.version))
+            version = self._find_version(name, identity) or self._create_version(run_id, name, uri, identity)
+            self.tag_version(ModelVersion(name, version, uri, {}), tags)
+            self.set_alias(name, alias, version)
         except Exception as error:
             raise OperationalError(f"could not register {uri} as {name} at {self.uri}: {error}") from error
-        return ModelVersion(name, int(version.version), uri, dict(tags))
+        return ModelVersion(name, version, uri, dict(tags))
+
+    def _find_version(self, name: str, identity: str) -> int | None:
+        client, _ = self._client()
+        found = client.search_model_versions(f"name = '{name}' and tags.`cherry.identity` = '{identity}'")
+        return max((int(version.version) for version in found), default=None)
+
+    def _create_version(self, run_id: str | None, name: str, uri: str, identity: str) -> int:
+        import mlflow
+
+        _, experiment = self._client()
+        mlflow.set_tracking_uri(self.uri)  # create_external_model takes the process's
+        model = mlflow.create_external_model(
+            name=name, source_run_id=run_id, tags={"uri": uri}, model_type="LLM", experiment_id=experiment
+        )
+        tags = {"uri": uri, "cherry.identity": identity}
+        return int(mlflow.register_model(f"models:/{model.model_id}", name, tags=tags).version)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias at a version. MLflow keeps no history, so the one before is written down first."""

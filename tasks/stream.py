@@ -1,0 +1,113 @@
+"""Owns the way of training's metrics from the disk to the tracker: from a thread, each step once.
+
+It knows nothing of what trains or of who tracks. An outage or a slow server costs training nothing: metrics.jsonl
+has every step, and what could not be sent is sent by a later call.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from base import storage
+from tasks.tracking import Tracker
+
+SERIES = (
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "mfu",
+    "expert_load_max_over_mean",
+    "heldout_loss",
+    "step_seconds",
+)
+_POLL_S = 1.0
+# Steps in one request: ten series of each stay below MLflow's 1000 metrics.
+_BATCH_STEPS = 100
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics stream; one that is still being written is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().split("\n")[:-1]:
+        yield json.loads(line)
+
+
+class MetricsRelay:
+    """Sends new lines of metrics.jsonl to the tracker until it is left.
+
+    The last step that was sent is kept beside the stream, so that neither a retry nor a later call sends a step twice.
+    """
+
+    def __init__(self, folder: Path, tracker: Tracker, run_id: str | None) -> None:
+        self._metrics = folder / "metrics.jsonl"
+        self._mark = folder / "tracked_step"
+        self._tracker = tracker
+        self._run_id = run_id
+        self._offset = 0
+        self._waiting: list[dict[str, Any]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="metrics-relay", daemon=True)
+
+    def __enter__(self) -> MetricsRelay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self.send_new()
+        self.send_new()
+
+    def send_new(self) -> bool:
+        """Send the steps that were not sent yet; False when some could not be, which the next call tries again."""
+        self._read_new()
+        while self._waiting:
+            batch = self._waiting[:_BATCH_STEPS]
+            points = [
+                (key, float(line[key]), int(line["step"]), int(line["time"] * 1000))
+                for line in batch
+                for key in SERIES
+                if key in line
+            ]
+            if not self._tracker.points(self._run_id, points):
+                return False
+            storage.write_bytes(str(self._mark), str(batch[-1]["step"]).encode())
+            del self._waiting[: len(batch)]
+        return True
+
+    def _read_new(self) -> None:
+        """Take in the lines behind the offset; from the beginning when a resume rewrote the file."""
+        if not self._metrics.exists():
+            return
+        try:
+            lines = self._lines_from_offset()
+        except ValueError:  # the offset lies within a line: the file was cut and has grown again
+            lines = None
+        if lines is None or (lines and self._waiting and lines[0]["step"] <= self._waiting[-1]["step"]):
+            self._offset, self._waiting = 0, []
+            lines = self._lines_from_offset() or []
+        sent = int(self._mark.read_text()) if self._mark.exists() else 0
+        self._waiting += [line for line in lines if line["step"] > sent]
+
+    def _lines_from_offset(self) -> list[dict[str, Any]] | None:
+        """Whole lines behind the offset, which then moves; `None` when the file is shorter than that."""
+        with self._metrics.open("rb") as handle:
+            if handle.seek(0, 2) < self._offset:
+                return None
+            handle.seek(self._offset)
+            content = handle.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        self._offset += len(whole)
+        return lines
