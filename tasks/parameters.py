@@ -6,6 +6,7 @@ It knows nothing of the steps. A misspelt key is refused by Prefect's API, from 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -55,6 +56,16 @@ def resolve(config: str, overrides: BaseModel | Mapping[str, Any]) -> RunConfig:
     """
     changes = overrides.model_dump(mode="json", exclude_unset=True) if isinstance(overrides, BaseModel) else overrides
     return validate(_merged(read_yaml(config), changes), RunConfig, origin=config)
+
+
+def dated(config: str, overrides: BaseModel, day: date) -> Any:
+    """Overrides that give a run the day in its name, so that each retraining has a directory of its own.
+
+    Raises:
+        MissingFileError, ConfigError: see `resolve`.
+    """
+    name = resolve(config, overrides).name
+    return Overrides.model_validate({**overrides.model_dump(exclude_unset=True), "name": f"{name}-{day:%Y%m%d}"})
 
 
 def _merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

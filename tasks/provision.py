@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import PositiveInt
 
 from base import storage
+from base.config import Section, load
 from base.errors import ConfigError, MissingFileError, OperationalError
 from tasks.config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
@@ -26,6 +28,23 @@ _TRAINING_BYTES_PER_PARAMETER = 16
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 # A lease may be dropped and taken again by others while this process tries.
 _LEASE_ATTEMPTS = 5
+
+
+class ClusterSpec(Section):
+    """A file in configs/clusters/."""
+
+    kind: Literal["local"]
+    slots: PositiveInt | None = None
+    """Ranks that a host may hold at one time; `None` leaves it to its GPUs."""
+
+
+def read_cluster(name: str) -> ClusterSpec:
+    """`local`, or the spec at a path.
+
+    Raises:
+        MissingFileError, ConfigError: no such file, or one that breaks a rule.
+    """
+    return ClusterSpec(kind="local") if name == LOCAL else load(name, ClusterSpec)
 
 
 @task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
@@ -52,13 +71,14 @@ def preflight(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         ConfigError: the run wants another cluster or more than this machine has.
         OperationalError: disk or memory are short now, but may be freed.
     """
-    if config.cluster != LOCAL:
-        raise ConfigError(f"cluster: only {LOCAL!r} can be provisioned by this version (got {config.cluster!r})")
+    cluster = read_cluster(config.cluster)
     if config.launch.nnodes != 1:
-        raise ConfigError(f"launch.nnodes: cluster {LOCAL!r} has one node (got {config.launch.nnodes})")
-    gpus = _gpus()
-    if gpus and config.launch.nproc_per_node > gpus:
-        raise ConfigError(f"launch.nproc_per_node: this machine has {gpus} GPUs (got {config.launch.nproc_per_node})")
+        raise ConfigError(f"launch.nnodes: cluster {config.cluster!r} has one node (got {config.launch.nnodes})")
+    gpus, ranks = _gpus(), config.launch.nproc_per_node
+    if gpus and ranks > gpus:
+        raise ConfigError(f"launch.nproc_per_node: this machine has {gpus} GPUs (got {ranks})")
+    if cluster.slots is not None and ranks > cluster.slots:
+        raise ConfigError(f"launch.nproc_per_node: cluster {config.cluster} has {cluster.slots} slots (got {ranks})")
     run_directory.mkdir(parents=True, exist_ok=True)
     parameters = config.model.parameters(with_mtp=True)
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(run_directory).free
@@ -74,7 +94,7 @@ def preflight(config: RunConfig, run_directory: Path) -> dict[str, Any]:
             )
     return {
         "address": "127.0.0.1",
-        "slots": config.launch.nproc_per_node,
+        "slots": ranks,
         "cores": os.cpu_count() or 1,
         "gpus": gpus,
         "memory_gib": memory / 2**30,
