@@ -9,12 +9,30 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    model_serializer,
+)
 
 from base import storage
 from base.config import Section, apply_overrides, dump, read_yaml, validate
 from base.errors import ConfigError
 from tasks.config import RunConfig
+
+
+class _GivenKeys(BaseModel):
+    """Only what was given is written: Prefect's page and API then hold no nulls that would win over the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 
 def _partial(section: type[Section]) -> type[BaseModel]:
@@ -26,8 +44,12 @@ def _partial(section: type[Section]) -> type[BaseModel]:
             annotation = _partial(annotation)
         elif field.metadata:
             annotation = Annotated[(annotation, *field.metadata)]
-        fields[name] = (annotation | None, None)
-    return create_model(f"{section.__name__}Overrides", __config__=ConfigDict(extra="forbid"), **fields)
+        fields[name] = (annotation | None, Field(default=None, json_schema_extra=_without_default))
+    return create_model(f"{section.__name__}Overrides", __base__=_GivenKeys, **fields)
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
 
 
 Overrides: Any = _partial(RunConfig)
