@@ -49,8 +49,8 @@ def launch(arguments: list[str]) -> None:
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        raise _error_of(failure) from error
+        rank, failure = error.get_first_failure()
+        raise _error_of(rank, failure) from error
 
 
 def die_with_parent(signal_number: int) -> None:
@@ -84,16 +84,16 @@ def _check_port(options: Any) -> None:
                 ) from error
 
 
-def _error_of(failure: Any) -> CherryError:
+def _error_of(rank: int, failure: Any) -> CherryError:
     code = int(failure.exitcode)
-    where = f"rank {failure.rank} (pid {failure.pid})"
+    where = f"rank {rank} (pid {failure.pid})"
     if code < 0:
         name = signal.Signals(-code).name
         return WorkerLostError(
             f"{where} was killed by {name}. Start the same command again: it goes on from the newest checkpoint."
         )
     side = InvalidInputError if 10 <= code < 30 else OperationalError
-    error = side(f"{where} ended with exit code {code}; its own message is above, and in train/rank-{failure.rank}.log")
+    error = side(f"{where} ended with exit code {code}; its own message is above, and in train/rank-{rank}.log")
     error.exit_code = code
     return error
 
