@@ -75,6 +75,12 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
+    @property
+    def last_saved_step(self) -> int | None:
+        """The step of `last_saved`."""
+        match = _STEP.match(self.last_saved.rstrip("/").rsplit("/", 1)[-1]) if self.last_saved is not None else None
+        return int(match[1]) if match else None
+
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
         """Copy the state, and write it in the background; waits first for a save that is still going on.
 

@@ -53,11 +53,13 @@ class MetricsWriter:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._handle = path.open("a", buffering=1)
         self.first_loss: float | None = kept[0]["loss"] if kept else None
+        self.last_loss: float | None = kept[-1]["loss"] if kept else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it is on its way to the disk when this returns."""
         if self.first_loss is None:
             self.first_loss = record["loss"]
+        self.last_loss = record["loss"]
         with storage_errors(str(self._path)):
             self._handle.write(json.dumps(record) + "\n")
 

@@ -150,6 +150,7 @@ class Trainer:
             return
         record = restore(found[0], self.model, self.optimizer.optimizer, group)
         self.progress = Progress(record["step"], record["tokens"], record["seconds"])
+        self.checkpointer.last_saved = found[0]  # an attempt may have died between the last save and the result
         self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
 
     def run(self) -> dict[str, Any]:
@@ -178,7 +179,8 @@ class Trainer:
             self.checkpointer.close()
             if self.metrics is not None:
                 self.metrics.close()
-        if self.checkpointer.failures and self.checkpointer.last_saved is None:
+        # What is exported is the last checkpoint: an older one would pass for it.
+        if self.checkpointer.failures and self.checkpointer.last_saved_step != self.progress.step:
             raise self.checkpointer.failures[-1]
         return self._result(record)
 
@@ -287,7 +289,7 @@ class Trainer:
         result = {
             "steps": self.progress.step,
             "loss_first": first,
-            "loss_last": last.get("loss", first),
+            "loss_last": last["loss"] if last else self.metrics.last_loss if self.metrics is not None else None,
             "heldout_loss": heldout.loss,
             "heldout_bits_per_byte": heldout.bits_per_byte,
             "tokens": self.progress.tokens,
