@@ -1,0 +1,45 @@
+"""Any number of ranks trains the same model: same losses, same norms, same weights, same order of the data."""
+
+import shutil
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_ranks_shards_replicas_accumulation_and_recompute_change_nothing(make_job):
+    one = make_job("one")
+    assert one.run().returncode == 0
+    variants = {
+        "shard 2, accumulate 2": (2, ["--gradient_accumulation_steps=2"]),
+        "replicate 2 x shard 2": (4, ["--set", "parallel.replicate=2"]),
+        "accumulate 8": (1, ["--gradient_accumulation_steps=8"]),
+        "recompute": (2, ["--set", "train.activation_checkpointing=full"]),
+    }
+    for number, (name, (ranks, flags)) in enumerate(variants.items()):
+        job = make_job(str(number))
+        ended = job.run(*flags, ranks=ranks)
+        assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
+        for ours, reference in zip(job.metrics, one.metrics, strict=True):
+            assert ours.keys() == reference.keys()
+            for key in {"loss", "mtp_loss", "grad_norm", "heldout_loss"} & reference.keys():
+                assert ours[key] == pytest.approx(reference[key], rel=1e-5), f"{name}: {key}"
+            assert ours["expert_load_max_over_mean"] == pytest.approx(reference["expert_load_max_over_mean"], rel=0.02)
+
+
+def test_two_ranks_resume_bit_for_bit_and_one_rank_goes_on_in_the_same_order(make_job):
+    whole = make_job("whole")
+    assert whole.run(ranks=2).returncode == 0
+    for ranks, name in ((2, "again"), (1, "fewer")):
+        job = make_job(name)
+        shutil.copytree(whole.directory / "train", job.directory / "train")
+        shutil.rmtree(job.checkpoint(12))
+        ended = job.run(ranks=ranks)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "resumed from" in ended.stdout
+        assert "8 steps" in ended.stdout
+        if ranks == 2:
+            assert job.losses == whole.losses
+        else:
+            assert job.losses == pytest.approx(whole.losses, rel=1e-5)
+        assert [line["step"] for line in job.metrics] == list(range(1, 13))
