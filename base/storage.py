@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
@@ -19,6 +20,20 @@ from base.errors import ConfigError, MissingFileError, storage_errors
 
 MARKER = "COMMITTED"
 _BLOCK_BYTES = 1 << 20
+_WILDCARDS = "*?["
+# What file systems call the sign that a file's content changed: object stores, local disks, memory.
+_VERSION_KEYS = ("ETag", "mtime", "LastModified", "created")
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file that `find` saw: its name relative to what was searched, where it is, and its state at that time."""
+
+    name: str
+    uri: str
+    bytes: int
+    version: str
+    """Changes when the file is written again (an entity tag or a time of change)."""
 
 
 def is_local(uri: str) -> bool:
@@ -120,6 +135,32 @@ def list_names(uri: str) -> list[str]:
         if not fs.exists(path):
             return []
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+def find(uri: str) -> list[FoundFile]:
+    """The files at `uri`, sorted by name: one file, a folder's (hidden ones left out), or those that a glob matches.
+
+    Names are relative to the folder, or to the part of a glob before its first wildcard: the same wherever the
+    folder lies. Empty when nothing is there.
+    """
+    fs, path = _locate(uri)
+    with storage_errors(uri):
+        if fs.isfile(path):
+            found, base = {path: fs.info(path)}, path.rpartition("/")[0]
+        elif any(character in path for character in _WILDCARDS):
+            found = fs.glob(path, detail=True)
+            base = path[: min(path.index(c) for c in _WILDCARDS if c in path)].rpartition("/")[0]
+        else:
+            found, base = (fs.find(path, detail=True) if fs.exists(path) else {}), path
+    files = []
+    for name, info in found.items():
+        relative = str(name).removeprefix(base).lstrip("/")
+        hidden = any(part.startswith(".") for part in relative.split("/"))
+        if info["type"] == "file" and (not hidden or len(found) == 1):
+            where = str(name) if is_local(uri) else str(fs.unstrip_protocol(name))
+            version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
+            files.append(FoundFile(relative, where, int(info["size"]), version))
+    return sorted(files, key=lambda file: file.name)
 
 
 def make_directory(uri: str) -> None:

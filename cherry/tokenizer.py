@@ -37,24 +37,49 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_i
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _plain_text_only(tokenizer)
 
 
-def load_tokenizer(uri: str, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(uri: str) -> Tokenizer:
     """Load a tokenizer.json.
 
     Raises:
         MissingFileError: nothing is at `uri`.
-        DataError: it is no tokenizer, or has more tokens than the model's `vocab_size`.
+        DataError: it is no tokenizer.
     """
     content = storage.read_bytes(uri)
     try:
-        tokenizer = Tokenizer.from_buffer(content)
+        return _plain_text_only(Tokenizer.from_buffer(content))
     except Exception as error:  # the library raises nothing more specific
-        raise DataError(f"{uri}: not a tokenizer.json that the tokenizers library reads: {error}") from error
-    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise DataError(
-            f"{uri}: has {tokenizer.get_vocab_size()} tokens, model.vocab_size is {vocab_size}. "
+            f"{uri}: not a tokenizer.json that the tokenizers library reads: {error}. Export or copy it again."
+        ) from error
+
+
+def check_fit(tokenizer: Tokenizer, origin: str, *, vocab_size: int, bos_id: int, eos_id: int) -> None:
+    """Refuse a tokenizer that does not belong to the model.
+
+    Raises:
+        DataError: a token id is not below `vocab_size`, or bos or eos is not one of the tokenizer's added tokens
+            (then ordinary text would begin and end documents).
+    """
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= vocab_size:
+        raise DataError(
+            f"{origin}: has tokens up to id {highest}, model.vocab_size is {vocab_size}. "
             "They do not belong together: give another tokenizer, or set model.vocab_size."
         )
+    added = tokenizer.get_added_tokens_decoder()
+    for key, token in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
+        if token not in added:
+            raise DataError(
+                f"{origin}: model.{key} must be one of its added tokens, got {token}, which is "
+                f"{tokenizer.id_to_token(token)!r}. Set model.{key}; its added tokens begin with "
+                f"{ {number: added[number].content for number in sorted(added)[:5]} }."
+            )
+
+
+def _plain_text_only(tokenizer: Tokenizer) -> Tokenizer:
+    """Make a special token's name inside a document ordinary text, so that no document can end or pose as another."""
+    tokenizer.encode_special_tokens = True
     return tokenizer

@@ -1,0 +1,170 @@
+"""Owns token shards on disk: documents one after the other, cut into sequences of a fixed length.
+
+It knows nothing of where tokens come from, or of the order in which sequences are read. A document starts with bos
+and ends with eos; neither occurs inside one, so the boundaries can be read off the tokens.
+
+Shapes: T sequence length.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base import storage
+from base.errors import DataError, storage_errors
+
+SHARD_TOKENS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was prepared; manifest.json holds the same."""
+
+    source: str
+    digest: str
+    """SHA-256 over every document's id and content, in order."""
+    documents: int
+    bytes: int
+    tokens: int
+    sequences: int
+    sequence_length: int
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    token_type: str
+    shards: list[str]
+    shard_tokens: int
+    masked: bool
+    """Whether a mask file stands beside each shard (chat: only the assistant's tokens bear loss)."""
+    heldout: dict[str, float]
+    """documents, bytes, and zlib_bits_per_byte of the whole held-out documents."""
+    files: int = 0
+    skipped_files: int = 0
+    """Text files that are not UTF-8, and were left out."""
+
+
+def read_manifest(directory: str) -> Manifest:
+    """The manifest of a prepared directory.
+
+    Raises:
+        MissingFileError: the directory was never committed.
+        DataError: manifest.json is not one.
+    """
+    storage.read_commit(directory)
+    uri = storage.join(directory, "manifest.json")
+    try:
+        return Manifest(**storage.read_json(uri))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{uri}: not a manifest of this version ({error}). Remove the folder and prepare again."
+        ) from error
+
+
+class ShardWriter:
+    """Appends documents to train-00000.bin and so on, each of `shard_tokens` tokens but the last.
+
+    With `masked`, train-00000.mask beside it has one byte for each token: 1 where it bears loss.
+
+    Raises:
+        DiskFullError: no space is left.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int, *, masked: bool, shard_tokens: int) -> None:
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.masked = masked
+        self.tokens = 0
+        self.names: list[str] = []
+        self._shard_tokens = shard_tokens
+        self._directory = directory
+        self._open: list[BinaryIO] = []
+
+    def add(self, tokens: list[int], bears: list[bool]) -> None:
+        """Append one document."""
+        columns = [np.asarray(tokens, dtype=self.dtype)]
+        if self.masked:
+            columns.append(np.asarray(bears, dtype=np.uint8))
+        done = 0
+        with storage_errors(str(self._directory)):
+            while done < len(tokens):
+                room = self._shard_tokens - self.tokens % self._shard_tokens
+                if room == self._shard_tokens:
+                    self._next_shard()
+                for handle, column in zip(self._open, columns, strict=True):
+                    handle.write(column[done : done + room].data)
+                self.tokens += min(room, len(tokens) - done)
+                done += room
+
+    def _next_shard(self) -> None:
+        self._close()
+        self.names.append(f"train-{len(self.names):05d}.bin")
+        path = self._directory / self.names[-1]
+        self._open = [open(name, "wb") for name in [path, path.with_suffix(".mask")][: 1 + self.masked]]  # noqa: SIM115
+
+    def _close(self) -> None:
+        """Bring everything to the disk: a marker will vouch for it."""
+        with ExitStack() as closing:
+            handles, self._open = [closing.enter_context(handle) for handle in self._open], []
+            for handle in handles:
+                handle.flush()
+                os.fsync(handle.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with storage_errors(str(self._directory)):
+            self._close()
+
+
+class TokenDataset:
+    """The packed sequences of a prepared directory, memory-mapped.
+
+    Raises:
+        MissingFileError: the directory was never committed, or a shard is gone.
+        DataError: a shard has another size than the manifest says.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.manifest = read_manifest(directory)
+        self._root = Path(storage.local_path(directory))
+        self._shards = [self._map(name, np.dtype(self.manifest.token_type)) for name in self.manifest.shards]
+        names = [name.replace(".bin", ".mask") for name in self.manifest.shards] if self.manifest.masked else []
+        self._masks = [self._map(name, np.dtype(np.uint8)) for name in names]
+
+    def _map(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        path, manifest = self._root / name, self.manifest
+        before = int(name.split("-")[1].split(".")[0]) * manifest.shard_tokens
+        expected = min(manifest.shard_tokens, manifest.tokens - before) * dtype.itemsize
+        with storage_errors(str(path)):
+            found = path.stat().st_size
+            if found != expected:
+                raise DataError(f"{path}: {found} bytes, {expected} were written. Remove the folder and prepare again.")
+            return np.memmap(path, dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        return self.manifest.sequences
+
+    def sequence(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens [T+1] and which of them bear loss [T+1]; neighbours share one token."""
+        start = index * self.manifest.sequence_length
+        end = start + self.manifest.sequence_length + 1
+        tokens = self._read(self._shards, start, end).astype(np.int64)
+        if not self._masks:
+            return tokens, np.ones(len(tokens), dtype=np.bool_)
+        return tokens, self._read(self._masks, start, end).astype(np.bool_)
+
+    def _read(self, shards: list[NDArray[Any]], start: int, end: int) -> NDArray[Any]:
+        size = self.manifest.shard_tokens
+        first, last = start // size, (end - 1) // size
+        parts = [shards[i][max(start - i * size, 0) : end - i * size] for i in range(first, last + 1)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,69 @@
+"""Owns the order in which training reads sequences: a function of a seed and a step.
+
+It knows nothing of data: sequences are numbers below a length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Luby and Rackoff 1988 need 4 rounds with perfect round functions; twice that for a plain mixer on few bits.
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which sequences each optimizer step reads: a seeded permutation for each epoch, one after the other.
+
+    The order is a function of the seed and the position alone: it is the same for any number of ranks, and resuming
+    needs nothing but the step. A batch may span two epochs, so no sequence is left out and every batch is whole. Any
+    place of an epoch is found without the others, at the same cost whatever the length.
+    """
+
+    length: int
+    seed: int
+    batch_size: int
+
+    def indices(self, step: int, data_rank: int = 0, data_ranks: int = 1) -> NDArray[np.int64]:
+        """Sequence ids of this rank in optimizer step `step` (0-based): every `data_ranks`-th of the batch.
+
+        Ranks beyond the batch's size get none.
+        """
+        first = step * self.batch_size
+        positions = np.arange(first + data_rank, first + self.batch_size, data_ranks, dtype=np.int64)
+        chosen = np.empty_like(positions)
+        for epoch in np.unique(positions // self.length):
+            here = positions // self.length == epoch
+            chosen[here] = permuted(positions[here] % self.length, self.length, seed=self.seed, epoch=int(epoch))
+        return chosen
+
+
+def permuted(places: NDArray[np.int64], length: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where a seeded permutation of range(length) takes each of `places`.
+
+    A Feistel network permutes the numbers of an even count of bits; what falls outside is permuted again until it is
+    inside (cycle walking, Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng([seed, epoch]).integers(1 << 64, size=_ROUNDS, dtype=np.uint64)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(result), dtype=np.bool_)
+    while outside.any():
+        values = result[outside]
+        left, right = values >> half, values & low
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & low)
+        result[outside] = (left << half) | right
+        outside = result >= np.uint64(length)
+    return result.astype(np.int64)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014, figure 19), modulo 2^64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
