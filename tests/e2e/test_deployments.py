@@ -1,0 +1,52 @@
+"""prefect.yaml on a real server with a process worker."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def test_every_deployment_is_there_with_one_run_at_a_time(project):
+    found = {one["name"]: one for one in project.api("deployments/filter", {})}
+    written = {one["name"] for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    assert set(found) == written == {"train-tiny", "train-671b", "deploy", "retrain-weekly"}
+    for one in found.values():
+        assert one["global_concurrency_limit"]["limit"] == 1
+        assert one["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert one["work_pool_name"] == "cherry"
+    schedules = [one["schedule"] for one in found["retrain-weekly"]["schedules"]]
+    assert [(one["cron"], one["timezone"]) for one in schedules] == [("0 3 * * 1", "UTC")]
+    assert all(not found[name]["schedules"] for name in written - {"retrain-weekly"})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"overrides": {"train": {"learning_rte": 0.1}}}, "learning_rte"),
+        ({"overrides": {"trian": {}}}, "trian"),
+        ({"overrides": {"train": {"steps": "many"}}}, "overrides.train.steps"),
+        ({"overides": {}}, "overides"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_a_run_exists(project, parameters, named):
+    before = project.api("flow_runs/count", {})
+    ended = project.deployment_run("train-flow/train-tiny", **parameters)
+    assert ended.returncode != 0
+    assert named in ended.stdout + ended.stderr
+    assert project.api("flow_runs/count", {}) == before
+
+
+def test_a_deployment_runs_to_the_end(project, finished):
+    run = project.api(f"flow_runs/{finished['flow_run_id']}")
+    assert (run["state_type"], run["name"]) == ("COMPLETED", "mini")
+    tasks = project.api(
+        "task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    )
+    assert [task["name"].rsplit("-", 1)[0] for task in tasks] == [
+        "provision", "data", "train", "export", "quantize", "evaluate", "register",
+    ]  # fmt: skip
+    artifacts = project.api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert {one["key"] for one in artifacts} == {"train-first", "evaluate-first", "run-first", "links-first"}
