@@ -32,6 +32,8 @@ from cherry.fence import Fence
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"^step_(\d+)$")
+# What a preset is called, and weights' first values, change nothing once training goes on.
+_NOT_ARCHITECTURE = {"preset", "initializer_range"}
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -74,12 +76,25 @@ class Checkpointer:
         self._fence = fence
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._told = 0
 
     @property
     def last_saved_step(self) -> int | None:
         """The step of `last_saved`."""
         match = _STEP.match(self.last_saved.rstrip("/").rsplit("/", 1)[-1]) if self.last_saved is not None else None
         return int(match[1]) if match else None
+
+    def new_failures(self) -> list[CherryError]:
+        """Failed saves that were not returned before, the one in flight included; for a person's eyes, nothing else.
+
+        When a save ends differs between ranks: nothing that they do together may depend on it.
+        """
+        known: list[CherryError] = list(self.failures)
+        if self._pending is not None and self._pending.done():
+            error = self._pending.exception()
+            known += [error] if isinstance(error, CherryError) else []
+        new, self._told = known[self._told :], len(known)
+        return new
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
         """Copy the state, and write it in the background; waits first for a save that is still going on.
@@ -89,7 +104,7 @@ class Checkpointer:
         """
         self.wait()
         target = storage.join(self.directory, step_name(step))
-        state = _stage(_state(model, optimizer))
+        state = _stage(_state(model, optimizer, _random_states(dist.get_rank(self._group))))
         self._pending = self._thread.submit(self._write, target, state, record)
         if not self._asynchronous:
             self.wait()
@@ -165,27 +180,37 @@ class Checkpointer:
             self._fence.check()
         storage.write_json(storage.join(target, "state.json"), record)
         storage.commit(target, {**record, "files": files})
-        for step in committed_steps(self.directory)[: -self._keep_last]:
-            storage.remove_tree(storage.join(self.directory, step_name(step)))
+        try:
+            for step in committed_steps(self.directory)[: -self._keep_last]:
+                storage.remove_tree(storage.join(self.directory, step_name(step)))
+        except CherryError as error:
+            logger.warning("an old checkpoint was not removed: %s", error)  # the new one is committed all the same
 
 
-def restore(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup) -> dict[str, Any]:
+def restore(
+    uri: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup,
+    *,
+    expected_model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Load a committed checkpoint into a model and optimizer of any world size; its record.
+
+    Args:
+        expected_model: the architecture that the record's `model` must equal.
 
     Raises:
         MissingFileError: the directory was never committed.
         CheckpointError: a file is corrupt, truncated or missing, or the checkpoint is of another model.
     """
     record = storage.read_commit(uri)
-    _verify(uri, record.get("files", {}), group)
-    state = _state(model, optimizer)
+    _check_model(uri, record, expected_model)
+    verify(uri, record, group)
     try:
-        if storage.is_local(uri):
-            load_state(state, storage_reader=FileSystemReader(storage.local_path(uri)), process_group=group)
-        else:
-            from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-            load_state(state, storage_reader=FsspecReader(uri), process_group=group)
+        reader = reader_of(uri)
+        state = _state(model, optimizer, _stored_random_states(reader, dist.get_rank(group)))
+        load_state(state, storage_reader=reader, process_group=group)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{uri} does not fit the configured model, or cannot be read: {str(error).strip().splitlines()[-1]}. "
@@ -193,13 +218,58 @@ def restore(uri: str, model: nn.Module, optimizer: torch.optim.Optimizer, group:
         ) from error
     set_model_state_dict(model, state["model"], options=_OPTIONS)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+    for kind, value in next(iter(state["random"].values()), {}).items():
+        torch.cuda.set_rng_state(value) if kind == "cuda" else torch.set_rng_state(value)
     return record
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def reader_of(uri: str) -> FileSystemReader:
+    """A reader of the checkpoint at a path or URI."""
+    if storage.is_local(uri):
+        return FileSystemReader(storage.local_path(uri))
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    reader: FileSystemReader = FsspecReader(uri)
+    return reader
+
+
+def _check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    if expected is None or "model" not in record:
+        return
+    stored = record["model"]
+    wrong = [
+        f"  model.{key}: the checkpoint has {stored.get(key)!r}, the config {expected.get(key)!r}"
+        for key in sorted(stored.keys() | expected.keys())
+        if key not in _NOT_ARCHITECTURE and stored.get(key) != expected.get(key)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{uri} is of another model:\n" + "\n".join(wrong) + "\nResume with the config it was made with, or start "
+            "in another run directory."
+        )
+
+
+def _random_states(rank: int) -> dict[str, Any]:
+    """This rank's random number generators, by a name that no other rank has."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {f"rank_{rank}": states}
+
+
+def _stored_random_states(reader: FileSystemReader, rank: int) -> dict[str, Any]:
+    """Those of `_random_states` that a checkpoint has: at another world size, or device, some are missing."""
+    stored = reader.read_metadata().state_dict_metadata
+    return {
+        name: {kind: state for kind, state in states.items() if f"random.{name}.{kind}" in stored}
+        for name, states in _random_states(rank).items()
+    }
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, random: dict[str, Any]) -> dict[str, Any]:
     # Also makes the optimizer's states exist, with zeros, when no step was taken yet.
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    return {"model": model_state, "optimizer": optimizer_state}
+    return {"model": model_state, "optimizer": optimizer_state, "random": random}
 
 
 def _stage(state: dict[str, Any]) -> dict[str, Any]:
@@ -234,23 +304,33 @@ def _digest(uri: str) -> list[Any]:
     return [size, hasher.hexdigest()]
 
 
-def _verify(uri: str, files: dict[str, list[Any]], group: dist.ProcessGroup) -> None:
-    """Each rank checks its share of the files; all ranks raise what any of them found."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+def verify(uri: str, record: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Compare a checkpoint's files with the sizes and digests of its commit's `record`.
+
+    With a group each rank checks its share of the files, and all ranks raise what any of them found.
+
+    Raises:
+        CheckpointError: names every file that is corrupt, truncated or missing.
+    """
+    files: dict[str, list[Any]] = record.get("files", {})
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     broken: list[str] = []
     for name in sorted(files)[rank::ranks]:
+        path = storage.join(uri, name)
         try:
-            found = _digest(storage.join(uri, name))
+            found = _digest(path)
         except CherryError as error:
             broken.append(str(error))
             continue
         if found != files[name]:
-            what = (
-                f"{found[0]} bytes, {files[name][0]} were committed" if found[0] != files[name][0] else "other content"
+            shorter = found[0] != files[name][0]
+            broken.append(
+                f"{path}: " + (f"{found[0]} bytes, {files[name][0]} were committed" if shorter else "other content")
             )
-            broken.append(f"{storage.join(uri, name)}: {what}")
-    found_by: list[Any] = [None] * ranks
-    dist.all_gather_object(found_by, broken, group=group)
+    found_by: list[Any] = [broken]
+    if group is not None:
+        found_by = [None] * ranks
+        dist.all_gather_object(found_by, broken, group=group)
     if everything := [line for lines in found_by for line in lines]:
         raise CheckpointError(
             "corrupt checkpoint:\n"

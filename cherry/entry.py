@@ -11,15 +11,18 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from base import storage
 from base.config import dump, load, validate
-from base.errors import CherryError, ConfigError, run_program
+from base.errors import CherryError, ConfigError, WorkerLostError, run_program
 from cherry.config import JobConfig
-from cherry.launcher import die_with_parent
+from cherry.launcher import LAUNCHER_PID, die_with_parent
+
+logger = logging.getLogger(__name__)
 
 _FLAGS = {
     "batch_size": "train.batch_size",
@@ -46,12 +49,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank; ends the process with the error's exit code."""
-    die_with_parent(signal.SIGKILL)  # a launcher that is killed outright leaves no rank behind
+    if launcher := os.environ.get(LAUNCHER_PID):
+        die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
     options = build_parser().parse_args(arguments)
-    code = run_program(lambda: _train(options))
+    code = run_program(lambda: _run(options))
     sys.stdout.flush()
     # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
     os._exit(code) if code else sys.exit(0)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Train, with an error of ours told once: by rank 0 here, of the others by the launcher if theirs is the cause."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        _train(options, rank)
+    except CherryError as error:
+        logger.error("%s", error, exc_info=error.__cause__)
+        if rank == 0:
+            raise
+        _tell_launcher(error)
+        os._exit(error.exit_code)
+
+
+def _tell_launcher(error: CherryError) -> None:
+    """Leave the text where torch's launcher looks for it (torch.distributed.elastic.multiprocessing.errors)."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": detail}}))
 
 
 def resolve(options: argparse.Namespace) -> JobConfig:
@@ -85,7 +109,7 @@ def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
     from base.config import apply_overrides
     from model.weights import read_model_config
 
-    folder = path.rsplit("/", 1)[0] if path.endswith(".pt") else path
+    folder = (path.rpartition("/")[0] or ".") if path.endswith(".pt") else path
     model, _ = read_model_config(folder)
     raw: dict[str, Any] = {"name": "train", "model": model.model_dump(mode="json", exclude={"preset"})}
     tokenizer = storage.join(folder, "tokenizer.json")
@@ -94,32 +118,32 @@ def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
     return validate(apply_overrides(raw, overrides), JobConfig, origin=f"flags with --model_path={path}")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace, rank: int) -> None:
     config = resolve(options)
     run_directory = options.run_dir or f"runs/{config.name}"
-    rank, local_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     _log_to_file(run_directory, rank)
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(config.train.threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks))
+    if config.train.threads_per_rank is not None:
+        torch.set_num_threads(config.train.threads_per_rank)  # else torch takes the launcher's OMP_NUM_THREADS
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         _prepare(config, run_directory, rank)
         from cherry.trainer import Trainer
 
-        trainer = Trainer(config, run_directory, resume_from=options.resume_from)
-        trainer.run()
-    except CherryError as error:
-        # Every rank raises what concerns all; one line is enough for a person.
-        if rank != 0:
-            raise SystemExit(error.exit_code) from error
+        Trainer(config, run_directory, resume_from=options.resume_from).run()
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        # gloo has no error type of its own, but its messages begin with the path of its source.
+        if isinstance(error, dist.DistError) or "gloo/" in str(error):
+            text = f"the connection to another rank broke: {str(error).splitlines()[0]}"
+            raise WorkerLostError(f"{text}. Start the same command again to go on.") from error
         raise
-    dist.destroy_process_group()
 
 
 def _prepare(config: JobConfig, run_directory: str, rank: int) -> None:

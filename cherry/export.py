@@ -6,17 +6,17 @@ It knows nothing of training: it reads the weights alone, one tensor at a time.
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from base import storage
 from base.config import load
-from base.errors import MissingFileError, run_program
-from cherry.checkpoint import newest_checkpoint
+from base.errors import CheckpointError, MissingFileError, run_program
+from cherry.checkpoint import newest_checkpoint, reader_of, verify
 from cherry.config import JobConfig
 from model.layout import state_to_hf
 from model.transformer import DeepseekV3
@@ -30,6 +30,7 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
 
     Raises:
         MissingFileError: no checkpoint is committed.
+        CheckpointError: a file of the checkpoint is corrupt, or it is of another model.
     """
     config = load(storage.join(run_directory, "config.yaml"), JobConfig, part_of_file=True)
     directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
@@ -38,7 +39,7 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
         raise MissingFileError(
             f"{directory} holds no committed checkpoint. Train first; `cherry status` shows how far it is."
         )
-    storage.read_commit(source)
+    verify(source, storage.read_commit(source))
     target = storage.join(run_directory, "export")
     storage.remove_tree(target)
     with torch.device("meta"):
@@ -50,17 +51,28 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
 
 
 def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's weights by name, each read when it is asked for, so that one is in memory at a time."""
-    reader: FileSystemReader
-    for name, tensor in model.state_dict().items():
-        if storage.is_local(source):
-            reader = FileSystemReader(storage.local_path(source))
-        else:
-            from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+    """The checkpoint's weights by name, each read when it is asked for, so that one is in memory at a time.
 
-            reader = FsspecReader(source)
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    reader = reader_of(source)
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = model.state_dict()
+    wrong = [f"missing {name}" for name in wanted if f"model.{name}" not in stored]
+    sizes = {name: tuple(getattr(stored.get(f"model.{name}"), "size", ())) for name in wanted}
+    wrong += [
+        f"wrong shape of {name}: {list(sizes[name])}, the config has {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if f"model.{name}" in stored and sizes[name] != tuple(tensor.shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"{source} is not of the configured model:\n" + "\n".join(f"  {line}" for line in wrong))
+    for name, tensor in wanted.items():
         state = {"model": {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")}}
-        load_state(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+            load_state(state, storage_reader=reader, no_dist=True)
         yield name, state["model"][name]
 
 

@@ -10,12 +10,25 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from base.errors import CherryError, InvalidInputError, OperationalError, PortInUseError, WorkerLostError, run_program
+from base.errors import (
+    CALLER_EXIT_CODES,
+    CherryError,
+    InvalidInputError,
+    OperationalError,
+    PortInUseError,
+    WorkerLostError,
+    run_program,
+)
 
+LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
+"""Environment variable in which a rank finds its launcher's pid."""
 _PR_SET_PDEATHSIG = 1
+OUR_EXIT_CODES = range(10, 50)
+"""Codes of base/errors.py, the caller's side first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,43 +44,67 @@ def launch(arguments: list[str]) -> None:
         WorkerLostError: a signal killed a rank.
         InvalidInputError, OperationalError: a rank ended with an exit code of that side.
     """
-    if os.environ.get("CHERRY_PARENT"):
-        die_with_parent(signal.SIGTERM)
+    if parent := os.environ.get("CHERRY_PARENT"):
+        die_with_parent(signal.SIGTERM, int(parent))
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     # Ranks live in sessions of their own: after a SIGTERM, do not wait torch's 30 s before they are killed.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
     # An in-place restart of torch's agent meets the previous attempt's port without this.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # The trainer sets its threads itself; without this torch prints a warning and uses one.
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from torch.distributed import run as torchrun
+
+    options = torchrun.get_args_parser().parse_args(arguments)
+    _check_port(options, arguments)
+    _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
+    with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
+        options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
+        _start(options)
+
+
+def _start(options: Any) -> None:
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    options = torchrun.get_args_parser().parse_args(arguments)
-    _check_port(options)
     config, command, command_arguments = torchrun.config_from_args(options)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise _error_of(rank, failure) from error
+        raise _error_of(*_cause(error.failures)) from error
+    except SignalException as error:
+        print(f"ended by {error.sigval.name}, with all ranks. Start the same command again to go on.", file=sys.stderr)
+        raise SystemExit(128 + error.sigval) from error
 
 
-def die_with_parent(signal_number: int) -> None:
-    """Ask Linux to send this process a signal when the one that started it ends, even by SIGKILL (prctl(2))."""
+def die_with_parent(signal_number: int, parent: int) -> None:
+    """Ask Linux to send this process a signal when the one that started it ends, even by SIGKILL (prctl(2)).
+
+    Args:
+        parent: the pid of the starter as it knew itself, so that one that ended before the call is noticed.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
-        if os.getppid() != parent:  # it ended before the call
+        if os.getppid() != parent:
             os._exit(WorkerLostError.exit_code)
 
 
-def _check_port(options: Any) -> None:
+def _cores() -> int:
+    """Cores that this process may use: a container may allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _share_cores(ranks: int) -> None:
+    """Give each rank its share of the cores, unless OMP_NUM_THREADS says otherwise (torchrun would give it one)."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+
+
+def _check_port(options: Any, arguments: Sequence[str]) -> None:
     """Pick a free port for one node when none was given; refuse a taken one before anything starts."""
     if options.standalone or options.rdzv_endpoint:
         return
     single = str(options.nnodes) in ("1", "1:1")
-    given = any(argument.startswith("--master") for argument in sys.argv)
+    given = any(argument.startswith("--master") for argument in arguments)
     if single and not given:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -84,6 +121,27 @@ def _check_port(options: Any) -> None:
                 ) from error
 
 
+def _cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The failure that explains the others: when a rank dies, its peers soon end too, cut off in a collective.
+
+    The caller's fault comes first, then a rank that a signal killed, then an error of the world's side, then a
+    traceback; of equals, the earliest.
+    """
+
+    def weight(item: tuple[int, Any]) -> tuple[int, int, int]:
+        rank, failure = item
+        code = failure.exitcode
+        if code in CALLER_EXIT_CODES:
+            kind = 0
+        elif code < 0 and code != -signal.SIGTERM:
+            kind = 1
+        else:
+            kind = 2 if code in OUR_EXIT_CODES else 3
+        return kind, failure.timestamp, rank
+
+    return min(failures.items(), key=weight)
+
+
 def _error_of(rank: int, failure: Any) -> CherryError:
     code = int(failure.exitcode)
     where = f"rank {rank} (pid {failure.pid})"
@@ -92,8 +150,9 @@ def _error_of(rank: int, failure: Any) -> CherryError:
         return WorkerLostError(
             f"{where} was killed by {name}. Start the same command again: it goes on from the newest checkpoint."
         )
-    side = InvalidInputError if 10 <= code < 30 else OperationalError
-    error = side(f"{where} ended with exit code {code}; its own message is above, and in train/rank-{rank}.log")
+    side = InvalidInputError if code in CALLER_EXIT_CODES else OperationalError
+    told = "its own message is above" if rank == 0 or code not in OUR_EXIT_CODES else f"its error: {failure.message}"
+    error = side(f"{where} ended with exit code {code}; {told} (see also train/rank-{rank}.log)")
     error.exit_code = code
     return error
 

@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 
+from base import storage
 from base.errors import storage_errors
 
 MFU_CONVENTION = "causal"
 """Attention counts half of the full square: see ModelConfig.flops_per_token."""
 
 # Dense bf16 tensor-core peaks without sparsity, FLOP/s, from NVIDIA's data sheets (H100/H200/H800 SXM: 989.4e12;
-# A100: 312e12; B200: 2250e12).
-_PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "B200": 2250e12}
-# fp32 matmuls run on CUDA cores unless tf32 is asked for (H100 data sheet: 67e12; A100: 19.5e12; B200: 80e12).
-_PEAK_FP32 = {"H100": 67e12, "H200": 67e12, "H800": 67e12, "A100": 19.5e12, "B200": 80e12}
+# H100 PCIe: 756e12; A100: 312e12; B200: 2250e12). The first key that the device's name contains counts.
+_PEAK_BF16 = {
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
+# fp32 matmuls run on CUDA cores unless tf32 is asked for (H100 SXM data sheet: 67e12; A100: 19.5e12; B200: 80e12).
+_PEAK_FP32 = {"H100 PCIe": 51e12, "H100": 67e12, "H200": 67e12, "H800": 67e12, "A100": 19.5e12, "B200": 80e12}
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -29,11 +37,10 @@ def peak_flops(device: torch.device, precision: str) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         table = _PEAK_BF16 if precision == "bf16" else _PEAK_FP32
-        for key, peak in table.items():
-            if key in name:
-                return peak
+        if found := next((peak for key, peak in table.items() if key in name), None):
+            return found
     size = 1024
-    a = torch.randn(size, size, device=device, dtype=torch.float32)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = 0.0
     for _ in range(6):  # the first warms up; the best of the others is the ceiling
         started = time.perf_counter()
@@ -49,8 +56,8 @@ class MetricsWriter:
         self._path = path
         kept = [line for line in _lines(path) if line["step"] <= resume_step] if path.exists() else []
         with storage_errors(str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            # A new file under the old name: an attempt that was superseded writes on to one without a name.
+            storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._handle = path.open("a", buffering=1)
         self.first_loss: float | None = kept[0]["loss"] if kept else None
         self.last_loss: float | None = kept[-1]["loss"] if kept else None

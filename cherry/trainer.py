@@ -104,6 +104,7 @@ class Trainer:
             fence=fence,
         )
         self.progress = Progress()
+        self._heldout: Heldout | None = None
         self._resume(resume_from, directory, group)
         path = Path(storage.local_path(run_directory)) / "train" / "metrics.jsonl"
         self.metrics = MetricsWriter(path, resume_step=self.progress.step) if self.rank == 0 else None
@@ -148,7 +149,8 @@ class Trainer:
         dist.broadcast_object_list(found, group=group)
         if found[0] is None:
             return
-        record = restore(found[0], self.model, self.optimizer.optimizer, group)
+        model = self.config.model.model_dump(mode="json")
+        record = restore(found[0], self.model, self.optimizer.optimizer, group, expected_model=model)
         self.progress = Progress(record["step"], record["tokens"], record["seconds"])
         self.checkpointer.last_saved = found[0]  # an attempt may have died between the last save and the result
         self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
@@ -171,6 +173,8 @@ class Trainer:
                 due = train.evaluate_every_steps is not None and done % train.evaluate_every_steps == 0
                 if last or due:
                     record["heldout_loss"] = self.heldout().loss
+                if failed := self.checkpointer.new_failures():
+                    record["failed_saves"] = [str(error) for error in failed]
                 self._report(record, last=last)
                 if last or done % self.config.checkpoint.every_steps == 0:
                     self._save()
@@ -196,12 +200,12 @@ class Trainer:
         counts = self._sum_over_ranks(torch.tensor([valid, valid_mtp], dtype=torch.float64))
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.ranks
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for tokens_BT, targets_BT in micro_batches:
             loss, mtp_loss, balance = self.network(tokens_BT.to(self.device), targets_BT.to(self.device))
             total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
             (total + train.balance_loss_weight * balance / parts).backward()
-            sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double().cpu()
+            sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
         norm = float(clip_gradients(self.network, train.max_grad_norm))
         sums = self._sum_over_ranks(sums)
         loss_mean = float(sums[0]) / tokens
@@ -250,10 +254,9 @@ class Trainer:
         return batches
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self.ranks == 1:
-            return values
-        values = values.to(self.device)
-        dist.all_reduce(values)
+        if self.ranks > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
         return values.cpu()
 
     def _mfu(self, tokens_per_second: float) -> float:
@@ -262,14 +265,18 @@ class Trainer:
 
     def heldout(self) -> Heldout:
         """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
-        return evaluate_heldout(self.model, self.network, self.config, self.run_directory, self.device)
+        self._heldout = evaluate_heldout(self.model, self.network, self.config, self.run_directory, self.device)
+        return self._heldout
 
     def _report(self, record: dict[str, Any], *, last: bool) -> None:
         if self.metrics is None:
             return
-        if last or self.progress.step % self.config.train.log_every_steps == 0 or "heldout_loss" in record:
+        due = self.progress.step % self.config.train.log_every_steps == 0
+        if last or due or not record.keys().isdisjoint(("heldout_loss", "failed_saves")):
             self.metrics.write(record)
             self._say(format_line(record))
+        for failure in record.get("failed_saves", ()):
+            self._say(f"checkpoint not saved, training goes on: {failure}")
 
     def _save(self) -> None:
         record = {
@@ -279,12 +286,13 @@ class Trainer:
             "seconds": self.progress.seconds,
             "seed": self.config.seed,
             "world_size": self.ranks,
+            "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
             "model": self.config.model.model_dump(mode="json"),
         }
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record)
 
     def _result(self, last: dict[str, Any]) -> dict[str, Any]:
-        heldout = self.heldout()
+        heldout = self._heldout or self.heldout()  # evaluated at the last step, but not when there was none left
         first = self.metrics.first_loss if self.metrics is not None else None
         result = {
             "steps": self.progress.step,
