@@ -5,6 +5,7 @@ It knows nothing of data: sequences are numbers below a length.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,9 @@ def permuted(places: NDArray[np.int64], length: int, *, seed: int, epoch: int) -
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.default_rng([seed, epoch]).integers(1 << 64, size=_ROUNDS, dtype=np.uint64)
+    # Not numpy's generator, whose stream may change with its version: a resumed run must read the same order.
+    digest = hashlib.shake_256(f"{seed}:{epoch}".encode()).digest(8 * _ROUNDS)
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     result = places.astype(np.uint64)
     outside = np.ones(len(result), dtype=np.bool_)
     while outside.any():

@@ -79,6 +79,23 @@ def test_names_directly_inside_are_listed_in_order(folder: str) -> None:
     assert storage.list_names(storage.join(folder, "b")) == ["2", "deep"]
 
 
+def test_files_are_found_in_a_folder_by_a_glob_or_alone(folder: str) -> None:
+    assert storage.find(folder) == []
+    assert storage.find(f"{folder}/*.txt") == []
+    for name in ("b/deep/1.txt", "a.txt", "b/2.md", ".hidden", "b/.git/x"):
+        storage.write_bytes(storage.join(folder, name), b"x" * len(name))
+    found = storage.find(folder)
+    assert [(file.name, file.bytes) for file in found] == [("a.txt", 5), ("b/2.md", 6), ("b/deep/1.txt", 12)]
+    assert [storage.read_bytes(file.uri) for file in found] == [b"x" * 5, b"x" * 6, b"x" * 12]
+    assert storage.find(folder + "/") == found
+    assert [file.name for file in storage.find(f"{folder}/b/*")] == ["2.md"]
+    assert [file.name for file in storage.find(f"{folder}/**/*.txt")] == ["a.txt", "b/deep/1.txt"]
+    assert [file.name for file in storage.find(f"{folder}/b/deep/1.txt")] == ["1.txt"]
+    storage.write_bytes(storage.join(folder, "a.txt"), b"yyyyy")
+    changed = {file.name: file.version for file in storage.find(folder)}
+    assert [file.name for file in found if changed[file.name] != file.version] == ["a.txt"]
+
+
 def test_a_directory_is_valid_once_its_marker_is_written(folder: str) -> None:
     storage.make_directory(folder)
     storage.make_directory(folder)
