@@ -1,0 +1,158 @@
+"""Measures what Prefect and MLflow together cost: a small run through the flow, against the same programs by hand.
+
+    python -m benchmarks.flow_overhead [--rounds N] [--output FILE]
+
+Both do the same work in the same order in fresh processes, in turns. The flow's side pays for a temporary Prefect
+server, tasks, MLflow runs, system metrics and plots. A step's share is measured twice: as the ratio of the median step
+times (noisy), and as the time that the trainer itself spends on its metrics stream (all that it knows of tracking).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from base import storage
+from base.config import dump, load
+from cherry.data import prepare
+from cherry.metrics import MetricsWriter
+from tasks.config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("train.steps=60", "train.evaluate_every_steps=60", "data.max_documents=200", "evaluate.documents=20")
+LIMIT_S, LIMIT_STEP = 30.0, 0.01
+
+
+def by_flow(folder: Path) -> float:
+    """Seconds of the run through the flow, as a person starts it."""
+    overrides = [*SMALL, f"runs_directory={folder}", "name=bench"]
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.cli", "run", "configs/tiny.yaml", *overrides]
+    return _timed(command, environment)
+
+
+def by_hand(folder: Path) -> float:
+    """Seconds of the same programs in the same order, in a process that imports neither Prefect nor MLflow."""
+    return _timed([sys.executable, "-m", "benchmarks.flow_overhead", "--by-hand", str(folder)], dict(os.environ))
+
+
+def work(folder: Path) -> None:
+    """What the flow's steps do, without the flow."""
+    config = load("configs/tiny.yaml", RunConfig, [*SMALL, f"runs_directory={folder}", "name=bench"])
+    run = folder / "bench"
+    storage.write_bytes(str(run / "config.yaml"), dump(config).encode())
+    model = config.model
+    prepare(
+        config.data,
+        vocab_size=model.vocab_size,
+        directory=str(run / "data"),
+        bos_id=model.bos_token_id,
+        eos_id=model.eos_token_id,
+    )
+    _module(
+        "cherry.launcher", "--nproc_per_node=1", "train.py", "--config", f"{run}/config.yaml", "--run_dir", str(run)
+    )
+    _module("cherry.export", "--run_dir", str(run), "--dtype", "bf16")
+    _module("model.quantize", "--source", f"{run}/export", "--target", f"{run}/quantized")
+    models = (["--model_path", f"{run}/export"], ["--model_path", f"{run}/quantized"])
+    for number, chosen in enumerate((*models, ["--untrained", "--config", f"{run}/config.yaml"])):
+        limits = [
+            "--documents",
+            str(config.evaluate.documents),
+            "--max_tokens",
+            str(config.evaluate.max_document_tokens),
+        ]
+        _module("cherry.scoring", *chosen, "--data_dir", f"{run}/data", "--output", f"{run}/nll-{number}.json", *limits)
+
+
+def _module(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", name, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def _timed(command: list[str], environment: dict[str, str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    return time.perf_counter() - started
+
+
+def _steps(folder: Path) -> list[float]:
+    lines = (folder / "bench" / "train" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step_seconds"] for line in lines][5:]
+
+
+def _seconds_per_write(folder: Path) -> float:
+    """What the trainer spends on one line of its metrics stream."""
+    lines = [json.loads(line) for line in (folder / "bench" / "train" / "metrics.jsonl").read_text().splitlines()]
+    writer = MetricsWriter(folder / "again.jsonl", resume_step=0)
+    started = time.perf_counter()
+    for line in lines:
+        writer.write(line)
+    seconds = (time.perf_counter() - started) / len(lines)
+    writer.close()
+    return seconds
+
+
+def measure(rounds: int) -> list[dict]:
+    flow_s, hand_s, flow_steps, hand_steps = [], [], [], []
+    write_s = 0.0
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            order = [(by_flow, Path(one), flow_s, flow_steps), (by_hand, Path(other), hand_s, hand_steps)]
+            for run, folder, seconds, steps in order if number % 2 == 0 else order[::-1]:
+                seconds.append(run(folder))
+                steps += _steps(folder)
+            write_s = _seconds_per_write(Path(one))
+    step_s = statistics.median(hand_steps)
+    return [
+        {
+            "what": "flow overhead of a run",
+            "overhead_s": round(statistics.median(flow_s) - statistics.median(hand_s), 2),
+            "limit_s": LIMIT_S,
+            "flow_s": [round(s, 2) for s in flow_s],
+            "by_hand_s": [round(s, 2) for s in hand_s],
+        },
+        {
+            "what": "tracking's share of a training step",
+            "share": round(write_s / step_s, 6),
+            "limit": LIMIT_STEP,
+            "step_ms": round(1000 * step_s, 2),
+            "metrics_write_ms": round(1000 * write_s, 4),
+            "step_time_ratio_flow_to_hand": round(statistics.median(flow_steps) / step_s, 4),
+        },
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output", help="append the rows to this file too")
+    parser.add_argument(
+        "--by-hand", type=Path, metavar="DIR", help="do the work without the flow, once (used by itself)"
+    )
+    options = parser.parse_args()
+    if options.by_hand:
+        work(options.by_hand)
+        return
+    about = {
+        "machine": f"CPU, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("prefect", "mlflow", "torch")},
+        "command": "python -m benchmarks.flow_overhead " + " ".join(sys.argv[1:]),
+    }
+    for row in measure(options.rounds):
+        text = json.dumps({**row, **about})
+        print(text, flush=True)
+        if options.output:
+            with open(options.output, "a") as handle:
+                handle.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
