@@ -17,17 +17,21 @@ from tasks.report import begin_release, run_name
 
 @flow(name="deploy-flow", flow_run_name=run_name, validate_parameters=True)
 def deploy_flow(
-    config: str = "configs/tiny.yaml", overrides: Overrides = NO_OVERRIDES, version: int | None = None
+    config: str = "configs/tiny.yaml",
+    overrides: Overrides = NO_OVERRIDES,
+    version: int | None = None,
+    alias: str | None = None,
 ) -> dict[str, Any]:
     """Serve a registered version behind the gateway; its URL, version and the file with the clients' key.
 
     Args:
         config: path of the YAML config that the run was made with.
         overrides: any of its keys, nested; they win over the file.
-        version: a registered version; `None` takes the candidate.
+        version: a registered version; `None` goes by the alias.
+        alias: of a registered version; `None` takes the candidate.
     """
     context = begin_release(config, overrides)
-    release = resolve_version(context, version)
+    release = resolve_version(context, version, alias)
     replica = start(context, release)
     answer = smoke(context, replica)
     shifted = shift(context, replica)

@@ -56,6 +56,7 @@ class DeployConfig(Section):
     artifact: Literal["quantized", "export"] = "quantized"
     traffic_steps_percent: tuple[int, ...] = (25, 100)
     requests_per_step: PositiveInt = 8
+    """Requests that must have reached the new version before its share is judged."""
     max_error_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
     start_timeout_s: PositiveFloat = 120.0
     smoke_prompt: str = "def "

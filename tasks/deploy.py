@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from prefect import get_run_logger, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from anything.client import Client
 from anything.keys import read_key_file
 from base import storage
 from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
+from tasks.artifacts import show_table
 from tasks.report import RELEASE_CONFIG
 from tasks.serving import GATEWAY, Server, ServingDirectory
-from tasks.steps import RunContext, StepRun, perform, worth_retrying, write_event
+from tasks.steps import REGISTRY_DELAYS_S, RunContext, StepRun, find_output, perform, worth_retrying, write_event
 from tasks.tracking import ModelVersion
 
 _PROMPT_CHARACTERS = 60
+# Times the requests that a share of traffic needs on average: subjects are dealt out by a hash.
+_PATIENCE = 4
 
 
 @dataclass(frozen=True)
@@ -50,35 +53,48 @@ def _say(context: RunContext, line: str) -> None:
     write_event(context.path, "deploy", "progress", line=line)
 
 
-def _registered(context: RunContext, number: int | None) -> ModelVersion:
+def _registered(context: RunContext, number: int | None, alias: str | None = None) -> ModelVersion:
     config = context.config.register_model
-    alias = None if number is not None else config.candidate_alias
-    found = context.tracker().version(config.model_name, alias=alias, number=number)
+    alias = alias or config.candidate_alias
+    tracker = context.tracker()
+    if number is not None:
+        found = tracker.version(config.model_name, number=number)
+    else:
+        found = tracker.version(config.model_name, alias=alias)
     if found is None:
-        wanted = f"version {number}" if number is not None else f"version with the alias {config.candidate_alias!r}"
+        wanted = f"version {number}" if number is not None else f"version with the alias {alias!r}"
         raise MissingFileError(
-            f"{config.model_name} has no {wanted} in the registry at {context.tracker().uri}. "
+            f"{config.model_name} has no {wanted} in the registry at {tracker.uri}. "
             "Run the training flow first, or name a version that exists."
         )
     return found
 
 
-@task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
-def resolve_version(context: RunContext, number: int | None) -> Release:
-    """Find the version and its weights.
+@task(
+    name="resolve",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=REGISTRY_DELAYS_S,
+    retry_condition_fn=worth_retrying,
+)
+def resolve_version(context: RunContext, number: int | None, alias: str | None = None) -> Release:
+    """Find the version, by number or by alias (the candidate when neither is given), and its weights.
 
     Raises:
         MissingFileError: no such version, or its weights are gone.
         ConfigError: the quantized weights cost more than quantize.max_dnll, so they are not served.
     """
-    found = _registered(context, number)
-    quantized = context.config.deploy.artifact == "quantized"
-    if quantized and found.tags.get("quantized_passed") == "false":
-        raise ConfigError(
-            f"{found.name} version {found.version}: its int8 weights cost more than quantize.max_dnll "
-            f"({context.config.quantize.max_dnll}). Deploy the export (deploy.artifact=export), or raise the limit."
-        )
-    path = found.tags["quantized_uri"] if quantized else found.uri
+    found = _registered(context, number, alias)
+    if context.config.deploy.artifact == "quantized":
+        if found.tags.get("quantized_passed") == "false":
+            raise ConfigError(
+                f"{found.name} version {found.version}: its int8 weights cost more than quantize.max_dnll "
+                f"({context.config.quantize.max_dnll}). Deploy the export (deploy.artifact=export), or raise the limit "
+                "and run the training flow again."
+            )
+        path = find_output(found.tags["quantized_uri"], found.tags.get("quantize_fingerprint", ""))
+    else:
+        path = find_output(found.uri, found.tags.get("export_fingerprint", ""))
     if not storage.is_committed(path):
         raise MissingFileError(f"{found.name} version {found.version}: its weights are no longer at {path}")
     get_run_logger().info("%s version %d at %s", found.name, found.version, path)
@@ -132,40 +148,47 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
         ServiceError: the error rate of a step was above deploy.max_error_rate; the routes are as before.
     """
     serving, config = _serving(context), context.config.deploy
-    before = {name: weight for name, weight in serving.weights().items() if name != replica.name and weight > 0}
+    before = {name: weight for name, weight in serving.weights().items() if weight > 0}
+    others = {name: weight for name, weight in before.items() if name != replica.name}
     rows: list[dict[str, Any]] = []
     try:
-        for percent in config.traffic_steps_percent if before else (100,):
-            share = float(percent)
-            total = sum(before.values())
-            others = {name: weight / total * (100.0 - share) for name, weight in before.items()}
-            serving.write_routes({**others, replica.name: share})
+        for percent in config.traffic_steps_percent if others else (100,):
+            serving.write_routes(_shares(others, replica.name, float(percent)))
             gateway = _gateway(context)
-            errors, latencies = _probe(context, gateway, percent)
-            rate = errors / config.requests_per_step
-            rows.append(
-                {
-                    "percent": share,
-                    "requests": config.requests_per_step,
-                    "errors": errors,
-                    "median_ms": round(1000 * sorted(latencies)[len(latencies) // 2], 1) if latencies else None,
-                }
-            )
-            _say(context, f"{share:g} % of traffic on {replica.name}: {errors} of {config.requests_per_step} failed")
-            if rate > config.max_error_rate:
+            row = _probe(context, gateway, replica, percent)
+            rows.append(row)
+            failed = f"{row['errors']} of {row['requests']} requests failed"
+            _say(context, f"{percent} % of traffic on {replica.name}: {failed}")
+            if row["errors"] > config.max_error_rate * row["requests"]:
                 raise ServiceError(
-                    f"{replica.name}: {errors} of {config.requests_per_step} requests failed at {share:g} % of traffic "
-                    f"(deploy.max_error_rate {config.max_error_rate}); traffic is back where it was"
+                    f"{replica.name}: {failed} at {percent} % of traffic (deploy.max_error_rate "
+                    f"{config.max_error_rate}); traffic is back where it was"
                 )
     except BaseException:
-        if before:
-            serving.write_routes({**before})
-        else:
-            serving.routes.unlink(missing_ok=True)
-        serving.stop(replica)
+        _roll_back(serving, before, replica)
         raise
-    create_table_artifact(rows, key=f"shift-{context.config.name}", description=f"Traffic to {replica.name}")
-    return {"steps": rows, "gateway": gateway.url, "replaced": sorted(before)}
+    show_table(f"shift-{context.config.name}", rows, f"Traffic to {replica.name}")
+    return {"steps": rows, "gateway": gateway.url, "replaced": sorted(others)}
+
+
+def _shares(others: Mapping[str, float], name: str, percent: float) -> dict[str, float]:
+    """Weights that give `name` its percentage and leave the rest to the others, as they shared it before."""
+    total = sum(others.values())
+    return {**{other: weight / total * (100.0 - percent) for other, weight in others.items()}, name: percent}
+
+
+def _roll_back(serving: ServingDirectory, before: Mapping[str, float], replica: Server) -> None:
+    """Traffic as it was. A replica that had none is stopped; with no other, so is the gateway in front of it."""
+    if before:
+        total = sum(before.values())
+        serving.write_routes({name: weight / total * 100.0 for name, weight in before.items()})
+    else:
+        gateway = serving.find(GATEWAY)
+        if gateway is not None:
+            serving.stop(gateway)
+        serving.routes.unlink(missing_ok=True)
+    if replica.name not in before:
+        serving.stop(replica)
 
 
 def _gateway(context: RunContext) -> Server:
@@ -181,29 +204,59 @@ def _gateway(context: RunContext) -> Server:
     return serving.start(GATEWAY, arguments, keys=serving.client_keys, model="", version="", timeout_s=timeout_s)
 
 
-def _probe(context: RunContext, gateway: Server, salt: int) -> tuple[int, list[float]]:
-    """Failed requests, and the seconds of those that were answered."""
+def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) -> dict[str, Any]:
+    """Ask the gateway until enough requests have reached the new version; what became of them.
+
+    The gateway asks another replica when one fails, so errors are those that it counts for the version itself, and
+    requests that nobody could answer.
+    """
     serving, config = _serving(context), context.config.deploy
-    errors, latencies = 0, []
-    with Client(gateway.url, read_key_file(str(serving.client_key))) as client:
-        for number in range(config.requests_per_step):
+    key = read_key_file(str(serving.client_key))
+    wanted, unanswered, latencies = config.requests_per_step, 0, list[float]()
+    before = _counts(gateway, key, replica.version)
+    requests = errors = 0
+    with Client(gateway.url, key) as client:
+        for number in range(_PATIENCE * wanted * 100 // percent):
             started = time.monotonic()
             try:
-                client.infer(f"{config.smoke_prompt}f{salt}_{number}(", max_tokens=config.smoke_max_tokens)
+                client.infer(f"{config.smoke_prompt}f{percent}_{number}(", max_tokens=config.smoke_max_tokens)
             except CherryError as error:
                 get_run_logger().warning("request failed: %s", error)
-                errors += 1
+                unanswered += 1
             else:
                 latencies.append(time.monotonic() - started)
-    return errors, latencies
+            requests, errors = (
+                new - old for new, old in zip(_counts(gateway, key, replica.version), before, strict=True)
+            )
+            if requests >= wanted or unanswered >= wanted:
+                break
+    return {
+        "percent": percent,
+        "requests": requests,
+        "errors": max(errors, unanswered),
+        "median_ms": round(1000 * sorted(latencies)[len(latencies) // 2], 1) if latencies else None,
+    }
 
 
-@task(name="record", cache_policy=NO_CACHE)
+def _counts(gateway: Server, key: str, version: str) -> tuple[int, int]:
+    """Requests and errors of a version since the gateway started."""
+    counted = traffic(gateway.url, key)["versions"].get(version, {"requests": 0, "errors": 0})
+    return counted["requests"], counted["errors"]
+
+
+@task(
+    name="record",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=REGISTRY_DELAYS_S,
+    retry_condition_fn=worth_retrying,
+)
 def record(
     context: RunContext, release: Release, replica: Server, shifted: dict[str, Any], answer: str
 ) -> dict[str, Any]:
     """Write the release into MLflow and the run directory, and stop the replicas that it replaced."""
     serving = _serving(context)
+    serving.write_routes({replica.name: 100.0})
     for name in shifted["replaced"]:
         old = serving.find(name)
         if old is not None:

@@ -19,13 +19,28 @@ from tasks.artifacts import show_table
 from tasks.config import EvaluateConfig
 from tasks.plots import plot_comparison
 from tasks.process import run_module
-from tasks.steps import RunContext, StepRecord, StepRun, find_output, perform, sections, worth_retrying
+from tasks.steps import (
+    REGISTRY_DELAYS_S,
+    RunContext,
+    StepRecord,
+    StepRun,
+    find_output,
+    perform,
+    sections,
+    worth_retrying,
+)
 from tasks.tracking import ModelVersion
 
 UNTRAINED = "untrained"
 
 
-@task(name="evaluate", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+@task(
+    name="evaluate",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=REGISTRY_DELAYS_S,
+    retry_condition_fn=worth_retrying,
+)
 def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quantized: StepRecord) -> StepRecord:
     """Compare the candidate with the champion; with none, with the untrained model, and say so."""
     champion = _champion(context, exported)

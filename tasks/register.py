@@ -13,13 +13,19 @@ from prefect.cache_policies import NO_CACHE
 
 from base import storage
 from tasks.evaluate import UNTRAINED
-from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
+from tasks.steps import REGISTRY_DELAYS_S, RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
 # MLflow refuses longer tags of a version.
 _TAG_CHARACTERS = 5000
 
 
-@task(name="register", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=5, retry_condition_fn=worth_retrying)
+@task(
+    name="register",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=REGISTRY_DELAYS_S,
+    retry_condition_fn=worth_retrying,
+)
 def register(context: RunContext, exported: StepRecord, quantized: StepRecord, evaluated: StepRecord) -> StepRecord:
     """Register the candidate; it becomes champion when it is better than the one before it."""
     inputs = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tasks.config import RunConfig
 from tasks.parameters import resolve, run_directory, write_resolved
 from tasks.process import end_tree
 from tasks.provision import is_alive, take_lease
-from tasks.steps import RunContext, StepRecord, find_finished, flatten
+from tasks.steps import RunContext, StepRecord, find_finished, flatten, write_record
 from tasks.stream import MetricsRelay
 from tasks.tracking import connect
 
@@ -94,7 +95,7 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
         summary = summarize(context.path)
         text = _describe(summary)
         storage.write_json(str(context.path / "summary.json"), summary)
-        _send_rest(context, records)
+        records = _catch_up(context, records)
         # Steps that were found finished have told an earlier run, or none when the server was away.
         tracker.log(parent, metrics=_headline(summary), tags={"mlflow.note.content": text, **_reused(context, records)})
         for name in ("summary.json", "config.yaml"):
@@ -105,11 +106,27 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
     return summary
 
 
-def _send_rest(context: RunContext, records: list[StepRecord]) -> None:
-    """Training's metrics that a tracking outage held back."""
-    trained = next((record for record in records if record.step == "train"), None)
-    if trained is not None and trained.mlflow_run_id is not None:
-        MetricsRelay(context.path / "train", context.tracker(), trained.mlflow_run_id).send_new()
+def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord]:
+    """Tell MLflow what an outage kept from it: runs that could not be made, training's metrics, how runs ended."""
+    tracker, told = context.tracker(), []
+    for record in records:
+        if record.mlflow_run_id is None:
+            name = f"{context.config.name}-{record.step}"
+            run_id = tracker.start(
+                name,
+                parent=context.parent_run_id,
+                step=record.step,
+                identity=record.fingerprint,
+                run_key=context.key,
+            )
+            tracker.log(run_id, metrics=record.figures)
+            record = replace(record, mlflow_run_id=run_id, mlflow_parent_run_id=context.parent_run_id, reused=False)
+            write_record(context.path, record)
+        if record.step == "train":
+            MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
+        told.append(record)
+    tracker.finish_family(context.parent_run_id, "FINISHED")
+    return told
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, float]:

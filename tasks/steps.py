@@ -22,6 +22,9 @@ from cherry import __version__
 from tasks.config import RunConfig
 from tasks.tracking import MlflowTracker, Tracker, connect
 
+# Steps that need the model registry wait for a server that is started again; the others do without it.
+REGISTRY_DELAYS_S = [2.0, 10.0, 30.0]
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -123,7 +126,7 @@ def perform(
     record = StepRecord(
         step, identity, outputs, running.figures, time.time() - started, time.time(), run_id, context.parent_run_id
     )
-    storage.write_json(str(context.path / "steps" / f"{step}.json"), asdict(record))
+    write_record(context.path, record)
     tracker.log(context.parent_run_id, metrics={f"seconds_{step}": record.seconds})
     write_event(context.path, step, "finished", seconds=record.seconds)
     return record
@@ -143,6 +146,11 @@ def _watched(running: StepRun) -> Iterator[None]:
         raise
     finally:
         running.tracker.finish(running.run_id, status)
+
+
+def write_record(run_directory: Path, record: StepRecord) -> None:
+    """Write steps/<step>.json."""
+    storage.write_json(str(run_directory / "steps" / f"{record.step}.json"), asdict(record))
 
 
 def find_finished(run_directory: Path, step: str, identity: str | None = None) -> StepRecord | None:

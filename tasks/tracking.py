@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from base.errors import OperationalError
+from base.errors import CherryError, OperationalError
 from tasks.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -95,6 +95,21 @@ def _forgiving(method: Callable[P, T]) -> Callable[P, T | None]:
                 "tracking: %s failed: %s", method.__name__, str(error).splitlines()[0] if str(error) else error
             )
             return None
+
+    return guarded
+
+
+def _registry(method: Callable[P, T]) -> Callable[P, T]:
+    """Turn an outage of the model registry into the world's fault, which a task retries."""
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except CherryError:
+            raise
+        except Exception as error:  # as above
+            raise OperationalError(f"the model registry could not {method.__name__}: {error}") from error
 
     return guarded
 
@@ -256,6 +271,7 @@ class MlflowTracker:
         monitor.start()  # type: ignore[no-untyped-call]
         return monitor.finish
 
+    @_registry
     def register(
         self, run_id: str | None, name: str, uri: str, *, identity: str, alias: str, tags: Mapping[str, str]
     ) -> ModelVersion:
@@ -266,12 +282,9 @@ class MlflowTracker:
         Raises:
             OperationalError: the registry could not be reached; nothing else records a version.
         """
-        try:
-            version = self._find_version(name, identity) or self._create_version(run_id, name, uri, identity)
-            self.tag_version(ModelVersion(name, version, uri, {}), tags)
-            self.set_alias(name, alias, version)
-        except Exception as error:
-            raise OperationalError(f"could not register {uri} as {name} at {self.uri}: {error}") from error
+        version = self._find_version(name, identity) or self._create_version(run_id, name, uri, identity)
+        self.tag_version(ModelVersion(name, version, uri, {}), tags)
+        self.set_alias(name, alias, version)
         return ModelVersion(name, version, uri, dict(tags))
 
     def _find_version(self, name: str, identity: str) -> int | None:
@@ -290,6 +303,7 @@ class MlflowTracker:
         tags = {"uri": uri, "cherry.identity": identity}
         return int(mlflow.register_model(f"models:/{model.model_id}", name, tags=tags).version)
 
+    @_registry
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias at a version. MLflow keeps no history, so the one before is written down first."""
         client, _ = self._client()
@@ -298,6 +312,7 @@ class MlflowTracker:
             client.set_model_version_tag(name, str(version), f"previous_{alias}", str(before.version))
         client.set_registered_model_alias(name, alias, str(version))
 
+    @_registry
     def version(self, name: str, *, alias: str | None = None, number: int | None = None) -> ModelVersion | None:
         """A registered version by alias or number, or `None` when there is none.
 
@@ -317,10 +332,11 @@ class MlflowTracker:
         except MlflowException as error:
             if error.error_code in absent:
                 return None
-            raise OperationalError(f"the model registry at {self.uri} failed: {error}") from error
+            raise
         tags = dict(found.tags)
         return ModelVersion(name, int(found.version), tags.get("uri", str(found.source)), tags)
 
+    @_registry
     def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Add tags to a version."""
         client, _ = self._client()

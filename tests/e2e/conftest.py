@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,12 @@ class Project:
 
     @property
     def mlflow(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.runs}/mlflow.db")
+        with warnings.catch_warnings():
+            # MLflow's own tables use what SQLAlchemy has deprecated, which shows when they are first used.
+            warnings.filterwarnings("ignore", message="The ``noload`` loader strategy")
+            client = MlflowClient(f"sqlite:///{self.runs}/mlflow.db")
+            client.search_experiments(max_results=1)
+            return client
 
     def processes(self, name: str) -> list[list[str]]:
         """Command lines of every process that works on a run."""

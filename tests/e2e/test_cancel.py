@@ -1,0 +1,49 @@
+"""Runs that are cancelled, or whose flow is killed outright: nothing stays behind, and nothing is lost."""
+
+import os
+import signal
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ENDLESS = {"train": {"steps": 1_000_000}, "checkpoint": {"every_steps": 5}}
+
+
+def training(project, name):
+    """Until a checkpoint is committed; the run's processes are then the flow's launcher and its ranks."""
+    checkpoints = project.runs / name / "train" / "checkpoints"
+    project.wait_for(lambda: list(checkpoints.glob("step_*/COMMITTED")), "a committed checkpoint")
+    lines = project.processes(name)
+    assert sum("cherry.launcher" in line for line in lines) == 1
+    assert len(lines) == 3
+
+
+def mlflow_statuses(project, name):
+    client = project.mlflow
+    experiment = client.get_experiment_by_name("cherry").experiment_id
+    runs = client.search_runs([experiment], f"tags.`cherry.run` LIKE '{name}%'")
+    return {run.data.tags["cherry.step"]: run.info.status for run in runs}
+
+
+def test_cancelling_leaves_no_process_behind(project, worker):
+    run = project.run_deployment("train-flow/train-tiny", overrides={"name": "cancelled", **ENDLESS})
+    training(project, "cancelled")
+    ended = project.call("prefect", "flow-run", "cancel", run)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert project.end_of(run) == "CANCELLED"
+    project.wait_for(lambda: not project.processes("cancelled"), "the end of every process")
+    project.wait_for(lambda: not (project.runs / "cancelled" / "lease.json").exists(), "the lease")
+    statuses = mlflow_statuses(project, "cancelled")
+    assert (statuses["flow"], statuses["data"], statuses["train"]) == ("KILLED", "FINISHED", "KILLED")
+    assert not (project.runs / "cancelled" / "program.json").exists()
+
+
+def test_a_flow_that_is_killed_outright_leaves_no_process_behind(project):
+    overrides = ["name=crashed", "train.steps=1000000", "checkpoint.every_steps=5"]
+    running = project.start("flows.cli", "run", project.config, *overrides, log="crashed")
+    training(project, "crashed")
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    project.wait_for(lambda: not project.processes("crashed"), "the end of every process")
+    refused = project.cherry("run", "name=crashed", "train.steps=many")
+    assert refused.returncode == 11

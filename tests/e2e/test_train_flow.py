@@ -1,0 +1,107 @@
+"""What a finished training run leaves on disk and in MLflow, and what is found again."""
+
+import json
+import math
+
+import pytest
+
+pytestmark = pytest.mark.slow
+STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
+
+
+def tree(project, name):
+    """The flow's MLflow run, and its children by step."""
+    client = project.mlflow
+    (experiment,) = [one for one in client.search_experiments() if one.name == "cherry"]
+    runs = client.search_runs([experiment.experiment_id], max_results=200)
+    parents = [run for run in runs if run.data.tags.get("cherry.run") == name]
+    assert len(parents) == 1
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    return parents[0], {run.data.tags["cherry.step"]: run for run in children}
+
+
+def test_the_summary_says_what_came_out(project, finished):
+    assert finished["loss_last"] < finished["loss_first"]
+    assert finished["heldout_bits_per_byte"] < finished["zlib_bits_per_byte"]
+    assert 0 < finished["quantized_bytes_ratio"] < 1
+    assert abs(finished["quantized_dnll"]) < 0.02
+    assert (finished["verdict"], finished["compared_with"]) == ("better", "untrained")
+    assert set(finished["seconds"]) == set(STEPS)
+    assert finished["mlflow_run_id"] == tree(project, "first")[0].info.run_id
+
+
+def test_every_step_is_a_finished_mlflow_run_under_the_flow(project, finished):
+    parent, children = tree(project, "first")
+    assert set(children) == set(STEPS)
+    assert {run.info.status for run in [parent, *children.values()]} == {"FINISHED"}
+    assert parent.data.params["train.learning_rate"] == "0.005"
+    assert children["train"].data.params["model.hidden_size"] == "32"
+    assert parent.data.tags["verdict"] == "better"
+    assert "better" in parent.data.tags["mlflow.note.content"]
+    for key in ("heldout_bits_per_byte", "tokens_per_second", "quantized_dnll", "loss_last"):
+        assert parent.data.metrics[key] == finished[key]
+    assert {f"seconds_{step}" for step in STEPS} <= set(parent.data.metrics)
+
+
+def test_mlflow_has_every_training_step_once(project, finished):
+    run = tree(project, "first")[1]["train"]
+    written = project.metrics("first")
+    assert [line["step"] for line in written] == list(range(1, 61))
+    for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "expert_load_max_over_mean"):
+        history = project.mlflow.get_metric_history(run.info.run_id, key)
+        assert [(point.step, point.value) for point in history] == [(line["step"], line[key]) for line in written]
+    heldout = project.mlflow.get_metric_history(run.info.run_id, "heldout_loss")
+    assert [point.step for point in heldout] == [20, 40, 60]
+    assert any(key.startswith("system/cpu") for key in run.data.metrics)
+
+
+def test_dataset_and_model_are_recorded_by_reference(project, finished):
+    parent, children = tree(project, "first")
+    for run in (parent, children["data"]):
+        (dataset,) = [one.dataset for one in run.inputs.dataset_inputs]
+        assert finished["data_digest"].startswith(dataset.digest)
+        assert json.loads(dataset.source)["uri"] == str(project.home / "corpus")
+    version = project.mlflow.get_model_version_by_alias("pipeline", "candidate")
+    assert version.tags["uri"].startswith(str(project.runs / "first" / "export"))
+    assert version.tags["parent_run_id"] == parent.info.run_id
+    assert float(version.tags["heldout_bits_per_byte"]) == pytest.approx(finished["heldout_bits_per_byte"], abs=1e-4)
+    folder = project.runs / "mlartifacts"
+    assert not list(folder.rglob("*.safetensors"))
+
+
+def test_plots_and_tables_are_artifacts(project, finished):
+    def names(run, folder):
+        return {one.path for one in project.mlflow.list_artifacts(run.info.run_id, folder)}
+
+    parent, children = tree(project, "first")
+    training = {"plots/loss.png", "plots/learning_rate.png", "plots/expert_load.png"}
+    assert names(children["train"], "plots") == training
+    assert names(parent, "plots") == training | {"plots/quantization.png", "plots/comparison.png"}
+    assert names(parent, None) == {"plots", "summary.json", "config.yaml"}
+    assert names(children["quantize"], None) == {"quantization.json", "quantization.png"}
+    assert "evaluation.json" in names(children["evaluate"], None)
+    for path in (project.runs / "mlartifacts").rglob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quantization_tells_the_error_of_each_tensor(project, finished):
+    report = json.loads((project.runs / "first" / "quantized" / "quantization.json").read_text())
+    assert len(report["tensors"]) > 20
+    assert all(0 < one["rel_error"] < 0.02 and math.isfinite(one["max_abs_error"]) for one in report["tensors"])
+    kept = ("gate", "norm", "embed_tokens", "lm_head")
+    assert not [one["name"] for one in report["tensors"] if any(f"{part}.weight" in one["name"] for part in kept)]
+
+
+def test_the_same_command_finds_every_step_finished(project, finished):
+    before = {step: project.step("first", step) for step in STEPS}
+    ended = project.cherry("run", "--verbose")
+    assert ended.returncode == 0, ended.stderr
+    for step in STEPS:
+        assert f"found finished: {step}" in ended.stdout + ended.stderr
+        assert project.step("first", step) == before[step]
+    parent, children = tree(project, "first")
+    assert {step: run.info.run_id for step, run in children.items()} == {
+        step: record["mlflow_run_id"] for step, record in before.items()
+    }
+    assert parent.info.run_id == finished["mlflow_run_id"]
+    assert len(project.mlflow.search_model_versions("name = 'pipeline'")) == 1
