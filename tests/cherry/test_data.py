@@ -316,6 +316,28 @@ def test_too_little_text_is_told(tmp_path: Path, texts: list[str | bytes], messa
     assert not storage.is_committed(str(tmp_path / "data"))
 
 
+def test_a_sequence_needs_the_token_after_it_too(corpus: Path, tmp_path: Path) -> None:
+    tokens = make(corpus, tmp_path / "data").tokens
+    assert make(corpus, tmp_path / "data", sequence_length=tokens - 1).sequences == 1
+    with pytest.raises(DataError, match="do not fill one sequence"):
+        make(corpus, tmp_path / "data", sequence_length=tokens)
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 2])
+def test_two_documents_must_be_held_out_for_a_comparison(tmp_path: Path, held_out: int) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    names = [f"{number}.txt" for number in range(60)]
+    held = [name for name in names if is_heldout(name, seed=0, fraction=0.2)][:held_out]
+    for name in [name for name in names if not is_heldout(name, seed=0, fraction=0.2)] + held:
+        (folder / name).write_text("some words " * 20)
+    if held_out == 2:
+        assert make(folder, tmp_path / "data").heldout["documents"] == 2
+        return
+    with pytest.raises(DataError, match=rf"and {held_out} held out at .* and a comparison 2"):
+        make(folder, tmp_path / "data")
+
+
 def test_a_failure_leaves_nothing_that_looks_prepared(corpus: Path, tmp_path: Path) -> None:
     make(corpus, tmp_path / "data")
     broken = tmp_path / "broken.jsonl"
