@@ -1,0 +1,126 @@
+"""The metrics stream after a resume or a kill, the line for people, and who may write to a run directory."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from base.errors import SupersededError
+from cherry.fence import Fence
+from cherry.metrics import MetricsWriter, format_line, peak_flops
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def written(path: Path, last: int) -> None:
+    writer = MetricsWriter(path, resume_step=0)
+    for step in range(1, last + 1):
+        writer.write({"step": step, "loss": 10.0 - step})
+    writer.close()
+
+
+def test_a_resume_drops_what_lies_past_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, 7)
+    writer = MetricsWriter(path, resume_step=4)
+    assert (writer.first_loss, writer.last_loss) == (9.0, 6.0)
+    assert steps(path) == [1, 2, 3, 4]
+    writer.write({"step": 5, "loss": 0.5})
+    assert steps(path) == [1, 2, 3, 4, 5], "a line is in the file when write returns"
+    assert (writer.first_loss, writer.last_loss) == (9.0, 0.5)
+    writer.close()
+
+
+def test_a_new_start_drops_everything(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, 3)
+    writer = MetricsWriter(path, resume_step=0)
+    writer.close()
+    assert path.read_text() == ""
+    assert writer.first_loss is None
+
+
+@pytest.mark.parametrize("cut", range(1, 25))
+def test_a_line_that_a_kill_cut_short_is_dropped_and_nothing_is_glued_to_it(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, 5)
+    content = path.read_text()
+    assert len(content.splitlines()[-1]) == 24
+    path.write_text(content[:-cut])
+    whole = 5 if cut == 1 else 4  # without its newline alone the last line still says everything
+    writer = MetricsWriter(path, resume_step=100)
+    writer.write({"step": 6, "loss": 4.0})
+    writer.close()
+    assert steps(path) == [*range(1, whole + 1), 6]
+
+
+def test_an_attempt_that_was_superseded_writes_to_no_file_that_anyone_reads(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    old = MetricsWriter(path, resume_step=0)
+    old.write({"step": 1, "loss": 1.0})
+    new = MetricsWriter(path, resume_step=1)
+    old.write({"step": 2, "loss": 99.0})
+    new.write({"step": 2, "loss": 0.5})
+    old.close()
+    new.close()
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "speed", "expected"),
+    [
+        (72.4, 8123.0, "8.1k tok/s mfu 3.1% (causal) load 1.21 eta 1m12s"),
+        (5.0, 999.4, "999 tok/s mfu 3.1% (causal) load 1.21 eta 0m05s"),
+        (3600.0, 1e6, "1000.0k tok/s mfu 3.1% (causal) load 1.21 eta 1h00m"),
+        (90061.0, 1000.0, "1.0k tok/s mfu 3.1% (causal) load 1.21 eta 25h01m"),
+    ],
+)
+def test_the_line_for_people(seconds: float, speed: float, expected: str) -> None:
+    record: dict[str, Any] = {
+        "step": 120,
+        "steps": 300,
+        "loss": 4.8123,
+        "grad_norm": 0.934,
+        "learning_rate": 0.0029,
+        "tokens_per_second": speed,
+        "mfu": 0.0312,
+        "expert_load_max_over_mean": 1.2125,
+        "seconds_left": seconds,
+    }
+    assert format_line(record) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {expected}"
+
+
+def test_a_processor_without_a_data_sheet_is_measured() -> None:
+    assert peak_flops(torch.device("cpu"), "fp32") > 1e9
+
+
+def test_the_second_attempt_stops_the_first_and_is_not_stopped_by_it(tmp_path: Path) -> None:
+    first = Fence(str(tmp_path / "train"))
+    first.check()
+    second = Fence(str(tmp_path / "train"))
+    second.check()
+    with pytest.raises(SupersededError, match="attempt 2 took over from attempt 1"):
+        first.check()
+    second.check()
+
+
+def test_of_attempts_that_start_together_exactly_one_goes_on(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        fences = list(pool.map(lambda _: Fence(str(tmp_path)), range(24)))
+    assert sorted(fence.epoch for fence in fences) == list(range(1, 25))
+
+    def alive(fence: Fence) -> bool:
+        try:
+            fence.check()
+        except SupersededError:
+            return False
+        return True
+
+    assert [fence.epoch for fence in fences if alive(fence)] == [24]
