@@ -141,7 +141,7 @@ class Checkpointer:
         if failed is None:
             error: CherryError | None = None
             try:
-                _save(state, target, self._group)
+                save_state(state, storage_writer=self._writer(target), process_group=self._group)
                 files = _digest_own(target, rank)
             except (Exception, CheckpointException) as failure:
                 error = _as_storage_error(failure, target)
@@ -162,6 +162,14 @@ class Checkpointer:
         if verdict[0] is not None:
             raise verdict[0]
         self.last_saved = target
+
+    def _writer(self, target: str) -> FileSystemWriter:
+        if storage.is_local(target):
+            return FileSystemWriter(storage.local_path(target), sync_files=True)
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        writer: FileSystemWriter = FsspecWriter(target)
+        return writer
 
     def _clear(self, target: str) -> CherryError | None:
         """Rank 0 removes what an attempt before this one may have left; every rank hears whether it could."""
@@ -277,16 +285,6 @@ def _stage(state: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 
     return _copy_state_dict(state, _create_cpu_state_dict(state))
-
-
-def _save(state: dict[str, Any], target: str, group: dist.ProcessGroup) -> None:
-    if storage.is_local(target):
-        writer: FileSystemWriter = FileSystemWriter(storage.local_path(target), sync_files=True)
-    else:
-        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-
-        writer = FsspecWriter(target)
-    save_state(state, storage_writer=writer, process_group=group)
 
 
 def _digest_own(target: str, rank: int) -> dict[str, list[Any]]:

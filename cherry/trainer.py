@@ -180,13 +180,19 @@ class Trainer:
                     self._save()
             self.checkpointer.wait()
         finally:
-            self.checkpointer.close()
-            if self.metrics is not None:
-                self.metrics.close()
+            self.close()
         # What is exported is the last checkpoint: an older one would pass for it.
         if self.checkpointer.failures and self.checkpointer.last_saved_step != self.progress.step:
             raise self.checkpointer.failures[-1]
         return self._result(record)
+
+    def close(self) -> None:
+        """Finish the save in flight and close the files; `run` does it by itself."""
+        try:
+            self.checkpointer.close()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step over this rank's share of the batch."""

@@ -1,0 +1,83 @@
+"""From a checkpoint to a Hugging Face folder and its score: the same weights, and the same held-out loss."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from base.config import dump
+from base.errors import CheckpointError, MissingFileError
+from cherry import export, scoring
+from cherry.trainer import Trainer
+from model.weights import load_pretrained
+
+
+@pytest.fixture
+def run(mini, prepared_data, tmp_path, group):
+    """A trained run directory and its trainer."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "data").symlink_to(prepared_data)
+    config = mini("train.steps=6", "checkpoint.every_steps=3")
+    (directory / "config.yaml").write_text(dump(config))
+    trainer = Trainer(config, str(directory))
+    return directory, trainer, trainer.run()
+
+
+def test_the_export_holds_the_trained_weights_and_scores_as_training_did(run, tmp_path, monkeypatch):
+    directory, trainer, result = run
+    assert export.export(str(directory), dtype=torch.float32) == result["checkpoint"]
+    loaded = load_pretrained(str(directory / "export"), dtype=torch.float32)
+    expected = trainer.model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert (directory / "export" / "tokenizer.json").read_bytes() == (
+        directory / "data" / "tokenizer.json"
+    ).read_bytes()
+
+    def score(*flags):
+        output = tmp_path / "score.json"
+        limits = ["--documents=64", "--max_tokens=32", f"--output={output}", f"--data_dir={directory / 'data'}"]
+        monkeypatch.setattr(sys, "argv", ["scoring", *flags, *limits])
+        scoring.main()
+        return json.loads(output.read_text())
+
+    scored = score(f"--model_path={directory / 'export'}")
+    assert scored["loss"] == pytest.approx(result["heldout_loss"], rel=1e-6)
+    assert scored["bits_per_byte"] == pytest.approx(result["heldout_bits_per_byte"], rel=1e-6)
+    assert sum(d["nll"] for d in scored["documents"]) / scored["tokens"] == pytest.approx(scored["loss"])
+    untrained = score("--untrained", f"--config={directory / 'config.yaml'}")
+    assert untrained["loss"] > scored["loss"]
+    assert [d["id"] for d in untrained["documents"]] == [d["id"] for d in scored["documents"]]
+
+
+def test_an_older_checkpoint_can_be_named_and_bf16_is_what_the_file_says(run):
+    directory, trainer, _ = run
+    older = str(directory / "train" / "checkpoints" / "step_000003")
+    assert export.export(str(directory), dtype=torch.bfloat16, checkpoint=older) == older
+    assert json.loads((directory / "export" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    loaded = load_pretrained(str(directory / "export"), dtype=torch.float32)
+    assert not torch.equal(loaded.norm.weight, trainer.model.norm.weight.bfloat16().float())
+
+
+def test_a_corrupt_shard_is_not_exported(run):
+    directory, _, result = run
+    shard = f"{result['checkpoint']}/__0_0.distcp"
+    with open(shard, "r+b") as handle:
+        handle.seek(1000)
+        handle.write(b"\xff" * 8)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: other content"):
+        export.export(str(directory), dtype=torch.float32)
+    assert not (directory / "export").exists()
+
+
+def test_a_config_that_changed_since_and_a_run_without_a_checkpoint(run, mini, tmp_path):
+    directory, _, _ = run
+    (directory / "config.yaml").write_text(dump(mini("model.moe_intermediate_size=24")))
+    with pytest.raises(CheckpointError, match=r"wrong shape of layers\.1\.mlp\.experts\.w13_EFD"):
+        export.export(str(directory), dtype=torch.float32)
+    (tmp_path / "config.yaml").write_text(dump(mini()))
+    with pytest.raises(MissingFileError, match="holds no committed checkpoint"):
+        export.export(str(tmp_path), dtype=torch.float32)
