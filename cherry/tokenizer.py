@@ -37,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_i
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _plain_text_only(tokenizer)
+    return _whole_plain_text(tokenizer)
 
 
 def load_tokenizer(uri: str) -> Tokenizer:
@@ -49,7 +49,7 @@ def load_tokenizer(uri: str) -> Tokenizer:
     """
     content = storage.read_bytes(uri)
     try:
-        return _plain_text_only(Tokenizer.from_buffer(content))
+        return _whole_plain_text(Tokenizer.from_buffer(content))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(
             f"{uri}: not a tokenizer.json that the tokenizers library reads: {error}. Export or copy it again."
@@ -79,7 +79,13 @@ def check_fit(tokenizer: Tokenizer, origin: str, *, vocab_size: int, bos_id: int
             )
 
 
-def _plain_text_only(tokenizer: Tokenizer) -> Tokenizer:
-    """Make a special token's name inside a document ordinary text, so that no document can end or pose as another."""
+def _whole_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Encode documents whole and as the text that they are.
+
+    A tokenizer.json may ask to cut or pad what it encodes. A special token's name inside a document is ordinary text,
+    so that no document can end or pose as another.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer

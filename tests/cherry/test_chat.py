@@ -158,6 +158,15 @@ def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tokenizer: Tok
         check_fit(tokenizer, "t.json", vocab_size=size, bos_id=100_000, eos_id=1)
 
 
+def test_a_tokenizer_that_would_cut_or_pad_encodes_whole_documents(tokenizer: Tokenizer) -> None:
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=50)
+    storage.write_bytes("memory://tokenizers/cutting.json", cutting.to_str().encode())
+    document = Document("d", TEXTS[0])
+    assert one(load_tokenizer("memory://tokenizers/cutting.json"), document) == one(tokenizer, document)
+
+
 def test_a_file_that_is_no_tokenizer_is_named() -> None:
     with pytest.raises(MissingFileError):
         load_tokenizer("memory://tokenizers/none.json")
