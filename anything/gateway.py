@@ -147,6 +147,7 @@ class Gateway:
         if not isinstance(self.engine, Router):
             text = "this server has a model of its own and no routes. Ask the gateway that was started with --routes."
             raise RefusedError(text, status=404, code="no_routes")
+        await self.engine.refresh()
         return JSONResponse(self.engine.describe())
 
     def exposition(self) -> str:
