@@ -112,9 +112,13 @@ def prepare(
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
     storage.write_json(str(path / "manifest.json"), asdict(manifest))
     storage.commit(directory, {"digest": manifest.digest})
-    skipped = f", {source.skipped} files that are not UTF-8 left out" if source.skipped else ""
-    report(f"{manifest.sequences:,} sequences of {config.sequence_length} tokens{skipped}", 1.0)
+    report(_told(manifest), 1.0)
     return manifest
+
+
+def _told(manifest: Manifest) -> str:
+    left_out = f", {manifest.skipped_files} files that are not UTF-8 left out" if manifest.skipped_files else ""
+    return f"{manifest.sequences:,} sequences of {manifest.sequence_length} tokens{left_out}"
 
 
 def _tokenizer(source: Source, vocab_size: int, bos_id: int, eos_id: int) -> Tokenizer:
