@@ -1,0 +1,192 @@
+"""The command line as people write it, several nodes, and whose fault a failure is said to be."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from base.errors import ConfigError, MissingFileError, WeightsError
+from cherry import sharding
+from cherry.entry import build_parser, resolve
+from cherry.launcher import _cause
+from model.config import PRESETS, ModelConfig
+from model.layout import state_to_hf
+from model.transformer import DeepseekV3
+from model.weights import save_pretrained
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# A rank that fails alone, while its peer waits for it in a collective.
+LONELY = """
+import sys, torch.distributed as dist
+from base.errors import WeightsError
+from cherry import entry
+def fail(options, rank):
+    dist.init_process_group("gloo")
+    if rank == 1:
+        raise WeightsError("the shard that only rank 1 reads is broken")
+    dist.barrier()
+entry._train = fail
+entry.main([])
+"""
+
+
+@pytest.fixture
+def weights(mini, tmp_path, prepared_data):
+    """A released model: its folder, and the tensors that it holds."""
+    config = mini().model
+    model = DeepseekV3(config)
+    model.init_weights(7)
+    tensors = dict(pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, config))
+    folder = tmp_path / "released"
+    tokenizer = str(prepared_data / "tokenizer.json")
+    save_pretrained(tensors.items(), str(folder), config, dtype=torch.float32, tokenizer_uri=tokenizer)
+    return folder, {name: value.clone() for name, value in tensors.items()}
+
+
+@pytest.mark.slow
+def test_the_command_line_as_written(make_job, weights):
+    folder, _ = weights
+    job = make_job("first")
+    assert job.run("--steps=4").returncode == 0
+    # the checkpoint that the command names, under the name that it has there
+    source = shutil.copytree(job.checkpoint(4), job.directory / "checkpoints" / "step_1000")
+    command = [
+        *(sys.executable, "-m", "cherry.launcher"),
+        *("--nproc_per_node=2", "--nnodes=1", "train.py", f"--model_path={folder}", "--batch_size=16"),
+        *("--learning_rate=1e-5", "--gradient_accumulation_steps=4", f"--resume_from={source}"),
+        # and what makes it short: data that is there, six steps
+        *(f"--run_dir={job.directory}", "--steps=6", "--set", "data.sequence_length=32"),
+        *("--set", "train.warmup_steps=2"),
+    ]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "step_1000: 4 steps" in ended.stdout
+    assert "step 6/6" in ended.stdout
+    assert [line["step"] for line in job.metrics] == [1, 2, 3, 4, 5, 6]
+    assert job.metrics[-1]["learning_rate"] < 1e-5
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(make_job):
+    alone, job = make_job("alone"), make_job("nodes")
+    assert alone.run("--steps=4").returncode == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for node in (1, 0):
+        flags = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        command = job.command("--steps=4", launcher=flags)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        nodes.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes))
+    for node in nodes:
+        output, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, output
+    assert job.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_error_of_a_rank_that_fails_alone_is_told_and_is_the_code(tmp_path):
+    (tmp_path / "lonely.py").write_text(LONELY)
+    command = [sys.executable, "-m", "cherry.launcher", "--nproc_per_node=2", str(tmp_path / "lonely.py")]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ended.returncode == WeightsError.exit_code, ended.stderr
+    assert "rank 1" in ended.stderr
+    assert "the shard that only rank 1 reads is broken" in ended.stderr
+
+
+@dataclass
+class Failure:
+    """What torch's launcher says of one rank."""
+
+    exitcode: int
+    timestamp: int = 100
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [
+        ({0: Failure(1), 1: Failure(-9)}, 1),  # the peer's broken connection is no cause
+        ({0: Failure(34), 1: Failure(14, 101)}, 1),  # what retrying cannot mend comes first
+        ({0: Failure(1), 1: Failure(34)}, 1),
+        ({0: Failure(-15), 1: Failure(32)}, 1),  # the launcher itself sends SIGTERM
+        ({0: Failure(1, 102), 1: Failure(1, 101)}, 1),
+        ({3: Failure(-9), 2: Failure(-9)}, 2),
+    ],
+)
+def test_the_cause_among_failures(failures, rank):
+    assert _cause(failures) == (rank, failures[rank])
+
+
+def options(*flags):
+    return build_parser().parse_args(flags)
+
+
+def test_with_only_a_model_path_shape_and_tokenizer_come_from_its_folder(weights, mini):
+    folder, _ = weights
+    job = resolve(options(f"--model_path={folder}", "--batch_size=24", "--learning_rate=1e-5"))
+    assert job.model.model_copy(update={"preset": "tiny"}) == mini().model.model_copy(
+        update={"initializer_range": 0.02}
+    )
+    assert (job.init_from, job.data.tokenizer) == (str(folder), f"{folder}/tokenizer.json")
+    assert (job.train.batch_size, job.train.learning_rate) == (24, 1e-5)
+
+
+def test_a_pt_file_has_its_config_beside_it(weights, monkeypatch, tmp_path):
+    folder, _ = weights
+    monkeypatch.chdir(folder)
+    assert resolve(options("--model_path=671b_model.pt")).init_from == "671b_model.pt"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingFileError, match=r"\./config\.json does not exist"):
+        resolve(options("--model_path=671b_model.pt"))
+
+
+def test_flags_that_break_rules_are_all_told_at_once(job_config):
+    with pytest.raises(ConfigError) as caught:
+        resolve(options(f"--config={job_config}", "--batch_size=7", "--gradient_accumulation_steps=2", "--steps=1"))
+    assert "train.batch_size: must be divisible by" in str(caught.value)
+    assert "train.warmup_steps: must be below train.steps (1)" in str(caught.value)
+    with pytest.raises(ConfigError, match="needs --config, or --model_path"):
+        resolve(options())
+
+
+def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(weights):
+    folder, tensors = weights
+    config = ModelConfig.model_validate({**PRESETS["tiny"], **_shape(folder)})
+    torch.save(tensors, folder / "671b_model.pt")
+    loaded, expected = DeepseekV3(config), DeepseekV3(config)
+    sharding.load_weights(loaded, str(folder / "671b_model.pt"))
+    sharding.load_weights(expected, str(folder))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    torch.save({"model": Harmful()}, folder / "harmful.pt")
+    with pytest.raises(WeightsError, match="cannot be read as tensors only"):
+        sharding.load_weights(loaded, str(folder / "harmful.pt"))
+    assert not (folder / "harmed").exists()
+    whole = (folder / "671b_model.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="cut"):
+        sharding.load_weights(loaded, str(folder / "cut.pt"))
+    torch.save({name: value for name, value in tensors.items() if "lm_head" not in name}, folder / "headless.pt")
+    with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(shape \[600, 32\]\)"):
+        sharding.load_weights(loaded, str(folder / "headless.pt"))
+
+
+def _shape(folder):
+    from model.weights import read_model_config
+
+    return read_model_config(str(folder))[0].model_dump(exclude={"preset"})
+
+
+class Harmful:
+    """Unpickling it would make a directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
