@@ -8,7 +8,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cherry.data import prepare
+from cherry.data import prepare, source_version
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
 
@@ -19,6 +19,7 @@ def prepare_data(context: RunContext) -> StepRecord:
     model = config.model
     inputs = {
         **sections(config, ["data"]),
+        "source_version": source_version(config.data.source),
         "vocab_size": model.vocab_size,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
