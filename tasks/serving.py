@@ -107,6 +107,7 @@ class ServingDirectory:
         except BaseException:
             self.stop(server)
             raise
+        process.returncode = 0  # it outlives this process on purpose: Popen shall not warn of it
         ready = Server(**{**asdict(server), "url": storage.read_json(str(port_file))["url"]})
         self._record(ready)
         return ready

@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 240.0
+STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register", "deploy")
 _CONFIG = """\
 name: first
 runs_directory: {runs}
@@ -67,6 +68,14 @@ def end(process: subprocess.Popen[Any]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """At once, with everything that it started."""
+    if process.poll() is None:
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.kill()
+    process.wait()
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,22 @@ class Project:
                 found.append(line)
         return found
 
+    def mlflow_runs(self, name: str) -> dict[str, Any]:
+        """The MLflow runs of a run, by step; the flow's own is `flow`."""
+        client = self.mlflow
+        experiment = client.get_experiment_by_name("cherry")
+        assert experiment is not None
+        ours = [f"{name}-{step}" for step in STEPS] + [name]
+        runs = client.search_runs([experiment.experiment_id], max_results=500)
+        found = [run for run in runs if run.data.tags.get("cherry.run") in ours]
+        by_step = {run.data.tags["cherry.step"]: run for run in found}
+        assert len(by_step) == len(found)
+        return by_step
+
+    def versions(self, run: str) -> list[Any]:
+        """Registered versions that a run made."""
+        return [one for one in self.mlflow.search_model_versions("name = 'pipeline'") if one.tags["run"] == run]
+
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.runs / name / "train" / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
@@ -214,3 +239,31 @@ def finished(project: Project, worker: None) -> dict[str, Any]:
     assert project.end_of(run) == "COMPLETED", (project.home / "worker.log").read_text()[-4000:]
     summary = json.loads((project.runs / "first" / "summary.json").read_text())
     return {**summary, "flow_run_id": run}
+
+
+@pytest.fixture(scope="session")
+def second(project: Project, finished: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a worse run, whose MLflow server is killed while it trains and started again after."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    arguments = ["--backend-store-uri", f"sqlite:///{project.runs}/mlflow.db", "--port", str(port), "--workers", "1"]
+
+    def tracking_server() -> subprocess.Popen[bytes]:
+        return project.start("mlflow", "server", *arguments, log="mlflow")
+
+    server = tracking_server()
+    try:
+        wait_for(lambda: answers(f"{uri}/health"), "the MLflow server")
+        overrides = ["name=second", "train.learning_rate=1e-4", f"tracking.uri={uri}"]
+        running = project.start("flows.cli", "run", project.config, *overrides, log="second")
+        wait_for(lambda: len(project.metrics("second")) > 5, "training")
+        kill(server)
+        at_the_outage = len(project.metrics("second"))
+        wait_for((project.runs / "second" / "steps" / "train.json").exists, "the end of the train step")
+        assert not answers(f"{uri}/health")
+        server = tracking_server()
+        assert running.wait() == 0, (project.home / "second.log").read_text()[-4000:]
+    finally:
+        kill(server)
+    summary = json.loads((project.runs / "second" / "summary.json").read_text())
+    return {**summary, "at_the_outage": at_the_outage}

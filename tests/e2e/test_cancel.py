@@ -18,13 +18,6 @@ def training(project, name):
     assert len(lines) == 3
 
 
-def mlflow_statuses(project, name):
-    client = project.mlflow
-    experiment = client.get_experiment_by_name("cherry").experiment_id
-    runs = client.search_runs([experiment], f"tags.`cherry.run` LIKE '{name}%'")
-    return {run.data.tags["cherry.step"]: run.info.status for run in runs}
-
-
 def test_cancelling_leaves_no_process_behind(project, worker):
     run = project.run_deployment("train-flow/train-tiny", overrides={"name": "cancelled", **ENDLESS})
     training(project, "cancelled")
@@ -33,7 +26,7 @@ def test_cancelling_leaves_no_process_behind(project, worker):
     assert project.end_of(run) == "CANCELLED"
     project.wait_for(lambda: not project.processes("cancelled"), "the end of every process")
     project.wait_for(lambda: not (project.runs / "cancelled" / "lease.json").exists(), "the lease")
-    statuses = mlflow_statuses(project, "cancelled")
+    statuses = {step: run.info.status for step, run in project.mlflow_runs("cancelled").items()}
     assert (statuses["flow"], statuses["data"], statuses["train"]) == ("KILLED", "FINISHED", "KILLED")
     assert not (project.runs / "cancelled" / "program.json").exists()
 

@@ -11,13 +11,10 @@ STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "regist
 
 def tree(project, name):
     """The flow's MLflow run, and its children by step."""
-    client = project.mlflow
-    (experiment,) = [one for one in client.search_experiments() if one.name == "cherry"]
-    runs = client.search_runs([experiment.experiment_id], max_results=200)
-    parents = [run for run in runs if run.data.tags.get("cherry.run") == name]
-    assert len(parents) == 1
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-    return parents[0], {run.data.tags["cherry.step"]: run for run in children}
+    runs = project.mlflow_runs(name)
+    parent = runs.pop("flow")
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    return parent, {step: run for step, run in runs.items() if step != "deploy"}
 
 
 def test_the_summary_says_what_came_out(project, finished):
@@ -61,7 +58,7 @@ def test_dataset_and_model_are_recorded_by_reference(project, finished):
         (dataset,) = [one.dataset for one in run.inputs.dataset_inputs]
         assert finished["data_digest"].startswith(dataset.digest)
         assert json.loads(dataset.source)["uri"] == str(project.home / "corpus")
-    version = project.mlflow.get_model_version_by_alias("pipeline", "candidate")
+    (version,) = project.versions("first")
     assert version.tags["uri"].startswith(str(project.runs / "first" / "export"))
     assert version.tags["parent_run_id"] == parent.info.run_id
     assert float(version.tags["heldout_bits_per_byte"]) == pytest.approx(finished["heldout_bits_per_byte"], abs=1e-4)
@@ -104,4 +101,4 @@ def test_the_same_command_finds_every_step_finished(project, finished):
         step: record["mlflow_run_id"] for step, record in before.items()
     }
     assert parent.info.run_id == finished["mlflow_run_id"]
-    assert len(project.mlflow.search_model_versions("name = 'pipeline'")) == 1
+    assert len(project.versions("first")) == 1

@@ -39,11 +39,7 @@ def test_a_killed_rank_costs_nothing_but_time(project, finished):
     for key in ("loss", "grad_norm", "mtp_loss", "expert_load_max_over_mean"):
         assert [line[key] for line in broken] == [line[key] for line in whole]
 
-    client = project.mlflow
-    experiment = client.get_experiment_by_name("cherry").experiment_id
-    runs = client.search_runs([experiment], "tags.`cherry.run` = 'killed-train'")
-    assert [(run.info.run_id, run.info.status) for run in runs] == [
-        (project.step("killed", "train")["mlflow_run_id"], "FINISHED")
-    ]
-    history = client.get_metric_history(runs[0].info.run_id, "loss")
+    run = project.mlflow_runs("killed")["train"]
+    assert (run.info.run_id, run.info.status) == (project.step("killed", "train")["mlflow_run_id"], "FINISHED")
+    history = project.mlflow.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in whole]

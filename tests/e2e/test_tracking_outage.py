@@ -1,0 +1,41 @@
+"""An MLflow server that dies while a run trains: the run does not notice, and MLflow is told all of it later."""
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_training_goes_on_and_nothing_is_lost(project, second):
+    assert second["at_the_outage"] < 60
+    written = project.metrics("second")
+    assert [line["step"] for line in written] == list(range(1, 61))
+    assert second["loss_last"] == written[-1]["loss"]
+
+
+def test_mlflow_is_caught_up_when_it_is_back(project, second):
+    runs = project.mlflow_runs("second")
+    assert set(runs) >= {"flow", "provision", "data", "train", "export", "quantize", "evaluate", "register"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    history = project.mlflow.get_metric_history(runs["train"].info.run_id, "loss")
+    written = project.metrics("second")
+    assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in written]
+    for key in ("heldout_bits_per_byte", "loss_last", "tokens_per_second", "seconds_train"):
+        assert key in runs["flow"].data.metrics
+
+
+def test_two_runs_compared_in_mlflow_tell_which_is_better_and_why(project, finished, second):
+    better, worse = (project.mlflow_runs(name)["flow"] for name in ("first", "second"))
+    assert second["verdict"] == worse.data.tags["verdict"] == "worse"
+    assert worse.data.tags["compared_with"] == "pipeline v1"
+    for key in ("heldout_bits_per_byte", "heldout_loss", "loss_last"):
+        assert better.data.metrics[key] < worse.data.metrics[key]
+    differing = {key for key, value in better.data.params.items() if worse.data.params[key] != value}
+    assert differing == {"name", "train.learning_rate", "tracking.uri"}
+    assert worse.data.metrics["difference_low"] > 0
+
+
+def test_a_worse_candidate_does_not_become_champion(project, finished, second):
+    (first,), (version,) = project.versions("first"), project.versions("second")
+    assert project.mlflow.get_model_version_by_alias("pipeline", "champion").version == first.version
+    assert version.tags["verdict"] == "worse"
+    assert version.tags["compared_with"] == f"pipeline v{first.version}"
