@@ -103,9 +103,8 @@ class Checkpointer:
             record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
         """
         self.wait()
-        target = storage.join(self.directory, step_name(step))
         state = _stage(_state(model, optimizer, _random_states(dist.get_rank(self._group))))
-        self._pending = self._thread.submit(self._write, target, state, record)
+        self._pending = self._thread.submit(self._write, step, state, record)
         if not self._asynchronous:
             self.wait()
 
@@ -133,8 +132,9 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
 
-    def _write(self, target: str, state: dict[str, Any], record: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], record: dict[str, Any]) -> None:
         """On the background thread of every rank: clear, write, agree that all have, commit, prune."""
+        target = storage.join(self.directory, step_name(step))
         rank = dist.get_rank(self._group)
         files: dict[str, list[Any]] = {}
         failed = self._clear(target)
@@ -152,8 +152,9 @@ class Checkpointer:
         verdict: list[CherryError | None] = [failed]
         if rank == 0:
             try:
+                self._check_fence()
                 if failed is None:
-                    self._commit(target, record, files)
+                    self._commit(step, record, files)
                 else:
                     storage.remove_tree(target)
             except CherryError as failure:
@@ -176,6 +177,7 @@ class Checkpointer:
         verdict: list[CherryError | None] = [None]
         if dist.get_rank(self._group) == 0:
             try:
+                self._check_fence()  # a newer attempt may have committed this very step
                 storage.remove_tree(target)
                 storage.make_directory(target)
             except CherryError as failure:
@@ -183,16 +185,28 @@ class Checkpointer:
         dist.broadcast_object_list(verdict, group=self._group, group_src=0)
         return verdict[0]
 
-    def _commit(self, target: str, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
+    def _check_fence(self) -> None:
         if self._fence is not None:
             self._fence.check()
+
+    def _commit(self, step: int, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
+        target = storage.join(self.directory, step_name(step))
         storage.write_json(storage.join(target, "state.json"), record)
         storage.commit(target, {**record, "files": files})
         try:
-            for step in committed_steps(self.directory)[: -self._keep_last]:
-                storage.remove_tree(storage.join(self.directory, step_name(step)))
+            for outdated in self._outdated(step):
+                storage.remove_tree(storage.join(self.directory, step_name(outdated)))
         except CherryError as error:
             logger.warning("an old checkpoint was not removed: %s", error)  # the new one is committed all the same
+
+    def _outdated(self, saved: int) -> list[int]:
+        """Steps that a save of step `saved` replaces: those before the last ones, and those after it.
+
+        A run's steps only grow, so a later one is of a branch that was left by resuming from an older checkpoint. It
+        must not pass for the newest, nor push this branch's own saves out.
+        """
+        steps = committed_steps(self.directory)
+        return [step for step in steps if step > saved] + [step for step in steps if step <= saved][: -self._keep_last]
 
 
 def restore(
