@@ -36,10 +36,10 @@ class StuckCheckpointer(Checkpointer):
         stuck = PLACE == "write" and target.endswith(step_name(STEP))
         return StuckWriter(target) if stuck else super()._writer(target)
 
-    def _commit(self, target, record, files):
-        if PLACE == "commit" and target.endswith(step_name(STEP)):
+    def _commit(self, where, record, files):
+        if PLACE == "commit" and record["step"] == STEP:
             stop()
-        super()._commit(target, record, files)
+        super()._commit(where, record, files)
 
 
 if __name__ == "__main__":
