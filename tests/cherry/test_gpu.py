@@ -19,8 +19,8 @@ train: {steps: 24, batch_size: 8, warmup_steps: 4, learning_rate: 1.0e-3}
 checkpoint: {every_steps: 8, keep_last: 3}
 """
 # bf16 has 8 bits of mantissa, and near ties of the router fall otherwise: losses differ, but not by much.
-BF16_TOLERANCE = 0.02
-FP32_TOLERANCE = 1e-3
+BF16_TOLERANCE = 5e-3
+FP32_TOLERANCE = 1e-5
 
 
 @pytest.fixture
