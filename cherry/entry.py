@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
     options = build_parser().parse_args(arguments)
+    logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
     code = run_program(lambda: _run(options))
     sys.stdout.flush()
     # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
