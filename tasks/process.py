@@ -20,6 +20,7 @@ from base.errors import CherryError, InvalidInputError, OperationalError, Worker
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
 _TERMINATE_GRACE_S = 15.0
+_STRAY_GRACE_S = 3.0
 _KEPT_LINES = 40
 
 
@@ -87,10 +88,13 @@ def end_tree(root: psutil.Process) -> None:
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
+    # The root ends its own children, as the launcher does its ranks; whatever is left then is a stray.
     _signal([root], "terminate")
-    _, alive = psutil.wait_procs(tree, timeout=_TERMINATE_GRACE_S)
+    psutil.wait_procs([root], timeout=_TERMINATE_GRACE_S)
+    _signal(tree, "terminate")
+    _, alive = psutil.wait_procs(tree, timeout=_STRAY_GRACE_S)
     _signal(alive, "kill")
-    psutil.wait_procs(alive, timeout=5)
+    psutil.wait_procs(alive, timeout=_STRAY_GRACE_S)
 
 
 def _signal(processes: Sequence[psutil.Process], action: str) -> None:

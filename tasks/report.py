@@ -58,13 +58,18 @@ def begin(config: str, overrides: BaseModel) -> RunContext:
 
 
 def begin_release(config: str, overrides: BaseModel) -> RunContext:
-    """The same for a deployment, which finds its run directory as training left it."""
+    """The same for a deployment, which finds its run directory, and its MLflow run, as training left them."""
     resolved = resolve(config, overrides)
     directory = run_directory(resolved)
     if not Path(directory, "config.yaml").exists():
         write_resolved(resolved)
     storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
-    return _open(RunContext(directory, resolved), "flow")
+    registered = find_finished(Path(directory), "register")
+    if registered is not None and registered.mlflow_parent_run_id is not None:
+        return RunContext(directory, resolved, registered.mlflow_parent_run_id)
+    context = _open(RunContext(directory, resolved), "flow")
+    context.tracker().finish(context.parent_run_id, "FINISHED")  # a parent only: the release is a step's run
+    return context
 
 
 def _open(context: RunContext, step: str) -> RunContext:

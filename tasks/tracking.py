@@ -32,6 +32,7 @@ T = TypeVar("T")
 _BATCH_METRICS = 1000
 _BATCH_PARAMS = 100
 _PARAM_CHARACTERS = 6000
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class Tracker(Protocol):
@@ -74,7 +75,18 @@ def tracking_uri(config: TrackingConfig, runs_directory: str) -> str:
     """The configured URI, else MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
     if config.uri is not None:
         return config.uri
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs_directory).absolute()}/mlflow.db"
+    return os.environ.get(_URI_VARIABLE) or f"sqlite:///{Path(runs_directory).absolute()}/mlflow.db"
+
+
+def _point_mlflow_at(uri: str) -> None:
+    """Some of MLflow's functions take the process's URI. It also writes the environment, which is a person's to set."""
+    import mlflow
+
+    given = os.environ.get(_URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    os.environ.pop(_URI_VARIABLE, None)
+    if given is not None:
+        os.environ[_URI_VARIABLE] = given
 
 
 @functools.lru_cache(maxsize=8)
@@ -129,6 +141,9 @@ class MlflowTracker:
         with self._lock:
             if self._connected is None:
                 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+                # Lines that would tear the progress display; the summary ends with the page's address.
+                os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+                logging.getLogger("mlflow").setLevel(logging.WARNING)
                 # MLflow's defaults retry a dead server for minutes.
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -136,7 +151,7 @@ class MlflowTracker:
 
                 if self.uri.startswith("sqlite:///"):
                     Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-                mlflow.set_tracking_uri(self.uri)
+                _point_mlflow_at(self.uri)
                 client = mlflow.MlflowClient(self.uri)
                 self._connected = client, self._experiment_id(client)
             return self._connected
@@ -260,11 +275,10 @@ class MlflowTracker:
         """Record CPU, memory, disk and GPU use of this node until the returned function is called."""
         if run_id is None:
             return None
-        import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._client()
-        mlflow.set_tracking_uri(self.uri)  # the monitor takes the process's
+        _point_mlflow_at(self.uri)
         monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
             run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True
         )
@@ -296,7 +310,7 @@ class MlflowTracker:
         import mlflow
 
         _, experiment = self._client()
-        mlflow.set_tracking_uri(self.uri)  # create_external_model takes the process's
+        _point_mlflow_at(self.uri)
         model = mlflow.create_external_model(
             name=name, source_run_id=run_id, tags={"uri": uri}, model_type="LLM", experiment_id=experiment
         )

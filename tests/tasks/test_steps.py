@@ -1,0 +1,134 @@
+"""Steps without any server: what is found finished, what is done again, what is put aside, and what retries."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from base import storage
+from base.errors import ConfigError, MissingFileError, OperationalError, WorkerLostError
+from tasks.parameters import resolve
+from tasks.process import error_of
+from tasks.steps import RunContext, find_finished, find_output, make_room, perform, worth_retrying
+from tasks.tracking import MlflowTracker
+from tasks.train import _claim
+
+# Nothing listens on the discard port: every test here runs with the tracking server down.
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), "tracking": {"uri": NOWHERE}})
+    with disable_run_logger():
+        yield RunContext(str(tmp_path / "tiny"), config)
+
+
+def write(context, text):
+    """Work that publishes a directory with `text` in it."""
+
+    def work(step):
+        folder = context.path / "export"
+        make_room(context, "export", folder, step.fingerprint)
+        folder.mkdir(exist_ok=True)
+        (folder / "text").write_text(text)
+        storage.commit(str(folder))
+        step.metrics(length=len(text))
+        return {"export": str(folder)}
+
+    return work
+
+
+def events(context):
+    return [json.loads(line)["event"] for line in (context.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_the_same_inputs_find_the_finished_output(context):
+    done = perform(context, "export", {"a": 1}, write(context, "one"))
+    assert (done.reused, done.figures, done.mlflow_run_id) == (False, {"length": 3}, None)
+    found = perform(context, "export", {"a": 1}, lambda _: pytest.fail("worked again"))
+    assert found.reused
+    assert (found.outputs, found.fingerprint, found.finished_at) == (done.outputs, done.fingerprint, done.finished_at)
+    assert events(context) == ["started", "finished", "reused"]
+
+
+def test_an_output_that_is_no_longer_committed_is_made_again(context):
+    done = perform(context, "export", {"a": 1}, write(context, "one"))
+    (context.path / "export" / storage.MARKER).unlink()
+    assert find_finished(context.path, "export") is None
+    again = perform(context, "export", {"a": 1}, write(context, "one"))
+    assert not again.reused
+    assert again.fingerprint == done.fingerprint
+
+
+def test_other_inputs_put_the_old_output_aside_where_it_is_found_by_its_fingerprint(context):
+    old = perform(context, "export", {"a": 1}, write(context, "one"))
+    new = perform(context, "export", {"a": 2}, write(context, "two"))
+    place = str(context.path / "export")
+    assert old.outputs == new.outputs == {"export": place}
+    for record, text in ((old, "one"), (new, "two")):
+        found = find_output(place, record.fingerprint)
+        assert storage.is_committed(found)
+        assert storage.read_bytes(f"{found}/text").decode() == text
+    assert find_finished(context.path, "export", old.fingerprint) is None
+
+
+def test_going_back_and_forth_loses_nothing(context):
+    texts = ["one", "two", "one", "two"]
+    for text in texts:
+        perform(context, "export", {"text": text}, write(context, text))
+    kept = sorted(path.joinpath("text").read_text() for path in context.path.glob("export*"))
+    assert kept == ["one", "one", "two", "two"]
+
+
+def test_a_train_directory_of_another_config_is_put_aside(tmp_path):
+    run = tmp_path / "run"
+    with disable_run_logger():
+        _claim(run, "a" * 64)
+        (run / "train" / "metrics.jsonl").write_text("kept\n")
+        _claim(run, "a" * 64)
+        assert (run / "train" / "metrics.jsonl").exists()
+        _claim(run, "b" * 64)
+    assert [path.name for path in (run / "train").iterdir()] == ["fingerprint"]
+    assert (run / "train.aaaaaaaa" / "metrics.jsonl").read_text() == "kept\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigError("no"), "FAILED"), (ZeroDivisionError("bug"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch, error, status):
+    ended = []
+    monkeypatch.setattr(MlflowTracker, "finish", lambda _self, _run, status: ended.append(status))
+
+    def work(step):
+        raise error
+
+    with pytest.raises(type(error)):
+        perform(context, "export", {}, work)
+    assert ended == [status]
+    assert events(context) == ["started", "failed"]
+    assert find_finished(context.path, "export") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "retried"),
+    [
+        (WorkerLostError("killed"), True),
+        (OperationalError("down"), True),
+        (error_of(-9, [], "train"), True),
+        (error_of(1, ["Traceback"], "train"), True),
+        (ConfigError("wrong"), False),
+        (MissingFileError("gone"), False),
+        (error_of(16, ["error: loss nan"], "train"), False),
+        (error_of(29, [], "train"), False),
+        (ZeroDivisionError("a bug"), False),
+    ],
+)
+def test_only_the_worlds_faults_are_retried(error, retried):
+    def result():
+        raise error
+
+    assert worth_retrying(None, None, SimpleNamespace(result=result)) is retried

@@ -1,0 +1,116 @@
+"""Training's metrics on their way to a tracker that fails, and over a file that a resume rewrites."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.stream import MetricsRelay, read_metrics
+
+
+class UnreliableTracker:
+    """Keeps the points that it is sent while it is up."""
+
+    def __init__(self):
+        self.up = True
+        self.points_kept = []
+
+    def points(self, run_id, points):
+        if self.up:
+            self.points_kept += points
+        return self.up
+
+
+def lines(start, stop):
+    return [
+        {"step": step, "loss": step / 7, "time": 1000.0 + step, "expert_load": [[0.5]]} for step in range(start, stop)
+    ]
+
+
+def append(path, records):
+    with path.open("a") as handle:
+        handle.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def steps(tracker):
+    return [(key, step, value) for key, value, step, _ in tracker.points_kept]
+
+
+def wanted(stop):
+    return [("loss", step, step / 7) for step in range(1, stop)]
+
+
+@pytest.fixture
+def relay(tmp_path):
+    tracker = UnreliableTracker()
+    made = MetricsRelay(tmp_path, tracker, "run")
+    made.file, made.sink = tmp_path / "metrics.jsonl", tracker
+    return made
+
+
+def test_an_outage_delays_points_and_loses_none(relay):
+    assert relay.send_new()  # nothing there yet
+    append(relay.file, lines(1, 4))
+    assert relay.send_new()
+    relay.sink.up = False
+    append(relay.file, lines(4, 9))
+    assert not relay.send_new()
+    relay.sink.up = True
+    append(relay.file, lines(9, 11))
+    assert relay.send_new()
+    assert steps(relay.sink) == wanted(11)
+    assert relay.sink.points_kept[0][3] == 1_001_000
+
+
+def test_a_line_that_is_being_written_waits_for_its_end(relay):
+    append(relay.file, lines(1, 3))
+    with relay.file.open("a") as handle:
+        handle.write('{"step": 3, "lo')
+        handle.flush()
+        assert relay.send_new()
+        assert steps(relay.sink) == wanted(3)
+        assert [line["step"] for line in read_metrics(relay.file)] == [1, 2]
+        handle.write('ss": 0.42857142857142855, "time": 1003.0}\n')
+    assert relay.send_new()
+    assert steps(relay.sink) == wanted(4)
+
+
+def test_another_relay_goes_on_where_the_first_one_ended(relay, tmp_path):
+    append(relay.file, lines(1, 5))
+    relay.send_new()
+    append(relay.file, lines(5, 8))
+    second = MetricsRelay(tmp_path, relay.sink, "run")
+    assert second.send_new()
+    assert second.send_new()
+    assert steps(relay.sink) == wanted(8)
+
+
+ACTIONS = st.sampled_from(["train", "resume", "send", "down", "up", "new relay"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(ACTIONS, st.integers(0, 12)), max_size=30))
+def test_each_step_is_sent_once_whatever_happens(tmp_path_factory, actions):
+    folder = tmp_path_factory.mktemp("stream")
+    file, tracker = folder / "metrics.jsonl", UnreliableTracker()
+    relay, written = MetricsRelay(folder, tracker, "run"), 0
+    for action, size in actions:
+        if action == "train":
+            append(file, lines(written + 1, written + 1 + size))
+            written += size
+        elif action == "resume":  # as the trainer does: lines past the checkpoint go, the file stays the same one
+            written = max(0, written - size)
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines(1, written + 1)))
+        elif action == "send":
+            relay.send_new()
+        elif action == "new relay":
+            relay = MetricsRelay(folder, tracker, "run")
+        else:
+            tracker.up = action == "up"
+    tracker.up = True
+    file.touch()
+    assert relay.send_new()
+    furthest = max((step for _, step, _ in steps(tracker)), default=0)
+    assert steps(tracker) == wanted(furthest + 1)
+    assert furthest >= written
