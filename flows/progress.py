@@ -33,7 +33,8 @@ class RunProgress:
             TextColumn("{task.fields[mark]} {task.description:<10}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[line]}", table_column=None),
+            # Plain: a path or a model's answer may hold what would be markup.
+            TextColumn("{task.fields[line]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )

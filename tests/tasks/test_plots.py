@@ -1,0 +1,55 @@
+"""Pictures from figures as the steps write them: real PNG files, also of short, dense or quantization-free runs."""
+
+import struct
+
+import pytest
+
+from tasks.plots import plot_comparison, plot_quantization, plot_training
+
+
+def size(path):
+    """Width and height that a PNG's header states."""
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", content[16:24])
+
+
+def lines(steps, *, mtp=0.5, load=((0.5, 0.5), (0.1, 0.9)), every=10):
+    written = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "loss": 9.0 / step, "mtp_loss": mtp, "learning_rate": 1e-3 * step}
+        if step == 1 or step % every == 0:
+            line |= {"expert_load": [list(layer) for layer in load]} if load else {}
+            line["heldout_loss"] = 9.5 / step
+        written.append(line)
+    return written
+
+
+def test_a_run_has_its_loss_its_rate_and_the_load_of_its_experts(tmp_path):
+    paths = plot_training(lines(100), tmp_path / "plots")
+    assert [path.name for path in paths] == ["loss.png", "learning_rate.png", "expert_load.png"]
+    assert all(size(path)[0] == 960 for path in paths)
+
+
+@pytest.mark.parametrize("metrics", [lines(1), lines(3, mtp=0.0, load=()), lines(2, every=50, load=((1.0,),))])
+def test_a_run_of_few_steps_without_experts_or_a_second_head_is_drawn(tmp_path, metrics):
+    paths = plot_training(metrics, tmp_path)
+    assert len(paths) == 2 + any("expert_load" in line for line in metrics)
+    assert all(min(size(path)) > 100 for path in paths)
+
+
+def test_many_experts_stay_within_a_page(tmp_path):
+    load = [[1 / 64] * 64] * 20
+    path = plot_training(lines(4, load=load, every=1), tmp_path)[-1]
+    assert size(path)[1] <= 12 * 120
+
+
+def test_each_comparison_has_a_panel_of_its_own(tmp_path):
+    row = ("candidate - untrained", -1.5, -1.6, -1.4)
+    heights = [size(plot_comparison([row] * n, 0.01, tmp_path / f"{n}.png"))[1] for n in (1, 2)]
+    assert heights[1] > heights[0] + 120
+
+
+def test_the_error_of_each_tensor_is_drawn(tmp_path):
+    assert size(plot_quantization([{"rel_error": 0.004 * n} for n in range(5)], tmp_path / "new" / "q.png"))[0] == 960
