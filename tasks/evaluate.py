@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from anything.compare import Comparison, compare
@@ -18,7 +18,6 @@ from base import storage
 from tasks.artifacts import show_table
 from tasks.config import EvaluateConfig
 from tasks.plots import plot_comparison
-from tasks.process import run_module
 from tasks.steps import (
     REGISTRY_DELAYS_S,
     RunContext,
@@ -88,7 +87,10 @@ def _champion(context: RunContext, exported: StepRecord) -> ModelVersion | None:
     if found is None:
         return None
     uri = find_output(found.uri, found.tags.get("export_fingerprint", ""))
-    return replace(found, uri=uri) if storage.is_committed(uri) else None
+    if not storage.is_committed(uri):
+        get_run_logger().warning("%s cannot be compared with: its weights are no longer at %s", _label(found), uri)
+        return None
+    return replace(found, uri=uri)
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _score(context: RunContext, step: StepRun, name: str, model: list[str], fold
     arguments = [*model, "--data_dir", f"{context.directory}/data", "--output", str(output)]
     evaluation = context.config.evaluate
     arguments += ["--documents", str(evaluation.documents), "--max_tokens", str(evaluation.max_document_tokens)]
-    run_module("cherry.scoring", arguments, on_line=lambda line: step.say(f"{name}: {line}"))
+    step.run("cherry.scoring", arguments, on_line=lambda line: step.say(f"{name}: {line}"))
     result: dict[str, Any] = storage.read_json(str(output))
     step.metrics(**{f"{name}_loss": result["loss"], f"{name}_bits_per_byte": result["bits_per_byte"]})
     return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.process import run_module
 from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
 
 
@@ -20,7 +19,7 @@ def export(context: RunContext, trained: StepRecord) -> StepRecord:
         folder = context.path / "export"
         make_room(context, "export", folder, step.fingerprint)
         arguments = ["--run_dir", context.directory, "--dtype", "bf16", "--checkpoint", trained.outputs["checkpoint"]]
-        run_module("cherry.export", arguments, on_line=step.say)
+        step.run("cherry.export", arguments)
         step.metrics(bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")))
         return {"export": str(folder)}
 

@@ -10,7 +10,6 @@ from prefect.cache_policies import NO_CACHE
 
 from base import storage
 from tasks.plots import plot_quantization
-from tasks.process import run_module
 from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
 
 
@@ -22,7 +21,7 @@ def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
     def work(step: StepRun) -> dict[str, str]:
         source, target = exported.outputs["export"], context.path / "quantized"
         make_room(context, "quantize", target, step.fingerprint)
-        run_module("model.quantize", ["--source", source, "--target", str(target)], on_line=step.say)
+        step.run("model.quantize", ["--source", source, "--target", str(target)])
         report_file = target / "quantization.json"
         report = storage.read_json(str(report_file))
         ratio = report["bytes_after"] / report["bytes_before"]

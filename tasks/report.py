@@ -23,7 +23,7 @@ from tasks.config import RunConfig
 from tasks.parameters import resolve, run_directory, write_resolved
 from tasks.process import end_tree
 from tasks.provision import is_alive, take_lease
-from tasks.steps import RunContext, StepRecord, find_finished, flatten, write_record
+from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_record
 from tasks.stream import MetricsRelay
 from tasks.tracking import connect
 
@@ -50,6 +50,7 @@ def begin(config: str, overrides: BaseModel) -> RunContext:
         OperationalError: a live process is working on the same run.
     """
     resolved = resolve(config, overrides)
+    end_leftovers(resolved)
     # Before anything is written: a live run's trainer reads config.yaml when it is started again.
     take_lease(RunContext(run_directory(resolved), resolved))
     context = _open(RunContext(write_resolved(resolved), resolved), "flow")
@@ -237,14 +238,15 @@ def teardown(flow: Any, flow_run: Any, state: Any) -> None:
     """
     try:
         config = flow_run.parameters.get("config", "configs/tiny.yaml")
-        _end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
+        end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
     except CherryError as error:
         logger.warning("nothing to tear down: %s", error)
 
 
-def _end_leftovers(config: RunConfig) -> None:
+def end_leftovers(config: RunConfig) -> None:
+    """End what a flow left that was killed outright: its program, its lease, and its runs in MLflow."""
     directory = Path(run_directory(config))
-    lease, program = directory / "lease.json", directory / "program.json"
+    lease, program = directory / "lease.json", directory / PROGRAM
     if lease.exists():
         holder = storage.read_json(str(lease))
         if is_alive(holder["pid"], holder["created"]):

@@ -20,10 +20,13 @@ from base import storage
 from base.errors import CherryError, InvalidInputError
 from cherry import __version__
 from tasks.config import RunConfig
+from tasks.process import run_module
 from tasks.tracking import MlflowTracker, Tracker, connect
 
 # Steps that need the model registry wait for a server that is started again; the others do without it.
 REGISTRY_DELAYS_S = [2.0, 10.0, 30.0]
+# In the run directory, while a program of a step runs: its pid and when it was started.
+PROGRAM = "program.json"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ class StepRun:
         """A line for the Prefect log and the terminal."""
         get_run_logger().info(line)
         write_event(self.context.path, self.step, "progress", line=line, fraction=fraction)
+
+    def run(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        on_line: Callable[[str], None] | None = None,
+        log_file: Path | None = None,
+    ) -> None:
+        """Run a program to its end, its lines said; program.json names it, for a clean-up by another process.
+
+        Raises:
+            CherryError: the program's own.
+        """
+        record_file = self.context.path / PROGRAM
+        run_module(module, arguments, on_line=on_line or self.say, log_file=log_file, record_file=record_file)
 
     def metrics(self, **values: float) -> None:
         """Figures of this step: into its MLflow run and its record."""

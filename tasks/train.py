@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from base import storage
 from tasks.artifacts import ProgressArtifact
 from tasks.plots import plot_training
-from tasks.process import PROJECT_ROOT, run_module
+from tasks.process import PROJECT_ROOT
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
 from tasks.stream import SERIES, MetricsRelay, read_metrics
 
@@ -42,13 +42,8 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
             artifact.reached(fraction)
 
         with relay, _system_metrics(context, step):
-            run_module(
-                "cherry.launcher",
-                _arguments(context, step.fingerprint),
-                on_line=on_line,
-                log_file=folder / "launcher.log",
-                record_file=context.path / "program.json",
-            )
+            arguments = _arguments(context, step.fingerprint)
+            step.run("cherry.launcher", arguments, on_line=on_line, log_file=folder / "launcher.log")
         return _conclude(context, step, folder)
 
     return perform(context, "train", inputs, work)

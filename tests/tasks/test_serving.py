@@ -1,6 +1,5 @@
 """What is recorded of servers: keys for their owner alone, shares of live replicas, and errors of a failed start."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,4 +71,5 @@ def test_a_server_that_cannot_start_leaves_its_own_error_and_no_record(serving):
         serving.start("net-v9", arguments, keys=serving.internal_keys, model=missing, version="net-v9", timeout_s=120.0)
     assert caught.value.exit_code in CALLER_EXIT_CODES
     assert serving.servers() == []
-    assert not [one for one in psutil.Process(os.getpid()).children() if "net-v9" in " ".join(one.cmdline())]
+    alive = [one for one in psutil.process_iter(["status", "cmdline"]) if one.info["status"] != psutil.STATUS_ZOMBIE]
+    assert not [one for one in alive if missing in (one.info["cmdline"] or [])]
