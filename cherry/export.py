@@ -6,17 +6,15 @@ It knows nothing of training: it reads the weights alone, one tensor at a time.
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from base import storage
 from base.config import load
 from base.errors import CheckpointError, MissingFileError, run_program
-from cherry.checkpoint import newest_checkpoint, reader_of, verify
+from cherry.checkpoint import newest_checkpoint, read_state, reader_of, verify
 from cherry.config import JobConfig
 from model.layout import state_to_hf
 from model.transformer import DeepseekV3
@@ -70,9 +68,7 @@ def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]
         raise CheckpointError(f"{source} is not of the configured model:\n" + "\n".join(f"  {line}" for line in wrong))
     for name, tensor in wanted.items():
         state = {"model": {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")}}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
-            load_state(state, storage_reader=reader, no_dist=True)
+        read_state(state, reader, None)
         yield name, state["model"][name]
 
 

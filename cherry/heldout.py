@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from base import storage
 from cherry.config import JobConfig
-from cherry.data import HeldoutDocument, load_heldout
+from cherry.data import HeldoutDocument, iterate_heldout
 from cherry.loss import IGNORE_INDEX
 from model.transformer import DeepseekV3
 
@@ -111,8 +112,8 @@ def evaluate_heldout(
     Every rank runs the same number of forward passes, because each gathers shards from all.
     """
     window = config.data.sequence_length
-    documents = load_heldout(storage.join(run_directory, "data"), None, window)
-    documents = [document for document in documents if sum(document.loss_mask)][: config.train.heldout_sequences]
+    bearing = (d for d in iterate_heldout(storage.join(run_directory, "data"), window) if any(d.loss_mask))
+    documents = list(islice(bearing, config.train.heldout_sequences))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sums = torch.zeros(3, dtype=torch.float64)
     network.eval()

@@ -46,9 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's values; flags may stand before, between and behind the overrides."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        # argparse takes what stands behind a flag for unknown: inside a subcommand it cannot intermix them.
+        if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the error's exit code."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     raise SystemExit(run_program(lambda: _dispatch(options)))
 
 

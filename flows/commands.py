@@ -27,6 +27,17 @@ DEMO_CONFIG = "configs/tiny.yaml"
 DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
 DEMO_PROMPT = "def main(argv):\n    "
 DEMO_TOKENS = 48
+# Of a temporary Prefect server, which has nothing scheduled: they would poll its database beside the training.
+_IDLE_SERVICES = (
+    "SCHEDULER",
+    "LATE_RUNS",
+    "FOREMAN",
+    "PAUSE_EXPIRATIONS",
+    "REPOSSESSOR",
+    "CLEANUP_RECONCILER",
+    "TRIGGERS",
+    "CANCELLATION_CLEANUP",
+)
 
 
 def set_offline_defaults() -> None:
@@ -35,6 +46,8 @@ def set_offline_defaults() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    for service in _IDLE_SERVICES:
+        os.environ.setdefault(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
 
 
 def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:

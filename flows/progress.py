@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-_POLL_S = 0.3
+_POLL_S = 0.5
+_PRINTED_FRACTION = 1 / 32
 
 
 class RunProgress:
     """Follows a run directory from a thread, from the time it is entered.
 
-    On a terminal, steps are rows with bars; elsewhere each event is a line, training's every tenth only.
+    On a terminal, steps are rows with bars; elsewhere each event is a line, and of a long step's progress every 3 %.
     """
 
     def __init__(self, console: Console, run_directory: Path) -> None:
@@ -29,6 +30,7 @@ class RunProgress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._rows: dict[str, TaskID] = {}
+        self._printed: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.fields[mark]} {task.description:<10}"),
             BarColumn(bar_width=24),
@@ -92,13 +94,10 @@ class RunProgress:
 
     def _print(self, step: str, kind: str, event: dict[str, Any], line: str) -> None:
         fraction = event.get("fraction")
-        if kind == "progress" and step == "train" and fraction is not None and not _round(line):
-            return
+        if kind == "progress" and fraction is not None:
+            before = self._printed.get(step)
+            if before is not None and before <= fraction < min(1.0, before + _PRINTED_FRACTION):
+                return
+            self._printed[step] = fraction
         seconds = f" ({event['seconds']:.1f} s)" if kind == "finished" else ""
         self._console.print(f"{step}: {line or kind}{seconds}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _round(line: str) -> bool:
-    """Whether a `step 120/300 ...` line is one of every tenth, or the last."""
-    done, _, total = line.split(" ")[1].partition("/")
-    return int(done) % 10 == 0 or done == total

@@ -6,6 +6,8 @@ It knows the run directory and exit codes; the training is cherry's. A retry is 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ from tasks.stream import SERIES, MetricsRelay, read_metrics
 # Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run goes on from its
 # checkpoint on another number of ranks.
 _IDENTITY = ["seed", "init_from", "model", "data", "train"]
+# How often a line of a training step goes to the Prefect log and the terminal.
+_SAY_EVERY_S = 1.0
 
 
 @task(name="train", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
@@ -35,10 +39,15 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
         folder = context.path / "train"
         relay = MetricsRelay(folder, step.tracker, step.run_id)
         artifact = ProgressArtifact(f"train-{context.config.name}", "Training")
+        said = -math.inf
 
         def on_line(line: str) -> None:
-            fraction = _fraction(line)
-            step.say(line, fraction)
+            nonlocal said
+            fraction, now = _fraction(line), time.monotonic()
+            # Fast steps would cost as much to tell of as to take; launcher.log and metrics.jsonl have every one.
+            if fraction is None or fraction == 1.0 or now - said >= _SAY_EVERY_S:
+                step.say(line, fraction)
+                said = said if fraction is None else now
             artifact.reached(fraction)
 
         with relay, _system_metrics(context, step):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from base.errors import ConfigError, MissingFileError
-from flows.cli import build_parser, main
+from flows.cli import main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -21,17 +21,21 @@ def code(*arguments):
 
 
 def test_a_run_takes_a_config_and_dotted_overrides():
-    options = build_parser().parse_args(["run", "a.yaml", "train.steps=3", "name=b", "--verbose"])
+    options = parse(["run", "a.yaml", "train.steps=3", "name=b", "--verbose"])
     assert (options.config, options.overrides, options.verbose) == ("a.yaml", ["train.steps=3", "name=b"], True)
 
 
 def test_a_release_takes_a_version():
-    options = build_parser().parse_args(["deploy", "a.yaml", "name=b", "--model-version", "3"])
+    options = parse(["deploy", "a.yaml", "name=b", "--model-version", "3"])
     assert (options.model_version, options.overrides) == (3, ["name=b"])
-    assert build_parser().parse_args(["deploy", "a.yaml"]).model_version is None
+    options = parse(["deploy", "a.yaml", "name=b", "--model-version", "2", "--verbose", "train.steps=1"])
+    assert (options.model_version, options.verbose, options.overrides) == (2, True, ["name=b", "train.steps=1"])
+    assert parse(["deploy", "a.yaml"]).model_version is None
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["fly"], ["deploy", "a.yaml", "--model-version", "newest"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["fly"], ["deploy", "a.yaml", "--model-version", "newest"], ["run", "a.yaml", "--fast"]]
+)
 def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsys):
     assert code(*arguments) == 2
     assert "usage: cherry" in capsys.readouterr().err

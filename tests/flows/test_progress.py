@@ -41,10 +41,10 @@ def test_each_event_is_a_line_where_there_is_no_terminal(shown):
     ]
 
 
-def test_of_training_every_tenth_step_and_the_last_are_shown(shown):
-    lines = [f"step {step}/25 loss 1.0" for step in range(1, 26)]
-    events = [("train", "progress", {"line": line, "fraction": step / 25}) for step, line in enumerate(lines, 1)]
-    assert shown(events).splitlines() == [f"train: {lines[step - 1]}" for step in (10, 20, 25)]
+def test_of_long_progress_the_first_the_last_and_one_in_32_are_shown(shown):
+    lines = [f"step {step}/256 loss 1.0" for step in range(1, 257)]
+    events = [("train", "progress", {"line": line, "fraction": step / 256}) for step, line in enumerate(lines, 1)]
+    assert shown(events).splitlines() == [f"train: {lines[step - 1]}" for step in (*range(1, 256, 8), 256)]
 
 
 def test_a_terminal_has_a_row_a_step_with_what_became_of_it(shown):
