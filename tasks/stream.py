@@ -27,7 +27,7 @@ SERIES = (
     "heldout_loss",
     "step_seconds",
 )
-_POLL_S = 5.0
+_POLL_S = 10.0
 # Steps in one request: ten series of each stay below MLflow's 1000 metrics.
 _BATCH_STEPS = 100
 

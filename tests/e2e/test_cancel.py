@@ -40,3 +40,19 @@ def test_a_flow_that_is_killed_outright_leaves_no_process_behind(project):
     project.wait_for(lambda: not project.processes("crashed"), "the end of every process")
     refused = project.cherry("run", "name=crashed", "train.steps=many")
     assert refused.returncode == 11
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_leaves_nothing_running_or_held(project, sent):
+    name = f"stopped-{sent.name.lower()}"
+    overrides = [f"name={name}", "train.steps=1000000", "checkpoint.every_steps=5"]
+    running = project.start("flows.cli", "run", project.config, *overrides, log=name)
+    training(project, name)
+    running.send_signal(sent)
+    assert running.wait() != 0
+    assert not project.processes(name)
+    assert not (project.runs / name / "lease.json").exists()
+    assert not (project.runs / name / "program.json").exists()
+    statuses = {step: run.info.status for step, run in project.mlflow_runs(name).items()}
+    assert statuses == {"flow": "KILLED", "provision": "FINISHED", "data": "FINISHED", "train": "KILLED"}
+    assert "Traceback" not in (project.home / f"{name}.log").read_text()

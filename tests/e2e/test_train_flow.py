@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -102,3 +103,16 @@ def test_the_same_command_finds_every_step_finished(project, finished):
     }
     assert parent.info.run_id == finished["mlflow_run_id"]
     assert len(project.versions("first")) == 1
+
+
+def test_a_changed_key_redoes_what_depends_on_it_and_nothing_else(project, finished):
+    # A copy, so that the shared run stays as it is.
+    shutil.copytree(project.runs / "first", project.runs / "changed")
+    (project.runs / "changed" / "run_key").unlink()
+    ended = project.cherry("run", "name=changed", "evaluate.confidence=0.9", "--verbose")
+    assert ended.returncode == 0, ended.stderr
+    before = len((project.runs / "first" / "events.jsonl").read_text().splitlines())
+    lines = (project.runs / "changed" / "events.jsonl").read_text().splitlines()[before:]
+    events = [(one["event"], one["step"]) for one in map(json.loads, lines)]
+    assert [step for event, step in events if event == "reused"] == list(STEPS[:5])
+    assert [step for event, step in events if event == "started"] == ["evaluate", "register"]
