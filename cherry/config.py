@@ -124,6 +124,11 @@ class LoraConfig(Section):
     """Projections of every attention, and `shared_gate_up` and `shared_down` of the shared experts; `None` is all that
     the model has."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Something must be adapted."""
+        if self.targets is not None and not self.targets:
+            yield Problem("targets", "must name at least one projection; null is all that the model has", [])
+
 
 class CheckpointConfig(Section):
     """When training state is saved and how much of it is kept."""
@@ -196,8 +201,7 @@ class JobConfig(Section):
             yield Problem("init_from", "is required with lora: adapters change weights that were trained", None)
         absent = {"q_proj"} if self.model.q_lora_rank is not None else {"q_a_proj", "q_b_proj"}
         absent |= set() if self.model.n_shared_experts else {"shared_gate_up", "shared_down"}
-        if lora.targets is not None and (not lora.targets or absent & set(lora.targets)):
-            rule = (
-                f"must be some of the model's projections; this one has no {', '.join(sorted(absent)) or 'empty list'}"
-            )
-            yield Problem("lora.targets", rule, list(lora.targets))
+        missing = sorted(absent & set(lora.targets or ()))
+        if missing:
+            rule = f"must be projections of the model, which has no {', '.join(missing)}"
+            yield Problem("lora.targets", rule, list(lora.targets or ()))

@@ -28,6 +28,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # adapters are matrices only
     betas = (config.beta1, config.beta2)
     return AdamW(groups, lr=config.learning_rate, betas=betas, state_dtype=_STATE_DTYPES[config.optimizer_state_dtype])
 

@@ -29,6 +29,7 @@ from cherry.data import Sampler, TokenDataset
 from cherry.divergence import Figures, StepGuard
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
+from cherry.lora import add_adapters, initialize_adapters
 from cherry.loss import cross_entropy_sum
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
 from cherry.optimizer import (
@@ -128,6 +129,8 @@ class Trainer:
         config = self.config
         with torch.device("meta"):
             model = DeepseekV3(config.model)
+        if config.lora is not None:
+            add_adapters(model, config.lora)
         network: nn.Module = TrainingModel(model, config.train.loss_chunk_tokens)
         mesh = sharding.build_mesh(config.parallel, self.device)
         if config.train.activation_checkpointing == "full":
@@ -143,6 +146,7 @@ class Trainer:
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
             sharding.load_weights(model, config.init_from)
+        initialize_adapters(model, config.seed)
         return model, network.train()
 
     def _resume(self, resume_from: str | None, directory: str) -> None:

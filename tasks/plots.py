@@ -52,7 +52,9 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Pa
                 axes.plot(steps, _smooth(values, window), color=color, label=f"{label}, mean of {window}")
         held = [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
         for step in skipped:
-            axes.axvline(step, color="tab:red", linewidth=0.8, alpha=0.5, label="skipped" if step == skipped[0] else None)
+            axes.axvline(
+                step, color="tab:red", linewidth=0.8, alpha=0.5, label="skipped" if step == skipped[0] else None
+            )
         if held:
             axes.plot(*zip(*held, strict=True), "o-", color="tab:green", label="held-out loss")
         axes.set(xlabel="optimizer step", ylabel="nats per token", title="Loss")

@@ -76,7 +76,9 @@ def test_matrices_decay_and_norms_do_not() -> None:
 
 
 @pytest.mark.parametrize(("max_norm", "left"), [(1.0, 1.0), (100.0, 13.0)])
-def test_the_norm_is_of_all_gradients_and_the_coefficient_brings_it_to_its_maximum(max_norm: float, left: float) -> None:
+def test_the_norm_is_of_all_gradients_and_the_coefficient_brings_it_to_its_maximum(
+    max_norm: float, left: float
+) -> None:
     model = nn.Linear(2, 1)
     model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([12.0])
     norm = gradient_norm(model)

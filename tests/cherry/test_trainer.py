@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import CheckpointError, ConfigError, SupersededError
+from cherry.batches import mtp_targets
 from cherry.fence import Fence
 from cherry.metrics import peak_flops
-from cherry.batches import mtp_targets
 from cherry.trainer import Trainer
 from model.transformer import DeepseekV3
 
