@@ -51,9 +51,9 @@ def committed_steps(directory: str) -> list[int]:
     return sorted(step for step in steps if storage.is_committed(storage.join(directory, step_name(step))))
 
 
-def newest_checkpoint(directory: str) -> str | None:
-    """URI of the newest committed checkpoint, or `None`. One rank only."""
-    steps = committed_steps(directory)
+def newest_checkpoint(directory: str, *, before: int | None = None) -> str | None:
+    """URI of the newest committed checkpoint (of a step below `before`), or `None`. One rank only."""
+    steps = [step for step in committed_steps(directory) if before is None or step < before]
     return storage.join(directory, step_name(steps[-1])) if steps else None
 
 

@@ -12,18 +12,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cherry.adamw import AdamW
 from cherry.config import TrainConfig
 from model.moe import MoE
 
+_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does.
+_CLIP_EPS = 1e-6
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only, as is usual for norms and biases."""
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over what is trained; weight decay on matrices only, as is usual for norms and biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]  # adapters are matrices only
+    betas = (config.beta1, config.beta2)
+    return AdamW(groups, lr=config.learning_rate, betas=betas, state_dtype=_STATE_DTYPES[config.optimizer_state_dtype])
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -44,10 +51,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients to a total norm of at most `max_norm`; the norm before, 0-dim, over all ranks' shards."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The gradients' total norm, 0-dim fp32, over all ranks' shards; nothing is scaled."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of total norm `norm` down to at most `max_norm`, at most 1, 0-dim on norm's device.
+
+    The optimizer multiplies on its own pass over the gradients: scaling them beforehand reads and writes all again.
+    """
+    return (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
 
 
 @torch.no_grad()

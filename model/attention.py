@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import ModelConfig
+from model.documents import Documents, attend_within, has_kernel
 from model.layers import RMSNorm
 from model.rope import RotaryTables, rotate
 
@@ -74,24 +75,36 @@ class Attention(nn.Module):
         compressed, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent_width, self.rope_width], dim=-1)
         return Latents(self.kv_a_layernorm(compressed), rotate(k_rope[:, :, None], tables)[:, :, 0])
 
-    def attend(self, queries: tuple[Tensor, Tensor], latents: Latents, mask_BHTS: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        queries: tuple[Tensor, Tensor],
+        latents: Latents,
+        mask_BHTS: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Attention of `queries` over `latents`, projected back to [B, T, D].
 
         Args:
             mask_BHTS: True where a query may look (any dimension may be 1). `None` is causal over equal lengths.
+            documents: instead of a mask: causal within each of these.
         """
         q_BHTQ = torch.cat(queries, dim=-1).transpose(1, 2)
         kv_BSHX = self.kv_b_proj(latents.compressed_BSC).unflatten(-1, (self.heads, -1))
         k_nope, v_BSHV = kv_BSHX.split([self.nope_width, self.value_width], dim=-1)
         k_rope = latents.k_rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
         k_BHSQ = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
-        mixed_BHTV = scaled_dot_product(q_BHTQ, k_BHSQ, v_BSHV.transpose(1, 2), self.scale, mask_BHTS)
+        v_BHSV = v_BSHV.transpose(1, 2)
+        if documents is not None and has_kernel(q_BHTQ):
+            mixed_BHTV = attend_within(q_BHTQ, k_BHSQ, v_BHSV, self.scale, documents)
+        else:
+            mask_BHTS = mask_BHTS if documents is None else documents.mask_B1TT
+            mixed_BHTV = scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, self.scale, mask_BHTS)
         out: Tensor = self.o_proj(mixed_BHTV.transpose(1, 2).flatten(2))
         return out
 
-    def forward(self, x_BTD: Tensor, tables: RotaryTables) -> Tensor:
-        """Causal self-attention over the T positions of each sequence."""
-        return self.attend(self.queries(x_BTD, tables), self.latents(x_BTD, tables))
+    def forward(self, x_BTD: Tensor, tables: RotaryTables, documents: Documents | None = None) -> Tensor:
+        """Causal self-attention over the T positions of each sequence, or of each document in it."""
+        return self.attend(self.queries(x_BTD, tables), self.latents(x_BTD, tables), documents=documents)
 
 
 def scaled_dot_product(
