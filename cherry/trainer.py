@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from base import storage
 from base.errors import ConfigError, NonFiniteLossError
-from cherry import sharding
+from cherry import communication, sharding
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
 from cherry.data import Sampler, TokenDataset
@@ -92,6 +92,7 @@ class Trainer:
         self._check_data()
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
         self.model, self.network = self._build()
+        self.communication = communication.install(self.network, config.communication)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, config.train))
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
@@ -151,6 +152,7 @@ class Trainer:
             return
         model = self.config.model.model_dump(mode="json")
         record = restore(found[0], self.model, self.optimizer.optimizer, group, expected_model=model)
+        self.communication.restore(found[0], group)
         self.progress = Progress(record["step"], record["tokens"], record["seconds"])
         self.checkpointer.last_saved = found[0]  # an attempt may have died between the last save and the result
         self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
@@ -207,7 +209,9 @@ class Trainer:
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for tokens_BT, targets_BT in micro_batches:
+        self.communication.traffic.clear()
+        for number, (tokens_BT, targets_BT) in enumerate(micro_batches, 1):
+            self.communication.micro_batch(last=number == len(micro_batches))
             loss, mtp_loss, balance = self.network(tokens_BT.to(self.device), targets_BT.to(self.device))
             total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
             (total + train.balance_loss_weight * balance / parts).backward()
@@ -240,6 +244,7 @@ class Trainer:
             "mfu": self._mfu(batch_tokens / seconds),
             "mfu_convention": MFU_CONVENTION,
             **_load(load_LE, whole=self.progress.step % _LOAD_EVERY_STEPS == 0 or self.progress.step == train.steps),
+            **self.communication.traffic.figures(),
             "step_seconds": seconds,
             "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
             "tokens": self.progress.tokens,
@@ -295,7 +300,8 @@ class Trainer:
             "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
             "model": self.config.model.model_dump(mode="json"),
         }
-        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record)
+        unsent = self.communication.state()
+        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
 
     def _result(self, last: dict[str, Any]) -> dict[str, Any]:
         heldout = self._heldout or self.heldout()  # evaluated at the last step, but not when there was none left
