@@ -1,11 +1,11 @@
 """Measures what compressed gradient reduction saves on the wire and what it costs in loss, against fp32 reduction.
 
-    python -m benchmarks.compression [--ranks 4] [--steps 300] [--output FILE]
+    python -m benchmarks.compression [--ranks 2|4|...] [--steps 300] [--output FILE]
 
-Every variant is a training job of its own, started by the launcher on gloo ranks of this machine with the same seed and
-data: the tiny preset on the Python standard library. One JSON row each: bytes that a rank sends per step, by axis and
-kind, and the held-out loss and the mean loss of the last 20 steps, relative to fp32 reduction on the same mesh. The row
-`fp32, other mesh` differs from the reference only in the order of its sums: it is how much two equal runs differ.
+Every variant is a training job of its own, started by the launcher with the same seed and data: the tiny preset on
+the Python standard library. One JSON row each: bytes that a rank sends per step, by axis and kind, and the held-out
+loss and the mean loss of the last 20 steps, relative to fp32 on the same mesh. The second fp32 row is relative to the
+first, from which only the order of sums differs: so much do two equal runs differ. Gloo on CPUs, NCCL where there are GPUs.
 """
 
 import argparse
@@ -21,24 +21,27 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# Name, replicas, and what differs from fp32.
 VARIANTS = {
-    "fp32": {},
-    "fp32, other mesh": {"parallel.replicate": 1},
-    "shard bf16": {"communication.reduce_dtype": "bf16"},
-    "replicate bf16": {"communication.replicate": "bf16"},
-    "replicate int8": {"communication.replicate": "int8"},
-    "replicate fp8": {"communication.replicate": "fp8"},
-    "shard bf16, replicate int8": {"communication.reduce_dtype": "bf16", "communication.replicate": "int8"},
+    "fp32": (1, {}),
+    "shard bf16": (1, {"reduce_dtype": "bf16"}),
+    "fp32, replicas": (2, {}),
+    "replicate bf16": (2, {"replicate": "bf16"}),
+    "replicate int8": (2, {"replicate": "int8"}),
+    "replicate fp8": (2, {"replicate": "fp8"}),
+    "shard bf16, replicate int8": (2, {"reduce_dtype": "bf16", "replicate": "int8"}),
 }
 LAST_STEPS = 20
 
 
-def train(directory: Path, data: Path, ranks: int, steps: int, settings: dict[str, object]) -> list[dict]:
+def train(directory: Path, data: Path, ranks: int, steps: int, name: str) -> list[dict]:
     """The metrics stream of one job."""
     directory.mkdir()
     (directory / "data").symlink_to(data)
-    common = {
-        "parallel.replicate": 2,
+    replicas, communication = VARIANTS[name]
+    settings = {
+        "parallel.replicate": replicas,
+        **{f"communication.{key}": value for key, value in communication.items()},
         "data.sequence_length": 128,
         "train.steps": steps,
         "train.batch_size": 8,
@@ -47,7 +50,7 @@ def train(directory: Path, data: Path, ranks: int, steps: int, settings: dict[st
         "train.heldout_sequences": 256,
         "checkpoint.every_steps": steps,
     }
-    flags = [part for key, value in {**common, **settings}.items() for part in ("--set", f"{key}={value}")]
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     launch = [sys.executable, "-m", "cherry.launcher", f"--nproc_per_node={ranks}", "train.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [*launch, "--config", "configs/tiny.yaml", "--run_dir", str(directory), *flags]
@@ -76,26 +79,26 @@ def main() -> None:
     options = parser.parse_args()
     about = {
         "date": date.today().isoformat(),
-        "device": f"CPU, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "command": "python -m benchmarks.compression " + " ".join(sys.argv[1:]),
     }
-    reference: dict[str, float] = {}
+    references: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="compression-") as scratch:
         data = prepare(Path(scratch) / "data")
         for number, name in enumerate(options.variants):
-            settings = VARIANTS[name]
-            lines = train(Path(scratch) / str(number), data, options.ranks, options.steps, settings)
+            lines = train(Path(scratch) / str(number), data, options.ranks, options.steps, name)
             losses = {
                 "loss": statistics.fmean(line["loss"] for line in lines[-LAST_STEPS:]),
                 "heldout_loss": lines[-1]["heldout_loss"],
             }
-            reference = reference or losses
-            replicate = int(settings.get("parallel.replicate", 2))
+            replicas, communication = VARIANTS[name]
+            reference = references.get(replicas if communication else 1, losses)
+            references.setdefault(replicas, losses)
             row = {
                 "what": name,
                 "ranks": options.ranks,
-                "mesh": {"replicate": replicate, "shard": options.ranks // replicate},
+                "mesh": {"replicate": replicas, "shard": options.ranks // replicas},
                 "steps": len(lines),
                 **{key: round(value, 5) for key, value in losses.items()},
                 **{f"{key}_change": round(value / reference[key] - 1, 5) for key, value in losses.items()},
