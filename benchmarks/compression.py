@@ -5,7 +5,7 @@
 Every variant is a training job of its own, started by the launcher with the same seed and data: the tiny preset on
 the Python standard library. One JSON row each: bytes that a rank sends per step, by axis and kind, and the held-out
 loss and the mean loss of the last 20 steps, relative to fp32 on the same mesh. The second fp32 row is relative to the
-first, from which only the order of sums differs: so much do two equal runs differ. Gloo on CPUs, NCCL where there are GPUs.
+first, from which only the order of sums differs: so much do two equal runs differ. On GPUs it is NCCL.
 """
 
 import argparse
