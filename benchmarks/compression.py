@@ -2,10 +2,11 @@
 
     python -m benchmarks.compression [--ranks 2|4|...] [--steps 300] [--output FILE]
 
-Every variant is a training job of its own, started by the launcher with the same seed and data: the tiny preset on
-the Python standard library. One JSON row each: bytes that a rank sends per step, by axis and kind, and the held-out
-loss and the mean loss of the last 20 steps, relative to fp32 on the same mesh. The second fp32 row is relative to the
-first, from which only the order of sums differs: so much do two equal runs differ. On GPUs it is NCCL.
+The launcher starts the ranks once; there every variant is a training job of its own with the same seed and data: two
+layers of the tiny preset's architecture, on the Python standard library. One JSON row each: bytes that a rank sends per
+step, by axis and kind, and the held-out loss and the mean loss of the last 20 steps, relative to fp32 on the same mesh.
+The second fp32 row is relative to the first, from which only the order of its sums differs: so much do two equal runs
+differ. On GPUs it is NCCL, else gloo.
 """
 
 import argparse
@@ -19,8 +20,23 @@ from datetime import date
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
+from base.config import load
+from cherry.config import JobConfig
+from cherry.data import prepare
+
+SHAPE = {
+    "model.hidden_size": 64,
+    "model.intermediate_size": 192,
+    "model.moe_intermediate_size": 48,
+    "model.num_hidden_layers": 2,
+    "model.vocab_size": 1024,
+    "data.sequence_length": 64,
+    "data.max_documents": 400,
+    "train.batch_size": 8,
+    "train.heldout_sequences": 128,
+}
 # Name, replicas, and what differs from fp32.
 VARIANTS = {
     "fp32": (1, {}),
@@ -34,49 +50,64 @@ VARIANTS = {
 LAST_STEPS = 20
 
 
-def train(directory: Path, data: Path, ranks: int, steps: int, name: str) -> list[dict]:
-    """The metrics stream of one job."""
-    directory.mkdir()
-    (directory / "data").symlink_to(data)
+def config_of(name: str, steps: int) -> JobConfig:
     replicas, communication = VARIANTS[name]
-    settings = {
+    overrides = {
+        **SHAPE,
         "parallel.replicate": replicas,
         **{f"communication.{key}": value for key, value in communication.items()},
-        "data.sequence_length": 128,
+        "launch.nproc_per_node": os.environ.get("WORLD_SIZE", replicas),
         "train.steps": steps,
-        "train.batch_size": 8,
         "train.warmup_steps": min(40, steps // 4),
         "train.evaluate_every_steps": "null",
-        "train.heldout_sequences": 256,
         "checkpoint.every_steps": steps,
     }
-    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    launch = [sys.executable, "-m", "cherry.launcher", f"--nproc_per_node={ranks}", "train.py"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [*launch, "--config", "configs/tiny.yaml", "--run_dir", str(directory), *flags]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return load(
+        "configs/tiny.yaml", JobConfig, [f"{key}={value}" for key, value in overrides.items()], part_of_file=True
+    )
+
+
+def train(scratch: Path, names: list[str], steps: int) -> None:
+    """One rank: every variant, one after the other."""
+    from cherry.trainer import Trainer
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    for name in names:
+        Trainer(config_of(name, steps), str(scratch / name)).run()
+    dist.destroy_process_group()
+
+
+def launch(scratch: Path, options: argparse.Namespace) -> None:
+    config = config_of("fp32", options.steps)
+    prepare(config.data, vocab_size=config.model.vocab_size, directory=str(scratch / "data"))
+    for name in options.variants:
+        (scratch / name).mkdir()
+        (scratch / name / "data").symlink_to(scratch / "data")
+    program = ["-m", "benchmarks.compression", "--scratch", str(scratch), "--steps", str(options.steps)]
+    start = [sys.executable, "-m", "cherry.launcher", f"--nproc_per_node={options.ranks}"]
+    ended = subprocess.run([*start, *program, "--variants", *options.variants], stdout=subprocess.DEVNULL, check=False)
     if ended.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
-    return [json.loads(line) for line in (directory / "train" / "metrics.jsonl").read_text().splitlines()]
+        raise SystemExit(ended.returncode)
 
 
-def prepare(directory: Path) -> Path:
-    from base.config import load
-    from cherry.config import JobConfig
-    from cherry.data import prepare
-
-    config = load("configs/tiny.yaml", JobConfig, ["data.sequence_length=128"], part_of_file=True)
-    prepare(config.data, vocab_size=config.model.vocab_size, directory=str(directory))
-    return directory
+def read(scratch: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (scratch / name / "train" / "metrics.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=4, help="an even number")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--output", help="append the rows to this file too")
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.scratch is not None:
+        train(options.scratch, options.variants, options.steps)
+        return
     about = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
@@ -85,9 +116,9 @@ def main() -> None:
     }
     references: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="compression-") as scratch:
-        data = prepare(Path(scratch) / "data")
-        for number, name in enumerate(options.variants):
-            lines = train(Path(scratch) / str(number), data, options.ranks, options.steps, name)
+        launch(Path(scratch), options)
+        for name in options.variants:
+            lines = read(Path(scratch), name)
             losses = {
                 "loss": statistics.fmean(line["loss"] for line in lines[-LAST_STEPS:]),
                 "heldout_loss": lines[-1]["heldout_loss"],
