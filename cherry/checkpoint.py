@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -98,14 +98,22 @@ class Checkpointer:
         new, self._told = known[self._told :], len(known)
         return new
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        record: dict[str, Any],
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         """Copy the state, and write it in the background; waits first for a save that is still going on.
 
         Args:
             record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
+            extra: more tensors, by a name of their owner's, who reads them back with `read_state`.
         """
         self.wait()
-        state = _stage(_state(model, optimizer, _random_states(dist.get_rank(self._group))))
+        state = _stage(_state(model, optimizer, _random_states(dist.get_rank(self._group))) | dict(extra or {}))
         # A thread a save, because one that stays keeps its OpenMP threads; see `_lone`.
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = thread.submit(self._write, step, state, record)

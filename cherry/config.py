@@ -6,7 +6,7 @@ It needs no torch and knows nothing of flows, tracking or serving.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -130,6 +130,44 @@ class LoraConfig(Section):
             yield Problem("targets", "must name at least one projection; null is all that the model has", [])
 
 
+class CommunicationConfig(Section):
+    """What gradients travel as, and what the communication libraries are told. All of it may change on a resume."""
+
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """On the shard axis. Sums, and micro-batches' accumulation, are fp32 either way."""
+    replicate: Literal["fp32", "bf16", "int8", "fp8"] = "fp32"
+    """On the replicate axis; int8 and fp8 have a scale per 256 values, and send each step's rounding error later."""
+    prefetch: NonNegativeInt = 1
+    """Blocks whose parameters are gathered ahead of the one that computes."""
+    overlap: bool = True
+    """`false` lets nothing run beside a collective: slower, to see what communication costs."""
+    buffer_size: PositiveInt | Annotated[str, Field(pattern=r"^[1-9][0-9]*(KiB|MiB|GiB)$")] | None = None
+    """NCCL's buffer per channel, in bytes or like `8MiB`; `None` leaves NCCL's own default, 4 MiB."""
+    max_channels: PositiveInt | None = None
+    """At most so many NCCL channels, each of which takes an SM from computation."""
+    interface: str | None = None
+    """Network interface of the ranks' connections, like `eth0`."""
+    environment: dict[Annotated[str, Field(pattern=r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$")], str] = Field(
+        default_factory=dict
+    )
+    """Any other variable of NCCL, gloo or their network plug-ins, as is."""
+    timeout_s: PositiveFloat | None = None
+    """How long a collective may take before the job is ended; `None` is torch's default (NCCL 600, gloo 1800)."""
+
+    def variables(self) -> dict[str, str]:
+        """What the libraries read from a rank's environment. A variable that a person has set goes before these."""
+        size = self.buffer_size
+        if isinstance(size, str):
+            size = int(size[:-3]) * 1024 ** (1 + ["KiB", "MiB", "GiB"].index(size[-3:]))
+        named = {
+            "NCCL_BUFFSIZE": size,
+            "NCCL_MAX_NCHANNELS": self.max_channels,
+            "NCCL_SOCKET_IFNAME": self.interface,
+            "GLOO_SOCKET_IFNAME": self.interface,
+        }
+        return {**{name: str(value) for name, value in named.items() if value is not None}, **self.environment}
+
+
 class CheckpointConfig(Section):
     """When training state is saved and how much of it is kept."""
 
@@ -160,6 +198,7 @@ class JobConfig(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
     """Train low-rank adapters alone, on frozen weights from `init_from`; `None` trains everything."""
@@ -181,6 +220,9 @@ class JobConfig(Section):
         elif self.parallel.shard is not None and self.parallel.replicate * self.parallel.shard != ranks:
             rule = f"replicate * shard must be the number of ranks ({self.parallel.replicate} * shard = {ranks})"
             yield Problem("parallel.shard", rule, self.parallel.shard)
+        if self.communication.replicate != "fp32" and self.parallel.replicate == 1:
+            rule = "compresses between replicas, and parallel.replicate is 1"
+            yield Problem("communication.replicate", rule, self.communication.replicate)
         if self.launch.nnodes > 1 and self.launch.master_port is None:
             yield Problem("launch.master_port", "is required when launch.nnodes > 1", None)
         if self.data.sequence_length > self.model.max_position_embeddings:

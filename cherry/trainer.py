@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from base import storage
 from base.errors import ConfigError, NonFiniteLossError
-from cherry import sharding
+from cherry import communication, sharding
 from cherry.batches import MicroBatch, check_fits, micro_batch, mtp_targets
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
@@ -104,6 +104,7 @@ class Trainer:
         check_fits(self.dataset.manifest, config, run_directory)
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
         self.model, self.network = self._build()
+        self.communication = communication.install(self.network, config.communication)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, config.train))
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
@@ -160,6 +161,7 @@ class Trainer:
     def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
+        self.communication.restore(uri, self._group)
         self.progress = Progress(**{key: record[key] for key in asdict(Progress()) if key in record})
         if "guard" in record:
             self.guard.restore(record["guard"])
@@ -225,7 +227,9 @@ class Trainer:
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
+        self.communication.traffic.clear()
+        for number, batch in enumerate(micro_batches, 1):
+            self.communication.micro_batch(last=number == len(micro_batches))
             loss, mtp_loss, balance = self.network(*batch.to(self.device))
             total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
             (total + train.balance_loss_weight * balance / parts).backward()
@@ -238,6 +242,8 @@ class Trainer:
         if skipped is None:
             # Not through Accelerate's wrapper, which takes no coefficient and without a scaler adds nothing.
             self.optimizer.optimizer.step(clip_coefficient=clip_coefficient(norm, train.max_grad_norm))
+        else:
+            self.communication.forget()
         self.optimizer.zero_grad(set_to_none=True)
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
         load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
@@ -260,6 +266,7 @@ class Trainer:
             **expert_load(
                 load_LE, whole=self.progress.step % _LOAD_EVERY_STEPS == 0 or self.progress.step == train.steps
             ),
+            **self.communication.traffic.figures(),
             "step_seconds": seconds,
             "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
             "tokens": self.progress.tokens,
@@ -354,7 +361,8 @@ class Trainer:
             "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
             "model": self.config.model.model_dump(mode="json"),
         }
-        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record)
+        unsent = self.communication.state()
+        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
         self._save_owed, self._good_before = False, None
 
     def _result(self) -> dict[str, Any]:
