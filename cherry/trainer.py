@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from base import storage
 from base.errors import ConfigError, NonFiniteLossError
-from cherry import sharding
+from cherry import loading, sharding
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
 from cherry.data import Sampler, TokenDataset
@@ -141,7 +141,7 @@ class Trainer:
         network.to_empty(device=self.device)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
-            sharding.load_weights(model, config.init_from)
+            loading.load_weights(model, config.init_from)
         return model, network.train()
 
     def _resume(self, resume_from: str | None, directory: str, group: dist.ProcessGroup) -> None:
