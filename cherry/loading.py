@@ -12,40 +12,28 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from base import storage
 from base.errors import MissingFileError, WeightsError
-from model.layout import Piece, pieces
+from model.reader import Source, WeightsReader
+from model.safetensors_file import Box, whole_box
+from model.streaming import Progress
 from model.transformer import DeepseekV3
-from model.weights import WeightsReader
-
-Box = tuple[tuple[int, int], ...]
-"""The first and one past the last index of each dimension."""
+from model.weights import Part, load_parts
 
 
-@torch.no_grad()
-def load_weights(model: DeepseekV3, uri: str) -> None:
-    """Fill the shards from a Hugging Face folder; each rank reads only the tensors that its rows need.
+def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
+    """Fill the shards from a Hugging Face folder or a .pt file; each rank reads only the bytes that its shards need.
+
+    Args:
+        on_progress: called every few seconds with a line for people and the fraction of this rank's bytes.
 
     Raises:
         MissingFileError: nothing at `uri`.
-        WeightsError: tensors are missing or of another shape; the text lists them all.
+        WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged; the
+            text lists them all, and nothing was changed.
     """
-    reader: WeightsReader | PickledWeights = PickledWeights(uri) if uri.endswith(".pt") else WeightsReader(uri)
-    wrong = []
-    plan = []
-    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
-        (local, box), shape = local_part(tensor), tensor.shape
-        whole = torch.empty(shape, device="meta")
-        for piece in pieces(name, shape, model.config):
-            expected = tuple(whole[piece.part].shape)
-            if piece.hf_name not in reader:
-                wrong.append(f"missing {piece.hf_name} (shape {list(expected)})")
-            elif (found := reader.shape(piece.hf_name)) != expected:
-                wrong.append(f"wrong shape of {piece.hf_name}: the model has {list(expected)}, the file {list(found)}")
-            else:
-                plan.append((local, box, shape, piece))
-    if wrong:
-        raise WeightsError(f"{uri} does not fit the configured model:\n" + "\n".join(f"  {line}" for line in wrong))
-    for local, box, shape, piece in plan:
-        _copy_piece(local, box, shape, piece, reader)
+    source: Source = PickledWeights(uri) if uri.endswith(".pt") else WeightsReader(uri)
+    state = [*model.named_parameters(), *_persistent_buffers(model)]
+    parts = [Part(name, tensor.shape, box, local) for name, tensor in state for local, box in [local_part(tensor)]]
+    load_parts(parts, source, model.config, on_progress=on_progress)
 
 
 class PickledWeights:
@@ -57,6 +45,7 @@ class PickledWeights:
     """
 
     def __init__(self, path: str) -> None:
+        self.uri = path
         if not storage.exists(path):
             raise MissingFileError(f"{path} does not exist. --model_path takes a safetensors folder, or a .pt file.")
         try:
@@ -67,6 +56,11 @@ class PickledWeights:
             raise WeightsError(f"{path}: must hold a mapping of names to tensors, like a released state dict")
         self._tensors: dict[str, Tensor] = content
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in the file's order."""
+        return list(self._tensors)
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
@@ -74,51 +68,19 @@ class PickledWeights:
         """Shape of one tensor."""
         return tuple(self._tensors[name].shape)
 
-    def read_weight(self, name: str) -> Tensor:
-        """One tensor; its pages are read when they are copied."""
-        return self._tensors[name]
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor."""
+        return self._tensors[name].dtype
 
-
-def _copy_piece(
-    local: Tensor, box: Box, shape: torch.Size, piece: Piece, reader: WeightsReader | PickledWeights
-) -> None:
-    """Copy what this rank holds of one stored tensor; `piece.part` places it inside the whole parameter."""
-    if (overlap := box_of_piece(piece.part, box, shape)) is not None:
-        inside, stored = overlap
-        part = reader.read_weight(piece.hf_name)[tuple(slice(*range_) for range_ in stored)]
-        local[inside].copy_(part)
-
-
-def box_of_piece(
-    part: tuple[int | slice, ...], box: Box, shape: torch.Size
-) -> tuple[tuple[int | slice, ...], Box] | None:
-    """Where a piece of a parameter of `shape` meets the `box` that a rank holds; `None` when it does not.
-
-    Returns:
-        An index into the rank's part, and the box of the stored tensor that belongs there.
-    """
-    inside: list[int | slice] = []
-    stored: list[tuple[int, int]] = []
-    for dim, (first, last) in enumerate(box):
-        index = part[dim] if dim < len(part) else slice(None)
-        if isinstance(index, int):
-            if not first <= index < last:
-                return None
-            inside.append(index - first)
-            continue
-        begin, end, _ = index.indices(shape[dim])
-        low, high = max(begin, first), min(end, last)
-        if low >= high:
-            return None
-        inside.append(slice(low - first, high - first))
-        stored.append((low - begin, high - begin))
-    return tuple(inside), tuple(stored)
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A part of one tensor; its pages are read when it is copied."""
+        return self._tensors[name][tuple(slice(*bounds) for bounds in box)]
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
     """This rank's part of a tensor, sharded over any axes and dimensions, and where it lies in the whole."""
     if not isinstance(tensor, DTensor):
-        return tensor, tuple((0, size) for size in tensor.shape)
+        return tensor, whole_box(tensor.shape)
     local = tensor.to_local()
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return local, tuple((first, first + size) for first, size in zip(offset, local.shape, strict=True))
