@@ -62,9 +62,9 @@ def dequantize_blocks(values_OI: Tensor, scale: Tensor, *, row: int = 0, column:
 def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 values [O, I] and fp32 scales, a scale being its block's largest magnitude over 448; zeros get scale 1.
 
-    A block that came out of this format gives back exactly the values that it had: amax / 448 is not always the scale
-    that made amax (rounding moves it by one unit in every tenth block), so where it does not reproduce the block,
-    the scales that could have are tried.
+    A block that came out of this format gives back exactly the values that it had. A scale that was amax / 448, rounded
+    once, comes back by itself; one that was not (a power of two, or one unit beside it, as inexact division leaves it)
+    often does not, so where amax / 448 does not reproduce the block, the scales that could have are tried.
     """
     rows, columns = weight_OI.shape
     height, width = scale_shape(weight_OI.shape)

@@ -231,7 +231,7 @@ def save_pretrained(
     storage.make_directory(uri)
     shards = _plan_shards(config, dtype, max_shard_bytes)
     home = {name: file for file, shapes in shards.items() for name in shapes}
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in shards}
+    waiting: dict[str, dict[str, dict[str, Tensor]]] = {file: {} for file in shards}
     missing, problems = set(home), []
     file_of: dict[str, str] = {}
     for name, tensor in tensors:
@@ -243,10 +243,10 @@ def save_pretrained(
         if tuple(tensor.shape) != shards[file][name]:
             problems.append(f"wrong shape of {name}: {list(tensor.shape)}, should be {list(shards[file][name])}")
             continue
-        waiting[file][name] = tensor.detach()
+        waiting[file][name] = dict(_stored(name, tensor.detach(), dtype))
         if len(waiting[file]) == len(shards[file]):
             held = waiting.pop(file)
-            stored = {key: value for name in shards[file] for key, value in _stored(name, held.pop(name), dtype)}
+            stored = {key: value for weight in shards[file] for key, value in held.pop(weight).items()}
             write_file(storage.join(uri, file), stored)
             file_of |= dict.fromkeys(stored, file)
     problems += [f"missing {name}" for name in home if name in missing]
