@@ -21,7 +21,8 @@ from model.layout import state_to_hf
 from model.transformer import DeepseekV3
 from model.weights import save_pretrained
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# fp8 is DeepSeek's own format: blocks with scales for projections, bf16 for the rest.
+_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
 
 
 def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = None) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from base import storage
 from base.errors import ConfigError, NonFiniteLossError
-from cherry import communication, sharding
+from cherry import communication, loading, sharding
 from cherry.batches import MicroBatch, check_fits, micro_batch, mtp_targets
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
@@ -146,7 +146,7 @@ class Trainer:
         network.to_empty(device=self.device)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
-            sharding.load_weights(model, config.init_from)
+            loading.load_weights(model, config.init_from)
         initialize_adapters(model, config.seed)
         return model, network.train()
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from base import config as base_config
 from base.errors import WeightsError
 from model.config import ModelConfig, YarnConfig
+from model.fp8 import DTYPE as FP8
+from model.fp8 import quantization_config
 
 # Released names whose values are the model's own embedding and head once more.
 _DUPLICATES = {"embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"}
@@ -25,6 +27,11 @@ _TOP = {
 }
 _QUANTIZED = re.compile(r"(weight|w13|w2)_(int8|scale)(_E..)?$")
 ADAPTER_SUFFIXES = (".lora_A_RD", ".lora_B_FR")
+# The projections of attention, dense layers, shared and routed experts; not mlp.gate, eh_proj, embeddings, head.
+_PROJECTION = re.compile(
+    r"\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
+    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight$"
+)
 _FUSED_EXPERTS = {"w13": "w13_EFD", "w2": "w2_EDF"}
 # Fields that config.json and ModelConfig share under one name.
 _SHARED_FIELDS = tuple(name for name in ModelConfig.model_fields if name not in {"preset", "rope_scaling"})
@@ -101,6 +108,11 @@ def state_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tupl
         yield f"model.layers.{config.num_hidden_layers}.{_DUPLICATES[name]}", tensor
 
 
+def is_projection(hf_name: str) -> bool:
+    """Whether a released tensor is one of those that are quantized: fp8 in the release, int8 for serving."""
+    return _PROJECTION.search(hf_name) is not None
+
+
 def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
     """Whether a file may hold this tensor though the model has no place for it.
 
@@ -116,7 +128,8 @@ def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
 def hf_config(config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """config.json of a model with this shape, for transformers 5 and vLLM.
 
-    sigmoid scores are `deepseek_v3`; softmax scores are V2's architecture, `deepseek_v2`.
+    sigmoid scores are `deepseek_v3`; softmax scores are V2's architecture, `deepseek_v2`. With float8_e4m3fn it
+    describes the release's blocks; what is not in them is bf16.
     """
     v3 = config.scoring_func == "sigmoid"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -139,8 +152,10 @@ def hf_config(config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> di
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(torch.bfloat16 if dtype == FP8 else dtype).removeprefix("torch."),
     }
+    if dtype == FP8:
+        result["quantization_config"] = quantization_config()
     return result
 
 

@@ -10,7 +10,6 @@ Router, norms, embeddings, head, eh_proj and biases keep their type.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +18,11 @@ from torch import Tensor
 
 from base import storage
 from base.errors import InvalidInputError, WeightsError, run_program
+from model.layout import is_projection
 from model.safetensors_file import write_file
 from model.weights import WeightsReader, read_model_config, write_index
 
 REPORT_NAME = "quantization.json"
-# The projections of attention, dense layers, shared and routed experts; not mlp.gate, eh_proj, embeddings, head.
-_QUANTIZED = re.compile(
-    r"\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
-    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight$"
-)
 # What compressed-tensors must leave alone among the linear layers.
 _IGNORED_LAYERS = ["lm_head", "re:.*mlp\\.gate$", "re:.*eh_proj$", "re:.*shared_head.*"]
 _INT8_MAX = 127
@@ -39,7 +34,7 @@ Progress = Callable[[str, float], None]
 
 def is_quantized(hf_name: str) -> bool:
     """Whether the released tensor of this name becomes int8."""
-    return _QUANTIZED.search(hf_name) is not None
+    return is_projection(hf_name)
 
 
 def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Owns reading and writing one safetensors file by URI: its header, its checks, and single tensors.
+"""Owns reading and writing one safetensors file by URI: its header, its checks, and tensors or parts of them.
 
-It knows nothing of models. Local files are memory-mapped; others are read by byte range.
+It knows nothing of models. Local files are memory-mapped; of others exactly the bytes that are asked for are read.
 Format: 8 bytes little-endian header length, JSON header, then the tensors' bytes.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,35 +48,118 @@ class TensorInfo(NamedTuple):
     stop: int
 
 
+Box = tuple[tuple[int, int], ...]
+"""A part of a tensor: the first and one past the last index of each dimension."""
+
+
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """The box that is all of a tensor."""
+    return tuple((0, size) for size in shape)
+
+
 class SafetensorsFile:
     """One open file. The header is read and checked against the file's size on construction.
+
+    Args:
+        store: the fsspec file system of `uri`, for callers that open many files of one: fsspec makes another one, with
+            connections of its own, in every thread.
 
     Raises:
         MissingFileError: nothing at `uri`.
         WeightsError: truncated or malformed; names the file and, where it can, the tensor.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, store: Any = None) -> None:
         self.uri = uri
-        self.tensors = _read_header(uri)
+        self.is_local = storage.is_local(uri)
+        self._store = store if store is not None else open_store(uri)
+        self.tensors = self._read_header()
         self._mapped: Any = None
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU. Of a local file it is a view of the mapped pages: copy before writing to it."""
-        info = self.tensors[name]
-        if storage.is_local(self.uri):
+        return self.read_box(name, whole_box(self.tensors[name].shape))
+
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A part of a tensor; like `read`. Of a local file only the pages that are then touched are read."""
+        if self.is_local:
             if self._mapped is None:
                 self._mapped = _map(self.uri)
             tensor: Tensor = self._mapped.get_tensor(name)
-            return tensor
-        fs, path = url_to_fs(self.uri)
+            return tensor[tuple(slice(*bounds) for bounds in box)]
+        start, stop = self.span(name, box)
+        return self.cut(name, box, self.read_range(start, stop), start)
+
+    def span(self, name: str, box: Box) -> tuple[int, int]:
+        """First and one past the last byte of a part, from the start of the file.
+
+        Rows lie together. A range of columns spans what is between: one request instead of one a row.
+        """
+        info = self.tensors[name]
+        if any(first >= last for first, last in box):
+            return info.start, info.start
+        strides = _strides(info.shape)
+        first = sum(bounds[0] * stride for bounds, stride in zip(box, strides, strict=True))
+        last = sum((bounds[1] - 1) * stride for bounds, stride in zip(box, strides, strict=True))
+        return info.start + first * info.dtype.itemsize, info.start + (last + 1) * info.dtype.itemsize
+
+    def cut(self, name: str, box: Box, data: bytearray, data_start: int) -> Tensor:
+        """A part of a tensor out of bytes of the file that begin at `data_start` and hold its span; a view of them.
+
+        Raises:
+            WeightsError: they end before it does: the file was cut short after it was opened.
+        """
+        info = self.tensors[name]
+        start, stop = (place - data_start for place in self.span(name, box))
+        if stop > len(data):
+            raise _truncated(self.uri, name, info, data_start + len(data))
+        sizes = [last - first for first, last in box]
+        if start == stop:
+            return torch.empty(sizes, dtype=info.dtype)
+        if start % info.dtype.itemsize:
+            data, start, stop = data[start:stop], 0, stop - start
+        flat = torch.frombuffer(data, dtype=info.dtype, offset=start, count=(stop - start) // info.dtype.itemsize)
+        return flat.as_strided(sizes, _strides(info.shape))
+
+    def read_range(self, start: int, stop: int) -> bytearray:
+        """Bytes of the file, by any thread; fewer if it ends before."""
+        if stop <= start:
+            return bytearray()
         with storage_errors(self.uri):
-            data = bytearray(fs.cat_file(path, start=info.start, end=info.stop))
-        if len(data) != info.stop - info.start:
-            raise _truncated(self.uri, name, info, info.start + len(data))
-        if not data:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+            return bytearray(self._store.cat_file(self.uri, start=start, end=stop))
+
+    def _read_header(self) -> dict[str, TensorInfo]:
+        uri = self.uri
+        with storage_errors(uri):
+            size = int(self._store.info(uri)["size"])
+        length = int.from_bytes(self.read_range(0, min(8, size)), "little")
+        if size < 8 or length > _MAX_HEADER_BYTES:
+            raise _malformed(uri, f"it has {size} bytes and its first 8 are no header length")
+        if size < 8 + length:
+            raise _malformed(uri, f"its header should be {length} bytes long and the file has {size}: it is truncated")
+        text = self.read_range(8, 8 + length)
+        try:
+            raw = json.loads(text)
+            raw.pop("__metadata__", None)
+            tensors = {name: _parse(entry, 8 + length) for name, entry in raw.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _malformed(uri, f"its header cannot be read ({type(error).__name__}: {error})") from error
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].stop):
+            if info.stop - info.start != math.prod(info.shape) * info.dtype.itemsize:
+                raise _malformed(uri, f"tensor {name} of shape {list(info.shape)} has {info.stop - info.start} bytes")
+            if info.stop > size:
+                raise _truncated(uri, name, info, size)
+        return tensors
+
+
+def open_store(uri: str) -> Any:
+    """The fsspec file system of `uri`; it keeps no listings, for another host may have written since."""
+    with storage_errors(uri):
+        return url_to_fs(uri, use_listings_cache=False)[0]
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _map(uri: str) -> Any:
@@ -85,30 +167,6 @@ def _map(uri: str) -> Any:
         return safetensors.safe_open(storage.local_path(uri), framework="pt")
     except safetensors.SafetensorError as error:
         raise _malformed(uri, str(error)) from error
-
-
-def _read_header(uri: str) -> dict[str, TensorInfo]:
-    with storage.open_read(uri) as handle:
-        size = handle.seek(0, os.SEEK_END)
-        handle.seek(0)
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > _MAX_HEADER_BYTES:
-            raise _malformed(uri, f"it has {size} bytes and its first 8 are no header length")
-        if size < 8 + length:
-            raise _malformed(uri, f"its header should be {length} bytes long and the file has {size}: it is truncated")
-        text = handle.read(length)
-    try:
-        raw = json.loads(text)
-        raw.pop("__metadata__", None)
-        tensors = {name: _parse(entry, 8 + length) for name, entry in raw.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _malformed(uri, f"its header cannot be read ({type(error).__name__}: {error})") from error
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].stop):
-        if info.stop - info.start != math.prod(info.shape) * info.dtype.itemsize:
-            raise _malformed(uri, f"tensor {name} of shape {list(info.shape)} has {info.stop - info.start} bytes")
-        if info.stop > size:
-            raise _truncated(uri, name, info, size)
-    return tensors
 
 
 def _parse(entry: Mapping[str, Any], data_start: int) -> TensorInfo:

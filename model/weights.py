@@ -8,27 +8,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from base import storage
-from base.errors import MissingFileError, WeightsError
+from base.errors import WeightsError
 from model.config import ModelConfig
 from model.experts import Experts
-from model.fp8 import SCALE_SUFFIX, dequantize_blocks, scale_shape
+from model.fp8 import DTYPE as FP8
+from model.fp8 import SCALE_SUFFIX, quantize_blocks
 from model.int8 import use_int8
-from model.layout import config_from_hf, hf_config, is_ignorable, pieces, state_to_hf
-from model.safetensors_file import SafetensorsFile, TensorInfo, write_file
+from model.layout import config_from_hf, hf_config, is_ignorable, is_projection, pieces, state_to_hf
+from model.reader import INDEX_NAME, Source, WeightsReader, is_scale, scale_problem
+from model.safetensors_file import Box, SafetensorsFile, whole_box, write_file
+from model.streaming import MAX_GAP_BYTES, Progress, Request, fill
 from model.transformer import DeepseekV3
 
 __all__ = [
     "INDEX_NAME",
+    "Part",
     "WeightsReader",
     "config_from_hf",
     "hf_config",
     "load_into",
+    "load_parts",
     "load_pretrained",
     "read_model_config",
     "save_pretrained",
@@ -37,114 +42,8 @@ __all__ = [
     "write_tokenizer",
 ]
 
-INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 2 << 30
 _BIAS_SUFFIX = "e_score_correction_bias"
-
-
-class WeightsReader:
-    """The tensors of one folder, whichever files they are in. Files are opened on first use.
-
-    Raises:
-        MissingFileError: the folder has neither an index nor a model.safetensors.
-        WeightsError: the index cannot be read.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self._files: dict[str, SafetensorsFile] = {}
-        self._file_of = self._read_index()
-
-    def _read_index(self) -> dict[str, str]:
-        index = storage.join(self.uri, INDEX_NAME)
-        if storage.exists(index):
-            try:
-                weight_map = storage.read_json(index)["weight_map"]
-                return {str(name): str(file) for name, file in weight_map.items()}
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise WeightsError(f"{index} is no safetensors index: {error}. Copy or export it again.") from error
-        if storage.exists(storage.join(self.uri, _SINGLE_NAME)):
-            return dict.fromkeys(self.file(_SINGLE_NAME).tensors, _SINGLE_NAME)
-        raise MissingFileError(
-            f"{self.uri} holds no weights: neither {INDEX_NAME} nor {_SINGLE_NAME} is there. "
-            "Name a folder in Hugging Face's layout."
-        )
-
-    @property
-    def names(self) -> list[str]:
-        """Released names of all tensors, in the index's order."""
-        return list(self._file_of)
-
-    @property
-    def files(self) -> list[str]:
-        """File names, sorted."""
-        return sorted(set(self._file_of.values()))
-
-    def names_in(self, file: str) -> list[str]:
-        """The tensors that one file holds."""
-        return [name for name, holder in self._file_of.items() if holder == file]
-
-    def file(self, name: str) -> SafetensorsFile:
-        """One file of the folder, opened."""
-        if name not in self._files:
-            uri = storage.join(self.uri, name)
-            try:
-                self._files[name] = SafetensorsFile(uri)
-            except MissingFileError as error:
-                raise WeightsError(f"{uri} does not exist, but {INDEX_NAME} names it. Copy it again.") from error
-        return self._files[name]
-
-    def close(self, file: str) -> None:
-        """Forget an open file, so that its mapped pages can go."""
-        self._files.pop(file, None)
-
-    def info(self, name: str) -> TensorInfo:
-        """Type and shape of one tensor.
-
-        Raises:
-            WeightsError: no such tensor, or the index is wrong about its file; or see `SafetensorsFile`.
-        """
-        if name not in self._file_of:
-            raise WeightsError(f"{self.uri} has no tensor {name}")
-        file = self.file(self._file_of[name])
-        if name not in file.tensors:
-            raise WeightsError(f"{file.uri} has no tensor {name}, but {INDEX_NAME} says so. Export the folder again.")
-        return file.tensors[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor; see `info`."""
-        return self.info(name).shape
-
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in the file's type; see `info`. Copy before writing to it."""
-        self.info(name)
-        return self.file(self._file_of[name]).read(name)
-
-    def read_weight(self, name: str) -> Tensor:
-        """Like `read`, and an fp8 tensor comes dequantized to fp32 by its block scales (see model/fp8.py).
-
-        Raises:
-            WeightsError: an fp8 tensor without scales of the right shape.
-        """
-        tensor = self.read(name)
-        if tensor.dtype != torch.float8_e4m3fn:
-            return tensor
-        scale_name = name + SCALE_SUFFIX
-        if scale_name not in self or self.shape(scale_name) != scale_shape(tensor.shape):
-            found = list(self.shape(scale_name)) if scale_name in self else "none"
-            raise WeightsError(
-                f"{self.uri}: fp8 tensor {name} of shape {list(tensor.shape)} needs {scale_name} of shape "
-                f"{list(scale_shape(tensor.shape))} (got {found}). Copy the folder again."
-            )
-        return dequantize_blocks(tensor, self.read(scale_name))
-
-    def is_scale(self, name: str) -> bool:
-        """Whether a tensor is the block scales of an fp8 tensor that is there too."""
-        return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
 
 
 def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -183,40 +82,115 @@ def load_pretrained(uri: str, *, dtype: torch.dtype, device: str | torch.device 
     return model.eval()
 
 
-def load_into(model: DeepseekV3, uri: str) -> None:
+def load_into(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
     """Copy a folder's weights into `model`, whose own types and devices stay.
 
     Raises:
         MissingFileError: nothing there.
-        WeightsError: lists all tensors that are missing, unexpected or of another shape; or a file is damaged.
+        WeightsError: lists all tensors that are missing, unexpected, of another shape or without their scales, and
+            all files that are damaged.
     """
-    _fill(model, WeightsReader(uri))
+    _fill(model, WeightsReader(uri), on_progress)
 
 
-@torch.no_grad()
-def _fill(model: DeepseekV3, reader: WeightsReader) -> None:
+def _fill(model: DeepseekV3, reader: WeightsReader, on_progress: Progress | None = None) -> None:
     state = model.state_dict()
-    plan = [(tensor, piece) for name, tensor in state.items() for piece in pieces(name, tensor.shape, model.config)]
-    problems = []
-    for tensor, piece in plan:
-        expected = tuple(tensor[piece.part].shape)
-        if piece.hf_name not in reader:
-            problems.append(f"missing {piece.hf_name} (shape {list(expected)})")
-        elif (found := reader.shape(piece.hf_name)) != expected:
-            problems.append(f"wrong shape of {piece.hf_name}: the model has {list(expected)}, the file {list(found)}")
-    wanted = {piece.hf_name for _, piece in plan}
-    problems += [
-        f"unexpected {name} (shape {list(reader.shape(name))})"
-        for name in reader.names
-        if name not in wanted and not is_ignorable(name, model.config) and not reader.is_scale(name)
-    ]
+    parts = [Part(name, tensor.shape, whole_box(tensor.shape), tensor) for name, tensor in state.items()]
+    load_parts(parts, reader, model.config, on_progress=on_progress)
+
+
+class Part(NamedTuple):
+    """What one process holds of one entry of the model's state."""
+
+    name: str
+    shape: torch.Size
+    """The whole entry's."""
+    box: Box
+    """Which part of it is here; it may be empty."""
+    values: Tensor
+
+
+def load_parts(
+    parts: Iterable[Part],
+    source: Source,
+    config: ModelConfig,
+    *,
+    on_progress: Progress | None = None,
+    max_gap_bytes: int = MAX_GAP_BYTES,
+) -> None:
+    """Fill parts of a model's state from `source`, and read no more than they need; types and devices stay.
+
+    Args:
+        parts: of all entries of the state, also of those that nothing is held of.
+        max_gap_bytes: see model/streaming.py.
+
+    Raises:
+        WeightsError: what does not fit, or is damaged; see `load_into`. Nothing was changed then.
+        StorageError: reading failed.
+    """
+    if isinstance(source, WeightsReader):
+        source.open_files()
+    problems: dict[str, None] = {}  # in order, and a damaged file only once
+    wanted: set[str] = set()
+    requests: list[Request] = []
+    for part in parts:
+        whole = torch.empty(part.shape, device="meta")
+        for piece in pieces(part.name, part.shape, config):
+            wanted.add(piece.hf_name)
+            if (problem := _problem(source, piece.hf_name, tuple(whole[piece.part].shape))) is not None:
+                problems[problem] = None
+            elif (overlap := _overlap(piece.part, part)) is not None:
+                target, box = overlap
+                requests.append(Request(piece.hf_name, box, target))
+    problems |= dict.fromkeys(
+        f"unexpected {name}{_shape_of(source, name)}"
+        for name in source.names
+        if name not in wanted and not is_ignorable(name, config) and not is_scale(source, name)
+    )
     if problems:
         raise WeightsError(
-            f"{reader.uri} does not fit the model: {len(problems)} tensors. Check that model and weights belong "
+            f"{source.uri} does not fit the model: {len(problems)} problems. Check that model and weights belong "
             "together:\n" + "\n".join(f"  {problem}" for problem in problems)
         )
-    for tensor, piece in plan:
-        tensor[piece.part].copy_(reader.read_weight(piece.hf_name))
+    fill(source, requests, on_progress=on_progress, max_gap_bytes=max_gap_bytes)
+
+
+def _problem(source: Source, name: str, expected: tuple[int, ...]) -> str | None:
+    if name not in source:
+        return f"missing {name} (shape {list(expected)})"
+    try:
+        if (found := source.shape(name)) != expected:
+            return f"wrong shape of {name}: the model has {list(expected)}, the file {list(found)}"
+        return scale_problem(source, name)
+    except WeightsError as error:
+        return str(error)
+
+
+def _shape_of(source: Source, name: str) -> str:
+    try:
+        return f" (shape {list(source.shape(name))})"
+    except WeightsError:
+        return ""
+
+
+def _overlap(index: tuple[int | slice, ...], part: Part) -> tuple[Tensor, Box] | None:
+    """Where the stored tensor that is `whole[index]` meets a part: the target and the stored box; `None` if nowhere."""
+    inside: list[int | slice] = []
+    stored: list[tuple[int, int]] = []
+    for dim, (first, last) in enumerate(part.box):
+        bounds = index[dim] if dim < len(index) else slice(None)
+        if isinstance(bounds, int):
+            if not first <= bounds < last:
+                return None
+            inside.append(bounds - first)
+            continue
+        begin, end, _ = bounds.indices(part.shape[dim])
+        low, high = max(begin, first), min(end, last)
+        if low >= high:
+            return None
+        inside.append(slice(low - first, high - first))
+        stored.append((low - begin, high - begin))
+    return part.values[tuple(inside)], tuple(stored)
 
 
 def _quantized_modules(model: DeepseekV3, reader: WeightsReader) -> set[str]:
@@ -245,7 +219,8 @@ def save_pretrained(
     Args:
         tensors: released names and values (see `state_to_hf`), in any order. In the order of the model's state
             dict at most one shard is in memory at a time.
-        dtype: of all weights but the selection biases, which are fp32.
+        dtype: of all weights but the selection biases, which are fp32. float8_e4m3fn is the release's own format:
+            projections in fp8 blocks, everything else in bf16.
         tokenizer_uri: a tokenizer.json, or the folder that holds one, to put beside the weights.
 
     Raises:
@@ -256,23 +231,28 @@ def save_pretrained(
     storage.make_directory(uri)
     shards = _plan_shards(config, dtype, max_shard_bytes)
     home = {name: file for file, shapes in shards.items() for name in shapes}
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in shards}
-    problems: list[str] = []
+    waiting: dict[str, dict[str, dict[str, Tensor]]] = {file: {} for file in shards}
+    missing, problems = set(home), []
+    file_of: dict[str, str] = {}
     for name, tensor in tensors:
-        file = home.pop(name, None)
-        if file is None:
+        file = home.get(name)
+        if file is None or name not in missing:
             problems.append(f"unexpected, or given twice: {name}")
-        elif tuple(tensor.shape) != shards[file][name]:
+            continue
+        missing.discard(name)
+        if tuple(tensor.shape) != shards[file][name]:
             problems.append(f"wrong shape of {name}: {list(tensor.shape)}, should be {list(shards[file][name])}")
-        else:
-            waiting[file][name] = tensor.detach().to("cpu", torch.float32 if name.endswith(_BIAS_SUFFIX) else dtype)
-            if len(waiting[file]) == len(shards[file]):
-                held = waiting.pop(file)
-                write_file(storage.join(uri, file), {key: held[key] for key in shards[file]})
-    problems += [f"missing {name}" for name in home]
+            continue
+        waiting[file][name] = dict(_stored(name, tensor.detach(), dtype))
+        if len(waiting[file]) == len(shards[file]):
+            held = waiting.pop(file)
+            stored = {key: value for weight in shards[file] for key, value in held.pop(weight).items()}
+            write_file(storage.join(uri, file), stored)
+            file_of |= dict.fromkeys(stored, file)
+    problems += [f"missing {name}" for name in home if name in missing]
     if problems:
         raise WeightsError(f"cannot write {uri}: the tensors do not fit the model:\n  " + "\n  ".join(problems))
-    write_index(uri, {name: file for file, shapes in shards.items() for name in shapes})
+    write_index(uri, file_of)
     if tokenizer_uri is not None:
         write_tokenizer(uri, tokenizer_uri, config)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
@@ -284,20 +264,36 @@ def save_pretrained(
 def _plan_shards(
     config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File name -> the tensors it holds and their shapes, in the order of the state dict."""
+    """File name -> the weights it holds and their shapes, in the order of the state dict."""
     with torch.device("meta"):
         state = DeepseekV3(config).state_dict()
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     room = max_shard_bytes
     for hf_name, tensor in _all_hf(state, config):
-        itemsize = 4 if hf_name.endswith(_BIAS_SUFFIX) else dtype.itemsize
-        size = math.prod(tensor.shape) * itemsize
+        size = math.prod(tensor.shape) * _stored_dtype(hf_name, dtype).itemsize  # scales are 1/4096 of it
         if size > room and groups[-1]:
             groups.append({})
             room = max_shard_bytes
         groups[-1][hf_name] = tuple(tensor.shape)
         room -= size
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _stored_dtype(hf_name: str, dtype: torch.dtype) -> torch.dtype:
+    if hf_name.endswith(_BIAS_SUFFIX):
+        return torch.float32
+    return torch.bfloat16 if dtype == FP8 and not is_projection(hf_name) else dtype
+
+
+def _stored(hf_name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A weight as it is written, on the CPU: one tensor, or fp8 values and their scales."""
+    stored_dtype = _stored_dtype(hf_name, dtype)
+    if stored_dtype != FP8:
+        yield hf_name, tensor.to("cpu", stored_dtype)
+        return
+    values, scale = quantize_blocks(tensor)
+    yield hf_name, values.cpu()
+    yield hf_name + SCALE_SUFFIX, scale.cpu()
 
 
 def _all_hf(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

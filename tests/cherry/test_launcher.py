@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from base.errors import ConfigError, MissingFileError, WeightsError
-from cherry import sharding
+from cherry import loading
 from cherry.entry import build_parser, resolve
 from cherry.launcher import _cause
 from model.config import PRESETS, ModelConfig
@@ -162,21 +162,21 @@ def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(weights):
     config = ModelConfig.model_validate({**PRESETS["tiny"], **_shape(folder)})
     torch.save(tensors, folder / "671b_model.pt")
     loaded, expected = DeepseekV3(config), DeepseekV3(config)
-    sharding.load_weights(loaded, str(folder / "671b_model.pt"))
-    sharding.load_weights(expected, str(folder))
+    loading.load_weights(loaded, str(folder / "671b_model.pt"))
+    loading.load_weights(expected, str(folder))
     for name, value in expected.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     torch.save({"model": Harmful()}, folder / "harmful.pt")
     with pytest.raises(WeightsError, match="cannot be read as tensors only"):
-        sharding.load_weights(loaded, str(folder / "harmful.pt"))
+        loading.load_weights(loaded, str(folder / "harmful.pt"))
     assert not (folder / "harmed").exists()
     whole = (folder / "671b_model.pt").read_bytes()
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(WeightsError, match="cut"):
-        sharding.load_weights(loaded, str(folder / "cut.pt"))
+        loading.load_weights(loaded, str(folder / "cut.pt"))
     torch.save({name: value for name, value in tensors.items() if "lm_head" not in name}, folder / "headless.pt")
     with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(shape \[600, 32\]\)"):
-        sharding.load_weights(loaded, str(folder / "headless.pt"))
+        loading.load_weights(loaded, str(folder / "headless.pt"))
 
 
 def _shape(folder):

@@ -16,6 +16,7 @@ from base.errors import InvalidInputError, MissingFileError, WeightsError
 from model.config import ModelConfig
 from model.int8 import Int8Experts, Int8Linear, dequantize
 from model.quantize import is_quantized, quantize, quantize_folder
+from model.safetensors_file import Box
 from model.transformer import DeepseekV3
 from model.weights import WeightsReader, load_into, load_pretrained, save_pretrained, state_to_hf
 
@@ -95,17 +96,17 @@ def test_projections_shrink_to_half_of_bf16_and_a_scale_per_row(folder: str, tmp
 def test_no_more_than_one_shard_is_in_memory(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: set[int] = set()
     most = 0
-    plain = WeightsReader.read
+    plain = WeightsReader.read_box
 
-    def counted(reader: WeightsReader, name: str) -> Tensor:
+    def counted(reader: WeightsReader, name: str, box: Box) -> Tensor:
         nonlocal most
-        tensor = plain(reader, name)
+        tensor = plain(reader, name, box)
         alive.add(id(tensor))
         weakref.finalize(tensor, alive.discard, id(tensor))
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(WeightsReader, "read", counted)
+    monkeypatch.setattr(WeightsReader, "read_box", counted)
     quantize_folder(folder, str(tmp_path / "quantized"))
     reader = WeightsReader(folder)
     largest = max(len(reader.names_in(file)) for file in reader.files)

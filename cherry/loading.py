@@ -1,0 +1,91 @@
+"""Owns filling a sharded model with weights from a file: each rank takes what its own shards need.
+
+It knows nothing of meshes, only of what part of a tensor is here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from base import storage
+from base.errors import MissingFileError, WeightsError
+from model.reader import Source, WeightsReader
+from model.safetensors_file import Box, whole_box
+from model.streaming import Progress
+from model.transformer import DeepseekV3
+from model.weights import Part, load_parts
+
+
+def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
+    """Fill the shards from a Hugging Face folder or a .pt file; each rank reads only the bytes that its shards need.
+
+    Args:
+        on_progress: called every few seconds with a line for people and the fraction of this rank's bytes.
+
+    Raises:
+        MissingFileError: nothing at `uri`.
+        WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged; the
+            text lists them all, and nothing was changed.
+    """
+    source: Source = PickledWeights(uri) if uri.endswith(".pt") else WeightsReader(uri)
+    state = [*model.named_parameters(), *_persistent_buffers(model)]
+    parts = [Part(name, tensor.shape, box, local) for name, tensor in state for local, box in [local_part(tensor)]]
+    load_parts(parts, source, model.config, on_progress=on_progress)
+
+
+class PickledWeights:
+    """A .pt file of tensors under the released names, memory-mapped and read with weights_only: no code in it runs.
+
+    Raises:
+        MissingFileError: nothing at `path`.
+        WeightsError: it is no plain mapping of names to tensors.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.uri = path
+        if not storage.exists(path):
+            raise MissingFileError(f"{path} does not exist. --model_path takes a safetensors folder, or a .pt file.")
+        try:
+            content = torch.load(storage.local_path(path), map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises pickle's, zipfile's and its own errors here
+            raise WeightsError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise WeightsError(f"{path}: must hold a mapping of names to tensors, like a released state dict")
+        self._tensors: dict[str, Tensor] = content
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in the file's order."""
+        return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor."""
+        return self._tensors[name].dtype
+
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A part of one tensor; its pages are read when it is copied."""
+        return self._tensors[name][tuple(slice(*bounds) for bounds in box)]
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
+    """This rank's part of a tensor, sharded over any axes and dimensions, and where it lies in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, whole_box(tensor.shape)
+    local = tensor.to_local()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return local, tuple((first, first + size) for first, size in zip(offset, local.shape, strict=True))
+
+
+def _persistent_buffers(model: DeepseekV3) -> list[tuple[str, Tensor]]:
+    kept = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -1,0 +1,119 @@
+"""Filling shards from files: every rank's part, whatever it is sharded by, from safetensors and from .pt files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from base.errors import WeightsError
+from cherry.loading import PickledWeights, load_weights, local_part
+from model.config import PRESETS, ModelConfig
+from model.fp8 import quantize_blocks
+from model.layout import is_projection, state_to_hf
+from model.transformer import DeepseekV3
+from model.weights import load_pretrained, save_pretrained
+
+RANKS = 4
+
+
+@contextmanager
+def as_rank(rank: int) -> Iterator[None]:
+    """This process as one of four: nothing is sent, and filling shards needs nothing to be."""
+    _clear_sharding_prop_cache()  # keyed by meshes that compare equal between ranks
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, str, dict[str, Tensor]]:
+    """A folder in the release's fp8 format, and its weights in fp32."""
+    sizes = {"vocab_size": 600, "hidden_size": 160, "moe_intermediate_size": 136, "num_hidden_layers": 2}
+    config = ModelConfig(**{**PRESETS["tiny"], **sizes})
+    model = DeepseekV3(config)
+    model.init_weights(3)
+    uri = str(tmp_path_factory.mktemp("release"))
+    tensors = [pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, config)]
+    save_pretrained(tensors, uri, config, dtype=torch.float8_e4m3fn, max_shard_bytes=500_000)
+    return config, uri, load_pretrained(uri, dtype=torch.float32).state_dict()
+
+
+def shard(model: DeepseekV3, how: str) -> None:
+    """Experts over one axis and everything over another, as training does; `how` is the experts' second dimension."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "expert"))
+    if how != "rows":
+        for moe in model.moe_layers():
+            for name, parameter in list(moe.experts.named_parameters()):
+                half = torch.empty(parameter.shape[0] // 2, *parameter.shape[1:], device="meta")
+                dtensor = DTensor.from_local(half, mesh["expert"], [Shard(0)], run_check=False)
+                setattr(moe.experts, name, nn.Parameter(dtensor))
+    place = (lambda p: Shard(1) if p.dim() == 3 else Shard(0)) if how == "experts, then width" else None
+    mesh_of_shard = mesh["shard"] if how != "rows" else init_device_mesh("cpu", (RANKS,))
+    for layer in [*model.layers, model]:
+        fully_shard(layer, mesh=mesh_of_shard, shard_placement_fn=place)
+    model.to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("how", ["rows", "experts, then experts", "experts, then width"])
+def test_the_parts_of_all_ranks_are_the_whole(how: str, release: tuple[ModelConfig, str, dict[str, Tensor]]) -> None:
+    config, uri, expected = release
+    found = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
+    for rank in range(RANKS):
+        with as_rank(rank):
+            with torch.device("meta"):
+                model = DeepseekV3(config)
+            shard(model, how)
+            load_weights(model, uri)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                local, box = local_part(tensor)
+                found[name][tuple(slice(*bounds) for bounds in box)] = local.detach()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_pt_file_may_hold_fp8_blocks_too(release: tuple[ModelConfig, str, dict[str, Tensor]], tmp_path: Path) -> None:
+    config, _, expected = release
+    stored = {}
+    for name, value in expected.items():
+        for hf_name, part in state_to_hf(name, value, config):
+            if is_projection(hf_name):
+                stored[hf_name], stored[f"{hf_name}_scale_inv"] = quantize_blocks(part)
+            else:
+                stored[hf_name] = part.clone()
+    path = str(tmp_path / "671b_model.pt")
+    torch.save(stored, path)
+    model = DeepseekV3(config)
+    load_weights(model, path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    whole, box = PickledWeights(path).read_box("lm_head.weight", ((0, 600), (0, 160))), ((7, 9), (100, 160))
+    assert torch.equal(PickledWeights(path).read_box("lm_head.weight", box), whole[7:9, 100:160])
+
+
+def test_a_quantized_or_larger_folder_is_refused_for_training(
+    release: tuple[ModelConfig, str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    from model.quantize import quantize_folder
+
+    config, uri, _ = release
+    quantize_folder(uri, str(tmp_path / "int8"))
+    with pytest.raises(WeightsError, match=r"unexpected model\.layers\.0\.mlp\.down_proj\.weight_scale "):
+        load_weights(DeepseekV3(config), str(tmp_path / "int8"))
+    smaller = DeepseekV3(config.model_copy(update={"n_routed_experts": 4, "n_group": 1, "topk_group": 1}))
+    before = smaller.lm_head.weight.clone()
+    with pytest.raises(WeightsError, match=r"unexpected model\.layers\.1\.mlp\.experts\.4\.down_proj\.weight "):
+        load_weights(smaller, uri)
+    assert torch.equal(smaller.lm_head.weight, before)
