@@ -10,10 +10,14 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from cherry.config import TrainConfig
 from model.moe import MoE
+
+# As in torch.nn.utils.clip_grad_norm_.
+_CLIP_EPS = 1e-6
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -44,10 +48,42 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+@torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients to a total norm of at most `max_norm`; the norm before, 0-dim, over all ranks' shards."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """Scale the gradients to a total norm of at most `max_norm`; the norm before, 0-dim, over all ranks' shards.
+
+    One norm over parameters of several meshes, which `torch.nn.utils.clip_grad_norm_` refuses: each rank's own squares
+    are summed over the axes that a gradient is sharded over, copies are counted once.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    spread: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            axes = tuple(axis for axis, place in enumerate(gradient.placements) if not place.is_replicate())
+            spread.setdefault((gradient.device_mesh, axes), []).append(gradient.to_local())
+        else:
+            spread.setdefault(None, []).append(gradient)
+    squares = [_sum_of_squares(local, where) for where, local in spread.items()]
+    norm = torch.stack(squares).sum().sqrt()
+    scale = (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
+    for local in spread.values():
+        torch._foreach_mul_(local, scale.to(local[0].device))
+    return norm
+
+
+def _sum_of_squares(local: list[Tensor], where: tuple[DeviceMesh, tuple[int, ...]] | None) -> Tensor:
+    """Of these tensors and of their other shards, 0-dim fp32."""
+    total = torch.stack(torch._foreach_norm(local)).square().sum()
+    if where is None:
+        return total
+    mesh, axes = where
+    total = total.to(mesh.device_type)  # gradients that are offloaded are on the CPU
+    for axis in axes:
+        if mesh.size(axis) > 1:
+            dist.all_reduce(total, group=mesh.get_group(axis))
+    return total
 
 
 @torch.no_grad()

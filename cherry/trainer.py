@@ -29,6 +29,7 @@ from cherry.data import Sampler, TokenDataset
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
 from cherry.loss import IGNORE_INDEX, cross_entropy_sum
+from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, format_line, peak_flops
 from cherry.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, update_expert_bias
 from model.transformer import Block, DeepseekV3
@@ -88,6 +89,7 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
+        self.share = data_share(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         self._check_data()
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
@@ -137,8 +139,8 @@ class Trainer:
                     module.compile()
         if mesh is None and config.train.precision == "bf16":
             raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
-        sharding.shard_model(network, mesh, config.train.precision)
-        network.to_empty(device=self.device)
+        sharding.shard_model(network, mesh, config.train.precision, config.parallel)
+        sharding.materialize(network, self.device, cpu_offload=config.parallel.cpu_offload)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
             sharding.load_weights(model, config.init_from)
@@ -205,7 +207,7 @@ class Trainer:
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
         counts = self._sum_over_ranks(torch.tensor([valid, valid_mtp], dtype=torch.float64))
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
-        parts = len(micro_batches) * self.ranks
+        parts = len(micro_batches) * self.share.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for tokens_BT, targets_BT in micro_batches:
             loss, mtp_loss, balance = self.network(tokens_BT.to(self.device), targets_BT.to(self.device))
@@ -249,7 +251,7 @@ class Trainer:
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(tokens, targets), each [B, T] int64, of this rank; targets that bear no loss are IGNORE_INDEX."""
         batches = []
-        chosen = self.sampler.indices(step, self.rank, self.ranks)
+        chosen = self.sampler.indices(step, self.share.rank, self.share.ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
         for start in range(0, len(chosen), size):
             rows = [self.dataset.sequence(int(i)) for i in chosen[start : start + size]]
