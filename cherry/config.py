@@ -48,10 +48,51 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The device mesh. `replicate * shard` must be the number of ranks; `shard: null` takes all that are left."""
+    """How the ranks are laid out: replicate x shard x context x expert, the last one's neighbours nearest.
+
+    The product of the four must be the number of ranks. `replicate`, `shard` and `expert` ranks read sequences of their
+    own; `context` ranks share one. Dense parameters are sharded over shard x context x expert. The experts of a layer
+    are first dealt out over `expert`, then sharded over shard x context. `replicate` holds copies of all that: HSDP.
+    """
 
     replicate: PositiveInt = 1
     shard: PositiveInt | None = None
+    """`null` takes all ranks that the other axes leave."""
+    expert: PositiveInt = 1
+    """Ranks that share out a layer's experts; tokens go to them and back by all-to-all."""
+    context: PositiveInt = 1
+    """Ranks that share out the positions of a sequence."""
+    reshard_after_forward: bool | PositiveInt = True
+    """Free a block's gathered parameters after its forward pass. A number keeps them sharded over that many ranks until
+    the backward pass (a node's, so that the second gathering stays inside it); experts are then freed all the same."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer states in the memory of the CPU; blocks travel to the GPU for use."""
+
+    def shard_ranks(self, ranks: int) -> int:
+        """The size of the `shard` axis."""
+        return self.shard or ranks // (self.replicate * self.expert * self.context)
+
+    def data_ranks(self, ranks: int) -> int:
+        """Ranks that read sequences of their own."""
+        return ranks // self.context
+
+    def problems_with(self, ranks: int) -> Iterator[Problem]:
+        """Rules about the number of ranks; keys are relative to the whole configuration."""
+        axes = {"replicate": self.replicate, "expert": self.expert, "context": self.context}
+        alone = [name for name, size in axes.items() if ranks % size]
+        for name in alone:
+            yield Problem(f"parallel.{name}", f"must divide the number of ranks ({ranks})", axes[name])
+        others = self.replicate * self.expert * self.context
+        told = f"replicate * shard * expert * context must be the number of ranks ({ranks})"
+        if not alone and self.shard is None and ranks % others:
+            yield Problem("parallel", f"{told}; replicate * expert * context must divide it", others)
+        elif not alone and self.shard is not None and others * self.shard != ranks:
+            yield Problem("parallel.shard", f"{told}, and the others give {others}", self.shard)
+        elif not alone:
+            sharded = self.shard_ranks(ranks) * self.context * self.expert
+            if not isinstance(self.reshard_after_forward, bool) and sharded % self.reshard_after_forward:
+                rule = f"a number must divide the ranks that share a parameter ({sharded})"
+                yield Problem("parallel.reshard_after_forward", rule, self.reshard_after_forward)
 
 
 class TrainConfig(Section):
@@ -208,18 +249,16 @@ class JobConfig(Section):
     def problems(self) -> Iterator[Problem]:
         """Rules over several sections."""
         ranks = self.launch.nproc_per_node * self.launch.nnodes
-        micro = ranks * self.train.gradient_accumulation_steps
+        data_ranks = self.parallel.data_ranks(ranks)
+        micro = max(1, data_ranks) * self.train.gradient_accumulation_steps
         if self.train.batch_size % micro:
+            told = "ranks" if self.parallel.context == 1 else "ranks / parallel.context"
             rule = (
-                f"must be divisible by ranks * train.gradient_accumulation_steps "
-                f"({ranks} * {self.train.gradient_accumulation_steps} = {micro})"
+                f"must be divisible by {told} * train.gradient_accumulation_steps "
+                f"({data_ranks} * {self.train.gradient_accumulation_steps} = {micro})"
             )
             yield Problem("train.batch_size", rule, self.train.batch_size)
-        if ranks % self.parallel.replicate:
-            yield Problem("parallel.replicate", f"must divide the number of ranks ({ranks})", self.parallel.replicate)
-        elif self.parallel.shard is not None and self.parallel.replicate * self.parallel.shard != ranks:
-            rule = f"replicate * shard must be the number of ranks ({self.parallel.replicate} * shard = {ranks})"
-            yield Problem("parallel.shard", rule, self.parallel.shard)
+        yield from self._parallel_problems(ranks)
         if self.communication.replicate != "fp32" and self.parallel.replicate == 1:
             rule = "compresses between replicas, and parallel.replicate is 1"
             yield Problem("communication.replicate", rule, self.communication.replicate)
@@ -247,3 +286,23 @@ class JobConfig(Section):
         if missing:
             rule = f"must be projections of the model, which has no {', '.join(missing)}"
             yield Problem("lora.targets", rule, list(lora.targets or ()))
+
+    def _parallel_problems(self, ranks: int) -> Iterator[Problem]:
+        parallel, model = self.parallel, self.model
+        found = list(parallel.problems_with(ranks))
+        yield from found
+        if model.n_routed_experts % parallel.expert:
+            rule = f"must divide model.n_routed_experts ({model.n_routed_experts})"
+            yield Problem("parallel.expert", rule, parallel.expert)
+        elif not found and parallel.expert > 1:
+            inner = parallel.shard_ranks(ranks) * parallel.context
+            widths = (model.hidden_size, 2 * model.moe_intermediate_size)
+            if model.n_routed_experts // parallel.expert % inner and any(width % inner for width in widths):
+                rule = (
+                    f"leaves {inner} ranks (shard * context) to share {model.n_routed_experts // parallel.expert} "
+                    f"experts of {widths[0]} x {widths[1]}: one of these must divide into {inner} equal parts"
+                )
+                yield Problem("parallel.expert", rule, parallel.expert)
+        if parallel.context > 1 and self.data.sequence_length % (2 * parallel.context):
+            rule = f"must be divisible by 2 * parallel.context ({2 * parallel.context})"
+            yield Problem("data.sequence_length", rule, self.data.sequence_length)

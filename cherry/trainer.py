@@ -31,6 +31,7 @@ from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
 from cherry.lora import add_adapters, initialize_adapters
 from cherry.loss import cross_entropy_sum
+from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
 from cherry.optimizer import (
     build_optimizer,
@@ -100,6 +101,7 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
+        self.share = data_share(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
@@ -142,8 +144,8 @@ class Trainer:
                     module.compile()
         if mesh is None and config.train.precision == "bf16":
             raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
-        sharding.shard_model(network, mesh, config.train.precision)
-        network.to_empty(device=self.device)
+        sharding.shard_model(network, mesh, config.train.precision, config.parallel)
+        sharding.materialize(network, self.device, cpu_offload=config.parallel.cpu_offload)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
             loading.load_weights(model, config.init_from)
@@ -225,7 +227,7 @@ class Trainer:
         valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
         counts = self._sum_over_ranks(valid.sum(dim=0))
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
-        parts = len(micro_batches) * self.ranks
+        parts = len(micro_batches) * self.share.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.communication.traffic.clear()
         for number, batch in enumerate(micro_batches, 1):
@@ -318,7 +320,7 @@ class Trainer:
 
     def _micro_batches(self, position: int) -> list[MicroBatch]:
         """This rank's share of batch `position`."""
-        chosen = self.sampler.indices(position, self.rank, self.ranks)
+        chosen = self.sampler.indices(position, self.share.rank, self.share.ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
         parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
         apart = not self.config.data.cross_document_attention

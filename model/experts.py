@@ -8,11 +8,19 @@ F expert's intermediate width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rows [R, D] in expert order, what each is multiplied with [R], and rows of each expert -> [R, D]."""
+
+Spread = Callable[[RunExperts, Tensor, Tensor, Tensor], Tensor]
+"""`run` and its arguments -> [R, D]: takes rows to the ranks that hold their experts, and back."""
 
 
 class Dispatch(NamedTuple):
@@ -79,6 +87,8 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, width: int, intermediate: int) -> None:
         super().__init__()
+        self.spread: Spread | None = None
+        """Set where this process holds only some of the experts."""
         self.w13_EFD = nn.Parameter(torch.empty(experts, 2 * intermediate, width))
         self.w2_EDF = nn.Parameter(torch.empty(experts, width, intermediate))
 
@@ -92,16 +102,24 @@ class Experts(nn.Module):
         x_ND = x_ND.to(dtype or x_ND.dtype)
         rows_RD = _Gather.apply(x_ND, dispatch.token_R, dispatch.inverse_R)  # type: ignore[no-untyped-call]
         weight_R = weight_NK.flatten().gather(0, dispatch.order_R)
-        rows_RD = self.run(rows_RD, weight_R, dispatch.counts_E)
+        if self.spread is None:
+            rows_RD = self.run(rows_RD, weight_R, dispatch.counts_E)
+        else:
+            rows_RD = self.spread(self.run, rows_RD, weight_R, dispatch.counts_E)
         combined = _Combine.apply(rows_RD, dispatch.token_R, dispatch.inverse_R, x_ND.shape[0])  # type: ignore[no-untyped-call]
         return cast(Tensor, combined)
 
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
         """Each row through its expert: grouped matmuls where the device has them, else one expert at a time."""
-        w13_EFD, w2_EDF = self.w13_EFD.to(rows_RD.dtype), self.w2_EDF.to(rows_RD.dtype)
+        w13_EFD, w2_EDF = _own(self.w13_EFD).to(rows_RD.dtype), _own(self.w2_EDF).to(rows_RD.dtype)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
         return cast(Tensor, looped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF))
+
+
+def _own(weight: Tensor) -> Tensor:
+    """The experts that this process holds."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:

@@ -60,12 +60,12 @@ class Job:
     def start(self, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
         """Start it and return at once."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(self.command(*flags, ranks=ranks), text=True, cwd=ROOT, env=_environment(), **pipes)
+        return subprocess.Popen(self.command(*flags, ranks=ranks), text=True, cwd=ROOT, env=self.environment(), **pipes)
 
     def run(self, *flags: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run it to its end."""
         command = self.command(*flags, ranks=ranks, launcher=launcher)
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), check=False)
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=self.environment(), check=False)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -82,10 +82,11 @@ class Job:
         """Directory of one step's checkpoint."""
         return self.directory / "train" / "checkpoints" / f"step_{step:06d}"
 
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """What its processes see: this checkout first, one thread each."""
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="session")
