@@ -99,6 +99,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             directory,
             keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
             asynchronous=config.checkpoint.asynchronous,
             group=group,
             fence=fence,
@@ -141,7 +142,7 @@ class Trainer:
         network.to_empty(device=self.device)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
-            loading.load_weights(model, config.init_from)
+            loading.load_weights(model, config.init_from, on_progress=lambda line, _: self._say(line))
         return model, network.train()
 
     def _resume(self, resume_from: str | None, directory: str, group: dist.ProcessGroup) -> None:
