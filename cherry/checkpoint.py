@@ -6,9 +6,9 @@ without its marker does not exist.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from base import storage
 from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, SupersededError, storage_errors
 from cherry.fence import Fence
+from cherry.integrity import digest_own, verify
+from cherry.staging import Staging, yield_to_training
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"^step_(\d+)$")
@@ -62,22 +64,37 @@ class Checkpointer:
 
     Args:
         directory: where the step directories go, as a path or URI.
+        keep_last: so many of the newest are kept.
+        keep_every_steps: those of steps that it divides are kept too, for good.
         group: a process group with a CPU backend that nothing else uses.
         fence: refuses the commit of an attempt that was superseded; rank 0's.
     """
 
     def __init__(
-        self, directory: str, *, keep_last: int, asynchronous: bool, group: dist.ProcessGroup, fence: Fence | None
+        self,
+        directory: str,
+        *,
+        keep_last: int,
+        asynchronous: bool,
+        group: dist.ProcessGroup,
+        fence: Fence | None,
+        keep_every_steps: int | None = None,
     ) -> None:
         self.directory = directory
         self.failures: list[CherryError] = []
         """Saves that failed, on this rank; training went on."""
         self.last_saved: str | None = None
+        self.stalled_seconds = 0.0
+        """How long the training thread has waited here, over all saves."""
         self._keep_last = keep_last
+        self._keep_every_steps = keep_every_steps
         self._asynchronous = asynchronous
         self._group = group
         self._fence = fence
         self._pending: Future[None] | None = None
+        self._staging = Staging()
+        self._copying = False
+        self._hooked: torch.optim.Optimizer | None = None
         self._told = 0
 
     @property
@@ -106,20 +123,36 @@ class Checkpointer:
         record: dict[str, Any],
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Copy the state, and write it in the background; waits first for a save that is still going on.
+        """Save the state as it is now, in the background; waits first for a save that is still going on.
+
+        The copy is made while training goes on. The optimizer's next step waits for it by itself; whoever changes
+        parameters, optimizer states or large buffers in another way calls `wait_until_copied` first.
 
         Args:
             record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
             extra: more tensors, by a name of their owner's, who reads them back with `read_state`.
         """
-        self.wait()
-        state = _stage(_state(model, optimizer, _random_states(dist.get_rank(self._group))) | dict(extra or {}))
-        # A thread a save, because one that stays keeps its OpenMP threads; see `_lone`.
-        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = thread.submit(self._write, step, state, record)
-        thread.shutdown(wait=False)
-        if not self._asynchronous:
-            self.wait()
+        with self._stalling():
+            self._finish()
+            state = _state(model, optimizer, _random_states(dist.get_rank(self._group))) | dict(extra or {})
+            snapshot = self._staging.begin(state)
+            self._copying = True
+            if self._hooked is not optimizer:
+                optimizer.register_step_pre_hook(lambda *_: self.wait_until_copied())
+                self._hooked = optimizer
+            # A thread a save, because one that stays keeps its OpenMP threads; see `_lone`.
+            thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._pending = thread.submit(self._write, step, snapshot, record)
+            thread.shutdown(wait=False)
+            if not self._asynchronous:
+                self._finish()
+
+    def wait_until_copied(self) -> None:
+        """Until the state may change without changing what is being saved."""
+        if self._copying:
+            with self._stalling():
+                self._staging.wait_until_copied()
+            self._copying = False
 
     def wait(self) -> None:
         """Until the save in flight is committed or has failed. A failure is kept in `failures`, not raised.
@@ -127,6 +160,19 @@ class Checkpointer:
         Raises:
             SupersededError: a newer attempt owns the run directory.
         """
+        with self._stalling():
+            self._finish()
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stalled_seconds += time.perf_counter() - started
+
+    def _finish(self) -> None:
+        self._copying = False
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -142,25 +188,29 @@ class Checkpointer:
         """Finish the save in flight."""
         self.wait()
 
-    def _write(self, step: int, state: dict[str, Any], record: dict[str, Any]) -> None:
-        """On the background thread of every rank: clear, write, agree that all have, commit, prune."""
+    def _write(self, step: int, snapshot: dict[str, Any], record: dict[str, Any]) -> None:
+        """On the background thread of every rank: copy, clear, write, agree that all have, commit, prune."""
         target = storage.join(self.directory, step_name(step))
         rank = dist.get_rank(self._group)
         files: dict[str, list[Any]] = {}
-        failed = self._clear(target)
+        error: CherryError | None = None
+        try:
+            state = self._staging.copy(snapshot)
+        except Exception as failure:  # no memory for the buffers
+            error = _as_storage_error(failure, target)
+        del snapshot
+        yield_to_training()
+        failed, _ = self._agree(error, files)
+        failed = failed or self._clear(target)
         if failed is None:
-            error: CherryError | None = None
             try:
                 with _lone(self._group) as lone:
                     writer = self._writer(target)
                     save_state(state, storage_writer=writer, process_group=self._group, no_dist=lone)
-                files = _digest_own(target, rank)
+                files = digest_own(target, rank)
             except (Exception, CheckpointException) as failure:
                 error = _as_storage_error(failure, target)
-            outcomes: list[Any] = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(outcomes, (error, files), group=self._group)
-            failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
-            files = {name: digest for outcome in outcomes for name, digest in outcome[1].items()}
+            failed, files = self._agree(error, files)
         verdict: list[CherryError | None] = [failed]
         if rank == 0:
             try:
@@ -175,6 +225,15 @@ class Checkpointer:
         if verdict[0] is not None:
             raise verdict[0]
         self.last_saved = target
+
+    def _agree(
+        self, error: CherryError | None, files: dict[str, list[Any]]
+    ) -> tuple[CherryError | None, dict[str, list[Any]]]:
+        """What any rank failed with, and the files of all of them."""
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(outcomes, (error, files), group=self._group)
+        failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
+        return failed, {name: digest for outcome in outcomes for name, digest in outcome[1].items()}
 
     def _writer(self, target: str) -> FileSystemWriter:
         if storage.is_local(target):
@@ -218,7 +277,9 @@ class Checkpointer:
         must not pass for the newest, nor push this branch's own saves out.
         """
         steps = committed_steps(self.directory)
-        return [step for step in steps if step > saved] + [step for step in steps if step <= saved][: -self._keep_last]
+        every = self._keep_every_steps
+        older = [step for step in steps if step <= saved][: -self._keep_last]
+        return [step for step in steps if step > saved] + [step for step in older if every is None or step % every]
 
 
 def restore(
@@ -324,63 +385,6 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, random: dict[str,
     # Also makes the optimizer's states exist, with zeros, when no step was taken yet.
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state, "random": random}
-
-
-def _stage(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU that later steps do not change."""
-    from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
-
-    return _copy_state_dict(state, _create_cpu_state_dict(state))
-
-
-def _digest_own(target: str, rank: int) -> dict[str, list[Any]]:
-    """Size and SHA-256 of the files that this rank wrote, by name; rank 0's include the metadata."""
-    own = [name for name in storage.list_names(target) if name.startswith(f"__{rank}_")]
-    return {name: _digest(storage.join(target, name)) for name in own + ([".metadata"] if rank == 0 else [])}
-
-
-def _digest(uri: str) -> list[Any]:
-    hasher, size = hashlib.sha256(), 0
-    with storage.open_read(uri) as handle:
-        while block := handle.read(1 << 22):
-            hasher.update(block)
-            size += len(block)
-    return [size, hasher.hexdigest()]
-
-
-def verify(uri: str, record: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Compare a checkpoint's files with the sizes and digests of its commit's `record`.
-
-    With a group each rank checks its share of the files, and all ranks raise what any of them found.
-
-    Raises:
-        CheckpointError: names every file that is corrupt, truncated or missing.
-    """
-    files: dict[str, list[Any]] = record.get("files", {})
-    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    broken: list[str] = []
-    for name in sorted(files)[rank::ranks]:
-        path = storage.join(uri, name)
-        try:
-            found = _digest(path)
-        except CherryError as error:
-            broken.append(str(error))
-            continue
-        if found != files[name]:
-            shorter = found[0] != files[name][0]
-            broken.append(
-                f"{path}: " + (f"{found[0]} bytes, {files[name][0]} were committed" if shorter else "other content")
-            )
-    found_by: list[Any] = [broken]
-    if group is not None:
-        found_by = [None] * ranks
-        dist.all_gather_object(found_by, broken, group=group)
-    if everything := [line for lines in found_by for line in lines]:
-        raise CheckpointError(
-            "corrupt checkpoint:\n"
-            + "\n".join(f"  {line}" for line in everything)
-            + "\nRemove this step's directory to resume from the one before it."
-        )
 
 
 def _as_storage_error(failure: BaseException, target: str) -> CherryError:

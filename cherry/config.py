@@ -214,6 +214,8 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 50
     keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints of steps that this divides are kept for good, besides the last ones."""
     asynchronous: bool = True
     directory: str | None = None
     """Where checkpoints go, as a path or URI; `None` is `checkpoints/` inside the run directory."""

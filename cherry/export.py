@@ -14,8 +14,9 @@ from torch import Tensor
 from base import storage
 from base.config import load
 from base.errors import CheckpointError, MissingFileError, run_program
-from cherry.checkpoint import newest_checkpoint, read_state, reader_of, verify
+from cherry.checkpoint import newest_checkpoint, read_state, reader_of
 from cherry.config import JobConfig
+from cherry.integrity import verify
 from cherry.lora import add_adapters, merged
 from model.layout import state_to_hf
 from model.transformer import DeepseekV3

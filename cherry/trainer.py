@@ -114,6 +114,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             directory,
             keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
             asynchronous=config.checkpoint.asynchronous,
             group=group,
             fence=fence,
@@ -148,7 +149,7 @@ class Trainer:
         sharding.materialize(network, self.device, cpu_offload=config.parallel.cpu_offload)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
-            loading.load_weights(model, config.init_from)
+            loading.load_weights(model, config.init_from, on_progress=lambda line, _: self._say(line))
         initialize_adapters(model, config.seed)
         return model, network.train()
 
@@ -365,6 +366,8 @@ class Trainer:
         }
         unsent = self.communication.state()
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
+        if unsent:
+            self.checkpointer.wait_until_copied()  # the next backward pass writes over it
         self._save_owed, self._good_before = False, None
 
     def _result(self) -> dict[str, Any]:

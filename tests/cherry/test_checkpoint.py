@@ -11,6 +11,7 @@ from base import storage
 from base.errors import CheckpointError, StorageError, SupersededError
 from cherry.checkpoint import Checkpointer, committed_steps, newest_checkpoint, restore
 from cherry.fence import Fence
+from cherry.staging import Staging
 
 
 def build(seed=0):
@@ -22,8 +23,8 @@ def build(seed=0):
     return model, optimizer
 
 
-def saver_of(directory, group, *, kind=Checkpointer, keep_last=2, asynchronous=True, fence=None):
-    return kind(str(directory), keep_last=keep_last, asynchronous=asynchronous, group=group, fence=fence)
+def saver_of(directory, group, *, kind=Checkpointer, keep_last=2, asynchronous=True, fence=None, **options):
+    return kind(str(directory), keep_last=keep_last, asynchronous=asynchronous, group=group, fence=fence, **options)
 
 
 class HeldCheckpointer(Checkpointer):
@@ -41,8 +42,9 @@ def test_a_save_is_of_the_moment_it_was_asked_for_and_training_goes_on_meanwhile
     saver = saver_of(tmp_path, group, kind=HeldCheckpointer)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     saver.save(1, model, optimizer, {"step": 1})
-    for parameter in model.parameters():
-        parameter.data.add_(1.0)  # reached while the writer waits: saving holds nothing up
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()  # reached while the writer waits: saving holds nothing up
+    assert not torch.equal(model[0].weight, expected["0.weight"])
     assert newest_checkpoint(str(tmp_path)) is None
     saver.go.set()
     saver.close()
@@ -50,6 +52,88 @@ def test_a_save_is_of_the_moment_it_was_asked_for_and_training_goes_on_meanwhile
     restore(newest_checkpoint(str(tmp_path)), other, other_optimizer, group)
     for name, value in other.state_dict().items():
         assert torch.equal(value, expected[name])
+
+
+class WaitedForStaging(Staging):
+    """Copies only once something waits for the copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited_for = threading.Event()
+        self.buffers = []
+
+    def copy(self, snapshot):
+        assert self.waited_for.wait(60)
+        staged = super().copy(snapshot)
+        self.buffers.append({name: value.data_ptr() for name, value in staged["model"].items()})
+        return staged
+
+    def wait_until_copied(self):
+        self.waited_for.set()
+        super().wait_until_copied()
+
+
+def test_the_next_optimizer_step_waits_for_the_copy_which_reuses_its_buffers(tmp_path, group, monkeypatch):
+    """Weights too large to be copied at once: the copy is not even begun when the step is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    monkeypatch.setattr("cherry.checkpoint.Staging", WaitedForStaging)
+    saver = saver_of(tmp_path, group, keep_last=9)
+    staging, expected = saver._staging, {}
+    for step in (1, 2):
+        model(torch.randn(4, 200)).sum().backward()
+        optimizer.step()
+        expected[step] = {name: value.clone() for name, value in model.state_dict().items()}
+        staging.waited_for.clear()
+        saver.save(step, model, optimizer, {"step": step})
+        model(torch.randn(4, 200)).sum().backward()
+        optimizer.step()
+    saver.close()
+    assert not saver.failures
+    assert staging.buffers[0] == staging.buffers[1]
+    for step, weights in expected.items():
+        restore(f"{tmp_path}/step_{step:06d}", model, optimizer, group)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, weights[name]), (step, name)
+
+
+def test_small_tensors_are_of_the_moment_of_the_save_even_without_a_step(tmp_path, group):
+    model, optimizer = build()
+    saver = saver_of(tmp_path, group, kind=HeldCheckpointer)
+    saver.go.clear()
+    expected = model[1].bias.detach().clone()
+    saver.save(1, model, optimizer, {"step": 1})
+    model[1].bias.data.add_(1.0)
+    saver.go.set()
+    saver.close()
+    restore(saver.last_saved, model, optimizer, group)
+    assert torch.equal(model[1].bias, expected)
+
+
+def test_every_nth_is_kept_for_good_besides_the_last_ones(tmp_path, group):
+    saver = saver_of(tmp_path, group, keep_every_steps=20)
+    for step in range(5, 75, 5):
+        saver.save(step, *build(), {"step": step})
+    saver.close()
+    assert committed_steps(str(tmp_path)) == [20, 40, 60, 65, 70]
+    again = saver_of(tmp_path, group, keep_every_steps=20)
+    again.save(50, *build(), {"step": 50})
+    again.close()
+    assert committed_steps(str(tmp_path)) == [20, 40, 50], "of a branch that was left nothing stays"
+
+
+def test_no_memory_for_the_copy_costs_that_save_alone(tmp_path, group, monkeypatch):
+    class Full(Staging):
+        def _copy_large(self, key, tensor):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("cherry.checkpoint.Staging", Full)
+    saver = saver_of(tmp_path, group)
+    saver.save(1, *build(), {"step": 1})
+    saver.close()
+    assert ["allocate memory" in str(error) for error in saver.failures] == [True]
+    assert committed_steps(str(tmp_path)) == []
 
 
 def test_the_last_ones_are_kept_and_what_was_never_committed_is_not_seen(tmp_path, group):

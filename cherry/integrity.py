@@ -1,0 +1,64 @@
+"""Owns the sizes and digests of a checkpoint's files: taken after writing, compared before reading.
+
+It knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch.distributed as dist
+
+from base import storage
+from base.errors import CheckpointError, CherryError
+
+
+def digest_own(target: str, rank: int) -> dict[str, list[Any]]:
+    """Size and SHA-256 of the files that this rank wrote, by name; rank 0's include the metadata."""
+    own = [name for name in storage.list_names(target) if name.startswith(f"__{rank}_")]
+    return {name: _digest(storage.join(target, name)) for name in own + ([".metadata"] if rank == 0 else [])}
+
+
+def _digest(uri: str) -> list[Any]:
+    hasher, size = hashlib.sha256(), 0
+    with storage.open_read(uri) as handle:
+        while block := handle.read(1 << 22):
+            hasher.update(block)
+            size += len(block)
+    return [size, hasher.hexdigest()]
+
+
+def verify(uri: str, record: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Compare a checkpoint's files with the sizes and digests of its commit's `record`.
+
+    With a group each rank checks its share of the files, and all ranks raise what any of them found.
+
+    Raises:
+        CheckpointError: names every file that is corrupt, truncated or missing.
+    """
+    files: dict[str, list[Any]] = record.get("files", {})
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    broken: list[str] = []
+    for name in sorted(files)[rank::ranks]:
+        path = storage.join(uri, name)
+        try:
+            found = _digest(path)
+        except CherryError as error:
+            broken.append(str(error))
+            continue
+        if found != files[name]:
+            shorter = found[0] != files[name][0]
+            broken.append(
+                f"{path}: " + (f"{found[0]} bytes, {files[name][0]} were committed" if shorter else "other content")
+            )
+    found_by: list[Any] = [broken]
+    if group is not None:
+        found_by = [None] * ranks
+        dist.all_gather_object(found_by, broken, group=group)
+    if everything := [line for lines in found_by for line in lines]:
+        raise CheckpointError(
+            "corrupt checkpoint:\n"
+            + "\n".join(f"  {line}" for line in everything)
+            + "\nRemove this step's directory to resume from the one before it."
+        )
