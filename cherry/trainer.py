@@ -25,6 +25,7 @@ from base.errors import ConfigError, NonFiniteLossError
 from cherry import sharding
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
+from cherry.context import ContextSplit, share_positions
 from cherry.data import Sampler, TokenDataset
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
@@ -32,7 +33,7 @@ from cherry.loss import IGNORE_INDEX, cross_entropy_sum
 from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, format_line, peak_flops
 from cherry.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, update_expert_bias
-from model.transformer import Block, DeepseekV3
+from model.transformer import Block, DeepseekV3, next_tokens
 
 logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
@@ -46,15 +47,26 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.split: ContextSplit | None = None
+        """Set where other ranks compute the other positions of the same sequences."""
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss."""
-        out = self.model(tokens_BT)
+        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
+
+        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
+        """
+        positions_T = None
+        next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT)
+        if self.split is not None:
+            positions_T = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
+            tokens_BT, next_BT = tokens_BT[:, positions_T], next_BT[:, positions_T]
+            targets_BT, mtp_targets_BT = targets_BT[:, positions_T], mtp_targets_BT[:, positions_T]
+        out = self.model(tokens_BT, positions_T, next_BT)
         weight_VD = self.model.lm_head.weight.to(out.hidden_BTD.dtype)
         loss = self._sum(out.hidden_BTD, weight_VD, targets_BT)
         if out.mtp_hidden_BTD is None:
             return loss, torch.zeros_like(loss), out.balance_loss
-        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets(targets_BT))
+        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets_BT)
         return loss, mtp_loss, out.balance_loss
 
     def _sum(self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -129,8 +141,10 @@ class Trainer:
         config = self.config
         with torch.device("meta"):
             model = DeepseekV3(config.model)
-        network: nn.Module = TrainingModel(model, config.train.loss_chunk_tokens)
+        network = TrainingModel(model, config.train.loss_chunk_tokens)
         mesh = sharding.build_mesh(config.parallel, self.device)
+        if mesh is not None and mesh.context is not None:
+            network.split = share_positions(model, mesh.context)
         if config.train.activation_checkpointing == "full":
             _wrap_blocks(model)
         if config.train.compile:
@@ -205,7 +219,7 @@ class Trainer:
         valid = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches)
         valid_mtp = sum(int((mtp_targets(targets) != IGNORE_INDEX).sum()) for _, targets in micro_batches)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
-        counts = self._sum_over_ranks(torch.tensor([valid, valid_mtp], dtype=torch.float64))
+        counts = self._sum_over_ranks(torch.tensor([valid, valid_mtp], dtype=torch.float64)) / self.share.parts
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.share.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -273,7 +287,7 @@ class Trainer:
 
     def heldout(self) -> Heldout:
         """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
-        self._heldout = evaluate_heldout(self.model, self.network, self.config, self.run_directory, self.device)
+        self._heldout = evaluate_heldout(self.network, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
     def _report(self, record: dict[str, Any], *, last: bool) -> None:
