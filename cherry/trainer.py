@@ -25,6 +25,7 @@ from cherry import communication, loading, sharding
 from cherry.batches import MicroBatch, check_fits, micro_batch, mtp_targets
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
+from cherry.context import ContextSplit, share_positions
 from cherry.data import Sampler, TokenDataset
 from cherry.divergence import Figures, StepGuard
 from cherry.fence import Fence
@@ -42,7 +43,7 @@ from cherry.optimizer import (
     update_expert_bias,
 )
 from model.documents import Documents
-from model.transformer import Block, DeepseekV3
+from model.transformer import Block, DeepseekV3, next_tokens
 
 logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
@@ -56,17 +57,28 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.split: ContextSplit | None = None
+        """Set where other ranks compute the other positions of the same sequences."""
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss."""
-        out = self.model(tokens_BT, documents)
+        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
+
+        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
+        """
+        positions_T = None
+        next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT, documents)
+        if self.split is not None:
+            positions_T = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
+            tokens_BT, next_BT = tokens_BT[:, positions_T], next_BT[:, positions_T]
+            targets_BT, mtp_targets_BT = targets_BT[:, positions_T], mtp_targets_BT[:, positions_T]
+        out = self.model(tokens_BT, documents, positions_T=positions_T, next_BT=next_BT)
         weight_VD = self.model.lm_head.weight.to(out.hidden_BTD.dtype)
         loss = self._sum(out.hidden_BTD, weight_VD, targets_BT)
         if out.mtp_hidden_BTD is None:
             return loss, torch.zeros_like(loss), out.balance_loss
-        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets(targets_BT, documents))
+        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets_BT)
         return loss, mtp_loss, out.balance_loss
 
     def _sum(self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -135,8 +147,10 @@ class Trainer:
             model = DeepseekV3(config.model)
         if config.lora is not None:
             add_adapters(model, config.lora)
-        network: nn.Module = TrainingModel(model, config.train.loss_chunk_tokens)
+        network = TrainingModel(model, config.train.loss_chunk_tokens)
         mesh = sharding.build_mesh(config.parallel, self.device)
+        if mesh is not None and mesh.context is not None:
+            network.split = share_positions(model, mesh.context)
         if config.train.activation_checkpointing == "full":
             _wrap_blocks(model)
         if config.train.compile:
@@ -226,7 +240,7 @@ class Trainer:
         micro_batches = self._micro_batches(step + self.progress.data_offset)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
         valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
-        counts = self._sum_over_ranks(valid.sum(dim=0))
+        counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.share.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -339,7 +353,7 @@ class Trainer:
 
     def heldout(self) -> Heldout:
         """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
-        self._heldout = evaluate_heldout(self.model, self.network, self.config, self.run_directory, self.device)
+        self._heldout = evaluate_heldout(self.network, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
     def _report(self, record: dict[str, Any], *, last: bool) -> None:

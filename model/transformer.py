@@ -116,13 +116,25 @@ class DeepseekV3(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.num_nextn_predict_layers else None
 
-    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> ModelOutput:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents: Documents | None = None,
+        *,
+        positions_T: Tensor | None = None,
+        next_BT: Tensor | None = None,
+    ) -> ModelOutput:
         """Hidden states of int64 tokens; positions count from 0 in each row, or in each of its `documents`.
 
         In training mode every mixture layer's `tokens_per_expert_E` grows by the tokens that chose each expert.
+
+        Args:
+            positions_T: where the tokens stand, when they are a part of their sequences.
+            next_BT: the token that follows each of them (for the MTP module), likewise.
         """
-        places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        tables = rotary_tables(self.config, places_T if documents is None else documents.position_BT)
+        if positions_T is None:
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        tables = rotary_tables(self.config, positions_T if documents is None else documents.position_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         balance_loss = torch.zeros((), dtype=torch.float32, device=tokens_BT.device)
         for layer, moe in zip(self.layers, self._moe_by_layer, strict=True):
@@ -132,8 +144,8 @@ class DeepseekV3(nn.Module):
         hidden_BTD = self.norm(x_BTD)
         if self.mtp is None or not self.training:
             return ModelOutput(hidden_BTD, None, balance_loss)
-        # Position t takes token t + 1; the last one has none and repeats its own.
-        next_BT = torch.cat([tokens_BT[:, 1:], tokens_BT[:, -1:]], dim=1)
+        if next_BT is None:
+            next_BT = next_tokens(tokens_BT)
         out = self.mtp(hidden_BTD, self.embed_tokens(next_BT), tables, documents)
         balance_loss = self._record(_moe_of(self.mtp.block), out, balance_loss)
         return ModelOutput(hidden_BTD, out.hidden_BTD, balance_loss)
@@ -160,6 +172,11 @@ class DeepseekV3(nn.Module):
             parameter.copy_(initial_values(name, parameter.shape, seed=seed, std=self.config.initializer_range))
         for buffer in self.buffers():
             buffer.zero_()
+
+
+def next_tokens(tokens_BT: Tensor) -> Tensor:
+    """What the MTP module sees at each position: token t + 1; the last position has none and repeats its own."""
+    return torch.cat([tokens_BT[:, 1:], tokens_BT[:, -1:]], dim=1)
 
 
 def initial_values(

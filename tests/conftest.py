@@ -60,12 +60,12 @@ class Job:
     def start(self, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
         """Start it and return at once."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(self.command(*flags, ranks=ranks), text=True, cwd=ROOT, env=self.environment(), **pipes)
+        return subprocess.Popen(self.command(*flags, ranks=ranks), text=True, cwd=ROOT, env=_environment(), **pipes)
 
     def run(self, *flags: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run it to its end."""
         command = self.command(*flags, ranks=ranks, launcher=launcher)
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=self.environment(), check=False)
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), check=False)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -82,11 +82,16 @@ class Job:
         """Directory of one step's checkpoint."""
         return self.directory / "train" / "checkpoints" / f"step_{step:06d}"
 
-    @staticmethod
-    def environment() -> dict[str, str]:
-        """What its processes see: this checkout first, one thread each."""
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """What programs of tests see: this checkout first, one thread each."""
+    return _environment()
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +128,13 @@ checkpoint: {every_steps: 4}
     return path
 
 
+@pytest.fixture(scope="session")
+def new_job(job_config: Path, prepared_data: Path) -> Callable[[Path], Job]:
+    """Makes a job in a new directory."""
+    return lambda directory: Job(directory, job_config, prepared_data)
+
+
 @pytest.fixture
-def make_job(tmp_path: Path, job_config: Path, prepared_data: Path) -> Callable[[str], Job]:
+def make_job(tmp_path: Path, new_job: Callable[[Path], Job]) -> Callable[[str], Job]:
     """Makes jobs by name inside the test's own directory."""
-    return lambda name: Job(tmp_path / name, job_config, prepared_data)
+    return lambda name: new_job(tmp_path / name)

@@ -7,17 +7,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Wanted = dict[str, tuple[int, list[str]]]
 PROGRAM = Path(__file__).with_name("train_jobs.py")
 
 
-def run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
-    """Run programs side by side; one that fails ends the others, which would wait for it."""
+@pytest.fixture(scope="session")
+def run_together(environment: dict[str, str]) -> Callable[[list[list[str]]], None]:
+    """Runs programs side by side; one that fails ends the others, which would wait for it."""
+    return lambda commands: _run_together(commands, environment)
+
+
+def _run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     started = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
 
@@ -28,25 +33,35 @@ def run_together(commands: list[list[str]], environment: dict[str, str]) -> None
                 other.kill()
         return told
 
-    with ThreadPoolExecutor(len(started)) as pool:
-        told = list(pool.map(wait, started))
+    try:
+        with ThreadPoolExecutor(len(started)) as pool:
+            told = list(pool.map(wait, started))
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0] * len(started), "\n".join(told)
 
 
-@pytest.fixture
-def train_jobs(make_job: Callable[[str], Any], tmp_path: Path) -> Callable[[Wanted], dict[str, Any]]:
-    """Trains jobs given as name -> (ranks, overrides), in order; their `Job`s by name."""
+@pytest.fixture(scope="session")
+def train_jobs(
+    new_job: Callable[[Path], Any],
+    run_together: Callable[[list[list[str]]], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[list[Any]], dict[str, Any]]:
+    """Trains jobs in order; their `Job`s by name. See `Wanted` in test_layouts.py for what a job is."""
 
-    def train(wanted: Wanted) -> dict[str, Any]:
-        jobs = {name: make_job(str(number)) for number, name in enumerate(wanted)}
-        lines = [
-            {"config": str(jobs[name].config), "directory": str(jobs[name].directory), "ranks": ranks, "set": flags}
-            for name, (ranks, flags) in wanted.items()
-        ]
-        (tmp_path / "jobs.json").write_text(json.dumps(lines))
-        ranks = max(ranks for ranks, _ in wanted.values())
-        commands = [[sys.executable, str(PROGRAM), str(tmp_path), str(rank)] for rank in range(ranks)]
-        run_together(commands, next(iter(jobs.values())).environment())
+    def train(wanted: list[Any]) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        jobs = {one.name: new_job(folder / str(number)) for number, one in enumerate(wanted)}
+        lines = []
+        for one in wanted:
+            line = {**asdict(one), "set": one.flags, "config": str(jobs[one.name].config)}
+            source = str(jobs[one.resume_from[0]].checkpoint(one.resume_from[1])) if one.resume_from else None
+            lines.append({**line, "directory": str(jobs[one.name].directory), "resume_from": source})
+        (folder / "jobs.json").write_text(json.dumps(lines))
+        ranks = max(one.ranks for one in wanted)
+        commands = [[sys.executable, str(PROGRAM), str(folder), str(rank)] for rank in range(ranks)]
+        run_together(commands)
         return jobs
 
     return train
