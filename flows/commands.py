@@ -6,9 +6,12 @@ It knows the flows and where their results lie; the arguments are flows/cli.py's
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -38,10 +41,12 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     resolved = load(config, RunConfig, overrides)
     directory = Path(run_directory(resolved))
     console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
-    with RunProgress(console, directory):
+    logs = f"  logs:     {directory}/train/, {directory}/events.jsonl\n"
+    hints = f"{logs}  resume:   the same command; finished steps are found"
+    with _hinting(console, hints), RunProgress(console, directory):
         from flows.train_flow import train_flow
 
-        _finished(train_flow(config, overrides_from(overrides), return_state=True))
+        _result(lambda: train_flow(config, overrides_from(overrides), return_state=True))
     summary = summarize(directory)
     console.print(_table(summary))
     _next(console, resolved, f"cherry deploy {' '.join([config, *overrides])}")
@@ -55,16 +60,19 @@ def deploy(console: Console, config: str, overrides: list[str], *, version: int 
         CherryError: what the failing step raised.
     """
     resolved = load(config, RunConfig, overrides)
-    with RunProgress(console, Path(run_directory(resolved))):
+    logs = f"{Path(resolved.runs_directory) / 'serving'}/*.log"
+    with _hinting(console, f"  logs:  {logs}"), RunProgress(console, Path(run_directory(resolved))):
         from flows.deploy_flow import deploy_flow
 
-        released: dict[str, Any] = _finished(deploy_flow(config, overrides_from(overrides), version, return_state=True))
+        released: dict[str, Any] = _result(
+            lambda: deploy_flow(config, overrides_from(overrides), version, return_state=True)
+        )
     console.print(f"[bold]{released['version']}[/] answers at {released['url']}", highlight=False)
     body = '{"prompt": "def main(", "max_tokens": 32}'
     console.print(
         f'  ask:   curl {released["url"]}/v1/anything/infer -H "Authorization: Bearer $(cat {released["key_file"]})" '
         f"-H 'Content-Type: application/json' -d '{body}'\n"
-        f"  logs:  {Path(resolved.runs_directory) / 'serving'}/*.log\n"
+        f"  logs:  {logs}\n"
         f"  stop:  cherry stop --runs-directory {resolved.runs_directory}",
         highlight=False,
         markup=False,
@@ -88,8 +96,27 @@ def demo(console: Console) -> None:
     console.print(f"\nsummary: {directory / 'summary.json'}", highlight=False)
 
 
-def _finished(state: Any) -> Any:
-    """The result of a finished flow; its error otherwise, without Prefect's frames around it."""
+@contextmanager
+def _hinting(console: Console, hints: str) -> Iterator[None]:
+    """After a failure, where to look and how to go on; the error itself is told last."""
+    try:
+        yield
+    except CherryError:
+        console.print(hints, highlight=False, markup=False, soft_wrap=True)
+        raise
+
+
+def _result(flow: Callable[[], Any]) -> Any:
+    """The result of a flow that finishes; its error otherwise, without Prefect's frames around it.
+
+    Raises:
+        CherryError: what the failing step raised.
+        OperationalError: Prefect's server could not be reached, or the flow ended in another way.
+    """
+    try:
+        state = flow()
+    except (RuntimeError, httpx.HTTPError) as error:  # not the flow's, whose errors are in its state
+        raise OperationalError(_no_server(error)) from error
     if state.is_completed():
         return state.result()
     try:
@@ -99,6 +126,19 @@ def _finished(state: Any) -> Any:
     except Exception as error:
         raise OperationalError(f"the flow ended as {state.name}: {error}") from error
     raise OperationalError(f"the flow ended as {state.name}")
+
+
+def _no_server(error: Exception) -> str:
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if url:
+        address = httpx.URL(url).copy_with(userinfo=b"")
+        return f"Prefect's server at {address} does not answer ({error}). Start it, or unset PREFECT_API_URL."
+    return (
+        f"Prefect's temporary server did not start ({error}). Try again when the machine is less busy, or start one "
+        "(prefect server start) and set PREFECT_API_URL."
+    )
 
 
 def _table(summary: dict[str, Any]) -> Table:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
 
 
-def cherry(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT)}
+def cherry(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "flows.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
 
@@ -46,3 +46,32 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs" / "broken" / "data" / "COMMITTED").exists()
     assert not (tmp_path / "runs" / "broken" / "steps" / "data.json").exists()
+    told = ended.stdout.replace("\n", "")
+    assert f"{Path('runs/broken')}/events.jsonl" in told
+    assert "resume:   the same command" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "variables", "text"),
+    [
+        (
+            "run",
+            {"PREFECT_API_URL": "http://somebody:secret@127.0.0.1:9/api"},
+            "Prefect's server at http://127.0.0.1:9/api does not answer",
+        ),
+        (
+            "deploy",
+            {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "0"},
+            "Prefect's temporary server did not start",
+        ),
+    ],
+)
+def test_a_prefect_server_that_does_not_answer_is_named(command, variables, text, tmp_path):
+    ended = cherry(command, TINY, "name=early", home=tmp_path, **variables)
+    assert ended.returncode == 30, ended.stderr
+    assert ended.stderr.startswith(f"error: {text}")
+    assert "PREFECT_API_URL" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "secret" not in ended.stdout + ended.stderr
+    assert not (tmp_path / "runs").exists()
