@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML file, like configs/tiny.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="like train.learning_rate=2e-6")
         command.add_argument("--verbose", action="store_true", help="print every log line of the flow")
-    deploy.add_argument("--model-version", type=int, metavar="N", help="a registered version; default: the candidate")
+    deploy.add_argument("--model-version", type=int, metavar="N", help="a registered version; default: this run's own")
 
     status = commands.add_parser("status", help="every run: finished steps, loss, checkpoint, processes")
     stop = commands.add_parser("stop", help="stop what `cherry deploy` started")

@@ -28,7 +28,8 @@ def deploy_flow(
         config: path of the YAML config that the run was made with.
         overrides: any of its keys, nested; they win over the file.
         version: a registered version; `None` goes by the alias.
-        alias: of a registered version; `None` takes the candidate.
+        alias: of a registered version; with neither it is the version that this run registered, or the candidate when
+            it has none, and one that was judged worse is refused.
     """
     context = begin_release(config, overrides)
     release = resolve_version(context, version, alias)

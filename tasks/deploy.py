@@ -22,7 +22,16 @@ from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
 from tasks.artifacts import show_table
 from tasks.report import RELEASE_CONFIG
 from tasks.serving import GATEWAY, Server, ServingDirectory
-from tasks.steps import REGISTRY_DELAYS_S, RunContext, StepRun, find_output, perform, worth_retrying, write_event
+from tasks.steps import (
+    REGISTRY_DELAYS_S,
+    RunContext,
+    StepRun,
+    find_finished,
+    find_output,
+    perform,
+    worth_retrying,
+    write_event,
+)
 from tasks.tracking import ModelVersion
 
 _PROMPT_CHARACTERS = 60
@@ -55,7 +64,6 @@ def _say(context: RunContext, line: str) -> None:
 
 def _registered(context: RunContext, number: int | None, alias: str | None = None) -> ModelVersion:
     config = context.config.register_model
-    alias = alias or config.candidate_alias
     tracker = context.tracker()
     if number is not None:
         found = tracker.version(config.model_name, number=number)
@@ -70,6 +78,32 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
     return found
 
 
+def _chosen(context: RunContext) -> ModelVersion:
+    """The version when none was named: the one that this run registered; for a run that has none, the candidate.
+
+    Raises:
+        ConfigError: it was judged worse than the champion, or this registry does not have the run's version.
+    """
+    config = context.config.register_model
+    record = find_finished(context.path, "register")
+    own = storage.read_json(record.outputs["register"]) if record is not None else {}
+    if own.get("name") == config.model_name:
+        found = _registered(context, own["version"])
+        if own.get("identity") not in (None, found.tags.get("cherry.identity")):
+            raise ConfigError(
+                f"{found.name} version {found.version} in the registry at {context.tracker().uri} is not the one that "
+                f"run {context.config.name} registered. Track where it was trained (tracking.uri), or name a version."
+            )
+    else:
+        found = _registered(context, None, config.candidate_alias)
+    if found.tags.get("verdict") == "worse":
+        raise ConfigError(
+            f"{found.name} version {found.version} was judged worse than {found.tags.get('compared_with')}. To serve "
+            f"it all the same, name it: --model-version {found.version}."
+        )
+    return found
+
+
 @task(
     name="resolve",
     cache_policy=NO_CACHE,
@@ -78,13 +112,14 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
     retry_condition_fn=worth_retrying,
 )
 def resolve_version(context: RunContext, number: int | None, alias: str | None = None) -> Release:
-    """Find the version, by number or by alias (the candidate when neither is given), and its weights.
+    """Find the version, by number or by alias (the run's own when neither is given), and its weights.
 
     Raises:
         MissingFileError: no such version, or its weights are gone.
-        ConfigError: the quantized weights cost more than quantize.max_dnll, so they are not served.
+        ConfigError: the quantized weights cost more than quantize.max_dnll, so they are not served; see `_chosen` too.
     """
-    found = _registered(context, number, alias)
+    named = number is not None or alias is not None
+    found = _registered(context, number, alias) if named else _chosen(context)
     if context.config.deploy.artifact == "quantized":
         if found.tags.get("quantized_passed") == "false":
             raise ConfigError(

@@ -49,11 +49,12 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             "heldout_bits_per_byte": f"{result['bits_per_byte']:.4f}",
             "parent_run_id": context.parent_run_id or "",
         }
+        identity = storage.fingerprint([exported.fingerprint, quantized.fingerprint, context.key])
         version = tracker.register(
             step.run_id,
             config.model_name,
             _lasting(exported.outputs["export"]),
-            identity=storage.fingerprint([exported.fingerprint, quantized.fingerprint, context.key]),
+            identity=identity,
             alias=config.candidate_alias,
             tags=tags,
         )
@@ -67,7 +68,8 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             + (" (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else "")
         )
         target = str(context.path / "register.json")
-        storage.write_json(target, {"name": version.name, "version": version.version, "champion": champion})
+        made = {"name": version.name, "version": version.version, "identity": identity, "champion": champion}
+        storage.write_json(target, made)
         return {"register": target}
 
     return perform(context, "register", inputs, work)
