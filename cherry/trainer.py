@@ -17,73 +17,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from base import storage
-from base.errors import ConfigError, NonFiniteLossError
-from cherry import communication, loading, sharding
-from cherry.batches import MicroBatch, check_fits, micro_batch, mtp_targets
+from base.errors import NonFiniteLossError
+from cherry import communication
+from cherry.batches import MicroBatch, check_fits, micro_batch
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
-from cherry.context import ContextSplit, share_positions
 from cherry.data import Sampler, TokenDataset
 from cherry.divergence import Figures, StepGuard
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
-from cherry.lora import add_adapters, initialize_adapters
-from cherry.loss import cross_entropy_sum
 from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
-from cherry.optimizer import (
-    build_optimizer,
-    clip_coefficient,
-    gradient_norm,
-    learning_rate,
-    set_learning_rate,
-    update_expert_bias,
-)
-from model.documents import Documents
-from model.transformer import Block, DeepseekV3, next_tokens
+from cherry.network import build
+from cherry.optimizer import learning_rate, set_learning_rate, update_expert_bias
 
 logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
-
-
-class TrainingModel(nn.Module):
-    """The model with its losses inside `forward`, so that sharding gathers the head for exactly as long as needed."""
-
-    def __init__(self, model: DeepseekV3, loss_chunk_tokens: int) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_chunk_tokens = loss_chunk_tokens
-        self.split: ContextSplit | None = None
-        """Set where other ranks compute the other positions of the same sequences."""
-
-    def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
-
-        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
-        """
-        positions_T = None
-        next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT, documents)
-        if self.split is not None:
-            positions_T = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
-            tokens_BT, next_BT = tokens_BT[:, positions_T], next_BT[:, positions_T]
-            targets_BT, mtp_targets_BT = targets_BT[:, positions_T], mtp_targets_BT[:, positions_T]
-        out = self.model(tokens_BT, documents, positions_T=positions_T, next_BT=next_BT)
-        weight_VD = self.model.lm_head.weight.to(out.hidden_BTD.dtype)
-        loss = self._sum(out.hidden_BTD, weight_VD, targets_BT)
-        if out.mtp_hidden_BTD is None:
-            return loss, torch.zeros_like(loss), out.balance_loss
-        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets_BT)
-        return loss, mtp_loss, out.balance_loss
-
-    def _sum(self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        return cross_entropy_sum(hidden_ND, weight_VD, targets_BT.flatten(), chunk_tokens=self.loss_chunk_tokens)
 
 
 @dataclass
@@ -117,9 +70,10 @@ class Trainer:
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
-        self.model, self.network = self._build()
-        self.communication = communication.install(self.network, config.communication)
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, config.train))
+        self.network = build(config, self.device, self._say)
+        self.model = self.network.model
+        self.communication = communication.install(self.network.module, config.communication)
+        self.optimizer = self.accelerator.prepare_optimizer(self.network.optimizer)
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
         directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
@@ -138,34 +92,9 @@ class Trainer:
         self._group = group
         self._heldout: Heldout | None = None
         self._resume(resume_from, directory)
+        self.network.start()
         self.metrics = self._open_metrics()
         self.peak_flops = peak_flops(self.device, config.train.precision)
-
-    def _build(self) -> tuple[DeepseekV3, nn.Module]:
-        config = self.config
-        with torch.device("meta"):
-            model = DeepseekV3(config.model)
-        if config.lora is not None:
-            add_adapters(model, config.lora)
-        network = TrainingModel(model, config.train.loss_chunk_tokens)
-        mesh = sharding.build_mesh(config.parallel, self.device)
-        if mesh is not None and mesh.context is not None:
-            network.split = share_positions(model, mesh.context)
-        if config.train.activation_checkpointing == "full":
-            _wrap_blocks(model)
-        if config.train.compile:
-            for module in model.modules():
-                if isinstance(module, Block):
-                    module.compile()
-        if mesh is None and config.train.precision == "bf16":
-            raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
-        sharding.shard_model(network, mesh, config.train.precision, config.parallel)
-        sharding.materialize(network, self.device, cpu_offload=config.parallel.cpu_offload)
-        sharding.initialize(model, config.seed)
-        if config.init_from is not None:
-            loading.load_weights(model, config.init_from, on_progress=lambda line, _: self._say(line))
-        initialize_adapters(model, config.seed)
-        return model, network.train()
 
     def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
@@ -177,6 +106,7 @@ class Trainer:
 
     def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
+        self.network.fold()
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
         self.communication.restore(uri, self._group)
         self.progress = Progress(**{key: record[key] for key in asdict(Progress()) if key in record})
@@ -247,23 +177,23 @@ class Trainer:
         self.communication.traffic.clear()
         for number, batch in enumerate(micro_batches, 1):
             self.communication.micro_batch(last=number == len(micro_batches))
-            loss, mtp_loss, balance = self.network(*batch.to(self.device))
+            loss, mtp_loss, balance = self.network.module(*batch.to(self.device))
             total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
             (total + train.balance_loss_weight * balance / parts).backward()
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
-        norm = gradient_norm(self.network)
+        norm = self.network.gradient_norm()
         # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
         sums = self._sum_over_ranks(torch.cat([sums, norm.double()[None] / self.ranks]))
         figures = Figures(float(sums[0]) / tokens, float(sums[3]))
         skipped = self.guard.judge(figures)
+        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
+        # Before the optimizer's step, which then runs while the next pass is being queued.
+        load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
         if skipped is None:
-            # Not through Accelerate's wrapper, which takes no coefficient and without a scaler adds nothing.
-            self.optimizer.optimizer.step(clip_coefficient=clip_coefficient(norm, train.max_grad_norm))
+            self.network.step(norm, train.max_grad_norm)
         else:
             self.communication.forget()
-        self.optimizer.zero_grad(set_to_none=True)
-        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
-        load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
+        self.network.clear()
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
@@ -353,7 +283,7 @@ class Trainer:
 
     def heldout(self) -> Heldout:
         """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
-        self._heldout = evaluate_heldout(self.network, self.config, self.run_directory, self.device, self.share)
+        self._heldout = evaluate_heldout(self.network.module, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
     def _report(self, record: dict[str, Any], *, last: bool) -> None:
@@ -378,6 +308,7 @@ class Trainer:
             "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
             "model": self.config.model.model_dump(mode="json"),
         }
+        self.network.fold()
         unsent = self.communication.state()
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
         if unsent:
@@ -412,13 +343,3 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.rank == 0:
             print(line, flush=True)
-
-
-def _wrap_blocks(model: DeepseekV3) -> None:
-    """Recompute each block in the backward pass: its name and type stay, so sharding and checkpoints see no change."""
-    from torch.utils.checkpoint import checkpoint
-
-    for module in model.modules():
-        if isinstance(module, Block):
-            forward = module.forward
-            module.forward = lambda *a, _forward=forward: checkpoint(_forward, *a, use_reentrant=False)  # type: ignore[method-assign]

@@ -52,7 +52,14 @@ def test_the_fused_step_and_the_plain_one_are_torch_s_on_clipped_gradients(coeff
     for step in range(10):
         take(fused, optimizer, step, coefficient)
         for part in (slice(0, 2), slice(2, None)):
-            shards = Shards(plain[part], gradients(step)[part], moments[0][part], moments[1][part], steps[part])
+            shards = Shards(
+                plain[part],
+                gradients(step)[part],
+                moments[0][part],
+                moments[1][part],
+                steps[part],
+                [None] * len(plain[part]),
+            )
             scale = None if coefficient is None else torch.tensor(coefficient)
             step_reference(shards, optimizer.param_groups[0 if part.start == 0 else 1], scale)
         for parameter, gradient in zip(expected, gradients(step), strict=True):
