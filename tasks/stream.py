@@ -26,10 +26,12 @@ SERIES = (
     "expert_load_max_over_mean",
     "heldout_loss",
     "step_seconds",
+    "bytes_on_wire_total",
+    "reduction_bytes_over_fp32",
 )
 _POLL_S = 10.0
-# Steps in one request: ten series of each stay below MLflow's 1000 metrics.
-_BATCH_STEPS = 100
+# Steps in one request, which may hold 1000 metrics (MLflow's limit).
+_BATCH_STEPS = 1000 // len(SERIES)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
