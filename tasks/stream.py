@@ -28,10 +28,12 @@ SERIES = (
     "step_seconds",
     "skipped_steps",
     "rollbacks",
+    "bytes_on_wire_total",
+    "reduction_bytes_over_fp32",
 )
 _POLL_S = 10.0
-# Steps in one request: twelve series of each stay below MLflow's 1000 metrics.
-_BATCH_STEPS = 80
+# Steps in one request, which may hold 1000 metrics (MLflow's limit).
+_BATCH_STEPS = 1000 // len(SERIES)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
