@@ -60,7 +60,7 @@ class CheckpointError(InvalidInputError):
 
 
 class NonFiniteLossError(InvalidInputError):
-    """The loss or the gradient norm became NaN or infinite: the same step would fail again."""
+    """The loss or the gradient norm stayed NaN, infinite or far above what it was: the same steps would fail again."""
 
     exit_code = 16
 

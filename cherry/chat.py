@@ -12,6 +12,7 @@ from itertools import pairwise
 from tokenizers import Tokenizer
 
 from cherry.documents import ROLES, Document
+from cherry.fim import Fim
 from cherry.tokenizer import ROLE_TOKENS
 
 # chat_template of DeepSeek-V3's released tokenizer_config.json: the system's text stands bare, and only the
@@ -55,6 +56,25 @@ def template_of(tokenizer: Tokenizer) -> Template:
         token = tokenizer.token_to_id(ROLE_TOKENS[role])
         before[role] = [token] if token is not None else tokenizer.encode(f"{role}\n", add_special_tokens=False).ids
     return Template(before, frozenset(ROLES))
+
+
+def encode_filled(
+    tokenizer: Tokenizer, documents: Sequence[Document], fim: Fim | None, *, bos_id: int, eos_id: int
+) -> Iterator[Encoded]:
+    """Like `encode`, but documents that `fim` cuts are told prefix, suffix, middle; all their tokens bear loss."""
+    cuts = [fim.cut(document) if fim is not None else None for document in documents]
+    plain = encode(
+        tokenizer, [d for d, cut in zip(documents, cuts, strict=True) if cut is None], bos_id=bos_id, eos_id=eos_id
+    )
+    parts = [part for cut in cuts if cut is not None for part in cut]
+    encodings = (encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=False))
+    for document, cut in zip(documents, cuts, strict=True):
+        if cut is None or fim is None:
+            yield next(plain)
+            continue
+        prefix, middle, suffix = next(encodings), next(encodings), next(encodings)
+        tokens = [bos_id, fim.begin, *prefix, fim.hole, *suffix, fim.end, *middle, eos_id]
+        yield Encoded(tokens, [True] * len(tokens), document.text, [])
 
 
 def encode(

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -53,9 +53,9 @@ def committed_steps(directory: str) -> list[int]:
     return sorted(step for step in steps if storage.is_committed(storage.join(directory, step_name(step))))
 
 
-def newest_checkpoint(directory: str) -> str | None:
-    """URI of the newest committed checkpoint, or `None`. One rank only."""
-    steps = committed_steps(directory)
+def newest_checkpoint(directory: str, *, before: int | None = None) -> str | None:
+    """URI of the newest committed checkpoint (of a step below `before`), or `None`. One rank only."""
+    steps = [step for step in committed_steps(directory) if before is None or step < before]
     return storage.join(directory, step_name(steps[-1])) if steps else None
 
 
@@ -115,7 +115,14 @@ class Checkpointer:
         new, self._told = known[self._told :], len(known)
         return new
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        record: dict[str, Any],
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         """Save the state as it is now, in the background; waits first for a save that is still going on.
 
         The copy is made while training goes on. The optimizer's next step waits for it by itself; whoever changes
@@ -123,10 +130,12 @@ class Checkpointer:
 
         Args:
             record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
+            extra: more tensors, by a name of their owner's, who reads them back with `read_state`.
         """
         with self._stalling():
             self._finish()
-            snapshot = self._staging.begin(_state(model, optimizer, _random_states(dist.get_rank(self._group))))
+            state = _state(model, optimizer, _random_states(dist.get_rank(self._group))) | dict(extra or {})
+            snapshot = self._staging.begin(state)
             self._copying = True
             if self._hooked is not optimizer:
                 optimizer.register_step_pre_hook(lambda *_: self.wait_until_copied())

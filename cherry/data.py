@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 
 from base import storage
 from base.errors import ConfigError, DataError, storage_errors
-from cherry.chat import Encoded, encode
+from cherry.chat import Encoded, encode, encode_filled
 from cherry.config import DataConfig
 from cherry.documents import Document, Source, is_heldout, sample_texts, source_version
+from cherry.fim import TRAINED_TOKENS, fim_of
 from cherry.packing import SHARD_TOKENS, Manifest, ShardWriter, TokenDataset, read_manifest
 from cherry.sampler import Sampler
 from cherry.tokenizer import check_fit, load_tokenizer, train_tokenizer
@@ -93,6 +94,8 @@ def prepare(
     storage.make_directory(directory)
     report(f"{len(source.files):,} files, {source.bytes / 1e6:.1f} MB", 0.0)
     tokenizer = _tokenizer(source, vocab_size, bos_id, eos_id)
+    origin = config.tokenizer or "the tokenizer trained here"
+    fim = fim_of(tokenizer, rate=config.fim_rate, seed=config.seed, origin=origin)
     storage.write_bytes(str(path / "tokenizer.json"), tokenizer.to_str(pretty=True).encode())
     report(f"tokenizer of {tokenizer.get_vocab_size():,} tokens", _TOKENIZER_SHARE)
     tally = _Tally()
@@ -103,7 +106,7 @@ def prepare(
     ):
         for batch in _batches(source.documents()):
             train = [document for document in batch if not tally.add(document, config, heldout)]
-            for encoded in encode(tokenizer, train, bos_id=bos_id, eos_id=eos_id):
+            for encoded in encode_filled(tokenizer, train, fim, bos_id=bos_id, eos_id=eos_id):
                 writer.add(encoded.tokens, encoded.bears)
             done = _TOKENIZER_SHARE + (0.98 - _TOKENIZER_SHARE) * min(1.0, tally.bytes / max(source.bytes, 1))
             report(f"packed {tally.documents:,} documents, {writer.tokens:,} tokens", done)
@@ -129,7 +132,8 @@ def _tokenizer(source: Source, vocab_size: int, bos_id: int, eos_id: int) -> Tok
         return tokenizer
     train = (document for document in source.documents() if not _held(document, config))
     texts = sample_texts(train, size_bytes=config.tokenizer_sample_bytes, seed=config.seed)
-    return train_tokenizer(texts, vocab_size, bos_id=bos_id, eos_id=eos_id)
+    fim_tokens = TRAINED_TOKENS if config.fim_rate else ()
+    return train_tokenizer(texts, vocab_size, bos_id=bos_id, eos_id=eos_id, more_special=fim_tokens)
 
 
 def _held(document: Document, config: DataConfig) -> bool:

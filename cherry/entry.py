@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def _train(options: argparse.Namespace, rank: int) -> None:
     config = resolve(options)
     run_directory = options.run_dir or f"runs/{config.name}"
     _log_to_file(run_directory, rank)
+    for name, value in config.communication.variables().items():
+        os.environ.setdefault(name, value)  # the libraries read it when they connect
     import torch
     import torch.distributed as dist
 
@@ -133,7 +136,9 @@ def _train(options: argparse.Namespace, rank: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        seconds = config.communication.timeout_s
+        timeout = None if seconds is None else timedelta(seconds=seconds)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
         _prepare(config, run_directory, rank)
         from cherry.trainer import Trainer
 

@@ -17,6 +17,7 @@ from base.errors import CheckpointError, MissingFileError, run_program
 from cherry.checkpoint import newest_checkpoint, read_state, reader_of
 from cherry.config import JobConfig
 from cherry.integrity import verify
+from cherry.lora import add_adapters, merged
 from model.layout import state_to_hf
 from model.transformer import DeepseekV3
 from model.weights import save_pretrained
@@ -27,6 +28,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.flo
 
 def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = None) -> str:
     """Write `<run>/export` from a checkpoint, the newest committed one by default; the checkpoint's URI.
+
+    Adapters are merged into the weights: the folder is a plain model's.
 
     Raises:
         MissingFileError: no checkpoint is committed.
@@ -44,8 +47,13 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
     storage.remove_tree(target)
     with torch.device("meta"):
         model = DeepseekV3(config.model)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
     tokenizer = storage.join(run_directory, "data", "tokenizer.json")
-    tensors = (pair for name, tensor in read_tensors(model, source) for pair in state_to_hf(name, tensor, config.model))
+    state = read_tensors(model, source)
+    if config.lora is not None:
+        state = merged(state, config.lora)
+    tensors = (pair for name, tensor in state for pair in state_to_hf(name, tensor, config.model))
     save_pretrained(tensors, target, config.model, dtype=dtype, tokenizer_uri=tokenizer)
     return source
 

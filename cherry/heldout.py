@@ -22,6 +22,7 @@ from base import storage
 from cherry.config import JobConfig
 from cherry.data import HeldoutDocument, iterate_heldout
 from cherry.loss import IGNORE_INDEX
+from cherry.mesh import DataShare
 from model.transformer import DeepseekV3
 
 _WINDOWS_PER_BATCH = 16
@@ -105,7 +106,7 @@ def model_score(model: DeepseekV3, device: torch.device) -> Score:
 
 @torch.no_grad()
 def evaluate_heldout(
-    model: DeepseekV3, network: nn.Module, config: JobConfig, run_directory: str, device: torch.device
+    network: nn.Module, config: JobConfig, run_directory: str, device: torch.device, share: DataShare
 ) -> Heldout:
     """The held-out loss of a model in training, sharded or not; every rank takes part and gets the result.
 
@@ -114,26 +115,27 @@ def evaluate_heldout(
     window = config.data.sequence_length
     bearing = (d for d in iterate_heldout(storage.join(run_directory, "data"), window) if any(d.loss_mask))
     documents = list(islice(bearing, config.train.heldout_sequences))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = share.rank, share.ranks
     sums = torch.zeros(3, dtype=torch.float64)
     network.eval()
     try:
         for start in range(0, len(documents), ranks * _WINDOWS_PER_BATCH):
-            share = documents[start + rank : start + ranks * _WINDOWS_PER_BATCH : ranks]
-            for batch in [share] if share else [documents[:1]]:  # an idle rank computes along, and counts nothing
+            own = documents[start + rank : start + ranks * _WINDOWS_PER_BATCH : ranks]
+            for batch in [own] if own else [documents[:1]]:  # an idle rank computes along, and counts nothing
                 tokens_BT = torch.zeros(len(batch), window, dtype=torch.int64)
                 targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
                 for row, (_, tokens, targets) in enumerate(_windows(batch, window)):
                     tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
                     targets_BT[row, : len(targets)] = torch.tensor(targets)
                 loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
-                if share:
-                    counted = sum(sum(document.loss_mask) for document in share)
-                    sums += torch.tensor([float(loss), counted, sum(document.bytes for document in share)])
+                if own:  # the ranks of a sequence each have a part of its loss, but count the same text
+                    counted = sum(sum(document.loss_mask) for document in own) / share.parts
+                    size = sum(document.bytes for document in own) / share.parts
+                    sums += torch.tensor([float(loss), counted, size], dtype=torch.float64)
     finally:
         network.train()
-    if ranks > 1:
+    if dist.get_world_size() > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    nll, tokens, size = sums.tolist()
-    return Heldout(nll / max(tokens, 1.0), nll / math.log(2) / max(size, 1.0))
+    nll, tokens, covered = sums.tolist()
+    return Heldout(nll / max(tokens, 1.0), nll / math.log(2) / max(covered, 1.0))

@@ -22,24 +22,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needed else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
+        grad_weight_VD: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk):
             part = slice(start, start + chunk)
             hidden_CD, targets_C = hidden_ND[part], targets_N[part]
-            valid_C = targets_C != IGNORE_INDEX
-            logits_CV = (hidden_CD @ weight_VD.T).float()
-            log_sum_C = logits_CV.logsumexp(dim=-1)
-            index_C1 = targets_C.clamp(min=0)[:, None]
-            chosen_C = logits_CV.gather(1, index_C1)[:, 0]
-            total += torch.where(valid_C, log_sum_C - chosen_C, 0.0).sum()
-            if grad_hidden_ND is None or grad_weight_VD is None:
+            loss, grad_CV = _loss_and_gradient(hidden_CD @ weight_VD.T, targets_C, gradient=needed)
+            total += loss
+            if grad_hidden_ND is None:
                 continue
-            grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
-            grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1.0, dtype=torch.float32))
-            grad_CV.mul_(valid_C[:, None])
-            grad_CV = grad_CV.to(hidden_ND.dtype)
             grad_hidden_ND[part] = grad_CV @ weight_VD
-            grad_weight_VD += grad_CV.T @ hidden_CD
+            if hidden_CD.shape == hidden_ND.shape:
+                grad_weight_VD = grad_CV.T @ hidden_CD
+            else:
+                grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if start == 0 else grad_weight_VD
+                grad_weight_VD += grad_CV.T @ hidden_CD
         if needed:
             ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
             ctx.weight_dtype = weight_VD.dtype
@@ -55,6 +51,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, fp32, and its gradient by the logits in their type; the logits are used up."""
+    if logits_CV.is_cuda:
+        from cherry.triton_loss import softmax_gradient_
+
+        return softmax_gradient_(logits_CV, targets_C, ignore_index=IGNORE_INDEX, gradient=gradient).sum(), logits_CV
+    dtype, logits_CV = logits_CV.dtype, logits_CV.float()
+    valid_C = targets_C != IGNORE_INDEX
+    log_sum_C = logits_CV.logsumexp(dim=-1)
+    index_C1 = targets_C.clamp(min=0)[:, None]
+    chosen_C = logits_CV.gather(1, index_C1)[:, 0]
+    loss = torch.where(valid_C, log_sum_C - chosen_C, 0.0).sum()
+    if gradient:
+        logits_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
+        logits_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1.0, dtype=torch.float32))
+        logits_CV.mul_(valid_C[:, None])
+    return loss, logits_CV.to(dtype)
 
 
 def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int) -> Tensor:

@@ -6,11 +6,13 @@ It knows nothing of how the figures come about.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from base import storage
 from base.errors import storage_errors
@@ -59,20 +61,27 @@ class MetricsWriter:
             # A new file under the old name: an attempt that was superseded writes on to one without a name.
             storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._handle = path.open("a", buffering=1)
-        self.first_loss: float | None = kept[0]["loss"] if kept else None
-        self.last_loss: float | None = kept[-1]["loss"] if kept else None
+        losses = [line["loss"] for line in kept if line["loss"] is not None]
+        self.first_loss: float | None = losses[0] if losses else None
+        self.last_loss: float | None = losses[-1] if losses else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it is on its way to the disk when this returns."""
-        if self.first_loss is None:
-            self.first_loss = record["loss"]
-        self.last_loss = record["loss"]
+        """Append one record; it is on its way to the disk when this returns. What is not finite becomes null."""
+        record = {key: value if is_finite(value) else None for key, value in record.items()}
+        if record["loss"] is not None:
+            self.first_loss = record["loss"] if self.first_loss is None else self.first_loss
+            self.last_loss = record["loss"]
         with storage_errors(str(self._path)):
             self._handle.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
+
+
+def is_finite(value: object) -> bool:
+    """False for NaN and the infinities, which JSON does not have."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -86,13 +95,29 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def format_line(record: dict[str, Any]) -> str:
-    """One line for people: step, loss, gradient norm, rate, tokens/s, MFU, expert load and the time left."""
+    """One line for people: step, loss, gradient norm, rate, tokens/s, MFU, expert load and the time left.
+
+    Once a step was skipped or the run went back, how often.
+    """
     left = int(record["seconds_left"])
     eta = f"{left // 3600}h{left % 3600 // 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s"
     speed = record["tokens_per_second"]
     rate = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
+    counts = {"skipped": record.get("skipped_steps"), "rollbacks": record.get("rollbacks")}
+    events = "".join(f" {name} {count}" for name, count in counts.items() if count)
     return (
         f"step {record['step']}/{record['steps']} loss {record['loss']:.3f} grad {record['grad_norm']:.2f} "
         f"lr {record['learning_rate']:.1e} {rate} tok/s mfu {100 * record['mfu']:.1f}% ({MFU_CONVENTION}) "
-        f"load {record['expert_load_max_over_mean']:.2f} eta {eta}"
+        f"load {record['expert_load_max_over_mean']:.2f} eta {eta}{events}"
     )
+
+
+def expert_load(load_LE: Tensor, *, whole: bool) -> dict[str, Any]:
+    """The worst layer's max over mean of the tokens that chose each expert, and if `whole` every expert's share."""
+    if not load_LE.numel():
+        return {"expert_load_max_over_mean": 1.0}
+    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1.0)
+    figures: dict[str, Any] = {"expert_load_max_over_mean": float((share_LE.amax(1) / share_LE.mean(1)).max())}
+    if whole:
+        figures["expert_load"] = [[round(value, 5) for value in row] for row in share_LE.tolist()]
+    return figures

@@ -1,4 +1,4 @@
-"""Owns how a model is spread over the ranks: the mesh, the order of sharding, and the first values of each shard.
+"""Owns how a model is spread over the ranks: the order of sharding, and the first values of each shard.
 
 It knows nothing of losses or steps. It is the only file that calls `fully_shard`; nothing of the full model ever sits
 on one rank: meta device, sharding, `to_empty`, then each rank fills its own part (from weights: cherry/loading.py).
@@ -6,46 +6,135 @@ on one rank: meta device, sharding, `to_empty`, then each rank fills its own par
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from cherry.config import ParallelConfig
+from cherry.dispatch import ExpertDispatch
 from cherry.loading import local_part
+from cherry.mesh import Meshes, build_meshes
+from model.experts import Experts
+from model.moe import MoE
 from model.transformer import Block, DeepseekV3, initial_values
 
 
-def build_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
-    """The (replicate, shard) mesh, or a plain shard mesh; `None` for one CPU rank, where sharding only costs time."""
-    ranks = dist.get_world_size()
-    if ranks == 1 and device.type == "cpu":
+def build_mesh(config: ParallelConfig, device: torch.device) -> Meshes | None:
+    """The meshes of all ranks; `None` for one CPU rank, where sharding only costs time."""
+    if dist.get_world_size() == 1 and device.type == "cpu":
         return None
-    shard = config.shard or ranks // config.replicate
-    if config.replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return build_meshes(config, device)
 
 
-def shard_model(root: nn.Module, mesh: DeviceMesh | None, precision: str) -> None:
+def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel: ParallelConfig | None = None) -> None:
     """Shard every block of `root` by itself, then what is left, in place.
 
     Parameters, gradients' reduction and optimizer states are fp32; with bf16 each block is gathered and computed
     in bf16. Gradients are summed over ranks: the loss is divided by the count of tokens of all of them.
     """
-    if mesh is None:
+    if meshes is None:
         return
-    param_dtype = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    for module in root.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy)
+    parallel = parallel or ParallelConfig()
+    policies = _policies(precision, parallel, meshes.dense.device_type)
+    blocks = [module for module in root.modules() if isinstance(module, Block)]
+    for block in blocks:
+        if meshes.experts is not None and isinstance(block.mlp, MoE):
+            _spread_experts(block.mlp.experts, meshes, policies, reshard=parallel.reshard_after_forward is not False)
+        fully_shard(
+            block,
+            mesh=meshes.dense,
+            reshard_after_forward=parallel.reshard_after_forward,
+            shard_placement_fn=_placement(block, meshes.dense),
+            **policies,
+        )
+    fully_shard(root, mesh=meshes.dense, **policies)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
             module.set_gradient_divide_factor(1.0)
+    if meshes.experts is not None:
+        _prefetch(root, blocks)
+
+
+def _policies(precision: str, parallel: ParallelConfig, device_type: str) -> dict[str, Any]:
+    param_dtype = torch.bfloat16 if precision == "bf16" else None
+    offload = CPUOffloadPolicy(pin_memory=device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    return {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
+        "offload_policy": offload,
+    }
+
+
+def _spread_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], *, reshard: bool) -> None:
+    """Deal a layer's experts out over the expert axis, then shard each rank's own over the ranks that are left."""
+    assert meshes.experts is not None
+    mesh = meshes.experts["expert"]
+    for name, parameter in list(experts.named_parameters()):
+        own = torch.empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:], device="meta")
+        setattr(experts, name, nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False)))
+    experts.spread = ExpertDispatch(mesh.get_group())
+    shards = meshes.expert_shards
+    placement = _placement(experts, shards)
+    fully_shard(experts, mesh=shards, reshard_after_forward=reshard, shard_placement_fn=placement, **policies)
+
+
+def _placement(module: nn.Module, mesh: DeviceMesh) -> Any:
+    """Where FSDP2 cuts each parameter: by rows, but experts that do not go round by their next dimension.
+
+    At 2,048 ranks 256 experts cut by rows would be padded eightfold.
+    """
+    ranks = mesh.size(-1)
+    fused = {
+        parameter
+        for part in module.modules()
+        if isinstance(part, Experts)
+        for parameter in part.parameters()
+        if parameter.shape[1] % ranks == 0
+    }
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        if parameter not in fused:
+            return None
+        rows = parameter.to_local().shape[0] if isinstance(parameter, DTensor) else parameter.shape[0]
+        uneven = rows % ranks != 0 if isinstance(parameter, DTensor) else rows < ranks
+        return Shard(1) if uneven else None
+
+    return place
+
+
+def _prefetch(root: nn.Module, blocks: list[Block]) -> None:
+    """Say which parameters to gather ahead: FSDP2's own guess knows nothing of experts inside blocks.
+
+    While a block computes, the next one's dense part and experts travel, in the backward pass the one before it.
+    """
+
+    def parts(block: Block) -> list[FSDPModule]:
+        inner = [block.mlp.experts] if isinstance(block.mlp, MoE) else []
+        return [part for part in (block, *inner) if isinstance(part, FSDPModule)]
+
+    assert isinstance(root, FSDPModule)
+    root.set_modules_to_forward_prefetch(parts(blocks[0]))
+    root.set_modules_to_backward_prefetch(parts(blocks[-1]))
+    for block, following in pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        block.set_modules_to_forward_prefetch(parts(following))
+        following.set_modules_to_backward_prefetch(parts(block))
+
+
+def materialize(root: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Give the shards memory, on `device`, or with `cpu_offload` on the CPU (buffers always on `device`)."""
+    root.to_empty(device="cpu" if cpu_offload else device)
+    if cpu_offload and device.type != "cpu":
+        for module in root.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ It knows nothing of sequences. Training and encoding are the `tokenizers` librar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -16,8 +16,13 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_id: int) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_id: int, more_special: Sequence[str] = ()
+) -> Tokenizer:
     """Train a byte-level BPE (as GPT-2's) of at most `vocab_size` tokens. The same texts give the same tokenizer.
+
+    Args:
+        more_special: control tokens behind bos, eos and the roles.
 
     Raises:
         DataError: the model's bos and eos ids are not 0 and 1, which a tokenizer trained here has.
@@ -32,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_i
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, *ROLE_TOKENS.values()],
+        special_tokens=[BOS, EOS, *ROLE_TOKENS.values(), *more_special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -8,10 +8,9 @@ Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture l
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,29 @@ from torch import Tensor, nn
 
 from base import storage
 from base.errors import ConfigError, NonFiniteLossError
-from cherry import loading, sharding
+from cherry import communication, loading, sharding
+from cherry.batches import MicroBatch, check_fits, micro_batch, mtp_targets
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
+from cherry.context import ContextSplit, share_positions
 from cherry.data import Sampler, TokenDataset
+from cherry.divergence import Figures, StepGuard
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
-from cherry.loss import IGNORE_INDEX, cross_entropy_sum
-from cherry.metrics import MFU_CONVENTION, MetricsWriter, format_line, peak_flops
-from cherry.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, update_expert_bias
-from model.transformer import Block, DeepseekV3
+from cherry.lora import add_adapters, initialize_adapters
+from cherry.loss import cross_entropy_sum
+from cherry.mesh import data_share
+from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
+from cherry.optimizer import (
+    build_optimizer,
+    clip_coefficient,
+    gradient_norm,
+    learning_rate,
+    set_learning_rate,
+    update_expert_bias,
+)
+from model.documents import Documents
+from model.transformer import Block, DeepseekV3, next_tokens
 
 logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
@@ -45,15 +57,28 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.split: ContextSplit | None = None
+        """Set where other ranks compute the other positions of the same sequences."""
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss."""
-        out = self.model(tokens_BT)
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
+
+        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
+        """
+        positions_T = None
+        next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT, documents)
+        if self.split is not None:
+            positions_T = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
+            tokens_BT, next_BT = tokens_BT[:, positions_T], next_BT[:, positions_T]
+            targets_BT, mtp_targets_BT = targets_BT[:, positions_T], mtp_targets_BT[:, positions_T]
+        out = self.model(tokens_BT, documents, positions_T=positions_T, next_BT=next_BT)
         weight_VD = self.model.lm_head.weight.to(out.hidden_BTD.dtype)
         loss = self._sum(out.hidden_BTD, weight_VD, targets_BT)
         if out.mtp_hidden_BTD is None:
             return loss, torch.zeros_like(loss), out.balance_loss
-        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets(targets_BT))
+        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets_BT)
         return loss, mtp_loss, out.balance_loss
 
     def _sum(self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -61,18 +86,18 @@ class TrainingModel(nn.Module):
         return cross_entropy_sum(hidden_ND, weight_VD, targets_BT.flatten(), chunk_tokens=self.loss_chunk_tokens)
 
 
-def mtp_targets(targets_BT: Tensor) -> Tensor:
-    """What the MTP module predicts: one token further; the last position of each row has none."""
-    return torch.cat([targets_BT[:, 1:], torch.full_like(targets_BT[:, :1], IGNORE_INDEX)], dim=1)
-
-
 @dataclass
 class Progress:
-    """The listed resume state. The data position is the step: the sampler's order needs nothing else."""
+    """The listed resume state, with the step guard's. The data position is `step + data_offset` batches."""
 
     step: int = 0
+    """Optimizer steps, those that were skipped included."""
     tokens: int = 0
+    """Of the steps that were taken."""
     seconds: float = 0.0
+    data_offset: int = 0
+    """Batches that were passed over when the run went back."""
+    rollbacks: int = 0
 
 
 class Trainer:
@@ -88,10 +113,12 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
+        self.share = data_share(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
-        self._check_data()
+        check_fits(self.dataset.manifest, config, run_directory)
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
         self.model, self.network = self._build()
+        self.communication = communication.install(self.network, config.communication)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, config.train))
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
@@ -105,31 +132,25 @@ class Trainer:
             fence=fence,
         )
         self.progress = Progress()
+        self.guard = StepGuard(config.train.spike_sigma)
+        self._good_before: int | None = None
+        self._save_owed = False
+        self._group = group
         self._heldout: Heldout | None = None
-        self._resume(resume_from, directory, group)
-        path = Path(storage.local_path(run_directory)) / "train" / "metrics.jsonl"
-        self.metrics = MetricsWriter(path, resume_step=self.progress.step) if self.rank == 0 else None
+        self._resume(resume_from, directory)
+        self.metrics = self._open_metrics()
         self.peak_flops = peak_flops(self.device, config.train.precision)
-
-    def _check_data(self) -> None:
-        manifest, config = self.dataset.manifest, self.config
-        if manifest.sequence_length != config.data.sequence_length:
-            raise ConfigError(
-                f"data.sequence_length is {config.data.sequence_length}, the prepared data in "
-                f"{self.run_directory}/data has {manifest.sequence_length}. Prepare the data again."
-            )
-        if manifest.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size is {config.model.vocab_size}, the prepared data has {manifest.vocab_size} tokens. "
-                "Prepare the data again, or raise model.vocab_size."
-            )
 
     def _build(self) -> tuple[DeepseekV3, nn.Module]:
         config = self.config
         with torch.device("meta"):
             model = DeepseekV3(config.model)
-        network: nn.Module = TrainingModel(model, config.train.loss_chunk_tokens)
+        if config.lora is not None:
+            add_adapters(model, config.lora)
+        network = TrainingModel(model, config.train.loss_chunk_tokens)
         mesh = sharding.build_mesh(config.parallel, self.device)
+        if mesh is not None and mesh.context is not None:
+            network.split = share_positions(model, mesh.context)
         if config.train.activation_checkpointing == "full":
             _wrap_blocks(model)
         if config.train.compile:
@@ -138,37 +159,51 @@ class Trainer:
                     module.compile()
         if mesh is None and config.train.precision == "bf16":
             raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
-        sharding.shard_model(network, mesh, config.train.precision)
-        network.to_empty(device=self.device)
+        sharding.shard_model(network, mesh, config.train.precision, config.parallel)
+        sharding.materialize(network, self.device, cpu_offload=config.parallel.cpu_offload)
         sharding.initialize(model, config.seed)
         if config.init_from is not None:
             loading.load_weights(model, config.init_from, on_progress=lambda line, _: self._say(line))
+        initialize_adapters(model, config.seed)
         return model, network.train()
 
-    def _resume(self, resume_from: str | None, directory: str, group: dist.ProcessGroup) -> None:
+    def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
-        dist.broadcast_object_list(found, group=group)
-        if found[0] is None:
-            return
+        dist.broadcast_object_list(found, group=self._group)
+        self._started_from = found[0]
+        if found[0] is not None:
+            self._restore(found[0])
+            self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
+
+    def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
-        record = restore(found[0], self.model, self.optimizer.optimizer, group, expected_model=model)
-        self.progress = Progress(record["step"], record["tokens"], record["seconds"])
-        self.checkpointer.last_saved = found[0]  # an attempt may have died between the last save and the result
-        self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
+        record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
+        self.communication.restore(uri, self._group)
+        self.progress = Progress(**{key: record[key] for key in asdict(Progress()) if key in record})
+        if "guard" in record:
+            self.guard.restore(record["guard"])
+        self.checkpointer.last_saved = uri  # an attempt may have died between the last save and the result
+
+    def _open_metrics(self) -> MetricsWriter | None:
+        path = Path(storage.local_path(self.run_directory)) / "train" / "metrics.jsonl"
+        return MetricsWriter(path, resume_step=self.progress.step) if self.rank == 0 else None
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; the result that result.json holds (rank 0's; others get the same figures).
 
         Raises:
-            NonFiniteLossError: the loss or the gradient norm became NaN or infinite.
+            NonFiniteLossError: too many steps in a row had a loss or gradient norm that was not finite or a spike, and
+                there is no going back.
             SupersededError: a newer attempt took the run over.
             StorageError: the last checkpoint could not be written.
         """
         train = self.config.train
-        record: dict[str, Any] = {}
         try:
             while self.progress.step < train.steps:
                 record = self._step()
+                if self.guard.in_a_row >= train.max_skipped_steps:
+                    self._go_back(record)
+                    continue
                 done = self.progress.step
                 last = done == train.steps
                 due = train.evaluate_every_steps is not None and done % train.evaluate_every_steps == 0
@@ -177,7 +212,9 @@ class Trainer:
                 if failed := self.checkpointer.new_failures():
                     record["failed_saves"] = [str(error) for error in failed]
                 self._report(record, last=last)
-                if last or done % self.config.checkpoint.every_steps == 0:
+                self._save_owed |= done % self.config.checkpoint.every_steps == 0
+                # A checkpoint in the middle of skipped steps would pass for a good one.
+                if last or (self._save_owed and not self.guard.in_a_row):
                     self._save()
             self.checkpointer.wait()
         finally:
@@ -185,7 +222,7 @@ class Trainer:
         # What is exported is the last checkpoint: an older one would pass for it.
         if self.checkpointer.failures and self.checkpointer.last_saved_step != self.progress.step:
             raise self.checkpointer.failures[-1]
-        return self._result(record)
+        return self._result()
 
     def close(self) -> None:
         """Finish the save in flight and close the files; `run` does it by itself."""
@@ -200,65 +237,109 @@ class Trainer:
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
-        micro_batches = self._micro_batches(step)
-        valid = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches)
-        valid_mtp = sum(int((mtp_targets(targets) != IGNORE_INDEX).sum()) for _, targets in micro_batches)
+        micro_batches = self._micro_batches(step + self.progress.data_offset)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
-        counts = self._sum_over_ranks(torch.tensor([valid, valid_mtp], dtype=torch.float64))
+        valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
+        counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
-        parts = len(micro_batches) * self.ranks
+        parts = len(micro_batches) * self.share.ranks
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for tokens_BT, targets_BT in micro_batches:
-            loss, mtp_loss, balance = self.network(tokens_BT.to(self.device), targets_BT.to(self.device))
+        self.communication.traffic.clear()
+        for number, batch in enumerate(micro_batches, 1):
+            self.communication.micro_batch(last=number == len(micro_batches))
+            loss, mtp_loss, balance = self.network(*batch.to(self.device))
             total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
             (total + train.balance_loss_weight * balance / parts).backward()
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
-        norm = float(clip_gradients(self.network, train.max_grad_norm))
-        sums = self._sum_over_ranks(sums)
-        loss_mean = float(sums[0]) / tokens
-        if not (math.isfinite(loss_mean) and math.isfinite(norm)):
-            raise NonFiniteLossError(
-                f"step {step + 1}: loss {loss_mean}, gradient norm {norm}. The last committed checkpoint is whole. "
-                "Lower train.learning_rate, raise train.warmup_steps, or look at the data of this step."
-            )
-        self.optimizer.step()
+        norm = gradient_norm(self.network)
+        # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
+        sums = self._sum_over_ranks(torch.cat([sums, norm.double()[None] / self.ranks]))
+        figures = Figures(float(sums[0]) / tokens, float(sums[3]))
+        skipped = self.guard.judge(figures)
+        if skipped is None:
+            # Not through Accelerate's wrapper, which takes no coefficient and without a scaler adds nothing.
+            self.optimizer.optimizer.step(clip_coefficient=clip_coefficient(norm, train.max_grad_norm))
+        else:
+            self.communication.forget()
         self.optimizer.zero_grad(set_to_none=True)
-        load_LE = update_expert_bias(self.model.moe_layers(), train.expert_bias_update_rate).cpu()
+        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
+        load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
-        self.progress.tokens += batch_tokens
+        self.progress.tokens += batch_tokens if skipped is None else 0
         self.progress.seconds += seconds
         return {
             "step": self.progress.step,
             "steps": train.steps,
-            "loss": loss_mean,
+            "loss": figures.loss,
             "mtp_loss": float(sums[1]) / tokens_mtp,
             "balance_loss": float(sums[2]) / parts,
-            "grad_norm": norm,
+            "grad_norm": figures.grad_norm,
             "learning_rate": rate,
             "tokens_per_second": batch_tokens / seconds,
             "mfu": self._mfu(batch_tokens / seconds),
             "mfu_convention": MFU_CONVENTION,
-            **_load(load_LE, whole=self.progress.step % _LOAD_EVERY_STEPS == 0 or self.progress.step == train.steps),
+            **expert_load(
+                load_LE, whole=self.progress.step % _LOAD_EVERY_STEPS == 0 or self.progress.step == train.steps
+            ),
+            **self.communication.traffic.figures(),
             "step_seconds": seconds,
             "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
             "tokens": self.progress.tokens,
+            "skipped_steps": self.guard.skipped,
+            "rollbacks": self.progress.rollbacks,
+            **({} if skipped is None else {"skipped": skipped}),
             "time": time.time(),
         }
 
-    def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """(tokens, targets), each [B, T] int64, of this rank; targets that bear no loss are IGNORE_INDEX."""
-        batches = []
-        chosen = self.sampler.indices(step, self.rank, self.ranks)
+    def _go_back(self, record: dict[str, Any]) -> None:
+        """Too many steps in a row were skipped: go on from the last good checkpoint with the data after this step's.
+
+        Raises:
+            NonFiniteLossError: `train.on_divergence` says stop, there were too many rollbacks, or no checkpoint.
+        """
+        train, reached = self.config.train, self.progress
+        self._report(record, last=True)
+        target = self._last_good() if train.on_divergence == "rollback" else None
+        if target is None or reached.rollbacks == train.max_rollbacks:
+            told = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
+            raise NonFiniteLossError(
+                f"step {reached.step}: {record['skipped']}, and the {self.guard.in_a_row} steps up to it were skipped "
+                f"(train.max_skipped_steps) after {told}. What is committed in {self.checkpointer.directory} is whole. "
+                "Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
+            )
+        skipped = self.guard.skipped
+        self._restore(target)
+        self.guard.skipped = skipped
+        self.guard.forgive()
+        self.progress.data_offset = reached.step + reached.data_offset - self.progress.step
+        self.progress.rollbacks = reached.rollbacks + 1
+        self.progress.seconds = reached.seconds
+        self._good_before, self._save_owed = self.progress.step, False
+        if self.metrics is not None:
+            self.metrics.close()
+        self.metrics = self._open_metrics()
+        passed = reached.step - self.progress.step
+        self._say(f"went back to {target}: {passed} batches passed over, rollback {self.progress.rollbacks}")
+
+    def _last_good(self) -> str | None:
+        """The newest checkpoint of this run; where going back to it led nowhere, the one before it."""
+        self.checkpointer.wait()
+        found: list[str | None] = [None]
+        if self.rank == 0:
+            limit = self.progress.step + 1 if self._good_before is None else self._good_before
+            found = [newest_checkpoint(self.checkpointer.directory, before=limit)]
+        dist.broadcast_object_list(found, group=self._group)
+        return found[0] or self._started_from
+
+    def _micro_batches(self, position: int) -> list[MicroBatch]:
+        """This rank's share of batch `position`."""
+        chosen = self.sampler.indices(position, self.share.rank, self.share.ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
-        for start in range(0, len(chosen), size):
-            rows = [self.dataset.sequence(int(i)) for i in chosen[start : start + size]]
-            tokens = torch.stack([torch.from_numpy(row[0]) for row in rows])
-            bears = torch.stack([torch.from_numpy(row[1]) for row in rows])
-            targets = torch.where(bears[:, 1:], tokens[:, 1:], IGNORE_INDEX)
-            batches.append((tokens[:, :-1].contiguous(), targets))
-        return batches
+        parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
+        apart = not self.config.data.cross_document_attention
+        return [micro_batch(self.dataset, part, keep_apart=apart) for part in parts]
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.ranks > 1:
@@ -272,39 +353,44 @@ class Trainer:
 
     def heldout(self) -> Heldout:
         """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
-        self._heldout = evaluate_heldout(self.model, self.network, self.config, self.run_directory, self.device)
+        self._heldout = evaluate_heldout(self.network, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
     def _report(self, record: dict[str, Any], *, last: bool) -> None:
         if self.metrics is None:
             return
         due = self.progress.step % self.config.train.log_every_steps == 0
-        if last or due or not record.keys().isdisjoint(("heldout_loss", "failed_saves")):
+        if last or due or not record.keys().isdisjoint(("heldout_loss", "failed_saves", "skipped")):
             self.metrics.write(record)
             self._say(format_line(record))
+        if "skipped" in record:
+            self._say(f"step {self.progress.step} skipped: {record['skipped']}")
         for failure in record.get("failed_saves", ()):
             self._say(f"checkpoint not saved, training goes on: {failure}")
 
     def _save(self) -> None:
         record = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "position": self.progress.step * self.config.train.batch_size,
-            "seconds": self.progress.seconds,
+            **asdict(self.progress),
+            "position": (self.progress.step + self.progress.data_offset) * self.config.train.batch_size,
+            "guard": self.guard.state(),
             "seed": self.config.seed,
             "world_size": self.ranks,
             "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
             "model": self.config.model.model_dump(mode="json"),
         }
-        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record)
+        unsent = self.communication.state()
+        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
+        if unsent:
+            self.checkpointer.wait_until_copied()  # the next backward pass writes over it
+        self._save_owed, self._good_before = False, None
 
-    def _result(self, last: dict[str, Any]) -> dict[str, Any]:
+    def _result(self) -> dict[str, Any]:
         heldout = self._heldout or self.heldout()  # evaluated at the last step, but not when there was none left
         first = self.metrics.first_loss if self.metrics is not None else None
         result = {
             "steps": self.progress.step,
             "loss_first": first,
-            "loss_last": last["loss"] if last else self.metrics.last_loss if self.metrics is not None else None,
+            "loss_last": self.guard.last_loss,
             "heldout_loss": heldout.loss,
             "heldout_bits_per_byte": heldout.bits_per_byte,
             "tokens": self.progress.tokens,
@@ -314,6 +400,8 @@ class Trainer:
             "parameters": self.config.model.parameters(with_mtp=True),
             "world_size": self.ranks,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+            "skipped_steps": self.guard.skipped,
+            "rollbacks": self.progress.rollbacks,
             "failed_saves": [str(error) for error in self.checkpointer.failures],
             "versions": {"torch": torch.__version__},
         }
@@ -334,14 +422,3 @@ def _wrap_blocks(model: DeepseekV3) -> None:
         if isinstance(module, Block):
             forward = module.forward
             module.forward = lambda *a, _forward=forward: checkpoint(_forward, *a, use_reentrant=False)  # type: ignore[method-assign]
-
-
-def _load(load_LE: Tensor, *, whole: bool) -> dict[str, Any]:
-    """Expert load: the worst layer's max over mean, and now and then every expert's share."""
-    if not load_LE.numel():
-        return {"expert_load_max_over_mean": 1.0}
-    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1.0)
-    figures: dict[str, Any] = {"expert_load_max_over_mean": float((share_LE.amax(1) / share_LE.mean(1)).max())}
-    if whole:
-        figures["expert_load"] = [[round(value, 5) for value in row] for row in share_LE.tolist()]
-    return figures

@@ -8,14 +8,17 @@ V value width of a head, C latent width (kv_lora_rank), R rotary width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from model.config import ModelConfig
+from model.documents import Documents, attend_within, has_kernel
 from model.layers import RMSNorm
 from model.rope import RotaryTables, rotate
 
@@ -39,11 +42,17 @@ class Latents(NamedTuple):
     k_rope_BSR: Tensor
 
 
+WholeLatents = Callable[[Latents], tuple[Latents, tuple[int, ...]]]
+"""The latents of some positions -> those of the whole sequence, and where each equal part of the queries ends in it."""
+
+
 class Attention(nn.Module):
     """Causal multi-head latent attention. Parameter names are those of the released files."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.whole_latents: WholeLatents | None = None
+        """Set where this process has only some positions of each sequence."""
         self.heads = config.num_attention_heads
         self.nope_width, self.rope_width = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value_width, self.latent_width = config.v_head_dim, config.kv_lora_rank
@@ -74,24 +83,49 @@ class Attention(nn.Module):
         compressed, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent_width, self.rope_width], dim=-1)
         return Latents(self.kv_a_layernorm(compressed), rotate(k_rope[:, :, None], tables)[:, :, 0])
 
-    def attend(self, queries: tuple[Tensor, Tensor], latents: Latents, mask_BHTS: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        queries: tuple[Tensor, Tensor],
+        latents: Latents,
+        mask_BHTS: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Attention of `queries` over `latents`, projected back to [B, T, D].
 
         Args:
             mask_BHTS: True where a query may look (any dimension may be 1). `None` is causal over equal lengths.
+            documents: instead of a mask: causal within each of these.
         """
         q_BHTQ = torch.cat(queries, dim=-1).transpose(1, 2)
+        k_BHSQ, v_BHSV = self._keys_and_values(latents)
+        if documents is not None and has_kernel(q_BHTQ):
+            return self._project(attend_within(q_BHTQ, k_BHSQ, v_BHSV, self.scale, documents))
+        mask_BHTS = mask_BHTS if documents is None else documents.mask_B1TT
+        return self._project(scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, self.scale, mask_BHTS))
+
+    def _keys_and_values(self, latents: Latents) -> tuple[Tensor, Tensor]:
         kv_BSHX = self.kv_b_proj(latents.compressed_BSC).unflatten(-1, (self.heads, -1))
         k_nope, v_BSHV = kv_BSHX.split([self.nope_width, self.value_width], dim=-1)
         k_rope = latents.k_rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
-        k_BHSQ = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
-        mixed_BHTV = scaled_dot_product(q_BHTQ, k_BHSQ, v_BSHV.transpose(1, 2), self.scale, mask_BHTS)
+        return torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2), v_BSHV.transpose(1, 2)
+
+    def _project(self, mixed_BHTV: Tensor) -> Tensor:
         out: Tensor = self.o_proj(mixed_BHTV.transpose(1, 2).flatten(2))
         return out
 
-    def forward(self, x_BTD: Tensor, tables: RotaryTables) -> Tensor:
-        """Causal self-attention over the T positions of each sequence."""
-        return self.attend(self.queries(x_BTD, tables), self.latents(x_BTD, tables))
+    def forward(self, x_BTD: Tensor, tables: RotaryTables, documents: Documents | None = None) -> Tensor:
+        """Causal self-attention over the T positions of each sequence, of each document in it, or of a part of it."""
+        queries, latents = self.queries(x_BTD, tables), self.latents(x_BTD, tables)
+        if self.whole_latents is None:
+            return self.attend(queries, latents, documents=documents)
+        latents, ends = self.whole_latents(latents)
+        k_BHSQ, v_BHSV = self._keys_and_values(latents)
+        parts = torch.cat(queries, dim=-1).transpose(1, 2).chunk(len(ends), dim=2)
+        mixed = [
+            suffix_attention(q_BHTQ, k_BHSQ[:, :, :end], v_BHSV[:, :, :end], self.scale)
+            for q_BHTQ, end in zip(parts, ends, strict=True)
+        ]
+        return self._project(torch.cat(mixed, dim=2))
 
 
 def scaled_dot_product(
@@ -112,3 +146,18 @@ def scaled_dot_product(
         v_BHSV = F.pad(v_BHSV, (0, padding))
     mixed = F.scaled_dot_product_attention(q_BHTQ, k_BHSQ, v_BHSV, attn_mask=mask_BHTS, is_causal=causal, scale=scale)
     return mixed[..., :value_width] if padding > 0 else mixed
+
+
+def suffix_attention(q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of S positions: `scaled_dot_product` when T is S."""
+    length, whole = q_BHTQ.shape[2], k_BHSQ.shape[2]
+    if length == whole:
+        return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, None)
+    if not q_BHTQ.is_cuda:
+        mask_TS = torch.ones(length, whole, dtype=torch.bool, device=q_BHTQ.device).tril(whole - length)
+        return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, mask_TS)
+    # Flash knows this mask without writing it out, but only for values as wide as keys.
+    value_width = v_BHSV.shape[-1]
+    v_BHSV = F.pad(v_BHSV, (0, q_BHTQ.shape[-1] - value_width))
+    mask = causal_lower_right(length, whole)
+    return F.scaled_dot_product_attention(q_BHTQ, k_BHSQ, v_BHSV, attn_mask=mask, scale=scale)[..., :value_width]

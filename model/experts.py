@@ -8,11 +8,19 @@ F expert's intermediate width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rows [R, D] in expert order, what each is multiplied with [R], and rows of each expert -> [R, D]."""
+
+Spread = Callable[[RunExperts, Tensor, Tensor, Tensor], Tensor]
+"""`run` and its arguments -> [R, D]: takes rows to the ranks that hold their experts, and back."""
 
 
 class Dispatch(NamedTuple):
@@ -30,7 +38,9 @@ class Dispatch(NamedTuple):
 
 def plan_dispatch(experts_NK: Tensor, counts_E: Tensor) -> Dispatch:
     """Sort the (token, choice) pairs by expert; stable, so the order never varies between runs."""
-    order_R = experts_NK.flatten().argsort(stable=True)
+    # A radix sort takes one pass a byte of its keys.
+    key_R = experts_NK.flatten().to(torch.uint8) if counts_E.shape[0] <= 256 else experts_NK.flatten()
+    order_R = key_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
     return Dispatch(order_R // experts_NK.shape[1], order_R, inverse_R, counts_E)
 
@@ -65,6 +75,10 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum_choices(rows_RD: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
+    if rows_RD.is_cuda:
+        from model.triton_experts import sum_choices
+
+        return sum_choices(rows_RD, inverse_R, tokens)
     return rows_RD.index_select(0, inverse_R).view(tokens, -1, rows_RD.shape[-1]).sum(1)
 
 
@@ -73,6 +87,8 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, width: int, intermediate: int) -> None:
         super().__init__()
+        self.spread: Spread | None = None
+        """Set where this process holds only some of the experts."""
         self.w13_EFD = nn.Parameter(torch.empty(experts, 2 * intermediate, width))
         self.w2_EDF = nn.Parameter(torch.empty(experts, width, intermediate))
 
@@ -85,17 +101,25 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
         x_ND = x_ND.to(dtype or x_ND.dtype)
         rows_RD = _Gather.apply(x_ND, dispatch.token_R, dispatch.inverse_R)  # type: ignore[no-untyped-call]
-        weight_R = weight_NK.flatten().gather(0, dispatch.order_R).to(x_ND.dtype)
-        rows_RD = self.run(rows_RD, weight_R, dispatch.counts_E)
+        weight_R = weight_NK.flatten().gather(0, dispatch.order_R)
+        if self.spread is None:
+            rows_RD = self.run(rows_RD, weight_R, dispatch.counts_E)
+        else:
+            rows_RD = self.spread(self.run, rows_RD, weight_R, dispatch.counts_E)
         combined = _Combine.apply(rows_RD, dispatch.token_R, dispatch.inverse_R, x_ND.shape[0])  # type: ignore[no-untyped-call]
         return cast(Tensor, combined)
 
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
         """Each row through its expert: grouped matmuls where the device has them, else one expert at a time."""
-        w13_EFD, w2_EDF = self.w13_EFD.to(rows_RD.dtype), self.w2_EDF.to(rows_RD.dtype)
+        w13_EFD, w2_EDF = _own(self.w13_EFD).to(rows_RD.dtype), _own(self.w2_EDF).to(rows_RD.dtype)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
         return cast(Tensor, looped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF))
+
+
+def _own(weight: Tensor) -> Tensor:
+    """The experts that this process holds."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:
@@ -114,9 +138,54 @@ def grouped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD
     (pytorch issue 172439, open in 2026-11): mask it before training there.
     """
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    gate_RF, up_RF = torch._grouped_mm(rows_RD, w13_EFD.transpose(-2, -1), offs=ends_E).chunk(2, dim=-1)
-    hidden_RF = F.silu(gate_RF) * up_RF * weight_R[:, None]
-    return torch._grouped_mm(hidden_RF, w2_EDF.transpose(-2, -1), offs=ends_E)
+    return cast(Tensor, _Grouped.apply(rows_RD, weight_R, ends_E, w13_EFD, w2_EDF))  # type: ignore[no-untyped-call]
+
+
+class _Grouped(torch.autograd.Function):
+    """Experts by grouped matmuls. The activation is not kept: the backward's one kernel makes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, ends_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
+        h_RX = torch._grouped_mm(rows_RD, w13_EFD.transpose(-2, -1), offs=ends_E)
+        act_RF = _gated(h_RX, weight_R)
+        ctx.save_for_backward(rows_RD, weight_R, ends_E, w13_EFD, w2_EDF, h_RX)
+        return torch._grouped_mm(act_RF, w2_EDF.transpose(-2, -1), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
+        rows_RD, weight_R, ends_E, w13_EFD, w2_EDF, h_RX = ctx.saved_tensors
+        grad_RD = grads[0].contiguous()
+        grad_act_RF = torch._grouped_mm(grad_RD, w2_EDF, offs=ends_E)
+        act_RF, grad_h_RX, grad_weight_R = _gated_backward(h_RX, weight_R, grad_act_RF)
+        grad_w2_EDF = torch._grouped_mm(grad_RD.t(), act_RF, offs=ends_E)
+        grad_rows_RD = torch._grouped_mm(grad_h_RX, w13_EFD, offs=ends_E)
+        grad_w13_EFD = torch._grouped_mm(grad_h_RX.t(), rows_RD, offs=ends_E)
+        return grad_rows_RD, grad_weight_R.to(weight_R.dtype), None, grad_w13_EFD, grad_w2_EDF
+
+
+def _gated(h_RX: Tensor, weight_R: Tensor) -> Tensor:
+    """silu(gate) * up * weight of rows that hold gate, then up; in fp32, rounded once."""
+    if h_RX.is_cuda:
+        from model.triton_experts import swiglu_forward
+
+        return swiglu_forward(h_RX, weight_R)
+    gate_RF, up_RF = h_RX.float().chunk(2, dim=-1)
+    return (F.silu(gate_RF) * up_RF * weight_R[:, None]).to(h_RX.dtype)
+
+
+def _gated_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of `_gated`: its result again, and the gradients of its two arguments (the second in fp32)."""
+    if h_RX.is_cuda:
+        from model.triton_experts import swiglu_backward
+
+        return swiglu_backward(h_RX, weight_R, grad_RF)
+    gate_RF, up_RF = h_RX.float().chunk(2, dim=-1)
+    share_RF, grad = gate_RF.sigmoid(), grad_RF.float()
+    silu_RF, weighted_RF = gate_RF * share_RF, grad * weight_R[:, None]
+    grad_gate_RF = weighted_RF * up_RF * share_RF * (1.0 + gate_RF * (1.0 - share_RF))
+    grad_h_RX = torch.cat([grad_gate_RF, weighted_RF * silu_RF], dim=-1).to(h_RX.dtype)
+    act_RF = (silu_RF * up_RF * weight_R[:, None]).to(h_RX.dtype)
+    return act_RF, grad_h_RX, (grad * silu_RF * up_RF).sum(dim=-1)
 
 
 # One graph break instead of one for each expert: the counts are data.
@@ -124,6 +193,7 @@ def grouped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD
 def looped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
     """One expert after the other; an expert without rows costs nothing and gets a gradient of zeros."""
     counts = counts_E.tolist()
+    weight_R = weight_R.to(rows_RD.dtype)
     parts = []
     pieces = zip(
         torch.split(rows_RD, counts), torch.split(weight_R, counts), w13_EFD.unbind(), w2_EDF.unbind(), strict=True

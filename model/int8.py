@@ -56,6 +56,7 @@ class Int8Experts(Fp32Buffers, Experts):
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
         """Each row through its expert."""
         counts = counts_E.tolist()
+        weight_R = weight_R.to(rows_RD.dtype)
         parts = []
         pieces = zip(torch.split(rows_RD, counts), torch.split(weight_R, counts), strict=True)
         for expert, (x_RD, scale_R) in enumerate(pieces):

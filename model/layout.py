@@ -26,6 +26,7 @@ _TOP = {
     "lm_head.weight": "lm_head.weight",
 }
 _QUANTIZED = re.compile(r"(weight|w13|w2)_(int8|scale)(_E..)?$")
+ADAPTER_SUFFIXES = (".lora_A_RD", ".lora_B_FR")
 # The projections of attention, dense layers, shared and routed experts; not mlp.gate, eh_proj, embeddings, head.
 _PROJECTION = re.compile(
     r"\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
@@ -48,8 +49,10 @@ def pieces(name: str, shape: torch.Size, config: ModelConfig) -> Iterator[Piece]
     """The released tensors that make up the model's state `name` of `shape`, MTP's duplicates left out.
 
     Int8 state (`weight_int8`, `weight_scale`, and the experts' like) maps as its weight does, scales with the
-    suffix `_scale`.
+    suffix `_scale`. An adapter's matrices (cherry/lora.py) have no released name: an export merges them.
     """
+    if name.endswith(ADAPTER_SUFFIXES):
+        return
     suffix = "_scale" if (quantized := _QUANTIZED.search(name)) and quantized[2] == "scale" else ""
     if quantized:
         name = name[: quantized.start()] + _FUSED_EXPERTS.get(quantized[1], quantized[1])

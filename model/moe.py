@@ -8,6 +8,7 @@ Shapes: B batch, T position, N = B T tokens, D hidden, E expert, K chosen expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,25 @@ def _mask_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
     return choice_NGX.masked_fill(dropped_NG[:, :, None], float("-inf")).flatten(1)
 
 
-def sequence_balance_loss(score_BTE: Tensor, chosen_BE: Tensor, experts_per_token: int) -> Tensor:
+def sequence_balance_loss(
+    score_BTE: Tensor, chosen_BE: Tensor, experts_per_token: int, whole_length: int | None = None
+) -> Tensor:
     """Mean over sequences of sum_i f_i P_i (V3, equations 17 to 20), unweighted, 0-dim.
 
     f_i = E / (K T) * tokens of the sequence that chose i; P_i = mean over the sequence of the score's share.
+
+    Args:
+        chosen_BE: counts over the whole sequences.
+        whole_length: T, where the scores are of a part of the sequence alone: the parts' losses add up to the whole's.
     """
-    experts, length = score_BTE.shape[-1], score_BTE.shape[1]
-    share_BE = (score_BTE / score_BTE.sum(dim=-1, keepdim=True)).mean(dim=1)
+    experts, length = score_BTE.shape[-1], whole_length or score_BTE.shape[1]
+    share_BE = (score_BTE / score_BTE.sum(dim=-1, keepdim=True)).sum(dim=1) / length
     fraction_BE = chosen_BE * (experts / (experts_per_token * length))
     return (fraction_BE * share_BE).sum(dim=-1).mean()
+
+
+WholeCounts = Callable[[Tensor, int], tuple[Tensor, int]]
+"""Counts [B, E] over some positions of each sequence, and how many -> over all of them, and how many."""
 
 
 class MoE(Fp32Buffers):
@@ -91,6 +102,8 @@ class MoE(Fp32Buffers):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.whole_counts: WholeCounts | None = None
+        """Set where this process has only some positions of each sequence."""
         experts, width = config.n_routed_experts, config.hidden_size
         self.gate = nn.Linear(width, experts, bias=False)
         self.experts = Experts(experts, width, config.moe_intermediate_size)
@@ -123,5 +136,7 @@ class MoE(Fp32Buffers):
         balance_loss = counts_E.new_zeros(())
         if self.training:
             score_BTE = routing.score_NE.view(batch, length, -1)
-            balance_loss = sequence_balance_loss(score_BTE, chosen_BE, self.config.num_experts_per_tok)
-        return MoEOutput(out_ND.view(batch, length, width), balance_loss, counts_E)
+            if self.whole_counts is not None:
+                chosen_BE, length = self.whole_counts(chosen_BE, length)
+            balance_loss = sequence_balance_loss(score_BTE, chosen_BE, self.config.num_experts_per_tok, length)
+        return MoEOutput(out_ND.view_as(x_BTD), balance_loss, counts_E)

@@ -16,7 +16,7 @@ from model.config import ModelConfig, YarnConfig, yarn_mscale
 
 
 class RotaryTables:
-    """Cosines and sines of every position and pair, fp32.
+    """Cosines and sines of every position and pair, fp32; [B, T, P] where rows have positions of their own.
 
     Neither a tuple nor a dataclass, on purpose: FSDP2's mixed precision looks into those among a module's arguments
     and casts their tensors to bf16, and the angles must stay fp32.
@@ -56,12 +56,12 @@ def _correction_range(yarn: YarnConfig, width: int, theta: float) -> tuple[float
 
 
 def rotary_tables(config: ModelConfig, positions_T: Tensor) -> RotaryTables:
-    """Tables for integer `positions_T` on their device.
+    """Tables for integer `positions_T` on their device; [B, T] where rows have positions of their own.
 
     YaRN's temperature on cosine and sine is mscale / mscale_all_dim, 1.0 for the released models: the other part
     is in ModelConfig.softmax_scale, and must not be applied twice.
     """
-    angle_TP = positions_T.float()[:, None] * inverse_frequencies(config, positions_T.device)
+    angle_TP = positions_T.float()[..., None] * inverse_frequencies(config, positions_T.device)
     cos_TP, sin_TP = angle_TP.cos(), angle_TP.sin()
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale != yarn.mscale_all_dim:
@@ -77,6 +77,6 @@ def rotate(x_BTHR: Tensor, tables: RotaryTables) -> Tensor:
     products are those of the interleaved order.
     """
     first, second = x_BTHR.float().view(*x_BTHR.shape[:-1], -1, 2).unbind(-1)
-    cos_T1P, sin_T1P = tables.cos_TP[:, None], tables.sin_TP[:, None]
+    cos_T1P, sin_T1P = tables.cos_TP[..., None, :], tables.sin_TP[..., None, :]
     rotated = torch.cat([first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P], dim=-1)
     return rotated.to(x_BTHR.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import ModelConfig
+from model.documents import Documents
 from model.layers import RMSNorm, SwiGLU
 from model.moe import MoE
 from model.rope import RotaryTables, rotary_tables
@@ -54,9 +55,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD: Tensor, tables: RotaryTables) -> BlockOutput:
-        """Apply the layer to whole sequences."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), tables)
+    def forward(self, x_BTD: Tensor, tables: RotaryTables, documents: Documents | None = None) -> BlockOutput:
+        """Apply the layer to whole sequences; with `documents`, attention stays within each of them."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), tables, documents)
         return self.feed_forward(x_BTD)
 
     def feed_forward(self, x_BTD: Tensor) -> BlockOutput:
@@ -84,13 +85,19 @@ class MTP(nn.Module):
         self.block = Block(config, moe=True)
         self.norm = RMSNorm(width, eps)
 
-    def forward(self, hidden_BTD: Tensor, next_embedding_BTD: Tensor, tables: RotaryTables) -> BlockOutput:
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        next_embedding_BTD: Tensor,
+        tables: RotaryTables,
+        documents: Documents | None = None,
+    ) -> BlockOutput:
         """Mix the model's hidden state with the next token's embedding, and run one more block and a norm.
 
         The released weights take the embedding first, then the hidden state, the opposite of the paper's equation.
         """
         mixed = torch.cat([self.enorm(next_embedding_BTD), self.hnorm(hidden_BTD)], dim=-1)
-        out: BlockOutput = self.block(self.eh_proj(mixed), tables)
+        out: BlockOutput = self.block(self.eh_proj(mixed), tables, documents)
         return out._replace(hidden_BTD=self.norm(out.hidden_BTD))
 
 
@@ -109,24 +116,37 @@ class DeepseekV3(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.num_nextn_predict_layers else None
 
-    def forward(self, tokens_BT: Tensor) -> ModelOutput:
-        """Hidden states of int64 tokens; positions count from 0 in each row.
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents: Documents | None = None,
+        *,
+        positions_T: Tensor | None = None,
+        next_BT: Tensor | None = None,
+    ) -> ModelOutput:
+        """Hidden states of int64 tokens; positions count from 0 in each row, or in each of its `documents`.
 
         In training mode every mixture layer's `tokens_per_expert_E` grows by the tokens that chose each expert.
+
+        Args:
+            positions_T: where the tokens stand, when they are a part of their sequences.
+            next_BT: the token that follows each of them (for the MTP module), likewise.
         """
-        tables = rotary_tables(self.config, torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
+        if positions_T is None:
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        tables = rotary_tables(self.config, positions_T if documents is None else documents.position_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         balance_loss = torch.zeros((), dtype=torch.float32, device=tokens_BT.device)
         for layer, moe in zip(self.layers, self._moe_by_layer, strict=True):
-            out: BlockOutput = layer(x_BTD, tables)
+            out: BlockOutput = layer(x_BTD, tables, documents)
             x_BTD = out.hidden_BTD
             balance_loss = self._record(moe, out, balance_loss)
         hidden_BTD = self.norm(x_BTD)
         if self.mtp is None or not self.training:
             return ModelOutput(hidden_BTD, None, balance_loss)
-        # Position t takes token t + 1; the last one has none and repeats its own.
-        next_BT = torch.cat([tokens_BT[:, 1:], tokens_BT[:, -1:]], dim=1)
-        out = self.mtp(hidden_BTD, self.embed_tokens(next_BT), tables)
+        if next_BT is None:
+            next_BT = next_tokens(tokens_BT)
+        out = self.mtp(hidden_BTD, self.embed_tokens(next_BT), tables, documents)
         balance_loss = self._record(_moe_of(self.mtp.block), out, balance_loss)
         return ModelOutput(hidden_BTD, out.hidden_BTD, balance_loss)
 
@@ -152,6 +172,11 @@ class DeepseekV3(nn.Module):
             parameter.copy_(initial_values(name, parameter.shape, seed=seed, std=self.config.initializer_range))
         for buffer in self.buffers():
             buffer.zero_()
+
+
+def next_tokens(tokens_BT: Tensor) -> Tensor:
+    """What the MTP module sees at each position: token t + 1; the last position has none and repeats its own."""
+    return torch.cat([tokens_BT[:, 1:], tokens_BT[:, -1:]], dim=1)
 
 
 def initial_values(

@@ -35,7 +35,12 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """loss.png, learning_rate.png and, for a mixture of experts, expert_load.png from a metrics stream."""
+    """loss.png, learning_rate.png and, for a mixture of experts, expert_load.png from a metrics stream.
+
+    The loss is that of the steps that were taken; a red line marks one that was skipped.
+    """
+    skipped = [line["step"] for line in metrics if "skipped" in line]
+    metrics = [line for line in metrics if "skipped" not in line]
     steps = [line["step"] for line in metrics]
     paths = [folder / "loss.png", folder / "learning_rate.png"]
     with _figure(paths[0]) as [axes]:
@@ -46,6 +51,10 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Pa
                 axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
                 axes.plot(steps, _smooth(values, window), color=color, label=f"{label}, mean of {window}")
         held = [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
+        for step in skipped:
+            axes.axvline(
+                step, color="tab:red", linewidth=0.8, alpha=0.5, label="skipped" if step == skipped[0] else None
+            )
         if held:
             axes.plot(*zip(*held, strict=True), "o-", color="tab:green", label="held-out loss")
         axes.set(xlabel="optimizer step", ylabel="nats per token", title="Loss")

@@ -26,10 +26,12 @@ SERIES = (
     "expert_load_max_over_mean",
     "heldout_loss",
     "step_seconds",
+    "skipped_steps",
+    "rollbacks",
 )
 _POLL_S = 10.0
-# Steps in one request: ten series of each stay below MLflow's 1000 metrics.
-_BATCH_STEPS = 100
+# Steps in one request: twelve series of each stay below MLflow's 1000 metrics.
+_BATCH_STEPS = 80
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -44,6 +46,7 @@ class MetricsRelay:
     """Sends new lines of metrics.jsonl to the tracker until it is left.
 
     The last step that was sent is kept beside the stream, so that neither a retry nor a later call sends a step twice.
+    Steps that training takes again after a rollback are new ones.
     """
 
     def __init__(self, folder: Path, tracker: Tracker, run_id: str | None) -> None:
@@ -78,11 +81,11 @@ class MetricsRelay:
                 (key, float(line[key]), int(line["step"]), int(line["time"] * 1000))
                 for line in batch
                 for key in SERIES
-                if key in line
+                if line.get(key) is not None
             ]
             if not self._tracker.points(self._run_id, points):
                 return False
-            storage.write_bytes(str(self._mark), str(batch[-1]["step"]).encode())
+            storage.write_bytes(str(self._mark), "{} {}".format(*_place(batch[-1])).encode())
             del self._waiting[: len(batch)]
         return True
 
@@ -94,11 +97,11 @@ class MetricsRelay:
             lines = self._lines_from_offset()
         except ValueError:  # the offset lies within a line: the file was cut and has grown again
             lines = None
-        if lines is None or (lines and self._waiting and lines[0]["step"] <= self._waiting[-1]["step"]):
+        if lines is None or (lines and self._waiting and _place(lines[0]) <= _place(self._waiting[-1])):
             self._offset, self._waiting = 0, []
             lines = self._lines_from_offset() or []
-        sent = int(self._mark.read_text()) if self._mark.exists() else 0
-        self._waiting += [line for line in lines if line["step"] > sent]
+        sent = (0, 0, *map(int, self._mark.read_text().split() if self._mark.exists() else ()))[-2:]
+        self._waiting += [line for line in lines if _place(line) > sent]
 
     def _lines_from_offset(self) -> list[dict[str, Any]] | None:
         """Whole lines behind the offset, which then moves; `None` when the file is shorter than that."""
@@ -111,3 +114,8 @@ class MetricsRelay:
         lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
         self._offset += len(whole)
         return lines
+
+
+def _place(line: dict[str, Any]) -> tuple[int, ...]:
+    """What grows from line to line: a rollback takes the steps back, and counts."""
+    return line.get("rollbacks", 0), line["step"]

@@ -24,7 +24,7 @@ from tasks.stream import SERIES, MetricsRelay, read_metrics
 
 # Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run goes on from its
 # checkpoint on another number of ranks.
-_IDENTITY = ["seed", "init_from", "model", "data", "train"]
+_IDENTITY = ["seed", "init_from", "model", "data", "train", "lora"]
 # How often a line of a training step goes to the Prefect log and the terminal.
 _SAY_EVERY_S = 1.0
 

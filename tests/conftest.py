@@ -89,6 +89,12 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """What programs of tests see: this checkout first, one thread each."""
+    return _environment()
+
+
+@pytest.fixture(scope="session")
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of 60 small documents, made once."""
     from cherry.config import DataConfig
@@ -122,7 +128,13 @@ checkpoint: {every_steps: 4}
     return path
 
 
+@pytest.fixture(scope="session")
+def new_job(job_config: Path, prepared_data: Path) -> Callable[[Path], Job]:
+    """Makes a job in a new directory."""
+    return lambda directory: Job(directory, job_config, prepared_data)
+
+
 @pytest.fixture
-def make_job(tmp_path: Path, job_config: Path, prepared_data: Path) -> Callable[[str], Job]:
+def make_job(tmp_path: Path, new_job: Callable[[Path], Job]) -> Callable[[str], Job]:
     """Makes jobs by name inside the test's own directory."""
-    return lambda name: Job(tmp_path / name, job_config, prepared_data)
+    return lambda name: new_job(tmp_path / name)

@@ -15,7 +15,10 @@ def test_the_caller_s_mistakes(make_job, tmp_path):
         11: (["--batch_size=7", "--gradient_accumulation_steps=2"], "train.batch_size: must be divisible by"),
         12: ([f"--resume_from={tmp_path}/step_000099"], "holds no finished output"),
         14: (["--model_path", str(tmp_path)], ""),
-        16: (["--learning_rate=1e30"], "The last committed checkpoint is whole"),
+        16: (
+            ["--learning_rate=1e30"],
+            "the 10 steps up to it were skipped (train.max_skipped_steps) after no rollback",
+        ),
     }
     broken = tmp_path / "model.safetensors"
     broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")

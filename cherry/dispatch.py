@@ -1,0 +1,128 @@
+"""Owns how routed rows travel to the ranks that hold their experts, and back: all-to-all, in both directions.
+
+It knows nothing of routing or of the experts' arithmetic. Every rank of the group takes part in every call, also with
+nothing to send, and no row is dropped or padded: a rank computes as many rows as its experts were chosen for.
+
+A token goes to a rank once for each of its experts there. How many ranks it goes to is limited by the router alone
+(ModelConfig.topk_group of n_group groups: with a group's experts on one node, a token leaves for at most topk_group
+nodes, DeepSeek-V3 section 2.1.2).
+
+Shapes: R = routed rows of this rank in expert order, Q = rows that this rank receives, S rank of the group, E expert,
+L = E / S experts of this rank, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.experts import RunExperts
+
+
+class _Plan(NamedTuple):
+    """How many rows go where, and how those that came are sorted by expert."""
+
+    sent: list[int]
+    received: list[int]
+    order_Q: Tensor
+    inverse_Q: Tensor
+    counts_L: Tensor
+
+
+class ExpertDispatch:
+    """Runs rows through the experts of all ranks of a group.
+
+    Args:
+        group: rank s of it holds experts s * L to (s + 1) * L - 1.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._ranks = dist.get_world_size(group)
+
+    # One graph break: how many rows go where is data.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, run: RunExperts, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
+        """`run` for every row on the rank of its expert; the results [R, D] in the order of `rows_RD`.
+
+        Args:
+            run: this rank's experts: rows [Q, D] in expert order, their weights [Q] and the rows of each expert [L].
+            counts_E: rows of each expert, int64.
+        """
+        plan = self._plan(counts_E)
+        rows_QD, weight_Q = _exchange(self._group, plan.sent, plan.received, rows_RD, weight_R)
+        rows_QD = _Permute.apply(rows_QD, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
+        weight_Q = _Permute.apply(weight_Q, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
+        out_QD = _run_some(run, rows_QD, weight_Q, plan.counts_L)
+        out_QD = _Permute.apply(out_QD, plan.inverse_Q, plan.order_Q)  # type: ignore[no-untyped-call]
+        (out_RD,) = _exchange(self._group, plan.received, plan.sent, out_QD)
+        return out_RD
+
+    def _plan(self, counts_E: Tensor) -> _Plan:
+        sent_SL = counts_E.view(self._ranks, -1)
+        received_SL = torch.empty_like(sent_SL)
+        dist.all_to_all_single(received_SL, sent_SL.contiguous(), group=self._group)
+        # The one wait for the device: both lists in one copy.
+        sent, received = torch.stack([sent_SL.sum(1), received_SL.sum(1)]).tolist()
+        local = sent_SL.shape[1]
+        expert_SL = torch.arange(local, device=counts_E.device).repeat(self._ranks)
+        expert_Q = expert_SL.repeat_interleave(received_SL.flatten(), output_size=sum(received))
+        order_Q = expert_Q.argsort(stable=True)
+        places_Q = torch.arange(len(order_Q), device=counts_E.device)
+        inverse_Q = torch.empty_like(order_Q).scatter_(0, order_Q, places_Q)
+        return _Plan(sent, received, order_Q, inverse_Q, received_SL.sum(0))
+
+
+def _run_some(run: RunExperts, rows_QD: Tensor, weight_Q: Tensor, counts_L: Tensor) -> Tensor:
+    """`run`, on a row of zeros where there is none: kernels need one, and every weight a gradient on every rank."""
+    if rows_QD.shape[0]:
+        return run(rows_QD, weight_Q, counts_L)
+    one = torch.zeros_like(counts_L)
+    one[0] = 1
+    return run(F.pad(rows_QD, (0, 0, 0, 1)), F.pad(weight_Q, (0, 1)), one)[:0]
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. The gradient is a gather by the inverse: no atomic adds, so repeatable."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows of several tensors to other ranks. One function for all of them: their order is the same on every rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, sent: list[int], received: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return tuple(_all_to_all(tensor, sent, received, group) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        back = (_all_to_all(grad, ctx.received, ctx.sent, ctx.group) for grad in grads)
+        return None, None, None, *back
+
+
+def _exchange(group: dist.ProcessGroup, sent: list[int], received: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Row blocks of each tensor: `sent[s]` of them to rank s, `received[s]` from it; differentiable."""
+    exchanged: tuple[Tensor, ...] = _AllToAll.apply(group, sent, received, *tensors)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+def _all_to_all(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = tensor.new_empty(sum(received), *tensor.shape[1:])
+    dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group)
+    return out

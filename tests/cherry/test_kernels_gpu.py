@@ -1,0 +1,61 @@
+"""The Triton kernels of the loss and of the optimizer step against torch in higher precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cherry.loss import IGNORE_INDEX, cross_entropy_sum
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunk", [64, 300])
+def test_loss_and_gradients_equal_float64(dtype: torch.dtype, tolerance: float, chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 256, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (torch.randn(10_007, 256, device="cuda") / 16).to(dtype).requires_grad_()
+    targets = torch.randint(10_007, (300,), device="cuda")
+    targets[::7] = IGNORE_INDEX
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    gradients = torch.autograd.grad(expected, (hidden, weight))
+    loss = cross_entropy_sum(hidden, weight, targets, chunk_tokens=chunk)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for ours, exact in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def test_one_pass_clips_steps_and_copies_as_torch_does() -> None:
+    from cherry.triton_adamw import adamw_, square_sum
+
+    torch.manual_seed(0)
+    param = torch.randn(70_001, device="cuda")
+    reference = param.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([reference], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    mean, square, copy = torch.zeros_like(param), torch.zeros_like(param), torch.empty_like(param, dtype=torch.bfloat16)
+
+    def step(gradient: torch.Tensor, clip: float, number: int) -> None:
+        coefficient = torch.tensor(clip, device="cuda")
+        constants = {"rate": 1e-3, "decay": 0.1, "betas": (0.9, 0.95), "epsilon": 1e-8}
+        adamw_(param, gradient, mean, square, copy, coefficient, step=number, **constants)
+
+    for number in range(1, 5):
+        gradient = torch.randn_like(param)
+        reference.grad = gradient * 0.5
+        optimizer.step()
+        step(gradient, 0.5, number)
+    torch.testing.assert_close(param, reference.detach(), rtol=0, atol=1e-6)
+    assert torch.equal(copy, param.bfloat16())
+    assert square_sum([gradient, gradient]).item() == pytest.approx(
+        2 * gradient.double().square().sum().item(), rel=1e-5
+    )
+    before = param.clone()
+    step(gradient, math.nan, 5)
+    assert torch.equal(param, before), "a gradient that is no number changes nothing"

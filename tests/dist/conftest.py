@@ -1,0 +1,67 @@
+"""What tests with several ranks share: many small runs for the price of one start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("train_jobs.py")
+
+
+@pytest.fixture(scope="session")
+def run_together(environment: dict[str, str]) -> Callable[[list[list[str]]], None]:
+    """Runs programs side by side; one that fails ends the others, which would wait for it."""
+    return lambda commands: _run_together(commands, environment)
+
+
+def _run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
+
+    def wait(process: subprocess.Popen[str]) -> str:
+        told = process.communicate()[0]
+        if process.returncode:
+            for other in started:
+                other.kill()
+        return told
+
+    try:
+        with ThreadPoolExecutor(len(started)) as pool:
+            told = list(pool.map(wait, started))
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(told)
+
+
+@pytest.fixture(scope="session")
+def train_jobs(
+    new_job: Callable[[Path], Any],
+    run_together: Callable[[list[list[str]]], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[list[Any]], dict[str, Any]]:
+    """Trains jobs in order; their `Job`s by name. See `Wanted` in test_layouts.py for what a job is."""
+
+    def train(wanted: list[Any]) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        jobs = {one.name: new_job(folder / str(number)) for number, one in enumerate(wanted)}
+        lines = []
+        for one in wanted:
+            line = {**asdict(one), "set": one.flags, "config": str(jobs[one.name].config)}
+            source = str(jobs[one.resume_from[0]].checkpoint(one.resume_from[1])) if one.resume_from else None
+            lines.append({**line, "directory": str(jobs[one.name].directory), "resume_from": source})
+        (folder / "jobs.json").write_text(json.dumps(lines))
+        ranks = max(one.ranks for one in wanted)
+        commands = [[sys.executable, str(PROGRAM), str(folder), str(rank)] for rank in range(ranks)]
+        run_together(commands)
+        return jobs
+
+    return train

@@ -1,0 +1,149 @@
+"""Four ranks that reduce gradients in every way, and leave what each of them saw for a test to judge.
+
+    cherry-launch --nproc_per_node=4 tests/dist/reductions.py DIRECTORY
+"""
+
+import sys
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cherry import communication
+from cherry.compression import CODECS, all_reduce
+from cherry.config import CommunicationConfig
+
+SIZES = (1, 700, 4 * 256 * 3)
+STEPS = 16
+CONFIGS = {
+    "fp32": {},
+    "shard bf16": {"reduce_dtype": "bf16"},
+    "replicate bf16": {"replicate": "bf16"},
+    "replicate int8": {"replicate": "int8"},
+    "replicate fp8": {"replicate": "fp8"},
+    "both": {"reduce_dtype": "bf16", "replicate": "int8"},
+}
+
+
+def flat_gradient(size: int, step: int, rank: int) -> torch.Tensor:
+    """Magnitudes over eight decades; the first value of each block is large, and the same at each step."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    gradient = torch.randn(size, generator=generator) * 10 ** (8 * torch.rand(size, generator=generator) - 8)
+    gradient[::256] = 3.0 + rank
+    return gradient
+
+
+def reduce_flat() -> dict:
+    """Per codec and size: what went in, what came out and what was left, of every step."""
+    group, rank, seen = dist.group.WORLD, dist.get_rank(), {}
+    for name, codec in CODECS.items():
+        for size in SIZES:
+            left, rows, counted = torch.zeros(size), [], []
+            for step in range(STEPS):
+                gradient = flat_gradient(size, step, rank)
+                result = gradient + left
+                left = all_reduce(result, codec, group, lambda *count: counted.append(count))
+                rows.append((gradient, result, left.clone()))
+            seen[name, size] = {"steps": rows, "counted": counted[:2]}
+        broken = flat_gradient(700, 0, rank)
+        if rank == 1:
+            broken[[3, 300]] = torch.tensor([float("nan"), float("inf")])
+        left = all_reduce(broken, codec, group, lambda *_: None)
+        seen[name, "broken"] = (broken, left)
+    return seen
+
+
+class Wire(TorchDispatchMode):
+    """Bytes that this rank sends, as torch's dispatcher sees the collectives, in groups of two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name == "c10d::_allgather_base_":
+            self.sent["all_gather"] += args[1].nbytes
+        elif name == "c10d::_reduce_scatter_base_":
+            self.sent["reduce_scatter"] += args[0].nbytes
+        elif name == "c10d::alltoall_base_":
+            self.sent["all_to_all"] += args[1].nbytes // 2
+        elif name == "c10d::allreduce_":
+            self.sent["all_reduce"] += sum(tensor.nbytes for tensor in args[0])
+        elif name.startswith("c10d::"):
+            self.sent[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def build(mesh, settings):
+    """Layers whose rows no two ranks can share evenly."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(37, 51), nn.Tanh(), nn.Linear(51, 1, bias=False))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for module in (network[0], network[2], network):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return network, communication.install(network, CommunicationConfig(**settings))
+
+
+def gradients(network, hooked, micro_batches):
+    """Whole gradients by name, after one step."""
+    rank = dist.get_rank()
+    for part in range(micro_batches):
+        hooked.micro_batch(last=part == micro_batches - 1)
+        generator = torch.Generator().manual_seed(10 * part + rank)
+        network(torch.randn(8, 37, generator=generator)).sum().backward()
+    found = {name: parameter.grad.full_tensor() for name, parameter in network.named_parameters()}
+    network.zero_grad()
+    return found
+
+
+def reduce_model(directory: str) -> dict:
+    """Per config: whole gradients, what is left to send, bytes by both counts, and what a new model takes over."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    seen = {}
+    for name, settings in CONFIGS.items():
+        network, hooked = build(mesh, settings)
+        with Wire() as wire:
+            for parts in range(3):
+                hooked.micro_batch(last=parts == 2)
+                network(torch.ones(2, 37)).sum().backward()
+        network.zero_grad()
+        hooked.forget()
+        row = {"figures": hooked.traffic.figures(), "wire": dict(wire.sent)}
+        row["one"] = gradients(network, hooked, 1)
+        hooked.forget()
+        row["gradients"] = gradients(network, hooked, 3)
+        row["unsent"] = whole(hooked)
+        if row["unsent"]:
+            uri = f"{directory}/{settings['replicate']}-{settings.get('reduce_dtype')}"
+            save_state(hooked.state(), checkpoint_id=uri)
+            _, again = build(mesh, settings)
+            again.restore(uri, dist.group.WORLD)
+            row["restored"] = whole(again)
+        seen[name] = row
+    return seen
+
+
+def whole(hooked):
+    return {name: part.full_tensor() for name, part in hooked.state().get("unsent", {}).items()}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    seen = {"flat": reduce_flat(), "model": reduce_model(sys.argv[1])}
+    torch.save(seen, f"{sys.argv[1]}/rank-{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

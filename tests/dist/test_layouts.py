@@ -1,0 +1,130 @@
+"""Any layout of the ranks trains the same model: the losses, norms and weights of one rank, whatever the axes.
+
+And a checkpoint of one layout goes on in any other.
+"""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from cherry.export import export
+from model.weights import load_pretrained
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Wanted:
+    """One run for `train_jobs`."""
+
+    name: str
+    ranks: int
+    flags: list[str]
+    resume_from: tuple[str, int] | None = None
+    """The job and step whose checkpoint it starts from; it saves what it read before it goes on."""
+    largest: bool = False
+    """Write down the largest tensor of building the model."""
+
+
+EXPERT, CONTEXT, REPLICATE = "parallel.expert=2", "parallel.context=2", "parallel.replicate=2"
+RECOMPUTE = "train.activation_checkpointing=full"
+LAYOUTS = [
+    Wanted("one rank", 1, []),
+    Wanted("shard 2", 2, []),
+    Wanted("expert 2", 2, [EXPERT]),
+    Wanted("shard 2 x expert 2", 4, [EXPERT], largest=True),
+    Wanted("replicate 2 x shard 2", 4, [REPLICATE]),
+    Wanted("replicate 2 x expert 2, recomputed", 4, [REPLICATE, EXPERT, RECOMPUTE]),
+    Wanted("expert 4, two micro-batches", 4, ["parallel.expert=4", "train.gradient_accumulation_steps=2"]),
+    Wanted("context 2, two micro-batches", 2, [CONTEXT, "train.gradient_accumulation_steps=2"]),
+    Wanted("context 2 x expert 2, recomputed", 4, [CONTEXT, EXPERT, RECOMPUTE]),
+    Wanted("kept until backward, on the CPU", 2, [EXPERT, "parallel.reshard_after_forward=false", "parallel.cpu_offload=true"]),
+]
+# One expert a rank of the expert axis, which two ranks share: cut by width, as 256 experts on 2,048 ranks are.
+TWO_EXPERTS = ["model.n_routed_experts=2", "model.n_group=1", "model.num_experts_per_tok=1"]
+CUT_BY_WIDTH = [
+    Wanted("one rank, two experts", 1, TWO_EXPERTS),
+    Wanted("cut by width", 4, [*TWO_EXPERTS, EXPERT]),
+]
+# 12 sequences a step: every number of ranks has its share.
+STEPS = ["train.batch_size=12", "train.steps=4", "checkpoint.every_steps=2"]
+RESUMED = [
+    Wanted("saved", 4, [*STEPS, EXPERT]),
+    Wanted("on 4", 4, [*STEPS, EXPERT], ("saved", 2)),
+    Wanted("on 2", 2, [*STEPS, EXPERT], ("saved", 2)),
+    Wanted("on 3", 3, STEPS, ("saved", 2)),
+    Wanted("on 1", 1, STEPS, ("saved", 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(train_jobs):
+    five = ["train.steps=5", "checkpoint.every_steps=5"]
+    return train_jobs([*(replace(job, flags=[*job.flags, *five]) for job in LAYOUTS + CUT_BY_WIDTH), *RESUMED])
+
+
+def weights(job):
+    """The newest checkpoint's, by way of its export: put together from every rank's shards."""
+    export(str(job.directory), dtype=torch.float32)
+    return load_pretrained(str(job.directory / "export"), dtype=torch.float32).state_dict()
+
+
+def differences(job, reference):
+    """Every figure of a job that is off by more than 1e-5."""
+    for ours, theirs in zip(job.metrics, reference.metrics, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in {"loss", "mtp_loss", "balance_loss", "grad_norm", "heldout_loss"} & theirs.keys():
+            if ours[key] != pytest.approx(theirs[key], rel=1e-5):
+                yield f"step {ours['step']}: {key} {ours[key]}, not {theirs[key]}"
+    yield from differences_of_weights(job, reference)
+
+
+def differences_of_weights(job, reference):
+    """Every weight that is off by more than 1e-5."""
+    expected = weights(reference)
+    for name, value in weights(job).items():
+        if not (off := float((value - expected[name]).abs().max())) < 1e-5:
+            yield f"{name} is off by {off}"
+
+
+def test_every_layout_of_the_ranks_trains_the_same_model(jobs):
+    wrong = {job.name: list(differences(jobs[job.name], jobs["one rank"])) for job in LAYOUTS[1:]}
+    assert wrong == dict.fromkeys(wrong, [])
+
+
+def test_experts_that_do_not_go_round_are_cut_by_width(jobs):
+    assert list(differences(jobs["cut by width"], jobs["one rank, two experts"])) == []
+
+
+def test_nothing_of_the_full_model_is_ever_on_one_rank(jobs):
+    """No tensor that building the model makes is larger than the largest part that a rank is to hold."""
+    for rank in range(4):
+        path = jobs["shard 2 x expert 2"].directory / f"largest-{rank}.json"
+        found = json.loads(path.read_text())
+        assert 600 * 32 / 4 == found["held"] == found["made"], rank  # a quarter of the embedding
+
+
+def state(job, step, folder):
+    """Everything in a checkpoint, whole."""
+    path = folder / "state.pt"
+    dcp_to_torch_save(str(job.checkpoint(step)), str(path))
+    found = torch.load(path, weights_only=False)
+    return {**found["model"], **{f"optimizer {name}": value for name, value in found["optimizer"].items()}}
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(jobs, tmp_path):
+    saved = state(jobs["saved"], 2, tmp_path)
+    assert len(saved) > 100
+    for name in ("on 4", "on 2", "on 3", "on 1"):
+        read = state(jobs[name], 2, tmp_path)
+        assert read.keys() == saved.keys()
+        for key, value in saved.items():
+            assert torch.equal(read[key], value) if isinstance(value, torch.Tensor) else read[key] == value, key
+        assert [line["step"] for line in jobs[name].metrics] == [3, 4]
+        expected = jobs["saved"].losses[2:]
+        assert jobs[name].losses == (expected if name == "on 4" else pytest.approx(expected, rel=1e-5))
+        assert list(differences_of_weights(jobs[name], jobs["saved"])) == []
+

@@ -1,0 +1,78 @@
+"""Trains jobs one after the other in the same processes, each on as many ranks as it asks for: one start for many runs.
+
+python train_jobs.py FOLDER RANK, where FOLDER/jobs.json lists {config, directory, ranks, set, resume_from, largest}.
+A job that resumes first saves what it read, so that it can be compared with what it was given. With `largest`, rank R
+writes the size of the largest tensor that building the model made to largest-R.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model.transformer
+from base.config import dump, load
+from cherry.config import JobConfig
+from cherry.trainer import Trainer
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that one real tensor of this process has had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            own = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            if isinstance(own, torch.Tensor) and own.device.type != "meta":
+                elements = own.untyped_storage().nbytes() // own.element_size()
+                self.elements = max(self.elements, elements)
+        return out
+
+
+class RecordingTrainer(Trainer):
+    """Writes down the largest tensor of building its model."""
+
+    def _build(self) -> Any:
+        model.transformer._INIT_CHUNK_ELEMENTS = 1  # a row at a time: this model's parameters are all below a chunk
+        with Largest() as largest:
+            built = super()._build()
+        held = max(parameter.to_local().numel() for parameter in built[0].parameters())
+        path = Path(self.run_directory) / f"largest-{self.rank}.json"
+        path.write_text(json.dumps({"made": largest.elements, "held": held}))
+        return built
+
+
+def main(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        if rank >= job["ranks"]:
+            continue
+        ranks, here = job["ranks"], job["directory"]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK=str(rank), WORLD_SIZE=str(ranks))
+        store = dist.FileStore(str(folder / f"store-{number}"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        config = load(job["config"], JobConfig, [*job["set"], f"launch.nproc_per_node={ranks}"])
+        if rank == 0:
+            Path(here, "config.yaml").write_text(dump(config))
+        chunk = model.transformer._INIT_CHUNK_ELEMENTS
+        trainer = (RecordingTrainer if job["largest"] else Trainer)(config, here, resume_from=job["resume_from"])
+        model.transformer._INIT_CHUNK_ELEMENTS = chunk
+        if job["resume_from"] is not None:
+            trainer._save()
+        trainer.run()
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
