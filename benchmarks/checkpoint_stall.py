@@ -1,6 +1,6 @@
 """Measures how long a save holds training up: in background, in foreground, and with torch's own async_save beside.
 
-    python -m benchmarks.checkpoint_stall [--size 31m|3b] [--saves N] [--directory DIR] [--output FILE]
+    python -m benchmarks.checkpoint_stall [--size 31m|1b] [--saves N] [--directory DIR] [--output FILE]
 
 Every save is of parameters, AdamW's two moments and random states, written with fsync and digests. `stall_ms` is what
 the training thread waits inside a save and before the optimizer's next step; `slowdown_ms` is by how much the steps
@@ -22,18 +22,18 @@ from datetime import date
 
 import torch
 import torch.distributed as dist
-from benchmarks.train_speed import SLICE_3B, build
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from cherry.checkpoint import Checkpointer, step_name
+from benchmarks.train_speed import SLICE_3B, build
+from cherry.checkpoint import Checkpointer
 from cherry.config import TrainConfig
 from cherry.optimizer import build_optimizer, clip_gradients, update_expert_bias
 from model.config import PRESETS, ModelConfig
 
 SIZES = {
     "31m": ({**PRESETS["tiny"], "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 5}, 4, 128),
-    "3b": (SLICE_3B, 4, 4096),
+    "1b": ({**SLICE_3B, "num_hidden_layers": 2}, 4, 4096),
 }
 WARM_STEPS = 5
 
@@ -90,7 +90,7 @@ def in_background(
     for number in range(saves + 1):
         before, started, steps = saver.stalled_seconds, time.perf_counter(), 0
         saver.save(number, training.model, training.optimizer, {"step": number})
-        while saver.last_saved is None or not saver.last_saved.endswith(step_name(number)):
+        while saver.last_saved_step != number and not saver.new_failures():
             training.step()
             steps += 1
         stalls.append(saver.stalled_seconds - before)

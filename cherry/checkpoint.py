@@ -33,7 +33,7 @@ from base import storage
 from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, SupersededError, storage_errors
 from cherry.fence import Fence
 from cherry.integrity import digest_own, verify
-from cherry.staging import Staging, yield_to_training
+from cherry.staging import Staging
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"^step_(\d+)$")
@@ -199,7 +199,6 @@ class Checkpointer:
         except Exception as failure:  # no memory for the buffers
             error = _as_storage_error(failure, target)
         del snapshot
-        yield_to_training()
         failed, _ = self._agree(error, files)
         failed = failed or self._clear(target)
         if failed is None:
