@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from base.config import load
+from cherry.config import JobConfig
 from cherry.export import export
-from model.weights import load_pretrained
+from model.layout import state_to_hf
+from model.transformer import DeepseekV3
+from model.weights import load_pretrained, save_pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +53,12 @@ CUT_BY_WIDTH = [
     Wanted("one rank, two experts", 1, TWO_EXPERTS),
     Wanted("cut by width", 4, [*TWO_EXPERTS, EXPERT]),
 ]
+# Weights that are read, not drawn: each rank takes its box of every stored tensor.
+LOADED = [
+    Wanted("one rank, from weights", 1, TWO_EXPERTS),
+    Wanted("replicate 2 x expert 2, from weights", 4, [*TWO_EXPERTS, REPLICATE, EXPERT]),
+    Wanted("cut by width, from weights", 4, [*TWO_EXPERTS, EXPERT]),
+]
 # 12 sequences a step: every number of ranks has its share.
 STEPS = ["train.batch_size=12", "train.steps=4", "checkpoint.every_steps=2"]
 RESUMED = [
@@ -61,9 +71,16 @@ RESUMED = [
 
 
 @pytest.fixture(scope="module")
-def jobs(train_jobs):
+def jobs(train_jobs, job_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    model = DeepseekV3(load(job_config, JobConfig, TWO_EXPERTS).model)
+    model.init_weights(seed=7)
+    tensors = (pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, model.config))
+    save_pretrained(tensors, str(folder), model.config, dtype=torch.float32)
     five = ["train.steps=5", "checkpoint.every_steps=5"]
-    return train_jobs([*(replace(job, flags=[*job.flags, *five]) for job in LAYOUTS + CUT_BY_WIDTH), *RESUMED])
+    short = [replace(job, flags=[*job.flags, *five]) for job in LAYOUTS + CUT_BY_WIDTH]
+    loaded = [replace(job, flags=[*job.flags, *five, f"init_from={folder}"]) for job in LOADED]
+    return train_jobs([*short, *loaded, *RESUMED])
 
 
 def weights(job):
@@ -97,6 +114,12 @@ def test_every_layout_of_the_ranks_trains_the_same_model(jobs):
 
 def test_experts_that_do_not_go_round_are_cut_by_width(jobs):
     assert list(differences(jobs["cut by width"], jobs["one rank, two experts"])) == []
+
+
+def test_every_rank_reads_its_part_of_stored_weights(jobs):
+    first, *others = (jobs[job.name] for job in LOADED)
+    assert first.losses[0] != jobs["one rank, two experts"].losses[0]
+    assert [list(differences(job, first)) for job in others] == [[], []]
 
 
 def test_nothing_of_the_full_model_is_ever_on_one_rank(jobs):
