@@ -84,7 +84,8 @@ def measure(config: JobConfig, folder: Path) -> dict:
         "steps": config.train.steps,
         "load_first": round(loads[0], 3),
         "load": round(sum(last) / len(last), 3),
-        "load_worst_step": round(max(last), 3),
+        "load_least": round(min(last), 3),
+        "load_most": round(max(last), 3),
         "steps_to_1.3": next((line["step"] for line in lines if line["expert_load_max_over_mean"] < 1.3), None),
         "heldout_loss": round(result["heldout_loss"], 4),
         "seconds": round(result["seconds"], 1),
@@ -96,8 +97,8 @@ def measure(config: JobConfig, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=1e-2, help="of the run with the bias update on")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rate", type=float, default=5e-3, help="of the run with the bias update on")
     parser.add_argument("--output")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
