@@ -61,13 +61,14 @@ class AdamW(torch.optim.Optimizer):
 
         Args:
             closure: not taken; torch's checkpoints name it, as None.
-            clip_coefficient: 0-dim fp32 on the parameters' device, what every gradient is multiplied with on the way.
+            clip_coefficient: 0-dim fp32, what every gradient is multiplied with on the way.
         """
         assert closure is None, "this optimizer takes no closure"
         for group in self.param_groups:
-            for parameters in self._by_device(group["params"]).values():
+            for device, parameters in self._by_device(group["params"]).items():
+                coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
                 step = _step_fused if self.state_dtype == torch.float32 else step_reference
-                step(self._shards(parameters), group, clip_coefficient)
+                step(self._shards(parameters), group, coefficient)
 
     def _by_device(self, parameters: list[nn.Parameter]) -> dict[torch.device, list[nn.Parameter]]:
         found: dict[torch.device, list[nn.Parameter]] = {}
