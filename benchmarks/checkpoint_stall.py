@@ -22,10 +22,10 @@ from datetime import date
 
 import torch
 import torch.distributed as dist
+from benchmarks.train_speed import SLICE_3B, build
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from benchmarks.train_speed import SLICE_3B, build
 from cherry.checkpoint import Checkpointer
 from cherry.config import TrainConfig
 from cherry.optimizer import build_optimizer, clip_gradients, update_expert_bias

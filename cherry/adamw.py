@@ -68,18 +68,19 @@ class AdamW(torch.optim.Optimizer):
 
         Args:
             closure: not taken; torch's checkpoints name it, as None.
-            clip_coefficient: 0-dim fp32 on the parameters' device, what every gradient is multiplied with on the way.
+            clip_coefficient: 0-dim fp32, what every gradient is multiplied with on the way.
         """
         assert closure is None, "this optimizer takes no closure"
         for group in self.param_groups:
-            for parameters in self._by_device(group["params"]).values():
+            for device, parameters in self._by_device(group["params"]).items():
+                coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
                 shards = self._shards(parameters)
-                if shards.parameters[0].is_cuda:
-                    _step_triton(shards, group, clip_coefficient)
+                if device.type == "cuda":
+                    _step_triton(shards, group, coefficient)
                 elif self.state_dtype == torch.float32 and self.copies is None:
-                    _step_fused(shards, group, clip_coefficient)
+                    _step_fused(shards, group, coefficient)
                 else:
-                    step_reference(shards, group, clip_coefficient)
+                    step_reference(shards, group, coefficient)
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad if self.copies is None else self.copies.gradient(parameter)

@@ -87,9 +87,8 @@ class Trainer:
         )
         self.progress = Progress()
         self.guard = StepGuard(config.train.spike_sigma)
-        self._good_before: int | None = None
-        self._save_owed = False
-        self._group = group
+        self._good_before: int | None = None  # after a rollback, until something new is saved
+        self._save_owed, self._group = False, group
         self._heldout: Heldout | None = None
         self._resume(resume_from, directory)
         self.network.start()
@@ -131,7 +130,7 @@ class Trainer:
         try:
             while self.progress.step < train.steps:
                 record = self._step()
-                if self.guard.in_a_row >= train.max_skipped_steps:
+                if self.guard.in_a_row >= min(train.max_skipped_steps, train.steps):
                     self._go_back(record)
                     continue
                 done = self.progress.step
@@ -173,14 +172,7 @@ class Trainer:
         counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.share.ranks
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.communication.traffic.clear()
-        for number, batch in enumerate(micro_batches, 1):
-            self.communication.micro_batch(last=number == len(micro_batches))
-            loss, mtp_loss, balance = self.network.module(*batch.to(self.device))
-            total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
-            (total + train.balance_loss_weight * balance / parts).backward()
-            sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
+        sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
         norm = self.network.gradient_norm()
         # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
         sums = self._sum_over_ranks(torch.cat([sums, norm.double()[None] / self.ranks]))
@@ -210,9 +202,7 @@ class Trainer:
             "tokens_per_second": batch_tokens / seconds,
             "mfu": self._mfu(batch_tokens / seconds),
             "mfu_convention": MFU_CONVENTION,
-            **expert_load(
-                load_LE, whole=self.progress.step % _LOAD_EVERY_STEPS == 0 or self.progress.step == train.steps
-            ),
+            **expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps),
             **self.communication.traffic.figures(),
             "step_seconds": seconds,
             "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
@@ -222,6 +212,19 @@ class Trainer:
             **({} if skipped is None else {"skipped": skipped}),
             "time": time.time(),
         }
+
+    def _backward(self, micro_batches: list[MicroBatch], tokens: float, tokens_mtp: float, parts: int) -> Tensor:
+        """Gradients of this rank's share; its sums of the three losses, fp64 [3]."""
+        train = self.config.train
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.communication.traffic.clear()
+        for number, batch in enumerate(micro_batches, 1):
+            self.communication.micro_batch(last=number == len(micro_batches))
+            loss, mtp_loss, balance = self.network.module(*batch.to(self.device))
+            total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
+            (total + train.balance_loss_weight * balance / parts).backward()
+            sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
+        return sums
 
     def _go_back(self, record: dict[str, Any]) -> None:
         """Too many steps in a row were skipped: go on from the last good checkpoint with the data after this step's.
@@ -250,8 +253,8 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.close()
         self.metrics = self._open_metrics()
-        passed = reached.step - self.progress.step
-        self._say(f"went back to {target}: {passed} batches passed over, rollback {self.progress.rollbacks}")
+        passed, nth = reached.step - self.progress.step, self.progress.rollbacks
+        self._say(f"went back to {target}: {passed} batches passed over, rollback {nth}")
 
     def _last_good(self) -> str | None:
         """The newest checkpoint of this run; where going back to it led nowhere, the one before it."""
