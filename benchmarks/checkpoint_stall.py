@@ -25,15 +25,22 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from benchmarks.train_speed import SLICE_3B, build
+from cherry import sharding
 from cherry.checkpoint import Checkpointer
-from cherry.config import TrainConfig
-from cherry.optimizer import build_optimizer, clip_gradients, update_expert_bias
+from cherry.config import ParallelConfig, TrainConfig
+from cherry.optimizer import build_optimizer, clip_coefficient, gradient_norm, update_expert_bias
+from cherry.trainer import TrainingModel
 from model.config import PRESETS, ModelConfig
+from model.transformer import DeepseekV3
 
 SIZES = {
-    "31m": ({**PRESETS["tiny"], "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 5}, 4, 128),
-    "1b": ({**SLICE_3B, "num_hidden_layers": 2}, 4, 4096),
+    "31m": ({**PRESETS["tiny"], "vocab_size": 16384, "hidden_size": 640, "num_hidden_layers": 6}, 2, 128),
+    # DeepSeek-V2-Lite's widths, one dense and one mixture layer.
+    "1b": (
+        {**PRESETS["16b"], "num_hidden_layers": 2, "rope_scaling": None, "max_position_embeddings": 4096},
+        4,
+        4096,
+    ),
 }
 WARM_STEPS = 5
 
@@ -46,7 +53,13 @@ class Training:
         self.config = ModelConfig.model_validate(shape)
         precision = "bf16" if device.type == "cuda" else "fp32"
         self.train = TrainConfig(precision=precision, loss_chunk_tokens=4096, learning_rate=1e-5)
-        self.model, self.network = build(self.config, self.train, device)
+        with torch.device("meta"):
+            self.model = DeepseekV3(self.config)
+            self.network = TrainingModel(self.model, self.train.loss_chunk_tokens)
+        sharding.shard_model(self.network, sharding.build_mesh(ParallelConfig(), device), precision)
+        sharding.materialize(self.network, device)
+        sharding.initialize(self.model, seed=0)
+        self.network.train()
         self.optimizer = build_optimizer(self.model, self.train)
         self.tokens = torch.randint(self.config.vocab_size, (self.batch, self.length + 1)).to(device)
 
@@ -55,8 +68,7 @@ class Training:
         started = time.perf_counter()
         loss, _, _ = self.network(self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous())
         (loss / self.tokens.numel()).backward()
-        clip_gradients(self.network, 1.0)
-        self.optimizer.step()
+        self.optimizer.step(clip_coefficient=clip_coefficient(gradient_norm(self.network), 1.0))
         self.optimizer.zero_grad(set_to_none=True)
         update_expert_bias(self.model.moe_layers(), 1e-3)
         loss.item()
