@@ -21,6 +21,7 @@ from base.errors import (
     MissingFileError,
     OperationalError,
     StorageError,
+    SupersededError,
     is_retryable_exit_code,
     run_program,
     storage_errors,
@@ -45,17 +46,20 @@ def test_exit_codes_are_unique_and_on_their_side() -> None:
         elif issubclass(member, OperationalError):
             assert 30 <= member.exit_code < 50
             assert not issubclass(member, ValueError)
-            assert is_retryable_exit_code(member.exit_code)
+            # Tried again, a superseded attempt would take the run back from the newer one.
+            assert is_retryable_exit_code(member.exit_code) is (member is not SupersededError)
         else:
             assert member is CherryError
 
 
-@pytest.mark.parametrize(
-    ("code", "retried"),
-    [(0, False), (1, True), (9, True), (10, False), (29, False), (30, True), (-signal.SIGKILL, True), (137, True)],
-)
-def test_a_signal_or_a_crash_is_retried_and_success_is_not(code: int, retried: bool) -> None:
-    assert is_retryable_exit_code(code) is retried
+@pytest.mark.parametrize("code", [30, 49, 129, 128 + signal.SIGTERM, 128 + signal.SIGKILL, -signal.SIGKILL])
+def test_the_worlds_side_and_signals_are_retried(code: int) -> None:
+    assert is_retryable_exit_code(code)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 9, 10, 29, 50, 127, 128])
+def test_success_the_callers_side_and_bugs_are_not_retried(code: int) -> None:
+    assert not is_retryable_exit_code(code)
 
 
 def test_a_full_device_is_a_full_disk() -> None:
