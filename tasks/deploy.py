@@ -80,15 +80,15 @@ def resolve_version(context: RunContext, number: int | None, alias: str | None =
 
     Raises:
         MissingFileError: no such version, or its weights are gone.
-        ConfigError: the quantized weights cost more than quantize.max_dnll, so they are not served.
+        ConfigError: the quantized weights may cost more than quantize.max_dnll, so they are not served.
     """
     found = _registered(context, number, alias)
     if context.config.deploy.artifact == "quantized":
         if found.tags.get("quantized_passed") == "false":
             raise ConfigError(
-                f"{found.name} version {found.version}: its int8 weights cost more than quantize.max_dnll "
-                f"({context.config.quantize.max_dnll}). Deploy the export (deploy.artifact=export), or raise the limit "
-                "and run the training flow again."
+                f"{found.name} version {found.version}: its int8 weights did not pass: "
+                f"{found.tags.get('quantized_reason', 'they cost more than quantize.max_dnll')}. Deploy the export "
+                "(deploy.artifact=export), or raise the limit and run the training flow again."
             )
         path = find_output(found.tags["quantized_uri"], found.tags.get("quantize_fingerprint", ""))
     else:

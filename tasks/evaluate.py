@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from anything.compare import Comparison, compare
 from base import storage
 from tasks.artifacts import show_table
-from tasks.config import EvaluateConfig
+from tasks.config import EvaluateConfig, RunConfig
 from tasks.plots import plot_comparison
 from tasks.steps import (
     REGISTRY_DELAYS_S,
@@ -109,14 +109,57 @@ def _pairs(score: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
     return {document["id"]: (document["nll"], document["tokens"]) for document in score["documents"]}
 
 
-def _compare(baseline: Mapping[str, Any], candidate: Mapping[str, Any], config: EvaluateConfig) -> Comparison:
+def _compare(
+    baseline: Mapping[str, Any], candidate: Mapping[str, Any], config: EvaluateConfig, margin: float
+) -> Comparison:
     return compare(
         _pairs(baseline),
         _pairs(candidate),
-        margin=config.margin_nats,
+        margin=margin,
         confidence=config.confidence,
         bootstrap_samples=config.bootstrap_samples,
         seed=config.seed,
+    )
+
+
+def judge(config: RunConfig, scores: Mapping[str, dict[str, Any]], baseline: str) -> dict[str, Any]:
+    """The verdict on the candidate and on its int8 weights, with the figures behind it: evaluation.json.
+
+    The int8 weights pass when they surely cost no more than `quantize.max_dnll`: the one-sided bound decides, so few
+    documents cannot let through what they could not have shown.
+    """
+    against = _compare(scores["baseline"], scores["candidate"], config.evaluate, config.evaluate.margin_nats)
+    cost = _compare(scores["candidate"], scores["quantized"], config.evaluate, config.quantize.max_dnll)
+    return {
+        "verdict": against.verdict,
+        "reason": against.reason,
+        "baseline": baseline,
+        "candidate_vs_baseline": asdict(against),
+        "quantized_vs_candidate": asdict(cost),
+        "quantized_dnll": cost.difference,
+        "quantized_dnll_upper": cost.upper_one_sided,
+        "quantized_passed": cost.not_worse,
+        "quantized_reason": _cost(cost, config),
+        "bits_per_byte": scores["candidate"]["bits_per_byte"],
+        "quantized_bits_per_byte": scores["quantized"]["bits_per_byte"],
+        "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
+        "heldout_loss": scores["candidate"]["loss"],
+        "documents": against.documents,
+    }
+
+
+def _cost(cost: Comparison, config: RunConfig) -> str:
+    """A sentence on what int8 costs."""
+    limit, confidence = config.quantize.max_dnll, 100 * config.evaluate.confidence
+    text = (
+        f"int8 costs {cost.difference:+.4f} nats per token, at most {cost.upper_one_sided:+.4f} "
+        f"({confidence:.4g} % one-sided, {cost.documents} documents); quantize.max_dnll is {limit:.4g}"
+    )
+    if cost.not_worse or cost.difference > limit:
+        return text
+    return (
+        f"{text}. These documents are too few to decide: they can show a difference from "
+        f"{cost.minimum_detectable_effect:.4f} up. Raise evaluate.documents or data.heldout_fraction"
     )
 
 
@@ -124,47 +167,34 @@ def _decide(
     context: RunContext, step: StepRun, scores: Mapping[str, dict[str, Any]], baseline: str, folder: Path
 ) -> dict[str, str]:
     config = context.config
-    against = _compare(scores["baseline"], scores["candidate"], config.evaluate)
-    cost = _compare(scores["candidate"], scores["quantized"], config.evaluate)
-    passed = cost.difference <= config.quantize.max_dnll
-    result = {
-        "verdict": against.verdict,
-        "reason": against.reason,
-        "baseline": baseline,
-        "candidate_vs_baseline": asdict(against),
-        "quantized_vs_candidate": asdict(cost),
-        "quantized_dnll": cost.difference,
-        "quantized_passed": passed,
-        "bits_per_byte": scores["candidate"]["bits_per_byte"],
-        "quantized_bits_per_byte": scores["quantized"]["bits_per_byte"],
-        "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
-        "heldout_loss": scores["candidate"]["loss"],
-        "documents": against.documents,
-    }
+    result = judge(config, scores, baseline)
+    against, cost = result["candidate_vs_baseline"], result["quantized_vs_candidate"]
     storage.write_json(str(folder / "evaluation.json"), result)
     rows = [
-        (f"candidate - {baseline}", against.difference, against.low, against.high),
-        ("int8 - candidate", cost.difference, cost.low, cost.high),
+        (f"candidate - {baseline}", against["difference"], against["low"], against["high"]),
+        ("int8 - candidate", cost["difference"], cost["low"], cost["high"]),
     ]
     plot = plot_comparison(rows, config.evaluate.margin_nats, folder / "comparison.png")
     headline = {
         "heldout_bits_per_byte": result["bits_per_byte"],
         "heldout_loss_per_token": result["heldout_loss"],
         "zlib_bits_per_byte": result["zlib_bits_per_byte"],
-        "difference": against.difference,
-        "difference_low": against.low,
-        "difference_high": against.high,
-        "minimum_detectable_effect": against.minimum_detectable_effect,
-        "quantized_dnll": cost.difference,
+        "difference": against["difference"],
+        "difference_low": against["low"],
+        "difference_high": against["high"],
+        "minimum_detectable_effect": against["minimum_detectable_effect"],
+        "quantized_dnll": cost["difference"],
+        "quantized_dnll_upper": cost["upper_one_sided"],
     }
     for run_id in (step.run_id, context.parent_run_id):
         step.tracker.artifact(run_id, plot, "plots")
-        step.tracker.log(run_id, metrics=headline, tags={"verdict": against.verdict, "compared_with": baseline})
+        step.tracker.log(run_id, metrics=headline, tags={"verdict": result["verdict"], "compared_with": baseline})
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
     show_table(
         f"evaluate-{config.name}",
         [dict(zip(("difference", "nats per token", "low", "high"), row, strict=True)) for row in rows],
-        f"Verdict: **{against.verdict}**. {against.reason}",
+        f"Verdict: **{result['verdict']}**. {result['reason']}\n\n{result['quantized_reason']}.",
     )
-    step.say(f"verdict: {against.verdict}. {against.reason}")
+    step.say(f"verdict: {result['verdict']}. {result['reason']}")
+    step.say(result["quantized_reason"])
     return {"evaluation": str(folder / "evaluation.json")}

@@ -46,6 +46,7 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             "verdict": result["verdict"],
             "compared_with": result["baseline"],
             "quantized_passed": str(result["quantized_passed"]).lower(),
+            "quantized_reason": result["quantized_reason"],
             "heldout_bits_per_byte": f"{result['bits_per_byte']:.4f}",
             "parent_run_id": context.parent_run_id or "",
         }

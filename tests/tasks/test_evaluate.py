@@ -1,0 +1,54 @@
+"""The verdict from given losses: whether int8 passes, and what a champion without weights means for it."""
+
+import pytest
+
+from tasks.evaluate import judge
+from tasks.parameters import resolve
+
+TOKENS = 100
+
+
+@pytest.fixture
+def config(tmp_path):
+    limits = {"quantize": {"max_dnll": 0.02}, "evaluate": {"margin_nats": 0.01}}
+    return resolve("configs/tiny.yaml", {**limits, "runs_directory": str(tmp_path)})
+
+
+def scored(*losses):
+    """What cherry.scoring writes, for documents of these losses (nats per token)."""
+    documents = [{"id": str(n), "nll": TOKENS * loss, "tokens": TOKENS} for n, loss in enumerate(losses)]
+    figures = {"bits_per_byte": 1.0, "zlib_bits_per_byte": 2.0, "loss": sum(losses) / len(losses)}
+    return {"documents": documents, **figures}
+
+
+def judged(config, costs, baseline="net v1"):
+    candidate = [2.0 + n for n in range(len(costs))]
+    quantized = [loss + cost for loss, cost in zip(candidate, costs, strict=True)]
+    worse = [loss + 0.5 for loss in candidate]
+    scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
+    return judge(config, scores, baseline)
+
+
+def test_int8_passes_by_its_upper_bound(config):
+    result = judged(config, [0.010, 0.012, 0.011, 0.009] * 4)
+    assert result["quantized_passed"]
+    assert 0.0105 < result["quantized_dnll_upper"] < 0.02
+    assert "too few" not in result["quantized_reason"]
+    assert (result["verdict"], result["baseline"]) == ("better", "net v1")
+
+
+def test_int8_that_costs_little_on_average_does_not_pass_when_it_may_cost_too_much(config):
+    result = judged(config, [0.09, -0.05, 0.06, -0.04])
+    assert result["quantized_dnll"] == pytest.approx(0.015)
+    assert result["quantized_dnll_upper"] > 0.02
+    assert not result["quantized_passed"]
+    effect = result["quantized_vs_candidate"]["minimum_detectable_effect"]
+    assert effect > 0.02
+    assert f"too few to decide: they can show a difference from {effect:.4f} up" in result["quantized_reason"]
+
+
+def test_int8_that_costs_too_much_is_told_without_an_excuse(config):
+    result = judged(config, [0.050, 0.052, 0.051, 0.049])
+    assert not result["quantized_passed"]
+    assert "too few" not in result["quantized_reason"]
+    assert "quantize.max_dnll is 0.02" in result["quantized_reason"]
