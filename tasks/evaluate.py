@@ -42,13 +42,13 @@ UNTRAINED = "untrained"
 )
 def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quantized: StepRecord) -> StepRecord:
     """Compare the candidate with the champion; with none, with the untrained model, and say so."""
-    champion = _champion(context, exported)
+    champion, missing = find_champion(context, exported)
     inputs = {
         **sections(context.config, ["evaluate", "quantize"]),
         "data_fingerprint": data.fingerprint,
         "export_fingerprint": exported.fingerprint,
         "quantize_fingerprint": quantized.fingerprint,
-        "baseline": _label(champion),
+        "baseline": missing or _label(champion),
     }
 
     def work(step: StepRun) -> dict[str, str]:
@@ -66,7 +66,7 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
                 "baseline": baseline,
             }.items()
         }
-        return _decide(context, step, scores, _label(champion), folder)
+        return _report(context, step, judge(context.config, scores, _label(champion), missing), folder)
 
     return perform(context, "evaluate", inputs, work)
 
@@ -75,22 +75,27 @@ def _label(champion: ModelVersion | None) -> str:
     return f"{champion.name} v{champion.version}" if champion else UNTRAINED
 
 
-def _champion(context: RunContext, exported: StepRecord) -> ModelVersion | None:
-    """The registered champion; not when its weights are gone, or when it is this very model."""
+def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersion | None, str | None]:
+    """The registered champion (the one before it, when it is this very model) where there is one to compare with.
+
+    Returns:
+        The champion, and a sentence when there is one whose weights are gone.
+    """
     config = context.config.register_model
     found = context.tracker().version(config.model_name, alias=config.champion_alias)
     if found is None:
-        return None
+        return None, None
     if found.tags.get("export_fingerprint") == exported.fingerprint:
         before = found.tags.get(f"previous_{config.champion_alias}")
         found = context.tracker().version(config.model_name, number=int(before)) if before else None
     if found is None:
-        return None
+        return None, None
     uri = find_output(found.uri, found.tags.get("export_fingerprint", ""))
     if not storage.is_committed(uri):
-        get_run_logger().warning("%s cannot be compared with: its weights are no longer at %s", _label(found), uri)
-        return None
-    return replace(found, uri=uri)
+        missing = f"{_label(found)}, the {config.champion_alias}, cannot be compared with: its weights are gone ({uri})"
+        get_run_logger().warning(missing)
+        return None, missing
+    return replace(found, uri=uri), None
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
@@ -122,18 +127,31 @@ def _compare(
     )
 
 
-def judge(config: RunConfig, scores: Mapping[str, dict[str, Any]], baseline: str) -> dict[str, Any]:
+def judge(
+    config: RunConfig, scores: Mapping[str, dict[str, Any]], baseline: str, missing: str | None = None
+) -> dict[str, Any]:
     """The verdict on the candidate and on its int8 weights, with the figures behind it: evaluation.json.
 
+    A champion that is `missing` cannot be beaten: whatever the candidate is against the untrained model, it must not
+    take the champion's place by itself.
     The int8 weights pass when they surely cost no more than `quantize.max_dnll`: the one-sided bound decides, so few
     documents cannot let through what they could not have shown.
     """
     against = _compare(scores["baseline"], scores["candidate"], config.evaluate, config.evaluate.margin_nats)
     cost = _compare(scores["candidate"], scores["quantized"], config.evaluate, config.quantize.max_dnll)
+    verdict, reason = against.verdict, against.reason
+    if missing is not None:
+        alias = config.register_model.champion_alias
+        reason = (
+            f"{missing}. Bring them back and run the flow again, or take the alias {alias} away. "
+            f"Against the untrained model it is {verdict}: {reason}"
+        )
+        verdict = "can't tell"
     return {
-        "verdict": against.verdict,
-        "reason": against.reason,
+        "verdict": verdict,
+        "reason": reason,
         "baseline": baseline,
+        "champion_missing": missing,
         "candidate_vs_baseline": asdict(against),
         "quantized_vs_candidate": asdict(cost),
         "quantized_dnll": cost.difference,
@@ -163,11 +181,9 @@ def _cost(cost: Comparison, config: RunConfig) -> str:
     )
 
 
-def _decide(
-    context: RunContext, step: StepRun, scores: Mapping[str, dict[str, Any]], baseline: str, folder: Path
-) -> dict[str, str]:
-    config = context.config
-    result = judge(config, scores, baseline)
+def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write and show what was judged."""
+    config, baseline = context.config, result["baseline"]
     against, cost = result["candidate_vs_baseline"], result["quantized_vs_candidate"]
     storage.write_json(str(folder / "evaluation.json"), result)
     rows = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -65,13 +66,19 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
         step.say(
             f"{version.name} version {version.version}: {config.candidate_alias}"
             + (f", {config.champion_alias}" if champion else "")
-            + (" (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else "")
+            + _without_champion(result)
         )
         target = str(context.path / "register.json")
         storage.write_json(target, {"name": version.name, "version": version.version, "champion": champion})
         return {"register": target}
 
     return perform(context, "register", inputs, work)
+
+
+def _without_champion(result: dict[str, Any]) -> str:
+    if result["champion_missing"]:
+        return f" ({result['champion_missing']})"
+    return " (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else ""
 
 
 def _lasting(uri: str) -> str:

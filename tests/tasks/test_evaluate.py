@@ -1,9 +1,15 @@
 """The verdict from given losses: whether int8 passes, and what a champion without weights means for it."""
 
-import pytest
+from types import SimpleNamespace
 
-from tasks.evaluate import judge
+import pytest
+from prefect.logging import disable_run_logger
+
+from base import storage
+from tasks.evaluate import find_champion, judge
 from tasks.parameters import resolve
+from tasks.steps import RunContext
+from tasks.tracking import MlflowTracker, ModelVersion
 
 TOKENS = 100
 
@@ -21,12 +27,12 @@ def scored(*losses):
     return {"documents": documents, **figures}
 
 
-def judged(config, costs, baseline="net v1"):
+def judged(config, costs, baseline="net v1", missing=None):
     candidate = [2.0 + n for n in range(len(costs))]
     quantized = [loss + cost for loss, cost in zip(candidate, costs, strict=True)]
     worse = [loss + 0.5 for loss in candidate]
     scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
-    return judge(config, scores, baseline)
+    return judge(config, scores, baseline, missing)
 
 
 def test_int8_passes_by_its_upper_bound(config):
@@ -52,3 +58,23 @@ def test_int8_that_costs_too_much_is_told_without_an_excuse(config):
     assert not result["quantized_passed"]
     assert "too few" not in result["quantized_reason"]
     assert "quantize.max_dnll is 0.02" in result["quantized_reason"]
+
+
+def test_a_champion_whose_weights_are_gone_is_told_and_not_replaced(config, tmp_path, monkeypatch):
+    folder = tmp_path / "champion" / "export"
+    champion = ModelVersion("net", 3, str(folder), {"export_fingerprint": "a" * 64})
+    monkeypatch.setattr(MlflowTracker, "version", lambda *_, **__: champion)
+    context, exported = RunContext(str(tmp_path / "run"), config), SimpleNamespace(fingerprint="b" * 64)
+    with disable_run_logger():
+        found, missing = find_champion(context, exported)
+        assert found is None
+        folder.mkdir(parents=True)
+        storage.commit(str(folder))
+        assert find_champion(context, exported) == (champion, None)
+    result = judged(config, [0.01] * 4, "untrained", missing)
+    assert result["verdict"] == "can't tell"
+    assert result["candidate_vs_baseline"]["verdict"] == "better"
+    assert result["reason"].startswith(
+        f"net v3, the champion, cannot be compared with: its weights are gone ({folder})"
+    )
+    assert "Against the untrained model it is better" in result["reason"]
