@@ -8,6 +8,7 @@ to 29 belong to the caller, 30 to 49 to the world; every other one is a bug of o
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ CALLER_EXIT_CODES = range(10, 30)
 WORLD_EXIT_CODES = range(30, 50)
 # What a shell adds to a signal's number.
 _SHELL_SIGNAL = 128
+# user:password@ of a URI; a port is no password, and a name alone (abfs://container@account) is no secret. Secret keys
+# of AWS may hold a slash.
+_CREDENTIALS = re.compile(r"(?<=://)[^/@:\s]*:(?!\d+(?:/|$))[^@\s]+@")
 # Clients of object stores raise some errors (no connection, no credentials) that are no OSError.
 _STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
@@ -135,6 +139,16 @@ def is_retryable_exit_code(code: int) -> bool:
     if code == SupersededError.exit_code:
         return False
     return code in WORLD_EXIT_CODES or code < 0 or code > _SHELL_SIGNAL
+
+
+def has_credentials(text: str) -> bool:
+    """Whether there is a URI in `text` that carries a password."""
+    return _CREDENTIALS.search(text) is not None
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the name and password of every URI in it taken out, for a person's eyes."""
+    return _CREDENTIALS.sub("***@", text)
 
 
 @contextmanager

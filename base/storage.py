@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
-from base.errors import ConfigError, MissingFileError, storage_errors
+from base.errors import ConfigError, MissingFileError, has_credentials, storage_errors, without_credentials
 
 MARKER = "COMMITTED"
 _BLOCK_BYTES = 1 << 20
@@ -52,7 +52,16 @@ def join(uri: str, *parts: str) -> str:
 
 
 def _locate(uri: str) -> tuple[Any, str]:
-    """The file system of `uri` and the path in it; it keeps no listings, for another host may have written since."""
+    """The file system of `uri` and the path in it; it keeps no listings, for another host may have written since.
+
+    Raises:
+        ConfigError: nothing here can read such a URI, or it carries a password, which logs and records would keep.
+    """
+    if has_credentials(uri):
+        raise ConfigError(
+            f"{without_credentials(uri)}: a URI must not hold a password. Give credentials by the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)."
+        )
     try:
         fs, path = url_to_fs(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:

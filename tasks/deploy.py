@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from anything.client import Client
 from anything.keys import read_key_file
 from base import storage
-from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
+from base.errors import CherryError, ConfigError, MissingFileError, ServiceError, without_credentials
 from tasks.artifacts import show_table
 from tasks.report import RELEASE_CONFIG
 from tasks.serving import GATEWAY, Server, ServingDirectory
@@ -62,7 +62,7 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
     if found is None:
         wanted = f"version {number}" if number is not None else f"version with the alias {alias!r}"
         raise MissingFileError(
-            f"{config.model_name} has no {wanted} in the registry at {tracker.uri}. "
+            f"{config.model_name} has no {wanted} in the registry at {without_credentials(tracker.uri)}. "
             "Run the training flow first, or name a version that exists."
         )
     return found

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
-from base.errors import CherryError
+from base.errors import CherryError, without_credentials
 from tasks.artifacts import show_markdown, show_table
 from tasks.config import RunConfig
 from tasks.parameters import resolve, run_directory, write_resolved
@@ -78,7 +78,8 @@ def _open(context: RunContext, step: str) -> RunContext:
     identity = storage.fingerprint(_lasting(context))
     parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
     tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
-    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, tracker.uri)
+    where = without_credentials(tracker.uri)
+    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, where)
     return RunContext(context.directory, context.config, parent, context.began)
 
 

@@ -62,6 +62,37 @@ def test_success_the_callers_side_and_bugs_are_not_retried(code: int) -> None:
     assert not is_retryable_exit_code(code)
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKIA1:se/cr+et@bucket/data", "s3://***@bucket/data"),
+        ("https://user:secret@mlflow.example:5000/x", "https://***@mlflow.example:5000/x"),
+        ("postgresql+psycopg2://:secret@host/db", "postgresql+psycopg2://***@host/db"),
+        ("simplecache::s3://a:secret@bucket", "simplecache::s3://***@bucket"),
+    ],
+)
+def test_a_password_in_a_uri_is_seen_and_not_shown(uri: str, shown: str) -> None:
+    assert errors.has_credentials(uri)
+    assert errors.without_credentials(f"reading {uri}: denied") == f"reading {shown}: denied"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a:b@c",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "http://127.0.0.1:5000/a@b",
+        "http://[::1]:5000",
+        "sqlite:////runs/a:b@c/mlflow.db",
+        "file:///a:b@c",
+        "/a:b@c",
+    ],
+)
+def test_a_uri_without_a_password_is_left_alone(uri: str) -> None:
+    assert not errors.has_credentials(uri)
+    assert errors.without_credentials(uri) == uri
+
+
 def test_a_full_device_is_a_full_disk() -> None:
     with pytest.raises(DiskFullError, match="/dev/full") as caught, storage_errors("/dev/full"):
         Path("/dev/full").write_bytes(b"x")
