@@ -1,6 +1,9 @@
 """Owns reading and writing files by URI through fsspec, and the marker that makes a directory valid.
 
-It knows nothing of what the files mean. URIs are `str`: a plain path, `file://`, `s3://` or `memory://`.
+It knows nothing of what the files mean. URIs are `str`: a plain path, `file://`, `s3://` or `memory://`. Where an
+object store is, and who asks it, its client reads from the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required for a store that answers a range of bytes with
+the whole object's checksum ("Expected checksum ... did not match", seen with rclone 1.75).
 """
 
 from __future__ import annotations
