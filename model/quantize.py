@@ -1,7 +1,9 @@
 """Owns int8 weights: symmetric, one scale per output channel, written shard by shard with an error report.
 
 It knows nothing of held-out loss: how good the result is, an evaluation says. On disk it is compressed-tensors'
-"int-quantized" W8A8 (static weights per channel, dynamic activations per token), which vLLM loads.
+"int-quantized" W8A8 (static weights per channel, dynamic activations per token), as that library reads it. Our engine
+and our evaluation keep activations as they are; an engine that follows the configuration, like vLLM, rounds them to
+int8 as well, so what int8 costs there must be measured there.
 Router, norms, embeddings, head, eh_proj and biases keep their type.
 
     python -m model.quantize --source <folder> --target <folder>
@@ -152,7 +154,11 @@ def _finish(
 
 
 def quantization_config() -> dict[str, Any]:
-    """The `quantization_config` of config.json, as compressed-tensors 0.12 writes it for W8A8 (int8)."""
+    """The `quantization_config` of config.json, as compressed-tensors 0.12 writes it for W8A8 (int8).
+
+    int8 values without activations' scheme would be what we evaluate, but engines have kernels for such weights only in
+    the packed format (32-bit words), which our reader does not have.
+    """
     common = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "block_structure": None}
     weights = {**common, "strategy": "channel", "dynamic": False, "observer": "minmax", "actorder": None}
     activations = {**common, "strategy": "token", "dynamic": True, "observer": None, "actorder": None}

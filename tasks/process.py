@@ -15,7 +15,14 @@ import psutil
 
 import base.errors
 from base import storage
-from base.errors import CherryError, InvalidInputError, OperationalError, WorkerLostError
+from base.errors import (
+    CALLER_EXIT_CODES,
+    CherryError,
+    InvalidInputError,
+    OperationalError,
+    WorkerLostError,
+    is_retryable_exit_code,
+)
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
@@ -113,7 +120,8 @@ def error_of(code: int, lines: Sequence[str], program: str) -> CherryError:
     for kind in vars(base.errors).values():
         if isinstance(kind, type) and issubclass(kind, CherryError) and kind.exit_code == code and code != 1:
             return kind(text)
-    error = InvalidInputError(text) if code in base.errors.CALLER_EXIT_CODES else OperationalError(text)
+    side = OperationalError if is_retryable_exit_code(code) else CherryError
+    error = InvalidInputError(text) if code in CALLER_EXIT_CODES else side(text)
     error.exit_code = code
     return error
 

@@ -17,7 +17,7 @@ from typing import Any
 from prefect import get_run_logger
 
 from base import storage
-from base.errors import CherryError, InvalidInputError
+from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
 from tasks.config import RunConfig
 from tasks.process import run_module
@@ -242,13 +242,11 @@ def sections(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
 
 
 def worth_retrying(_task: Any, _task_run: Any, state: Any) -> bool:
-    """Prefect's retry condition: the caller's fault fails again, so it is not tried again."""
+    """Prefect's retry condition: the world's fault may pass, every other one is met again."""
     try:
         state.result()
-    except InvalidInputError:
-        return False
     except CherryError as error:
-        return not 10 <= error.exit_code < 30
+        return is_retryable_exit_code(error.exit_code)
     except Exception:
         return False  # a bug of ours
     return True

@@ -4,42 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_S3_KEY, _S3_SECRET = "test", "testtest"
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server in a thread of this process."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an S3 server: rclone's, in front of a directory."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = shutil.which("rclone", path=scripts)
+    assert program, "no rclone: install the development dependencies"
+    command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{_S3_KEY},{_S3_SECRET}"]
+    command += ["--config", os.devnull, str(tmp_path_factory.mktemp("s3"))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        started = next((found for line in server.stderr if (found := re.search(r"http://[\d.:]+", line))), None)
+        assert started, f"rclone ended with {server.wait()}"
+        # What it says from now on is read, so that it never waits for a reader.
+        drain = threading.Thread(target=server.stderr.read, daemon=True)
+        drain.start()
+        yield started[0]
+        server.terminate()
+        drain.join()
 
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """URI of a fresh, empty bucket; the environment says where it is, to this process and to those it starts."""
+    from s3fs import S3FileSystem
+
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", _S3_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", _S3_SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # rclone answers a range of bytes with the whole object's checksum, which botocore compares by default.
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    httpx.put(f"{s3_endpoint}/{bucket}", trust_env=False).raise_for_status()
+    S3FileSystem().mkdir(bucket)
     return f"s3://{bucket}"
 
 
