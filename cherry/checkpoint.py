@@ -42,7 +42,7 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def step_name(step: int) -> str:
     """The directory name of a step's checkpoint."""
-    return f"step_{step:06d}"
+    return f"step_{step}"
 
 
 def committed_steps(directory: str) -> list[int]:

@@ -80,7 +80,7 @@ class Job:
 
     def checkpoint(self, step: int) -> Path:
         """Directory of one step's checkpoint."""
-        return self.directory / "train" / "checkpoints" / f"step_{step:06d}"
+        return self.directory / "train" / "checkpoints" / f"step_{step}"
 
 
 def _environment() -> dict[str, str]:
