@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,12 @@ def mtp_targets(targets_BT: Tensor) -> Tensor:
 
 @dataclass
 class Progress:
-    """The listed resume state. The data position is the step: the sampler's order needs nothing else."""
+    """The listed resume state."""
 
     step: int = 0
     tokens: int = 0
+    position: int = 0
+    """Sequences that were read: where the next batch begins. Not the step times the batch's size, which may change."""
     seconds: float = 0.0
 
 
@@ -151,7 +153,7 @@ class Trainer:
             return
         model = self.config.model.model_dump(mode="json")
         record = restore(found[0], self.model, self.optimizer.optimizer, group, expected_model=model)
-        self.progress = Progress(record["step"], record["tokens"], record["seconds"])
+        self.progress = Progress(**{key: record[key] for key in asdict(Progress())})
         self.checkpointer.last_saved = found[0]  # an attempt may have died between the last save and the result
         self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
 
@@ -199,7 +201,7 @@ class Trainer:
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
-        micro_batches = self._micro_batches(step)
+        micro_batches = self._micro_batches(self.progress.position)
         valid = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches)
         valid_mtp = sum(int((mtp_targets(targets) != IGNORE_INDEX).sum()) for _, targets in micro_batches)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
@@ -227,6 +229,7 @@ class Trainer:
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
         self.progress.tokens += batch_tokens
+        self.progress.position += train.batch_size
         self.progress.seconds += seconds
         return {
             "step": self.progress.step,
@@ -246,10 +249,13 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """(tokens, targets), each [B, T] int64, of this rank; targets that bear no loss are IGNORE_INDEX."""
+    def _micro_batches(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """(tokens, targets), each [B, T] int64, of this rank's share of the batch that begins at `position`.
+
+        Targets that bear no loss are IGNORE_INDEX.
+        """
         batches = []
-        chosen = self.sampler.indices(step, self.rank, self.ranks)
+        chosen = self.sampler.indices(position, self.rank, self.ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
         for start in range(0, len(chosen), size):
             rows = [self.dataset.sequence(int(i)) for i in chosen[start : start + size]]
@@ -286,11 +292,7 @@ class Trainer:
 
     def _save(self) -> None:
         record = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "position": self.progress.step * self.config.train.batch_size,
-            "seconds": self.progress.seconds,
-            "seed": self.config.seed,
+            **asdict(self.progress),
             "world_size": self.ranks,
             "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
             "model": self.config.model.model_dump(mode="json"),
