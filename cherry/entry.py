@@ -18,7 +18,7 @@ from typing import Any
 
 from base import storage
 from base.config import dump, load, validate
-from base.errors import CherryError, ConfigError, WorkerLostError, run_program
+from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program
 from cherry.config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
 
@@ -32,13 +32,13 @@ _FLAGS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The flags of train.py."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train one model; start it with cherry-launch.")
+    parser = ArgumentParser(prog="train.py", description="Train one model; start it with cherry-launch.")
     parser.add_argument("--config", help="a resolved config, or one of configs/*.yaml")
     parser.add_argument("--run_dir", help="the run directory (default: runs/<name>)")
     parser.add_argument("--model_path", help="weights to start from: a Hugging Face folder or URI, or a .pt file")
-    parser.add_argument("--resume_from", help="a checkpoint directory, like .../step_1000 (default: the newest one)")
+    parser.add_argument("--resume_from", help="a checkpoint, like checkpoints/step_1000 (default: the newest one)")
     parser.add_argument("--batch_size", type=int, help="sequences per optimizer step, over all ranks")
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--gradient_accumulation_steps", type=int)
@@ -51,19 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank; ends the process with the error's exit code."""
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
-    options = build_parser().parse_args(arguments)
     logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
-    code = run_program(lambda: _run(options))
+    code = run_program(lambda: _run(arguments))
     sys.stdout.flush()
     # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
     os._exit(code) if code else sys.exit(0)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(arguments: Sequence[str] | None) -> None:
     """Train, with an error of ours told once: by rank 0 here, of the others by the launcher if theirs is the cause."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _train(options, rank)
+        _train(build_parser().parse_args(arguments), rank)
     except CherryError as error:
         logger.error("%s", error, exc_info=error.__cause__)
         if rank == 0:

@@ -5,7 +5,6 @@ It knows nothing of training: it reads the weights alone, one tensor at a time.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from base import storage
 from base.config import load
-from base.errors import CheckpointError, MissingFileError, run_program
+from base.errors import ArgumentParser, CheckpointError, MissingFileError, run_program
 from cherry.checkpoint import newest_checkpoint, read_state, reader_of, verify
 from cherry.config import JobConfig
 from model.layout import state_to_hf
@@ -74,7 +73,7 @@ def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]
 
 def main() -> None:
     """Entry point of the program."""
-    parser = argparse.ArgumentParser(prog="python -m cherry.export", description=__doc__)
+    parser = ArgumentParser(prog="python -m cherry.export", description=__doc__)
     parser.add_argument("--run_dir", required=True)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
     parser.add_argument("--checkpoint", help="a committed checkpoint (default: the newest)")
