@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from base import storage
-from base.config import dump, load, validate
+from base.config import load, validate
 from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program
 from cherry.config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
+from cherry.run_directory import check_data, check_resume, checkpoints_of, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +134,10 @@ def _train(options: argparse.Namespace, rank: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        _prepare(config, run_directory, rank)
+        resume_from = _prepare(config, run_directory, options)
         from cherry.trainer import Trainer
 
-        Trainer(config, run_directory, resume_from=options.resume_from).run()
+        Trainer(config, run_directory, resume_from=resume_from).run()
         dist.destroy_process_group()
     except RuntimeError as error:
         # gloo has no error type of its own, but its messages begin with the path of its source.
@@ -146,34 +147,55 @@ def _train(options: argparse.Namespace, rank: int) -> None:
         raise
 
 
-def _prepare(config: JobConfig, run_directory: str, rank: int) -> None:
-    """Run by hand, without the flow: write the resolved config and prepare the data when they are not there."""
+def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
+    """Rank 0 sees to it that the run can go on; the checkpoint that was asked for, if any was, as every rank hears.
+
+    Raises:
+        ConfigError: what is in the run directory was made by another configuration (see cherry/run_directory.py).
+        MissingFileError: no such checkpoint; or no such documents, of data that is not prepared yet.
+    """
     import torch.distributed as dist
 
-    outcome: list[CherryError | None] = [None]
-    if rank == 0:
+    outcome: list[str | CherryError | None] = [None]
+    if dist.get_rank() == 0:
         try:
-            if not storage.exists(storage.join(run_directory, "config.yaml")):
-                storage.write_bytes(storage.join(run_directory, "config.yaml"), dump(config).encode())
-            data = storage.join(run_directory, "data")
-            if not storage.is_committed(data):
-                from cherry.data import prepare
-
-                model = config.model
-                prepare(
-                    config.data,
-                    vocab_size=model.vocab_size,
-                    directory=data,
-                    bos_id=model.bos_token_id,
-                    eos_id=model.eos_token_id,
-                    on_progress=lambda line, _: print(line, flush=True),
-                )
+            outcome = [_accept(config, run_directory, options)]
         except CherryError as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
-    if outcome[0] is not None:
+    if isinstance(outcome[0], CherryError):
         raise outcome[0]
 
+    return outcome[0]
+
+
+def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
+    """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
+    from cherry.checkpoint import check_model, find_checkpoint, newest_checkpoint
+    from cherry.data import prepare, read_manifest
+
+    checkpoints = checkpoints_of(config, run_directory)
+    named = None if options.resume_from is None else find_checkpoint(options.resume_from, checkpoints)
+    data, model = storage.join(run_directory, "data"), config.model
+    if storage.is_committed(data):
+        manifest = read_manifest(data)
+        check_data(config, data, manifest)
+    else:
+        manifest = prepare(
+            config.data,
+            vocab_size=model.vocab_size,
+            directory=data,
+            bos_id=model.bos_token_id,
+            eos_id=model.eos_token_id,
+            on_progress=lambda line, _: print(line, flush=True),
+        )
+    if found := named or newest_checkpoint(checkpoints):
+        record = storage.read_commit(found)
+        check_model(found, record, model.model_dump(mode="json"))
+        for change in check_resume(config, manifest, found, record, named=named is not None):
+            print(f"goes on from {found} with another {change}", flush=True)
+    write_config(config, run_directory, options.config)
+    return named
 
 def _log_to_file(run_directory: str, rank: int) -> None:
     directory = Path(storage.local_path(run_directory)) / "train"

@@ -15,6 +15,7 @@ from base.config import load
 from base.errors import ArgumentParser, CheckpointError, MissingFileError, run_program
 from cherry.checkpoint import newest_checkpoint, read_state, reader_of, verify
 from cherry.config import JobConfig
+from cherry.run_directory import checkpoints_of
 from model.layout import state_to_hf
 from model.transformer import DeepseekV3
 from model.weights import save_pretrained
@@ -30,7 +31,7 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
         CheckpointError: a file of the checkpoint is corrupt, or it is of another model.
     """
     config = load(storage.join(run_directory, "config.yaml"), JobConfig, part_of_file=True)
-    directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+    directory = checkpoints_of(config, run_directory)
     source = checkpoint or newest_checkpoint(directory)
     if source is None:
         raise MissingFileError(

@@ -31,6 +31,7 @@ from cherry.heldout import Heldout, evaluate_heldout
 from cherry.loss import IGNORE_INDEX, cross_entropy_sum
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, format_line, peak_flops
 from cherry.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, update_expert_bias
+from cherry.run_directory import checkpoints_of, identity
 from model.transformer import Block, DeepseekV3
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, config.train))
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
-        directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+        directory = checkpoints_of(config, run_directory)
         self.checkpointer = Checkpointer(
             directory,
             keep_last=config.checkpoint.keep_last,
@@ -294,7 +295,7 @@ class Trainer:
         record = {
             **asdict(self.progress),
             "world_size": self.ranks,
-            "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
+            **identity(self.config, self.dataset.manifest),
             "model": self.config.model.model_dump(mode="json"),
         }
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record)

@@ -11,14 +11,14 @@ pytestmark = pytest.mark.slow
 
 def test_the_caller_s_mistakes(make_job, tmp_path):
     job = make_job("mistakes")
-    cases = {
-        11: (["--batch_size=7", "--gradient_accumulation_steps=2"], "train.batch_size: must be divisible by"),
-        12: ([f"--resume_from={tmp_path}/step_000099"], "holds no finished output"),
-        14: (["--model_path", str(tmp_path)], ""),
-        16: (["--learning_rate=1e30"], "The last committed checkpoint is whole"),
-    }
     broken = tmp_path / "model.safetensors"
     broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    cases = {
+        11: (["--batch_size=7", "--gradient_accumulation_steps=2"], "train.batch_size: must be divisible by"),
+        12: ([f"--resume_from={tmp_path}/step_99"], "step_99 holds no finished checkpoint"),
+        14: (["--model_path", str(tmp_path)], str(broken)),
+        16: (["--learning_rate=1e30"], "The last committed checkpoint is whole"),
+    }
     for code, (flags, text) in cases.items():
         ended = job.run(*flags)
         assert ended.returncode == code, f"{flags}: {ended.stdout}{ended.stderr}"
