@@ -18,7 +18,7 @@ from typing import Any
 
 from base import storage
 from base.config import load, validate
-from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program
+from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program, storage_errors
 from cherry.config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
 from cherry.run_directory import check_data, check_resume, checkpoints_of, write_config
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank; ends the process with the error's exit code."""
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
+    logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
     code = run_program(lambda: _run(arguments))
     sys.stdout.flush()
@@ -165,7 +166,6 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], CherryError):
         raise outcome[0]
-
     return outcome[0]
 
 
@@ -197,10 +197,12 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
     write_config(config, run_directory, options.config)
     return named
 
+
 def _log_to_file(run_directory: str, rank: int) -> None:
     directory = Path(storage.local_path(run_directory)) / "train"
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / f"rank-{rank}.log")
+    with storage_errors(str(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(directory / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("cherry").setLevel(logging.INFO)

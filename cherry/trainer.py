@@ -288,6 +288,8 @@ class Trainer:
         if last or due or not record.keys().isdisjoint(("heldout_loss", "failed_saves")):
             self.metrics.write(record)
             self._say(format_line(record))
+        if failure := self.metrics.new_failure():
+            self._say(f"metrics wait in memory, training goes on: {failure}")
         for failure in record.get("failed_saves", ()):
             self._say(f"checkpoint not saved, training goes on: {failure}")
 
