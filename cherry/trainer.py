@@ -7,7 +7,6 @@ Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture l
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from base import storage
@@ -34,7 +34,7 @@ from cherry.optimizer import build_optimizer, clip_gradients, learning_rate, set
 from cherry.run_directory import checkpoints_of, identity
 from model.transformer import Block, DeepseekV3
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
 
@@ -72,9 +72,9 @@ class Progress:
     """The listed resume state."""
 
     step: int = 0
-    tokens: int = 0
     position: int = 0
     """Sequences that were read: where the next batch begins. Not the step times the batch's size, which may change."""
+    tokens: int = 0
     seconds: float = 0.0
 
 
@@ -229,8 +229,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
-        self.progress.tokens += batch_tokens
         self.progress.position += train.batch_size
+        self.progress.tokens += batch_tokens
         self.progress.seconds += seconds
         return {
             "step": self.progress.step,
@@ -326,8 +326,10 @@ class Trainer:
         return result
 
     def _say(self, line: str) -> None:
-        if self.rank == 0:
+        """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
+        if self.accelerator.is_main_process:
             print(line, flush=True)
+        logger.info(line)
 
 
 def _wrap_blocks(model: DeepseekV3) -> None:
