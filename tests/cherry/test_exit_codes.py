@@ -26,6 +26,32 @@ def test_the_caller_s_mistakes(make_job, tmp_path):
         assert "Traceback" not in ended.stderr, ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("launcher", "flags", "text"),
+    [
+        ((), ["--batch=16"], "train.py: unrecognized arguments: --batch=16"),
+        ((), ["--steps=many"], "train.py: argument --steps: invalid int value: 'many'"),
+        (("--nnode=1",), [], "cherry-launch: "),
+    ],
+)
+def test_a_flag_that_is_none_is_the_caller_s_mistake(make_job, launcher, flags, text):
+    ended = make_job("flags").run(*flags, launcher=launcher)
+    assert ended.returncode == 11, ended.stdout + ended.stderr
+    assert f"error: {text}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_data_that_was_cut_off_is_named(make_job):
+    job = make_job("cut")
+    shard = job.directory / "data" / "train-00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    ended = job.run()
+    assert ended.returncode == 13, ended.stdout + ended.stderr
+    assert f"error: {shard}: {len(content) - 10} bytes, {len(content)} were written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_corrupt_shard_is_named(make_job):
     job = make_job("corrupt")
     assert job.run("--steps=4", "--set", "checkpoint.every_steps=2").returncode == 0
