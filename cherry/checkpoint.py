@@ -30,15 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from base import storage
-from base.errors import (
-    CheckpointError,
-    CherryError,
-    DiskFullError,
-    MissingFileError,
-    StorageError,
-    SupersededError,
-    storage_errors,
-)
+from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, SupersededError, storage_errors
 from cherry.fence import Fence
 
 logger = logging.getLogger(__name__)
@@ -63,30 +55,6 @@ def newest_checkpoint(directory: str) -> str | None:
     """URI of the newest committed checkpoint, or `None`. One rank only."""
     steps = committed_steps(directory)
     return storage.join(directory, step_name(steps[-1])) if steps else None
-
-
-def find_checkpoint(wanted: str, directory: str) -> str:
-    """URI of the committed checkpoint that a person named. One rank only: it lists storage.
-
-    Args:
-        wanted: a path or URI; or `step_1000` or `checkpoints/step_1000`, which may also be of this run.
-        directory: this run's checkpoints.
-
-    Raises:
-        MissingFileError: nothing is committed there; the text names what is.
-    """
-    name = wanted.rstrip("/").rpartition("/")[2]
-    places = [wanted]
-    if wanted in (name, f"{directory.rstrip('/').rpartition('/')[2]}/{name}"):
-        places.append(storage.join(directory, name))
-    for place in places:
-        if storage.is_committed(place):
-            return place
-    parents = dict.fromkeys([wanted.rstrip("/").rpartition("/")[0] or ".", directory])
-    found = [storage.join(parent, step_name(step)) for parent in parents for step in committed_steps(parent)]
-    raise MissingFileError(
-        f"{wanted} holds no finished checkpoint. " + (f"There are: {', '.join(found)}." if found else "There is none.")
-    )
 
 
 class Checkpointer:

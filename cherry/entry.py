@@ -21,7 +21,6 @@ from base.config import load, validate
 from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program, storage_errors
 from cherry.config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
-from cherry.run_directory import check_data, check_resume, checkpoints_of, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +170,9 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
 
 def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
     """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
-    from cherry.checkpoint import check_model, find_checkpoint, newest_checkpoint
+    from cherry.checkpoint import check_model, newest_checkpoint
     from cherry.data import prepare, read_manifest
+    from cherry.run_directory import check_data, check_resume, checkpoints_of, find_checkpoint, write_config
 
     checkpoints = checkpoints_of(config, run_directory)
     named = None if options.resume_from is None else find_checkpoint(options.resume_from, checkpoints)

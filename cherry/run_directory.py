@@ -20,7 +20,8 @@ from typing import Any
 
 from base import storage
 from base.config import dump, read_yaml
-from base.errors import ConfigError
+from base.errors import ConfigError, MissingFileError
+from cherry.checkpoint import committed_steps, step_name
 from cherry.config import JobConfig
 from cherry.packing import Manifest
 
@@ -44,6 +45,30 @@ Difference = tuple[str, Any, Any]
 def checkpoints_of(config: JobConfig, run_directory: str) -> str:
     """URI of the directory that the run's checkpoints go to."""
     return config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+
+
+def find_checkpoint(wanted: str, directory: str) -> str:
+    """URI of the committed checkpoint that a person named. One rank only: it lists storage.
+
+    Args:
+        wanted: a path or URI; or `step_1000` or `checkpoints/step_1000`, which may also be of this run.
+        directory: this run's checkpoints.
+
+    Raises:
+        MissingFileError: nothing is committed there; the text names what is.
+    """
+    name = wanted.rstrip("/").rpartition("/")[2]
+    places = [wanted]
+    if wanted in (name, f"{directory.rstrip('/').rpartition('/')[2]}/{name}"):
+        places.append(storage.join(directory, name))
+    for place in places:
+        if storage.is_committed(place):
+            return place
+    parents = dict.fromkeys([wanted.rstrip("/").rpartition("/")[0] or ".", directory])
+    found = [storage.join(parent, step_name(step)) for parent in parents for step in committed_steps(parent)]
+    raise MissingFileError(
+        f"{wanted} holds no finished checkpoint. " + (f"There are: {', '.join(found)}." if found else "There is none.")
+    )
 
 
 def identity(config: JobConfig, manifest: Manifest) -> dict[str, Any]:

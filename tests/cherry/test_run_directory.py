@@ -9,10 +9,10 @@ import torch
 from base import storage
 from base.config import load
 from base.errors import CheckpointError, ConfigError, MissingFileError
-from cherry.checkpoint import find_checkpoint
 from cherry.config import DataConfig, JobConfig
 from cherry.data import prepare
 from cherry.entry import _prepare
+from cherry.run_directory import find_checkpoint
 from cherry.trainer import Trainer
 
 
