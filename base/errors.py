@@ -7,11 +7,13 @@ to 29 belong to the caller, 30 to 49 to the world; every other one is a bug of o
 
 from __future__ import annotations
 
+import argparse
 import errno
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 CALLER_EXIT_CODES = range(10, 30)
 WORLD_EXIT_CODES = range(30, 50)
@@ -175,6 +177,23 @@ def storage_errors(uri: str) -> Iterator[None]:
         if type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
             raise
         raise StorageError(f"storage failed at {uri}: {error}") from error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for programs whose exit code says whose fault it was; parse within `run_program`.
+
+    Flags are written out: an abbreviation would begin to mean another flag when one is added.
+
+    Raises:
+        ConfigError: an unknown flag, a missing one, or a value of another type, where argparse ends with code 2.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` tells all flags.")
 
 
 def run_program(main: Callable[[], None]) -> int:

@@ -44,7 +44,7 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def step_name(step: int) -> str:
     """The directory name of a step's checkpoint."""
-    return f"step_{step:06d}"
+    return f"step_{step}"
 
 
 def committed_steps(directory: str) -> list[int]:
@@ -299,7 +299,7 @@ def restore(
         CheckpointError: a file is corrupt, truncated or missing, or the checkpoint is of another model.
     """
     record = storage.read_commit(uri)
-    _check_model(uri, record, expected_model)
+    check_model(uri, record, expected_model)
     verify(uri, record, group)
     try:
         reader = reader_of(uri)
@@ -347,7 +347,12 @@ def reader_of(uri: str) -> FileSystemReader:
     return reader
 
 
-def _check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
+def check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    """Compare the architecture in a checkpoint's record with the configured one.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
     if expected is None or "model" not in record:
         return
     stored = record["model"]

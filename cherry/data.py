@@ -113,7 +113,7 @@ def prepare(
         os.fsync(heldout.fileno())
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
     storage.write_json(str(path / "manifest.json"), asdict(manifest))
-    storage.commit(directory, {"digest": manifest.digest})
+    storage.commit(directory, {"digest": manifest.digest, "config": config.model_dump(mode="json")})
     report(_told(manifest), 1.0)
     return manifest
 

@@ -7,7 +7,6 @@ Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture l
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from base import storage
@@ -33,23 +33,25 @@ from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
 from cherry.network import build
 from cherry.optimizer import learning_rate, set_learning_rate, update_expert_bias
+from cherry.run_directory import checkpoints_of, identity
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
 
 
 @dataclass
 class Progress:
-    """The listed resume state, with the step guard's. The data position is `step + data_offset` batches."""
+    """The listed resume state, with the step guard's."""
 
     step: int = 0
     """Optimizer steps, those that were skipped included."""
+    position: int = 0
+    """Sequences that were read: where the next batch begins. Not the step times the batch's size, which may change,
+    and after a rollback what led to it is not read again."""
     tokens: int = 0
     """Of the steps that were taken."""
     seconds: float = 0.0
-    data_offset: int = 0
-    """Batches that were passed over when the run went back."""
     rollbacks: int = 0
 
 
@@ -76,7 +78,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(self.network.optimizer)
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
-        directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+        directory = checkpoints_of(config, run_directory)
         self.checkpointer = Checkpointer(
             directory,
             keep_last=config.checkpoint.keep_last,
@@ -166,7 +168,7 @@ class Trainer:
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
-        micro_batches = self._micro_batches(step + self.progress.data_offset)
+        micro_batches = self._micro_batches(self.progress.position)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
         valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
         counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
@@ -189,6 +191,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
+        self.progress.position += train.batch_size
         self.progress.tokens += batch_tokens if skipped is None else 0
         self.progress.seconds += seconds
         return {
@@ -246,7 +249,7 @@ class Trainer:
         self._restore(target)
         self.guard.skipped = skipped
         self.guard.forgive()
-        self.progress.data_offset = reached.step + reached.data_offset - self.progress.step
+        self.progress.position = reached.position
         self.progress.rollbacks = reached.rollbacks + 1
         self.progress.seconds = reached.seconds
         self._good_before, self._save_owed = self.progress.step, False
@@ -267,7 +270,7 @@ class Trainer:
         return found[0] or self._started_from
 
     def _micro_batches(self, position: int) -> list[MicroBatch]:
-        """This rank's share of batch `position`."""
+        """This rank's share of the batch that begins at `position`."""
         chosen = self.sampler.indices(position, self.share.rank, self.share.ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
         parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
@@ -298,17 +301,17 @@ class Trainer:
             self._say(format_line(record))
         if "skipped" in record:
             self._say(f"step {self.progress.step} skipped: {record['skipped']}")
+        if failure := self.metrics.new_failure():
+            self._say(f"metrics wait in memory, training goes on: {failure}")
         for failure in record.get("failed_saves", ()):
             self._say(f"checkpoint not saved, training goes on: {failure}")
 
     def _save(self) -> None:
         record = {
             **asdict(self.progress),
-            "position": (self.progress.step + self.progress.data_offset) * self.config.train.batch_size,
             "guard": self.guard.state(),
-            "seed": self.config.seed,
             "world_size": self.ranks,
-            "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
+            **identity(self.config, self.dataset.manifest),
             "model": self.config.model.model_dump(mode="json"),
         }
         self.network.fold()
@@ -344,5 +347,7 @@ class Trainer:
         return result
 
     def _say(self, line: str) -> None:
-        if self.rank == 0:
+        """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
+        if self.accelerator.is_main_process:
             print(line, flush=True)
+        logger.info(line)

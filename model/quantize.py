@@ -11,7 +11,6 @@ Router, norms, embeddings, head, eh_proj and biases keep their type.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from base import storage
-from base.errors import InvalidInputError, WeightsError, run_program
+from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
 from model.layout import is_projection
 from model.safetensors_file import write_file
 from model.weights import WeightsReader, read_model_config, write_index
@@ -182,7 +181,7 @@ def quantization_config() -> dict[str, Any]:
 
 def main() -> None:
     """Quantize the folder `--source` into `--target` and print how it went."""
-    parser = argparse.ArgumentParser(prog="python -m model.quantize", description="int8 weights, shard by shard")
+    parser = ArgumentParser(prog="python -m model.quantize", description="int8 weights, shard by shard")
     parser.add_argument("--source", required=True, help="folder or URI in Hugging Face's layout")
     parser.add_argument("--target", required=True, help="folder or URI to write")
     arguments = parser.parse_args()

@@ -94,7 +94,7 @@ class Job:
 
     def checkpoint(self, step: int) -> Path:
         """Directory of one step's checkpoint."""
-        return self.directory / "train" / "checkpoints" / f"step_{step:06d}"
+        return self.directory / "train" / "checkpoints" / f"step_{step}"
 
 
 def _environment() -> dict[str, str]:
@@ -125,18 +125,18 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def job_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def job_config(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> Path:
     """A config that takes a second to train: every part of the architecture, two layers."""
     path = tmp_path_factory.mktemp("config") / "mini.yaml"
     path.write_text(
-        """\
+        f"""\
 name: mini
-model: {preset: tiny, vocab_size: 600, hidden_size: 32, intermediate_size: 64, moe_intermediate_size: 16,
+model: {{preset: tiny, vocab_size: 600, hidden_size: 32, intermediate_size: 64, moe_intermediate_size: 16,
         num_hidden_layers: 2, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8,
-        v_head_dim: 16}
-data: {sequence_length: 32, heldout_fraction: 0.2}
-train: {steps: 12, batch_size: 8, warmup_steps: 2, learning_rate: 3.0e-3}
-checkpoint: {every_steps: 4}
+        v_head_dim: 16}}
+data: {{source: "{prepared_data.parent}", sequence_length: 32, heldout_fraction: 0.2}}
+train: {{steps: 12, batch_size: 8, warmup_steps: 2, learning_rate: 3.0e-3}}
+checkpoint: {{every_steps: 4}}
 """
     )
     return path

@@ -55,7 +55,7 @@ def test_the_export_holds_the_trained_weights_and_scores_as_training_did(run, tm
 
 def test_an_older_checkpoint_can_be_named_and_bf16_is_what_the_file_says(run):
     directory, trainer, _ = run
-    older = str(directory / "train" / "checkpoints" / "step_000003")
+    older = str(directory / "train" / "checkpoints" / "step_3")
     assert export.export(str(directory), dtype=torch.bfloat16, checkpoint=older) == older
     assert json.loads((directory / "export" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     loaded = load_pretrained(str(directory / "export"), dtype=torch.float32)

@@ -56,4 +56,6 @@ def test_two_ranks_resume_bit_for_bit_and_one_rank_goes_on_in_the_same_order(mak
             assert job.losses == whole.losses
         else:
             assert job.losses == pytest.approx(whole.losses, rel=1e-5)
+        logs = [job.directory / "train" / f"rank-{rank}.log" for rank in range(ranks)]
+        assert [text.read_text().count("resumed from") for text in logs] == [1, 0][:ranks]
         assert [line["step"] for line in job.metrics] == list(range(1, 13))
