@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--output")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    command = " ".join(["python -m benchmarks.load_balance", *sys.argv[1:]])
     rows = []
     with tempfile.TemporaryDirectory() as root:
         corpus = Path(root, "corpus")
@@ -110,7 +111,7 @@ def main() -> None:
         for rate in (0.0, options.rate):
             folder = Path(root, f"rate-{rate}")
             folder.mkdir()
-            rows.append({**measure(job(str(corpus), options.steps, rate), folder), "command": " ".join(sys.argv)})
+            rows.append({**measure(job(str(corpus), options.steps, rate), folder), "command": command})
     dist.destroy_process_group()
     for row in rows:
         print(json.dumps(row))
