@@ -116,7 +116,8 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     if options.output:
-        Path(options.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with open(options.output, "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
