@@ -97,7 +97,7 @@ def measure(config: JobConfig, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--rate", type=float, default=5e-3, help="of the run with the bias update on")
     parser.add_argument("--output")
     options = parser.parse_args()
