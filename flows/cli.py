@@ -6,7 +6,6 @@ It knows the flows and the run directory; what the steps do is theirs.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from base.errors import CherryError, run_program
 from cherry import __version__
+from flows.offline import set_offline_defaults
 
 _STATE_STYLE = {"ok": "green", "note": "yellow", "fail": "bold red"}
 # Where the pages and the gateway listen unless a person says otherwise: each tool's own default port.
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(options: argparse.Namespace) -> None:
     console = Console()
+    set_offline_defaults(verbose=getattr(options, "verbose", False))  # before what imports prefect
     if options.command == "doctor":
         _doctor(console, options.runs_directory)
     elif options.command == "status":
@@ -76,7 +77,6 @@ def _dispatch(options: argparse.Namespace) -> None:
         stopped = stop_serving(str(options.runs_directory))
         console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
     else:
-        _quiet(verbose=getattr(options, "verbose", False))
         from flows.commands import demo, deploy, run
 
         if options.command == "run":
@@ -85,15 +85,6 @@ def _dispatch(options: argparse.Namespace) -> None:
             deploy(console, options.config, options.overrides, version=options.model_version)
         else:
             demo(console)
-
-
-def _quiet(*, verbose: bool) -> None:
-    """Leave the terminal to the progress display; the log lines still reach the Prefect page.
-
-    Prefect reads its settings when it is first imported, so this comes before.
-    """
-    if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def _doctor(console: Console, runs_directory: Path) -> None:

@@ -27,27 +27,6 @@ DEMO_CONFIG = "configs/tiny.yaml"
 DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
 DEMO_PROMPT = "def main(argv):\n    "
 DEMO_TOKENS = 48
-# Of a temporary Prefect server, which has nothing scheduled: they would poll its database beside the training.
-_IDLE_SERVICES = (
-    "SCHEDULER",
-    "LATE_RUNS",
-    "FOREMAN",
-    "PAUSE_EXPIRATIONS",
-    "REPOSSESSOR",
-    "CLEANUP_RECONCILER",
-    "TRIGGERS",
-    "CANCELLATION_CLEANUP",
-)
-
-
-def set_offline_defaults() -> None:
-    """Nothing is sent to anyone, and a cold machine gets the time that it needs; a person's own settings win."""
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    for service in _IDLE_SERVICES:
-        os.environ.setdefault(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
 
 
 def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
@@ -59,7 +38,6 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     resolved = load(config, RunConfig, overrides)
     directory = Path(run_directory(resolved))
     console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
-    set_offline_defaults()
     with RunProgress(console, directory):
         from flows.train_flow import train_flow
 
@@ -77,7 +55,6 @@ def deploy(console: Console, config: str, overrides: list[str], *, version: int 
         CherryError: what the failing step raised.
     """
     resolved = load(config, RunConfig, overrides)
-    set_offline_defaults()
     with RunProgress(console, Path(run_directory(resolved))):
         from flows.deploy_flow import deploy_flow
 
