@@ -20,7 +20,7 @@ from anything.routing import Router, read_routes
 from anything.server import DrainingServer, bind, freeze_heap
 from base import storage
 from base.config import Section, load, validate
-from base.errors import MissingFileError, run_program
+from base.errors import ArgumentParser, MissingFileError, run_program
 
 DEFAULT_KEY_FILE = os.path.join("~", ".config", "anything", "keys.json")
 
@@ -31,9 +31,9 @@ class _ServeFile(Section):
     serve: ServeConfig = ServeConfig()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """The command line of `anything`."""
-    root = argparse.ArgumentParser(prog="anything", description="Serve a model, and ask it.")
+    root = ArgumentParser(prog="anything", description="Serve a model, and ask it.")
     commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve a model, or route to replicas")
     source = serve.add_mutually_exclusive_group(required=True)
@@ -137,12 +137,16 @@ def infer_command(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
-    arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    return run_program(lambda: _dispatch(argv))
+
+
+def _dispatch(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
     commands = {"serve": serve_command, "key": key_command, "infer": infer_command}
-    return run_program(lambda: commands[arguments.command](arguments))
+    commands[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -53,16 +53,30 @@ class Client:
         if max_tokens > _MAX_TOKENS_WITHOUT_STREAM:
             return "".join(self.stream(prompt, max_tokens=max_tokens, temperature=temperature))
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+        answer = self._ask("POST", "infer", body)
+        if "output" not in answer:
+            raise self._no_server_of_ours(str(answer))
+        return str(answer["output"])
+
+    def routes(self) -> dict[str, Any]:
+        """What a gateway says of its replicas, their shares, and each version's requests, errors and latencies."""
+        return self._ask("GET", "routes")
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with self._errors():
-            response = self._http.post("/v1/anything/infer", json=body)
+            response = self._http.request(method, f"/v1/anything/{path}", json=body)
         if response.status_code != httpx.codes.OK:
             raise self._error(response)
         try:
-            return str(response.json()["output"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServiceError(
-                f"{self.base_url} did not answer as an Anything server: {response.text[:80]!r}"
-            ) from error
+            answer = response.json()
+        except ValueError as error:
+            raise self._no_server_of_ours(response.text) from error
+        if not isinstance(answer, dict):
+            raise self._no_server_of_ours(response.text)
+        return answer
+
+    def _no_server_of_ours(self, text: str) -> ServiceError:
+        return ServiceError(f"{self.base_url} did not answer as an Anything server: {text[:80]!r}")
 
     def stream(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
         """The text piece by piece. Closing the iterator cancels the generation."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -98,19 +98,33 @@ class Gateway:
 
     async def infer(self, request: Request) -> Response:
         """Answer one POST /v1/anything/infer."""
-        started = time.monotonic()
         key = self.authorize(request)
         if self.draining:
             raise _draining_error()
         if not self._started:
             raise UnavailableError("the model is still loading", status=503, code="loading", retry_after_s=1)
-        body = _parse(await self._read_body(request))
+        deadline = Deadline(self.config.timeout_s)
+        call = Call(deadline)
+        # In flight from here on: a drain waits for bodies that are still arriving, too, and tells their senders.
+        self._calls.add(call)
+        self._idle.clear()
+        try:
+            return await self._answer(call, request, key, deadline)
+        except BaseException:
+            await self._finish(call)
+            raise
+
+    async def _answer(self, call: Call, request: Request, key: KeyRecord, deadline: Deadline) -> Response:
+        """Read the request and begin its generation; `call` is finished once the response is sent."""
+        started = time.monotonic()
+        body = _parse(await call.read_body(request, self.config.max_request_bytes))
+        if self.draining:
+            raise _draining_error()
         if body.max_tokens > self.config.max_tokens_without_stream and not body.stream:
             raise RefusedError(
                 f"max_tokens: more than {self.config.max_tokens_without_stream} tokens need stream: true "
                 f"(got {body.max_tokens} without it)"
             )
-        deadline = Deadline(self.config.timeout_s)
         generation = Generation(
             prompt=body.prompt,
             max_tokens=body.max_tokens,
@@ -118,9 +132,7 @@ class Gateway:
             subject=request.headers.get(SUBJECT_HEADER) or f"{key.key_id}/{body.prompt}",
             deadline=deadline,
         )
-        call = Call(self.engine, generation, deadline)
-        self._calls.add(call)
-        self._idle.clear()
+        call.begin(self.engine, generation)
         call.watch(request)
 
         def record(chunk: Chunk) -> None:
@@ -129,17 +141,11 @@ class Gateway:
                 self.metrics.prompt_tokens += chunk.usage.prompt_tokens
                 self.metrics.completion_tokens += chunk.usage.completion_tokens
 
-        try:
-            if not body.stream:
-                return await _whole_answer(call, record)
-            first = await call.next()
-        except BaseException:
-            await self._finish(call)
-            raise
-        finally:
-            if not body.stream:
-                await self._finish(call)
-        return EventStream(call, first, deadline, record, lambda: self._finish(call))
+        if body.stream:
+            return EventStream(call, await call.next(), deadline, record, lambda: self._finish(call))
+        response = await _whole_answer(call, record)
+        await self._finish(call)
+        return response
 
     async def routes(self, request: Request) -> Response:
         """Answer one GET /v1/anything/routes."""
@@ -177,27 +183,6 @@ class Gateway:
         if key.revoked:
             raise RefusedError(f"the key {key.key_id} is revoked", status=403, code="key_revoked")
         return key
-
-    async def _read_body(self, request: Request) -> bytes:
-        limit = self.config.max_request_bytes
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
-            raise _too_large(int(declared), limit)
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self.config.timeout_s):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > limit:
-                        raise _too_large(size, limit)
-                    parts.append(part)
-        except TimeoutError as error:
-            text = f"the request's body did not arrive within {self.config.timeout_s:g} s"
-            raise RefusedError(text, status=408, code="request_timeout") from error
-        except ClientDisconnect as error:
-            raise DisconnectedError from error
-        return b"".join(parts)
 
 
 class EventStream(Response):
@@ -277,11 +262,6 @@ def _parse(body: bytes) -> InferRequest:
         raise RefusedError("; ".join(problems)) from None
 
 
-def _too_large(size: int, limit: int) -> RefusedError:
-    text = f"the body has {size} bytes or more, the limit is {limit}. Send a shorter prompt."
-    return RefusedError(text, status=413, code="too_large")
-
-
 def _draining_error() -> UnavailableError:
     text = "the server is shutting down; try again, another one may answer"
     return UnavailableError(text, status=503, code="draining", retry_after_s=_DRAIN_RETRY_AFTER_S)
@@ -300,8 +280,8 @@ def error_response(error: CherryError) -> Response:
     status = getattr(error, "status", 422 if isinstance(error, RequestError) else 503)
     retry_after_s = getattr(error, "retry_after_s", None)
     headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
-    if status in (408, 413):
-        # The rest of the body is still on its way, so the connection cannot be used again.
+    if status in (408, 413) or getattr(error, "code", "") == "draining":
+        # The rest of the body may still be on its way, or the server is about to end: the connection is of no more use.
         headers["connection"] = "close"
     return JSONResponse(error_body(error), status, headers=headers)
 

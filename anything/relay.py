@@ -1,4 +1,4 @@
-"""Owns one admitted request: waiting for its engine's chunks under a deadline, a disconnect and a shutdown.
+"""Owns one admitted request: its body and its engine's chunks, under one deadline, a disconnect and a shutdown.
 
 It knows nothing of which engine writes the chunks, nor of how they are sent.
 """
@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from anything.protocol import Chunk, Deadline, Engine, Generation, UnavailableError
+from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError, UnavailableError
 
 
 class DisconnectedError(UnavailableError):
@@ -23,11 +23,11 @@ class DisconnectedError(UnavailableError):
 
 
 class Call:
-    """One request in flight. `interrupt` ends it from outside; `chunks` may be iterated once."""
+    """One request in flight. `interrupt` ends it from outside, at any point; `chunks` may be iterated once."""
 
-    def __init__(self, engine: Engine, generation: Generation, deadline: Deadline) -> None:
-        self._stream = engine.generate(generation)
+    def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
+        self._stream: AsyncIterator[Chunk] | None = None
         self._interrupted: asyncio.Future[UnavailableError] = asyncio.get_running_loop().create_future()
         self._watcher: asyncio.Task[None] | None = None
 
@@ -35,6 +35,26 @@ class Call:
         """Make `next` raise `error`, at once if it waits."""
         if not self._interrupted.done():
             self._interrupted.set_result(error)
+
+    async def read_body(self, request: Request, limit_bytes: int) -> bytes:
+        """The request's whole body.
+
+        Raises:
+            RefusedError: it is longer than the limit (413), or not here at the deadline (408).
+            UnavailableError: the client went away, or what `interrupt` was given.
+        """
+        reading = asyncio.ensure_future(_read(request, limit_bytes))
+        try:
+            if await self._comes(reading):
+                return reading.result()
+            text = f"the request's body did not arrive within {self._deadline.timeout_s:g} s"
+            raise RefusedError(text, status=408, code="request_timeout")
+        finally:
+            await _settle(reading)
+
+    def begin(self, engine: Engine, generation: Generation) -> None:
+        """Start the generation whose chunks `next` gives."""
+        self._stream = engine.generate(generation)
 
     def watch(self, request: Request) -> None:
         """Interrupt when the client disconnects. The request's body must have been read."""
@@ -45,6 +65,14 @@ class Call:
             pass
         self.interrupt(DisconnectedError())
 
+    async def _comes(self, step: asyncio.Future[Any]) -> bool:
+        """Whether `step` is done before the deadline; raises what `interrupt` was given while it is not."""
+        waiting: set[asyncio.Future[Any]] = {step, self._interrupted}
+        await asyncio.wait(waiting, timeout=self._deadline.remaining_s(), return_when=asyncio.FIRST_COMPLETED)
+        if not step.done() and self._interrupted.done():
+            raise self._interrupted.result()
+        return step.done()
+
     async def next(self) -> Chunk:
         """The next chunk.
 
@@ -52,14 +80,11 @@ class Call:
             UnavailableError: the deadline passed (504), or what `interrupt` was given.
             RefusedError: the engine cannot take the request.
         """
+        assert self._stream is not None
         step = asyncio.ensure_future(anext(self._stream))
         try:
-            waiting: set[asyncio.Future[Any]] = {step, self._interrupted}
-            await asyncio.wait(waiting, timeout=self._deadline.remaining_s(), return_when=asyncio.FIRST_COMPLETED)
-            if step.done():
+            if await self._comes(step):
                 return step.result()
-            if self._interrupted.done():
-                raise self._interrupted.result()
             self._deadline.expire()
             raise UnavailableError(
                 f"the model gave no answer within {self._deadline.timeout_s:g} s, so the generation was cancelled. "
@@ -89,6 +114,28 @@ class Call:
         closing = getattr(self._stream, "aclose", None)
         if closing is not None:
             await closing()
+
+
+async def _read(request: Request, limit_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(int(declared), limit_bytes)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit_bytes:
+                raise _too_large(size, limit_bytes)
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise DisconnectedError from error
+    return b"".join(parts)
+
+
+def _too_large(size: int, limit: int) -> RefusedError:
+    text = f"the body has {size} bytes or more, the limit is {limit}. Send a shorter prompt."
+    return RefusedError(text, status=413, code="too_large")
 
 
 async def _settle(task: asyncio.Future[Any]) -> None:

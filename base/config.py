@@ -17,9 +17,10 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from base.errors import ConfigError, MissingFileError
+from base.errors import ConfigError, MissingFileError, has_credentials, without_credentials
 
 _DEFER_RULES = {"defer_rules": True}
+_NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Give credentials by the environment"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Section(BaseModel):
             value = getattr(self, name)
             if isinstance(value, Section):
                 yield from value.all_problems(f"{prefix}{name}.")
+            elif isinstance(value, str) and has_credentials(value):
+                yield Problem(prefix + name, _NO_SECRETS, value)
 
     @model_validator(mode="after")
     def _check_rules(self, info: ValidationInfo) -> Self:
@@ -239,7 +242,7 @@ def _line(item: Any, schema: type[Section]) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = without_credentials(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

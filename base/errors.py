@@ -1,18 +1,27 @@
 """The one error family of the project, and the exit code of each member.
 
 Two sides: `InvalidInputError` is the caller's fault and is never retried; `OperationalError` is the world's
-fault and is retried. An exit code says which side it was across a process boundary: 10 to 29 belong to the
-caller, 30 to 49 to the world.
+fault and is retried, but for `SupersededError`. An exit code says which side it was across a process boundary: 10
+to 29 belong to the caller, 30 to 49 to the world; every other one is a bug of ours, or a signal.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 CALLER_EXIT_CODES = range(10, 30)
+WORLD_EXIT_CODES = range(30, 50)
+# What a shell adds to a signal's number.
+_SHELL_SIGNAL = 128
+# user:password@ of a URI; a port is no password, and a name alone (abfs://container@account) is no secret. Secret keys
+# of AWS may hold a slash.
+_CREDENTIALS = re.compile(r"(?<=://)[^/@:\s]*:(?!\d+(?:/|$))[^@\s]+@")
 # Clients of object stores raise some errors (no connection, no credentials) that are no OSError.
 _STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
@@ -114,17 +123,34 @@ class ServiceError(OperationalError):
 
 
 class SupersededError(OperationalError):
-    """A newer attempt took over this run directory, so this one must stop writing to it."""
+    """A newer attempt took over this run directory, so this one must stop writing to it.
+
+    Not retried: it would take the run back from the newer attempt, which would then do the same.
+    """
 
     exit_code = 36
 
 
 def is_retryable_exit_code(code: int) -> bool:
-    """True when a subprocess that ended with `code` may succeed if it is started again.
+    """True when what ended with `code` may succeed if it is started again: the world's fault, or a signal.
 
-    A negative code is a signal (Python's convention); 128 + n is a shell's way to say the same.
+    A negative code is a signal (Python's convention); 128 + n is a shell's way to say the same. A traceback (1), or a
+    usage error (2), is a bug that the same start meets again: what the world does must be turned into an error of
+    the world's side where it is caught.
     """
-    return code != 0 and code not in CALLER_EXIT_CODES
+    if code == SupersededError.exit_code:
+        return False
+    return code in WORLD_EXIT_CODES or code < 0 or code > _SHELL_SIGNAL
+
+
+def has_credentials(text: str) -> bool:
+    """Whether there is a URI in `text` that carries a password."""
+    return _CREDENTIALS.search(text) is not None
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the name and password of every URI in it taken out, for a person's eyes."""
+    return _CREDENTIALS.sub("***@", text)
 
 
 @contextmanager
@@ -151,6 +177,23 @@ def storage_errors(uri: str) -> Iterator[None]:
         if type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
             raise
         raise StorageError(f"storage failed at {uri}: {error}") from error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for programs whose exit code says whose fault it was; parse within `run_program`.
+
+    Flags are written out: an abbreviation would begin to mean another flag when one is added.
+
+    Raises:
+        ConfigError: an unknown flag, a missing one, or a value of another type, where argparse ends with code 2.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` tells all flags.")
 
 
 def run_program(main: Callable[[], None]) -> int:

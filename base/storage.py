@@ -1,6 +1,9 @@
 """Owns reading and writing files by URI through fsspec, and the marker that makes a directory valid.
 
-It knows nothing of what the files mean. URIs are `str`: a plain path, `file://`, `s3://` or `memory://`.
+It knows nothing of what the files mean. URIs are `str`: a plain path, `file://`, `s3://` or `memory://`. Where an
+object store is, and who asks it, its client reads from the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required for a store that answers a range of bytes with
+the whole object's checksum ("Expected checksum ... did not match", seen with rclone 1.75).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
-from base.errors import ConfigError, MissingFileError, storage_errors
+from base.errors import ConfigError, MissingFileError, has_credentials, storage_errors, without_credentials
 
 MARKER = "COMMITTED"
 _BLOCK_BYTES = 1 << 20
@@ -52,7 +55,16 @@ def join(uri: str, *parts: str) -> str:
 
 
 def _locate(uri: str) -> tuple[Any, str]:
-    """The file system of `uri` and the path in it; it keeps no listings, for another host may have written since."""
+    """The file system of `uri` and the path in it; it keeps no listings, for another host may have written since.
+
+    Raises:
+        ConfigError: nothing here can read such a URI, or it carries a password, which logs and records would keep.
+    """
+    if has_credentials(uri):
+        raise ConfigError(
+            f"{without_credentials(uri)}: a URI must not hold a password. Give credentials by the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)."
+        )
     try:
         fs, path = url_to_fs(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:

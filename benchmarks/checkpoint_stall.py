@@ -1,6 +1,6 @@
 """Measures how long a save holds training up: in background, in foreground, and with torch's own async_save beside.
 
-    python -m benchmarks.checkpoint_stall [--size 31m|3b] [--saves N] [--directory DIR] [--output FILE]
+    python -m benchmarks.checkpoint_stall [--size 31m|1b] [--saves N] [--directory DIR] [--output FILE]
 
 Every save is of parameters, AdamW's two moments and random states, written with fsync and digests. `stall_ms` is what
 the training thread waits inside a save and before the optimizer's next step; `slowdown_ms` is by how much the steps
@@ -25,15 +25,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from benchmarks.train_speed import SLICE_3B, build
-from cherry.checkpoint import Checkpointer, step_name
-from cherry.config import TrainConfig
-from cherry.optimizer import build_optimizer, clip_gradients, update_expert_bias
-from model.config import PRESETS, ModelConfig
+from cherry.checkpoint import Checkpointer
+from cherry.config import JobConfig
+from cherry.network import build
+from cherry.optimizer import update_expert_bias
+from model.config import PRESETS
 
 SIZES = {
-    "31m": ({**PRESETS["tiny"], "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 5}, 4, 128),
-    "3b": (SLICE_3B, 4, 4096),
+    "31m": ({**PRESETS["tiny"], "vocab_size": 16384, "hidden_size": 640, "num_hidden_layers": 6}, 2, 128),
+    # DeepSeek-V2-Lite's widths, one dense and one mixture layer.
+    "1b": (
+        {**PRESETS["16b"], "num_hidden_layers": 2, "rope_scaling": None, "max_position_embeddings": 4096},
+        4,
+        4096,
+    ),
 }
 WARM_STEPS = 5
 
@@ -43,21 +48,23 @@ class Training:
 
     def __init__(self, size: str, device: torch.device) -> None:
         shape, self.batch, self.length = SIZES[size]
-        self.config = ModelConfig.model_validate(shape)
         precision = "bf16" if device.type == "cuda" else "fp32"
-        self.train = TrainConfig(precision=precision, loss_chunk_tokens=4096, learning_rate=1e-5)
-        self.model, self.network = build(self.config, self.train, device)
-        self.optimizer = build_optimizer(self.model, self.train)
+        train = {"precision": precision, "loss_chunk_tokens": 4096, "learning_rate": 1e-5}
+        data = {"tokenizer": "none"}  # nothing is read: the tokens are random
+        job = JobConfig.model_validate({"name": "stall", "model": shape, "train": train, "data": data})
+        self.config = job.model
+        self.network = build(job, device)
+        self.network.start()
+        self.model, self.optimizer = self.network.model, self.network.optimizer
         self.tokens = torch.randint(self.config.vocab_size, (self.batch, self.length + 1)).to(device)
 
     def step(self) -> float:
         """Seconds of one step, the device's work included."""
         started = time.perf_counter()
-        loss, _, _ = self.network(self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous())
+        loss, _, _ = self.network.module(self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous())
         (loss / self.tokens.numel()).backward()
-        clip_gradients(self.network, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.step(self.network.gradient_norm(), 1.0)
+        self.network.clear()
         update_expert_bias(self.model.moe_layers(), 1e-3)
         loss.item()
         return time.perf_counter() - started
@@ -75,6 +82,7 @@ def in_foreground(training: Training, directory: str, group: dist.ProcessGroup, 
     saver, seconds = saver_of(directory, group, asynchronous=False), []
     for number in range(saves + 1):
         before = saver.stalled_seconds
+        training.network.fold()
         saver.save(number, training.model, training.optimizer, {"step": number})
         seconds.append(saver.stalled_seconds - before)
         training.step()
@@ -89,8 +97,9 @@ def in_background(
     stalls, losses, beside = [], [], []
     for number in range(saves + 1):
         before, started, steps = saver.stalled_seconds, time.perf_counter(), 0
+        training.network.fold()
         saver.save(number, training.model, training.optimizer, {"step": number})
-        while saver.last_saved is None or not saver.last_saved.endswith(step_name(number)):
+        while saver.last_saved_step != number and not saver.new_failures():
             training.step()
             steps += 1
         stalls.append(saver.stalled_seconds - before)
@@ -107,6 +116,7 @@ def by_torch(training: Training, directory: str, group: dist.ProcessGroup, saves
     for number in range(saves + 1):
         started = time.perf_counter()
         options = StateDictOptions(flatten_optimizer_state_dict=True)
+        training.network.fold()
         model, optimizer = get_state_dict(training.model, training.optimizer, options=options)
         target = os.path.join(directory, f"torch_{number}")
         pending = async_save({"model": model, "optimizer": optimizer}, checkpoint_id=target, process_group=group)

@@ -12,6 +12,7 @@ differ. On GPUs it is NCCL, else gloo.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -97,6 +98,11 @@ def read(scratch: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (scratch / name / "train" / "metrics.jsonl").read_text().splitlines()]
 
 
+def _without_output(arguments: list[str]) -> list[str]:
+    at = arguments.index("--output") if "--output" in arguments else len(arguments)
+    return arguments[:at] + arguments[at + 2 :]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4, help="an even number")
@@ -112,7 +118,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "command": "python -m benchmarks.compression " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.compression", *_without_output(sys.argv[1:])]),
     }
     references: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="compression-") as scratch:

@@ -84,7 +84,8 @@ def measure(config: JobConfig, folder: Path) -> dict:
         "steps": config.train.steps,
         "load_first": round(loads[0], 3),
         "load": round(sum(last) / len(last), 3),
-        "load_worst_step": round(max(last), 3),
+        "load_least": round(min(last), 3),
+        "load_most": round(max(last), 3),
         "steps_to_1.3": next((line["step"] for line in lines if line["expert_load_max_over_mean"] < 1.3), None),
         "heldout_loss": round(result["heldout_loss"], 4),
         "seconds": round(result["seconds"], 1),
@@ -96,11 +97,12 @@ def measure(config: JobConfig, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=1e-2, help="of the run with the bias update on")
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--rate", type=float, default=5e-3, help="of the run with the bias update on")
     parser.add_argument("--output")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    command = " ".join(["python -m benchmarks.load_balance", *sys.argv[1:]])
     rows = []
     with tempfile.TemporaryDirectory() as root:
         corpus = Path(root, "corpus")
@@ -109,12 +111,13 @@ def main() -> None:
         for rate in (0.0, options.rate):
             folder = Path(root, f"rate-{rate}")
             folder.mkdir()
-            rows.append({**measure(job(str(corpus), options.steps, rate), folder), "command": " ".join(sys.argv)})
+            rows.append({**measure(job(str(corpus), options.steps, rate), folder), "command": command})
     dist.destroy_process_group()
     for row in rows:
         print(json.dumps(row))
     if options.output:
-        Path(options.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with open(options.output, "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

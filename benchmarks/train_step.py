@@ -1,121 +1,184 @@
-"""Measures a training step: tokens/s, step time, MFU and peak memory of cherry's own path, with random tokens.
+"""Measures a training step of a DeepSeek-V3-architecture model: ours beside transformers' and torchtitan's.
 
-    python -m benchmarks.train_speed [--size tiny|3b] [--steps N] [--compile] [--output FILE]
+    python -m benchmarks.train_step [--size tiny|3b] [--impl NAME ...] [--steps N] [--output FILE]
 
-`tiny` is the preset (16 x 256 tokens a step); `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 mixture layers (4 x
-4096 tokens a step, fp32 parameters, bf16 compute, fused AdamW, clip 1.0, no recompute) and needs a GPU. One JSON row
-each.
+All of them build a model of the same sizes, train on the same random tokens in the same process, one after the other,
+and print one JSON row each. `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 mixture layers (3.43 B parameters, 4 x
+4,096 tokens a step) and needs a GPU: fp32 parameters with bf16 compute under FSDP2 on a mesh of one, AdamW with fp32
+moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16 x 256 tokens). `cherry-eager` and
+`transformers-eager` are without torch.compile; torchtitan runs where it is installed, and needs a GPU.
 """
 
 import argparse
+import gc
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
 
-from cherry import sharding
-from cherry.config import ParallelConfig, TrainConfig
+from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step, build_torchtitan, build_transformers
+from cherry.config import JobConfig
 from cherry.metrics import MFU_CONVENTION, peak_flops
-from cherry.optimizer import build_optimizer, clip_gradients, update_expert_bias
-from cherry.trainer import TrainingModel
+from cherry.network import build
+from cherry.optimizer import set_learning_rate, update_expert_bias
 from model.config import PRESETS, ModelConfig
-from model.transformer import Block, DeepseekV3
 
 SLICE_3B = {**PRESETS["16b"], "num_hidden_layers": 6, "rope_scaling": None, "max_position_embeddings": 4096}
-SIZES = {"tiny": (PRESETS["tiny"], 16, 256), "3b": (SLICE_3B, 4, 4096)}
+SIZES = {
+    # The router that all three have: sigmoid scores.
+    "3b": ({**SLICE_3B, "scoring_func": "sigmoid", "norm_topk_prob": True}, 4, 4096),
+    "tiny": ({**PRESETS["tiny"], "num_nextn_predict_layers": 0, "n_group": 1}, 16, 256),
+}
 
 
-def build(config: ModelConfig, train: TrainConfig, device: torch.device) -> tuple[DeepseekV3, TrainingModel]:
-    with torch.device("meta"):
-        model = DeepseekV3(config)
-        network = TrainingModel(model, train.loss_chunk_tokens)
-    if train.compile:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
-    mesh = sharding.build_mesh(ParallelConfig(), device)
-    sharding.shard_model(network, mesh, train.precision)
-    network.to_empty(device=device)
-    sharding.initialize(model, seed=0)
-    return model, network.train()
+def build_cherry(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int) -> Step:
+    """What the trainer builds and does, without its data and its reports."""
+    train = {
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "compile": compiled,
+        "loss_chunk_tokens": chunk,
+        "learning_rate": RATE,
+        "beta1": BETAS[0],
+        "beta2": BETAS[1],
+        "weight_decay": DECAY,
+    }
+    job = JobConfig.model_validate(
+        {"name": "bench", "model": config.model_dump(), "train": train, "data": {"tokenizer": "none"}}
+    )
+    network = build(job, device)
+    network.start()
+    set_learning_rate(network.optimizer, RATE)
+
+    def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss, _, balance = network.module(tokens, targets)
+        mean = loss / tokens.numel()
+        (mean + job.train.balance_loss_weight * balance).backward()
+        update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
+        network.step(network.gradient_norm(), CLIP)
+        network.clear()
+        return mean.detach()
+
+    return step
 
 
-def measure(size: str, steps: int, *, compiled: bool) -> dict:
+def builders(chunk: int) -> dict[str, Callable[[ModelConfig, torch.device], Step]]:
+    """The implementations that can run here, by name."""
+    found: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
+        "cherry": lambda c, d: build_cherry(c, d, compiled=d.type == "cuda", chunk=chunk),
+        "cherry-eager": lambda c, d: build_cherry(c, d, compiled=False, chunk=chunk),
+        "transformers": lambda c, d: build_transformers(c, d, compiled=d.type == "cuda")[1],
+        "transformers-eager": lambda c, d: build_transformers(c, d, compiled=False)[1],
+    }
+    if importlib.util.find_spec("torchtitan") and torch.cuda.is_available():
+        found["torchtitan"] = lambda c, d: build_torchtitan(c, d, compiled=True)[1]
+    return found
+
+
+def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | None = None) -> dict:
+    """One row. `shape` overrides keys of the size's model, `batch` and `length`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    row = {"what": f"train step, {size}" + (", compiled" if compiled else ""), "device": name}
-    if size == "3b" and device.type == "cpu":
-        return {**row, "skipped": "needs a GPU: 3.43 billion parameters"}
-    shape, batch, length = SIZES[size]
-    config = ModelConfig.model_validate(shape)
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    train = TrainConfig(precision=precision, compile=compiled, loss_chunk_tokens=4096)
-    model, network = build(config, train, device)
-    optimizer = build_optimizer(model, train)
+    cuda = device.type == "cuda"
+    keys, batch, length = SIZES[size]
+    changes = dict(shape or {})
+    batch, length = changes.pop("batch", batch), changes.pop("length", length)
+    config = ModelConfig.model_validate({**keys, **changes})
+    row = {
+        "impl": name,
+        "size": size,
+        "precision": "bf16" if cuda else "fp32",
+        "gpu": torch.cuda.get_device_name() if cuda else f"none: CPU, {os.cpu_count()} cores",
+        "batch": batch,
+        "length": length,
+        "experts": config.n_routed_experts,
+    }
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        torch.manual_seed(0)
+        step = builders(chunk or batch * length)[name](config, device)
+        seconds, losses = _run(step, config, steps, batch, length, device)
+    except torch.OutOfMemoryError:
+        return {**row, "failed": "out of memory"}
+    step_s = statistics.median(seconds[min(4, steps // 3) :])
+    tok_s = batch * length / step_s
+    flops = config.flops_per_token(length)
+    return {
+        **row,
+        "tok_s": round(tok_s, 1),
+        "step_ms": round(1000 * step_s, 2),
+        "mfu": round(tok_s * flops / peak_flops(device, row["precision"]), 4),
+        "mfu_convention": MFU_CONVENTION,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "parameters": config.parameters(),
+        "first_step_s": round(seconds[0], 1),
+        "loss": round(losses[-1], 4),
+    }
+
+
+def _run(
+    step: Step, config: ModelConfig, steps: int, batch: int, length: int, device: torch.device
+) -> tuple[list[float], list[float]]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (steps, batch, length + 1), generator=generator)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
     for batch_tokens in tokens:
         batch_tokens = batch_tokens.to(device)
+        started = time.perf_counter()
+        loss = step(batch_tokens[:, :-1].contiguous(), batch_tokens[:, 1:].contiguous())
+        losses.append(loss.item())  # waits for the device, as a trainer does that reads the loss
         if device.type == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
-        loss, mtp_loss, balance = network(batch_tokens[:, :-1].contiguous(), batch_tokens[:, 1:].contiguous())
-        count = batch * length
-        (loss / count + train.mtp_loss_weight * mtp_loss / count + train.balance_loss_weight * balance).backward()
-        clip_gradients(network, train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_expert_bias(model.moe_layers(), train.expert_bias_update_rate)
-        losses.append(loss.item() / count)  # also waits for the device
         seconds.append(time.perf_counter() - started)
-    step_s = statistics.median(seconds[max(3, steps // 4) :])
-    tok_s = batch * length / step_s
-    flops = config.flops_per_token(length, with_mtp=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return {
-        **row,
-        "precision": precision,
-        "tok_s": round(tok_s, 1),
-        "step_ms": round(1000 * step_s, 2),
-        "mfu": round(tok_s * flops / peak_flops(device, precision), 4),
-        "mfu_convention": MFU_CONVENTION,
-        "peak_gib": None if peak is None else round(peak, 2),
-        "parameters": config.parameters(with_mtp=True),
-        "tokens_per_step": batch * length,
-        "loss_first": round(losses[0], 4),
-        "loss_last": round(losses[-1], 4),
-    }
+    return seconds, losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--compile", action="store_true", help="compile each block")
+    parser.add_argument("--size", choices=SIZES, default="3b" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--impl", nargs="+", help="cherry, cherry-eager, transformers, transformers-eager, torchtitan")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--chunk", type=int, help="tokens whose logits exist at one time (default: all of a step's)")
+    parser.add_argument("--scale", action="store_true", help="ours over sequence lengths, experts and micro-batches")
     parser.add_argument("--output", help="append the rows to this file too")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     about = {
         "date": date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "command": "python -m benchmarks.train_speed " + " ".join(sys.argv[1:]),
+        "versions": {name: version(name) for name in ("torch", "transformers", "torchtitan") if _installed(name)},
+        "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:]),
     }
-    for size in SIZES if options.size == "all" else [options.size]:
-        row = json.dumps({**measure(size, options.steps, compiled=options.compile), **about})
-        print(row, flush=True)
-        if options.output:
-            with open(options.output, "a") as handle:
-                handle.write(row + "\n")
+    names = options.impl or (list(builders(1)) if cuda else ["cherry", "transformers"])
+    shapes: list[dict] = [{}]
+    if options.scale:
+        names = options.impl or ["cherry"]
+        shapes = [{"length": n, "batch": 16384 // n} for n in (1024, 2048, 4096, 8192, 16384)]
+        shapes = [{**s, "max_position_embeddings": 16384} for s in shapes]
+        shapes += [{"n_routed_experts": n} for n in (16, 32, 128)] + [{"batch": n} for n in (1, 2)]
+    for shape in shapes:
+        for name in names:
+            row = json.dumps({**measure(name, options.size, options.steps, options.chunk, shape), **about})
+            print(row, flush=True)
+            if options.output:
+                with open(options.output, "a") as handle:
+                    handle.write(row + "\n")
+            gc.collect()
+            torch._dynamo.reset()
+            if cuda:
+                torch.cuda.empty_cache()
     dist.destroy_process_group()
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ step), so a checkpoint goes from one type of moments to the other, cast when it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+if TYPE_CHECKING:
+    from cherry.working import WorkingCopies
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,6 +30,8 @@ class Shards(NamedTuple):
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     """Steps taken, 0-dim fp32."""
+    copies: list[Tensor | None]
+    """Working copies of the parameters, which take the new values too."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -54,6 +59,8 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(groups, defaults)
         self.state_dtype = state_dtype
+        self.copies: WorkingCopies | None = None
+        """Set where gradients lie on copies of the parameters, which follow each step."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, clip_coefficient: Tensor | None = None) -> None:  # type: ignore[override]
@@ -61,18 +68,27 @@ class AdamW(torch.optim.Optimizer):
 
         Args:
             closure: not taken; torch's checkpoints name it, as None.
-            clip_coefficient: 0-dim fp32 on the parameters' device, what every gradient is multiplied with on the way.
+            clip_coefficient: 0-dim fp32, what every gradient is multiplied with on the way.
         """
         assert closure is None, "this optimizer takes no closure"
         for group in self.param_groups:
-            for parameters in self._by_device(group["params"]).values():
-                step = _step_fused if self.state_dtype == torch.float32 else step_reference
-                step(self._shards(parameters), group, clip_coefficient)
+            for device, parameters in self._by_device(group["params"]).items():
+                coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
+                shards = self._shards(parameters)
+                if device.type == "cuda":
+                    _step_triton(shards, group, coefficient)
+                elif self.state_dtype == torch.float32 and self.copies is None:
+                    _step_fused(shards, group, coefficient)
+                else:
+                    step_reference(shards, group, coefficient)
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad if self.copies is None else self.copies.gradient(parameter)
 
     def _by_device(self, parameters: list[nn.Parameter]) -> dict[torch.device, list[nn.Parameter]]:
         found: dict[torch.device, list[nn.Parameter]] = {}
         for parameter in parameters:
-            if parameter.grad is not None:
+            if self._gradient(parameter) is not None:
                 found.setdefault(parameter.device, []).append(parameter)
         return found
 
@@ -87,10 +103,11 @@ class AdamW(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         return Shards(
             [local(parameter) for parameter in parameters],
-            [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            [local(g) for parameter in parameters if (g := self._gradient(parameter)) is not None],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             [state["step"] for state in states],
+            [None if self.copies is None else self.copies.of[parameter].data for parameter in parameters],
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -111,6 +128,28 @@ class AdamW(torch.optim.Optimizer):
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _step_triton(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
+    """On a GPU, one kernel a tensor: clip, update, and the working copy, in one pass over memory."""
+    from cherry.triton_adamw import adamw_
+
+    clip = torch.ones((), device=shards.parameters[0].device) if clip_coefficient is None else clip_coefficient
+    torch._foreach_add_(shards.steps, 1)
+    for parameter, gradient, exp_avg, exp_avg_sq, step, copy in zip(*shards, strict=True):
+        adamw_(
+            parameter,
+            gradient.contiguous(),
+            exp_avg,
+            exp_avg_sq,
+            copy,
+            clip,
+            step,
+            rate=group["lr"],
+            decay=group["weight_decay"],
+            betas=group["betas"],
+            epsilon=group["eps"],
+        )
 
 
 def _step_fused(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
@@ -143,7 +182,7 @@ def step_reference(shards: Shards, group: dict[str, Any], clip_coefficient: Tens
     """
     beta1, beta2 = group["betas"]
     lr, eps = group["lr"], group["eps"]
-    for parameter, gradient, exp_avg, exp_avg_sq, step in zip(*shards, strict=True):
+    for parameter, gradient, exp_avg, exp_avg_sq, step, copy in zip(*shards, strict=True):
         step += 1
         gradient = gradient.float() if clip_coefficient is None else gradient.float() * clip_coefficient
         parameter.mul_(1 - lr * group["weight_decay"])
@@ -155,3 +194,5 @@ def step_reference(shards: Shards, group: dict[str, Any], clip_coefficient: Tens
         rate = lr / (1 - beta1**step)
         denominator = square.sqrt_().div_((1 - beta2**step).sqrt_()).add_(eps)
         parameter.sub_(mean.mul_(rate).div_(denominator))
+        if copy is not None:
+            copy.copy_(parameter)

@@ -33,7 +33,7 @@ from base import storage
 from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, SupersededError, storage_errors
 from cherry.fence import Fence
 from cherry.integrity import digest_own, verify
-from cherry.staging import Staging, yield_to_training
+from cherry.staging import Staging
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"^step_(\d+)$")
@@ -44,7 +44,7 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def step_name(step: int) -> str:
     """The directory name of a step's checkpoint."""
-    return f"step_{step:06d}"
+    return f"step_{step}"
 
 
 def committed_steps(directory: str) -> list[int]:
@@ -199,7 +199,6 @@ class Checkpointer:
         except Exception as failure:  # no memory for the buffers
             error = _as_storage_error(failure, target)
         del snapshot
-        yield_to_training()
         failed, _ = self._agree(error, files)
         failed = failed or self._clear(target)
         if failed is None:
@@ -300,7 +299,7 @@ def restore(
         CheckpointError: a file is corrupt, truncated or missing, or the checkpoint is of another model.
     """
     record = storage.read_commit(uri)
-    _check_model(uri, record, expected_model)
+    check_model(uri, record, expected_model)
     verify(uri, record, group)
     try:
         reader = reader_of(uri)
@@ -348,7 +347,12 @@ def reader_of(uri: str) -> FileSystemReader:
     return reader
 
 
-def _check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
+def check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    """Compare the architecture in a checkpoint's record with the configured one.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
     if expected is None or "model" not in record:
         return
     stored = record["model"]

@@ -154,8 +154,9 @@ def install(network: nn.Module, config: CommunicationConfig) -> Communication:
         if config.replicate == "fp32" or replicas.size() == 1:
             module.set_all_reduce_hook(_CountAllReduce(communication, replicas))
         else:
-            hook = _CompressedReduction(communication, CODECS[config.replicate], replicas, _layout(group, names))
-            communication.reductions += [hook] if hook.keeps_error else []
+            layout = _layout(group, names)
+            hook = _CompressedReduction(communication, CODECS[config.replicate], replicas, layout)
+            communication.reductions += [hook] if layout and hook.keeps_error else []
             _leave_out_all_reduce(group)
             module.set_all_reduce_hook(hook)
     return communication
@@ -230,7 +231,8 @@ class _CountAllReduce:
 
     def __call__(self, gradient_N: Tensor) -> None:
         sent = 2 * gradient_N.nbytes * (self._ranks - 1) // self._ranks
-        self._communication.traffic.add("replicate", "all_reduce", sent, fp32=sent)
+        with self._communication.exposed(gradient_N.device):
+            self._communication.traffic.add("replicate", "all_reduce", sent, fp32=sent)
 
 
 class _CompressedReduction:

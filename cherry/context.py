@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from model.attention import Attention, Latents
 from model.moe import MoE
 
+# torch 2.13 renamed both, and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class ContextSplit:
     """One rank's share of every sequence. Its collectives are called by all ranks of `group` in the same order."""
@@ -28,19 +32,8 @@ class ContextSplit:
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        """The positions [T] of this rank in a sequence of `length`, ascending.
-
-        Raises:
-            ValueError: the sequence does not divide into 2 P parts.
-        """
-        return self._positions(self._rank, length, device)
-
-    def _positions(self, rank: int, length: int, device: torch.device) -> Tensor:
-        parts, rest = 2 * self._ranks, length % (2 * self._ranks)
-        if rest:
-            raise ValueError(f"a sequence of {length} does not divide into {parts} parts")
-        parts_PT = torch.arange(length, device=device).view(parts, -1)
-        return torch.cat([parts_PT[rank], parts_PT[parts - 1 - rank]])
+        """The positions [T] of this rank in a sequence of `length`."""
+        return positions_of(self._rank, self._ranks, length, device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def whole_latents(self, latents: Latents) -> tuple[Latents, tuple[int, int]]:
@@ -52,7 +45,7 @@ class ContextSplit:
         half, length = local_BTX.shape[1] // 2, local_BTX.shape[1] * self._ranks
         gathered = _Gather.apply(local_BTX, self._group)  # type: ignore[no-untyped-call]
         ranks_PBTX = gathered.unflatten(0, (self._ranks, -1))
-        order = [self._positions(rank, length, local_BTX.device) for rank in range(self._ranks)]
+        order = [positions_of(rank, self._ranks, length, local_BTX.device) for rank in range(self._ranks)]
         whole_BSX = ranks_PBTX.transpose(0, 1).flatten(1, 2)[:, torch.cat(order).argsort()]
         ends = (self._rank + 1) * half, (2 * self._ranks - self._rank) * half
         return Latents(*whole_BSX.split([part.shape[-1] for part in latents], dim=-1)), ends
@@ -63,6 +56,19 @@ class ContextSplit:
         whole_BE = counts_BE.clone()
         dist.all_reduce(whole_BE, group=self._group)
         return whole_BE, length * self._ranks
+
+
+def positions_of(rank: int, ranks: int, length: int, device: torch.device) -> Tensor:
+    """The positions [T] of rank `rank` in a sequence of `length`, ascending: an early part and a late one.
+
+    Raises:
+        ValueError: the sequence does not divide into 2 P parts.
+    """
+    parts = 2 * ranks
+    if length % parts:
+        raise ValueError(f"a sequence of {length} does not divide into {parts} parts")
+    parts_PT = torch.arange(length, device=device).view(parts, -1)
+    return torch.cat([parts_PT[rank], parts_PT[parts - 1 - rank]])
 
 
 def share_positions(model: nn.Module, group: dist.ProcessGroup) -> ContextSplit:
@@ -83,12 +89,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = local.new_empty(dist.get_world_size(group) * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(out, local.contiguous(), group=group)
+        _all_gather(out, local.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0]
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        _reduce_scatter(out, grad.contiguous(), group=ctx.group)
         return out, None

@@ -94,8 +94,7 @@ def prepare(
     storage.make_directory(directory)
     report(f"{len(source.files):,} files, {source.bytes / 1e6:.1f} MB", 0.0)
     tokenizer = _tokenizer(source, vocab_size, bos_id, eos_id)
-    origin = config.tokenizer or "the tokenizer trained here"
-    fim = fim_of(tokenizer, rate=config.fim_rate, seed=config.seed, origin=origin)
+    fim = fim_of(tokenizer, config)
     storage.write_bytes(str(path / "tokenizer.json"), tokenizer.to_str(pretty=True).encode())
     report(f"tokenizer of {tokenizer.get_vocab_size():,} tokens", _TOKENIZER_SHARE)
     tally = _Tally()
@@ -114,7 +113,7 @@ def prepare(
         os.fsync(heldout.fileno())
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
     storage.write_json(str(path / "manifest.json"), asdict(manifest))
-    storage.commit(directory, {"digest": manifest.digest})
+    storage.commit(directory, {"digest": manifest.digest, "config": config.model_dump(mode="json")})
     report(_told(manifest), 1.0)
     return manifest
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from base import storage
-from base.config import dump, load, validate
-from base.errors import CherryError, ConfigError, WorkerLostError, run_program
+from base.config import load, validate
+from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program, storage_errors
 from cherry.config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
 
@@ -33,13 +33,13 @@ _FLAGS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The flags of train.py."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train one model; start it with cherry-launch.")
+    parser = ArgumentParser(prog="train.py", description="Train one model; start it with cherry-launch.")
     parser.add_argument("--config", help="a resolved config, or one of configs/*.yaml")
     parser.add_argument("--run_dir", help="the run directory (default: runs/<name>)")
     parser.add_argument("--model_path", help="weights to start from: a Hugging Face folder or URI, or a .pt file")
-    parser.add_argument("--resume_from", help="a checkpoint directory, like .../step_1000 (default: the newest one)")
+    parser.add_argument("--resume_from", help="a checkpoint, like checkpoints/step_1000 (default: the newest one)")
     parser.add_argument("--batch_size", type=int, help="sequences per optimizer step, over all ranks")
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--gradient_accumulation_steps", type=int)
@@ -52,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank; ends the process with the error's exit code."""
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
-    options = build_parser().parse_args(arguments)
+    logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
-    code = run_program(lambda: _run(options))
+    code = run_program(lambda: _run(arguments))
     sys.stdout.flush()
     # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
     os._exit(code) if code else sys.exit(0)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(arguments: Sequence[str] | None) -> None:
     """Train, with an error of ours told once: by rank 0 here, of the others by the launcher if theirs is the cause."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _train(options, rank)
+        _train(build_parser().parse_args(arguments), rank)
     except CherryError as error:
         logger.error("%s", error, exc_info=error.__cause__)
         if rank == 0:
@@ -139,10 +139,10 @@ def _train(options: argparse.Namespace, rank: int) -> None:
         seconds = config.communication.timeout_s
         timeout = None if seconds is None else timedelta(seconds=seconds)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-        _prepare(config, run_directory, rank)
+        resume_from = _prepare(config, run_directory, options)
         from cherry.trainer import Trainer
 
-        Trainer(config, run_directory, resume_from=options.resume_from).run()
+        Trainer(config, run_directory, resume_from=resume_from).run()
         dist.destroy_process_group()
     except RuntimeError as error:
         # gloo has no error type of its own, but its messages begin with the path of its source.
@@ -152,39 +152,63 @@ def _train(options: argparse.Namespace, rank: int) -> None:
         raise
 
 
-def _prepare(config: JobConfig, run_directory: str, rank: int) -> None:
-    """Run by hand, without the flow: write the resolved config and prepare the data when they are not there."""
+def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
+    """Rank 0 sees to it that the run can go on; the checkpoint that was asked for, if any was, as every rank hears.
+
+    Raises:
+        ConfigError: what is in the run directory was made by another configuration (see cherry/run_directory.py).
+        MissingFileError: no such checkpoint; or no such documents, of data that is not prepared yet.
+    """
     import torch.distributed as dist
 
-    outcome: list[CherryError | None] = [None]
-    if rank == 0:
+    outcome: list[str | CherryError | None] = [None]
+    if dist.get_rank() == 0:
         try:
-            if not storage.exists(storage.join(run_directory, "config.yaml")):
-                storage.write_bytes(storage.join(run_directory, "config.yaml"), dump(config).encode())
-            data = storage.join(run_directory, "data")
-            if not storage.is_committed(data):
-                from cherry.data import prepare
-
-                model = config.model
-                prepare(
-                    config.data,
-                    vocab_size=model.vocab_size,
-                    directory=data,
-                    bos_id=model.bos_token_id,
-                    eos_id=model.eos_token_id,
-                    on_progress=lambda line, _: print(line, flush=True),
-                )
+            outcome = [_accept(config, run_directory, options)]
         except CherryError as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
-    if outcome[0] is not None:
+    if isinstance(outcome[0], CherryError):
         raise outcome[0]
+    return outcome[0]
+
+
+def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
+    """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
+    from cherry.checkpoint import check_model, newest_checkpoint
+    from cherry.data import prepare
+    from cherry.packing import read_manifest
+    from cherry.run_directory import check_data, check_resume, checkpoints_of, find_checkpoint, write_config
+
+    checkpoints = checkpoints_of(config, run_directory)
+    named = None if options.resume_from is None else find_checkpoint(options.resume_from, checkpoints)
+    data, model = storage.join(run_directory, "data"), config.model
+    if storage.is_committed(data):
+        manifest = read_manifest(data)
+        check_data(config, data, manifest)
+    else:
+        manifest = prepare(
+            config.data,
+            vocab_size=model.vocab_size,
+            directory=data,
+            bos_id=model.bos_token_id,
+            eos_id=model.eos_token_id,
+            on_progress=lambda line, _: print(line, flush=True),
+        )
+    if found := named or newest_checkpoint(checkpoints):
+        record = storage.read_commit(found)
+        check_model(found, record, model.model_dump(mode="json"))
+        for change in check_resume(config, manifest, found, record, named=named is not None):
+            print(f"goes on from {found} with another {change}", flush=True)
+    write_config(config, run_directory, options.config)
+    return named
 
 
 def _log_to_file(run_directory: str, rank: int) -> None:
     directory = Path(storage.local_path(run_directory)) / "train"
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / f"rank-{rank}.log")
+    with storage_errors(str(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(directory / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("cherry").setLevel(logging.INFO)

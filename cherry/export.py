@@ -5,7 +5,6 @@ It knows nothing of training: it reads the weights alone, one tensor at a time.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from base import storage
 from base.config import load
-from base.errors import CheckpointError, MissingFileError, run_program
+from base.errors import ArgumentParser, CheckpointError, MissingFileError, run_program
 from cherry.checkpoint import newest_checkpoint, read_state, reader_of
 from cherry.config import JobConfig
 from cherry.integrity import verify
 from cherry.lora import add_adapters, merged
+from cherry.run_directory import checkpoints_of
 from model.layout import state_to_hf
 from model.transformer import DeepseekV3
 from model.weights import save_pretrained
@@ -36,7 +36,7 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
         CheckpointError: a file of the checkpoint is corrupt, or it is of another model.
     """
     config = load(storage.join(run_directory, "config.yaml"), JobConfig, part_of_file=True)
-    directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+    directory = checkpoints_of(config, run_directory)
     source = checkpoint or newest_checkpoint(directory)
     if source is None:
         raise MissingFileError(
@@ -84,7 +84,7 @@ def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]
 
 def main() -> None:
     """Entry point of the program."""
-    parser = argparse.ArgumentParser(prog="python -m cherry.export", description=__doc__)
+    parser = ArgumentParser(prog="python -m cherry.export", description=__doc__)
     parser.add_argument("--run_dir", required=True)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
     parser.add_argument("--checkpoint", help="a committed checkpoint (default: the newest)")

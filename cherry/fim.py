@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from base.errors import DataError
+from cherry.config import DataConfig
 from cherry.documents import Document, seeded
 
 TRAINED_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -40,19 +41,19 @@ class Fim:
         return document.text[:first], document.text[first:second], document.text[second:]
 
 
-def fim_of(tokenizer: Tokenizer, *, rate: float, seed: int, origin: str) -> Fim | None:
+def fim_of(tokenizer: Tokenizer, config: DataConfig) -> Fim | None:
     """What fills documents in with the tokens that a tokenizer has for it; `None` for a rate of 0.
 
     Raises:
         DataError: it has none.
     """
-    if not rate:
+    if not config.fim_rate:
         return None
     for names in (_DEEPSEEK_TOKENS, TRAINED_TOKENS):
         ids = [number for name in names if (number := tokenizer.token_to_id(name)) is not None]
         if len(ids) == len(names):
-            return Fim(rate, seed, *ids)
+            return Fim(config.fim_rate, config.seed, *ids)
     raise DataError(
-        f"{origin}: data.fim_rate {rate:g} needs the tokens {', '.join(_DEEPSEEK_TOKENS)} or "
+        f"{config.tokenizer}: data.fim_rate {config.fim_rate:g} needs the tokens {', '.join(_DEEPSEEK_TOKENS)} or "
         f"{', '.join(TRAINED_TOKENS)}, which this tokenizer lacks. Set data.fim_rate=0, or give another tokenizer."
     )

@@ -5,6 +5,7 @@ It knows nothing of training. torch is imported only when something is launched.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
@@ -12,11 +13,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from base.errors import (
     CALLER_EXIT_CODES,
     CherryError,
+    ConfigError,
     InvalidInputError,
     OperationalError,
     PortInUseError,
@@ -53,12 +55,23 @@ def launch(arguments: list[str]) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run as torchrun
 
-    options = torchrun.get_args_parser().parse_args(arguments)
+    options = _parse(torchrun.get_args_parser(), arguments)
     _check_port(options, arguments)
     _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
     with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
         options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
         _start(options)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
+    """torchrun's flags, whose mistakes end with our code for them."""
+    parser.allow_abbrev = False
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"cherry-launch: {message}. `cherry-launch --help` tells all flags.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(arguments)
 
 
 def _start(options: Any) -> None:

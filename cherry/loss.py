@@ -22,7 +22,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needed else None
-        grad_weight_VD: Tensor | None = None
+        grad_weight_VD = torch.empty(0)
         for start in range(0, hidden_ND.shape[0], chunk):
             part = slice(start, start + chunk)
             hidden_CD, targets_C = hidden_ND[part], targets_N[part]

@@ -6,8 +6,10 @@ It knows nothing of how the figures come about.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from base import storage
-from base.errors import storage_errors
+from base.errors import CherryError, storage_errors
 
+logger = logging.getLogger(__name__)
 MFU_CONVENTION = "causal"
 """Attention counts half of the full square: see ModelConfig.flops_per_token."""
 
@@ -52,7 +55,10 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 class MetricsWriter:
-    """Appends one JSON object a logged step, whole lines only; a resume drops what lies past its checkpoint."""
+    """Appends one JSON object a logged step, whole lines only; a resume drops what lies past its checkpoint.
+
+    Lines that storage does not take wait in memory, and go on the disk with a later one: reporting ends no training.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         self._path = path
@@ -60,23 +66,51 @@ class MetricsWriter:
         with storage_errors(str(path)):
             # A new file under the old name: an attempt that was superseded writes on to one without a name.
             storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._handle = path.open("a", buffering=1)
+            self._handle = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._failure: CherryError | None = None
+        self._told = False
         losses = [line["loss"] for line in kept if line["loss"] is not None]
         self.first_loss: float | None = losses[0] if losses else None
         self.last_loss: float | None = losses[-1] if losses else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it is on its way to the disk when this returns. What is not finite becomes null."""
+        """Append one record; it is on its way to the disk when this returns, unless storage failed.
+
+        What is not finite becomes null.
+        """
         record = {key: value if is_finite(value) else None for key, value in record.items()}
         if record["loss"] is not None:
             self.first_loss = record["loss"] if self.first_loss is None else self.first_loss
             self.last_loss = record["loss"]
-        with storage_errors(str(self._path)):
-            self._handle.write(json.dumps(record) + "\n")
+        self._waiting += (json.dumps(record) + "\n").encode()
+        self._flush()
+
+    def new_failure(self) -> CherryError | None:
+        """Why lines have begun to wait, once; for a person's eyes."""
+        if self._told:
+            return None
+        self._told = self._failure is not None
+        return self._failure
 
     def close(self) -> None:
-        """Close the file."""
-        self._handle.close()
+        """Close the file; lines that still wait are lost then, and logged as lost."""
+        self._flush()
+        if self._failure is not None:
+            logger.error("%d metrics lines are lost: %s", self._waiting.count(b"\n"), self._failure)
+        with suppress(OSError):  # some file systems tell of a full disk only here
+            self._handle.close()
+
+    def _flush(self) -> None:
+        try:
+            with storage_errors(str(self._path)):
+                while self._waiting and not self._handle.closed:
+                    # A disk that is almost full takes a part: the rest of that line comes first next time.
+                    self._waiting = self._waiting[self._handle.write(self._waiting) :]
+        except CherryError as error:
+            self._failure = error
+        else:
+            self._failure, self._told = None, False
 
 
 def is_finite(value: object) -> bool:

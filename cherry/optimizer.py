@@ -92,7 +92,7 @@ def square_sum(gradients: Sequence[Tensor]) -> Tensor:
         from cherry import triton_adamw
 
         return triton_adamw.square_sum(gradients)
-    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+    return torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Owns the order in which training reads sequences: a function of a seed and a step.
+"""Owns the order in which training reads sequences: a function of a seed and a position.
 
 It knows nothing of data: sequences are numbers below a length.
 """
@@ -19,22 +19,25 @@ _ROUNDS = 8
 class Sampler:
     """Which sequences each optimizer step reads: a seeded permutation for each epoch, one after the other.
 
-    The order is a function of the seed and the position alone: it is the same for any number of ranks, and resuming
-    needs nothing but the step. A batch may span two epochs, so no sequence is left out and every batch is whole. Any
-    place of an epoch is found without the others, at the same cost whatever the length.
+    The order is a function of the seed and the position alone, which counts sequences: it is the same for any number
+    of ranks, and goes on where it was when the size of a batch changes. A batch may span two epochs, so no sequence is
+    left out and every batch is whole. Any place of an epoch is found without the others, at the same cost whatever the
+    length.
     """
 
     length: int
     seed: int
     batch_size: int
 
-    def indices(self, step: int, data_rank: int = 0, data_ranks: int = 1) -> NDArray[np.int64]:
-        """Sequence ids of this rank in optimizer step `step` (0-based): every `data_ranks`-th of the batch.
+    def indices(self, position: int, data_rank: int = 0, data_ranks: int = 1) -> NDArray[np.int64]:
+        """Sequence ids of this rank in the batch that begins at `position`: every `data_ranks`-th of them.
 
         Ranks beyond the batch's size get none.
+
+        Args:
+            position: how many sequences come before the batch, all ranks' together.
         """
-        first = step * self.batch_size
-        positions = np.arange(first + data_rank, first + self.batch_size, data_ranks, dtype=np.int64)
+        positions = np.arange(position + data_rank, position + self.batch_size, data_ranks, dtype=np.int64)
         chosen = np.empty_like(positions)
         for epoch in np.unique(positions // self.length):
             here = positions // self.length == epoch

@@ -5,7 +5,6 @@ It knows nothing of verdicts. The conventions (windows, what is scored) are thos
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import torch
 
 from base import storage
 from base.config import load
-from base.errors import ConfigError, run_program
+from base.errors import ArgumentParser, ConfigError, run_program
 from cherry.config import JobConfig
 from cherry.data import load_heldout, zlib_bits_per_byte
 from cherry.heldout import model_score, score_documents
@@ -63,7 +62,7 @@ def score(model: DeepseekV3, data_directory: str, *, documents: int, max_tokens:
 
 def main() -> None:
     """Entry point of the program."""
-    parser = argparse.ArgumentParser(prog="python -m cherry.scoring", description=__doc__)
+    parser = ArgumentParser(prog="python -m cherry.scoring", description=__doc__)
     parser.add_argument("--model_path", help="a Hugging Face folder or URI, int8 or not")
     parser.add_argument("--untrained", action="store_true", help="score the initial weights of --config")
     parser.add_argument("--config")

@@ -32,6 +32,11 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Meshes | None:
     return build_meshes(config, device)
 
 
+def keeps_copies(meshes: Meshes | None, precision: str, parallel: ParallelConfig) -> bool:
+    """Whether the half-precision copies of the parameters stay between passes: on a mesh of one (cherry/working.py)."""
+    return meshes is not None and meshes.dense.size() == 1 and precision == "bf16" and not parallel.cpu_offload
+
+
 def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel: ParallelConfig | None = None) -> None:
     """Shard every block of `root` by itself, then what is left, in place.
 
@@ -41,7 +46,7 @@ def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel
     if meshes is None:
         return
     parallel = parallel or ParallelConfig()
-    policies = _policies(precision, parallel, meshes.dense.device_type)
+    policies = _policies(meshes, precision, parallel)
     blocks = [module for module in root.modules() if isinstance(module, Block)]
     for block in blocks:
         if meshes.experts is not None and isinstance(block.mlp, MoE):
@@ -62,12 +67,13 @@ def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel
         _prefetch(root, blocks)
 
 
-def _policies(precision: str, parallel: ParallelConfig, device_type: str) -> dict[str, Any]:
+def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig) -> dict[str, Any]:
     param_dtype = torch.bfloat16 if precision == "bf16" else None
-    offload = CPUOffloadPolicy(pin_memory=device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    reduce_dtype = None if keeps_copies(meshes, precision, parallel) else torch.float32
+    pinned = CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
     return {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
-        "offload_policy": offload,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        "offload_policy": pinned if parallel.cpu_offload else OffloadPolicy(),
     }
 
 

@@ -6,11 +6,8 @@ parameter and no optimizer state; whoever does change them waits first (`Staging
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -99,10 +96,3 @@ def _map(value: Any, key: str, function: Callable[[str, Tensor], Tensor]) -> Any
     if isinstance(value, Tensor):
         return function(key, value.detach())
     return value
-
-
-def yield_to_training() -> None:
-    """Let this thread, and none else, take only what the training threads leave of the cores."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

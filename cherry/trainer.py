@@ -7,7 +7,6 @@ Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture l
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -17,86 +16,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.logging import get_logger
+from torch import Tensor
 
 from base import storage
-from base.errors import ConfigError, NonFiniteLossError
-from cherry import communication, loading, sharding
-from cherry.batches import MicroBatch, check_fits, micro_batch, mtp_targets
+from base.errors import NonFiniteLossError
+from cherry import communication
+from cherry.batches import MicroBatch, check_fits, micro_batch
 from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
 from cherry.config import JobConfig
-from cherry.context import ContextSplit, share_positions
 from cherry.data import Sampler, TokenDataset
 from cherry.divergence import Figures, StepGuard
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
-from cherry.lora import add_adapters, initialize_adapters
-from cherry.loss import cross_entropy_sum
 from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
-from cherry.optimizer import (
-    build_optimizer,
-    clip_coefficient,
-    gradient_norm,
-    learning_rate,
-    set_learning_rate,
-    update_expert_bias,
-)
-from model.documents import Documents
-from model.transformer import Block, DeepseekV3, next_tokens
+from cherry.network import build
+from cherry.optimizer import learning_rate, set_learning_rate, update_expert_bias
+from cherry.run_directory import checkpoints_of, identity
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
 
 
-class TrainingModel(nn.Module):
-    """The model with its losses inside `forward`, so that sharding gathers the head for exactly as long as needed."""
-
-    def __init__(self, model: DeepseekV3, loss_chunk_tokens: int) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_chunk_tokens = loss_chunk_tokens
-        self.split: ContextSplit | None = None
-        """Set where other ranks compute the other positions of the same sequences."""
-
-    def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
-
-        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
-        """
-        positions_T = None
-        next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT, documents)
-        if self.split is not None:
-            positions_T = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
-            tokens_BT, next_BT = tokens_BT[:, positions_T], next_BT[:, positions_T]
-            targets_BT, mtp_targets_BT = targets_BT[:, positions_T], mtp_targets_BT[:, positions_T]
-        out = self.model(tokens_BT, documents, positions_T=positions_T, next_BT=next_BT)
-        weight_VD = self.model.lm_head.weight.to(out.hidden_BTD.dtype)
-        loss = self._sum(out.hidden_BTD, weight_VD, targets_BT)
-        if out.mtp_hidden_BTD is None:
-            return loss, torch.zeros_like(loss), out.balance_loss
-        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets_BT)
-        return loss, mtp_loss, out.balance_loss
-
-    def _sum(self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        return cross_entropy_sum(hidden_ND, weight_VD, targets_BT.flatten(), chunk_tokens=self.loss_chunk_tokens)
-
-
 @dataclass
 class Progress:
-    """The listed resume state, with the step guard's. The data position is `step + data_offset` batches."""
+    """The listed resume state, with the step guard's."""
 
     step: int = 0
     """Optimizer steps, those that were skipped included."""
+    position: int = 0
+    """Sequences that were read: where the next batch begins. Not the step times the batch's size, which may change,
+    and after a rollback what led to it is not read again."""
     tokens: int = 0
     """Of the steps that were taken."""
     seconds: float = 0.0
-    data_offset: int = 0
-    """Batches that were passed over when the run went back."""
     rollbacks: int = 0
 
 
@@ -117,12 +72,13 @@ class Trainer:
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
-        self.model, self.network = self._build()
-        self.communication = communication.install(self.network, config.communication)
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, config.train))
+        self.network = build(config, self.device, self._say)
+        self.model = self.network.model
+        self.communication = communication.install(self.network.module, config.communication)
+        self.optimizer = self.accelerator.prepare_optimizer(self.network.optimizer)
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
-        directory = config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
+        directory = checkpoints_of(config, run_directory)
         self.checkpointer = Checkpointer(
             directory,
             keep_last=config.checkpoint.keep_last,
@@ -133,39 +89,13 @@ class Trainer:
         )
         self.progress = Progress()
         self.guard = StepGuard(config.train.spike_sigma)
-        self._good_before: int | None = None
-        self._save_owed = False
-        self._group = group
+        self._good_before: int | None = None  # after a rollback, until something new is saved
+        self._save_owed, self._group = False, group
         self._heldout: Heldout | None = None
         self._resume(resume_from, directory)
+        self.network.start()
         self.metrics = self._open_metrics()
         self.peak_flops = peak_flops(self.device, config.train.precision)
-
-    def _build(self) -> tuple[DeepseekV3, nn.Module]:
-        config = self.config
-        with torch.device("meta"):
-            model = DeepseekV3(config.model)
-        if config.lora is not None:
-            add_adapters(model, config.lora)
-        network = TrainingModel(model, config.train.loss_chunk_tokens)
-        mesh = sharding.build_mesh(config.parallel, self.device)
-        if mesh is not None and mesh.context is not None:
-            network.split = share_positions(model, mesh.context)
-        if config.train.activation_checkpointing == "full":
-            _wrap_blocks(model)
-        if config.train.compile:
-            for module in model.modules():
-                if isinstance(module, Block):
-                    module.compile()
-        if mesh is None and config.train.precision == "bf16":
-            raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
-        sharding.shard_model(network, mesh, config.train.precision, config.parallel)
-        sharding.materialize(network, self.device, cpu_offload=config.parallel.cpu_offload)
-        sharding.initialize(model, config.seed)
-        if config.init_from is not None:
-            loading.load_weights(model, config.init_from, on_progress=lambda line, _: self._say(line))
-        initialize_adapters(model, config.seed)
-        return model, network.train()
 
     def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
@@ -177,6 +107,7 @@ class Trainer:
 
     def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
+        self.network.fold()
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
         self.communication.restore(uri, self._group)
         self.progress = Progress(**{key: record[key] for key in asdict(Progress()) if key in record})
@@ -201,7 +132,7 @@ class Trainer:
         try:
             while self.progress.step < train.steps:
                 record = self._step()
-                if self.guard.in_a_row >= train.max_skipped_steps:
+                if self.guard.in_a_row >= min(train.max_skipped_steps, train.steps):
                     self._go_back(record)
                     continue
                 done = self.progress.step
@@ -237,36 +168,30 @@ class Trainer:
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
-        micro_batches = self._micro_batches(step + self.progress.data_offset)
+        micro_batches = self._micro_batches(self.progress.position)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
         valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
         counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
         parts = len(micro_batches) * self.share.ranks
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.communication.traffic.clear()
-        for number, batch in enumerate(micro_batches, 1):
-            self.communication.micro_batch(last=number == len(micro_batches))
-            loss, mtp_loss, balance = self.network(*batch.to(self.device))
-            total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
-            (total + train.balance_loss_weight * balance / parts).backward()
-            sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
-        norm = gradient_norm(self.network)
+        sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
+        norm = self.network.gradient_norm()
         # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
         sums = self._sum_over_ranks(torch.cat([sums, norm.double()[None] / self.ranks]))
         figures = Figures(float(sums[0]) / tokens, float(sums[3]))
         skipped = self.guard.judge(figures)
+        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
+        # Before the optimizer's step, which then runs while the next pass is being queued.
+        load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
         if skipped is None:
-            # Not through Accelerate's wrapper, which takes no coefficient and without a scaler adds nothing.
-            self.optimizer.optimizer.step(clip_coefficient=clip_coefficient(norm, train.max_grad_norm))
+            self.network.step(norm, train.max_grad_norm)
         else:
             self.communication.forget()
-        self.optimizer.zero_grad(set_to_none=True)
-        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
-        load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
+        self.network.clear()
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
+        self.progress.position += train.batch_size
         self.progress.tokens += batch_tokens if skipped is None else 0
         self.progress.seconds += seconds
         return {
@@ -280,9 +205,7 @@ class Trainer:
             "tokens_per_second": batch_tokens / seconds,
             "mfu": self._mfu(batch_tokens / seconds),
             "mfu_convention": MFU_CONVENTION,
-            **expert_load(
-                load_LE, whole=self.progress.step % _LOAD_EVERY_STEPS == 0 or self.progress.step == train.steps
-            ),
+            **expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps),
             **self.communication.traffic.figures(),
             "step_seconds": seconds,
             "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
@@ -292,6 +215,19 @@ class Trainer:
             **({} if skipped is None else {"skipped": skipped}),
             "time": time.time(),
         }
+
+    def _backward(self, micro_batches: list[MicroBatch], tokens: float, tokens_mtp: float, parts: int) -> Tensor:
+        """Gradients of this rank's share; its sums of the three losses, fp64 [3]."""
+        train = self.config.train
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.communication.traffic.clear()
+        for number, batch in enumerate(micro_batches, 1):
+            self.communication.micro_batch(last=number == len(micro_batches))
+            loss, mtp_loss, balance = self.network.module(*batch.to(self.device))
+            total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
+            (total + train.balance_loss_weight * balance / parts).backward()
+            sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
+        return sums
 
     def _go_back(self, record: dict[str, Any]) -> None:
         """Too many steps in a row were skipped: go on from the last good checkpoint with the data after this step's.
@@ -313,15 +249,15 @@ class Trainer:
         self._restore(target)
         self.guard.skipped = skipped
         self.guard.forgive()
-        self.progress.data_offset = reached.step + reached.data_offset - self.progress.step
+        self.progress.position = reached.position
         self.progress.rollbacks = reached.rollbacks + 1
         self.progress.seconds = reached.seconds
         self._good_before, self._save_owed = self.progress.step, False
         if self.metrics is not None:
             self.metrics.close()
         self.metrics = self._open_metrics()
-        passed = reached.step - self.progress.step
-        self._say(f"went back to {target}: {passed} batches passed over, rollback {self.progress.rollbacks}")
+        passed, nth = reached.step - self.progress.step, self.progress.rollbacks
+        self._say(f"went back to {target}: {passed} batches passed over, rollback {nth}")
 
     def _last_good(self) -> str | None:
         """The newest checkpoint of this run; where going back to it led nowhere, the one before it."""
@@ -334,7 +270,7 @@ class Trainer:
         return found[0] or self._started_from
 
     def _micro_batches(self, position: int) -> list[MicroBatch]:
-        """This rank's share of batch `position`."""
+        """This rank's share of the batch that begins at `position`."""
         chosen = self.sampler.indices(position, self.share.rank, self.share.ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
         parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
@@ -353,7 +289,7 @@ class Trainer:
 
     def heldout(self) -> Heldout:
         """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
-        self._heldout = evaluate_heldout(self.network, self.config, self.run_directory, self.device, self.share)
+        self._heldout = evaluate_heldout(self.network.module, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
     def _report(self, record: dict[str, Any], *, last: bool) -> None:
@@ -365,19 +301,20 @@ class Trainer:
             self._say(format_line(record))
         if "skipped" in record:
             self._say(f"step {self.progress.step} skipped: {record['skipped']}")
+        if failure := self.metrics.new_failure():
+            self._say(f"metrics wait in memory, training goes on: {failure}")
         for failure in record.get("failed_saves", ()):
             self._say(f"checkpoint not saved, training goes on: {failure}")
 
     def _save(self) -> None:
         record = {
             **asdict(self.progress),
-            "position": (self.progress.step + self.progress.data_offset) * self.config.train.batch_size,
             "guard": self.guard.state(),
-            "seed": self.config.seed,
             "world_size": self.ranks,
-            "fingerprint": storage.fingerprint(self.config.model_dump(mode="json")),
+            **identity(self.config, self.dataset.manifest),
             "model": self.config.model.model_dump(mode="json"),
         }
+        self.network.fold()
         unsent = self.communication.state()
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
         if unsent:
@@ -410,15 +347,7 @@ class Trainer:
         return result
 
     def _say(self, line: str) -> None:
-        if self.rank == 0:
+        """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
+        if self.accelerator.is_main_process:
             print(line, flush=True)
-
-
-def _wrap_blocks(model: DeepseekV3) -> None:
-    """Recompute each block in the backward pass: its name and type stay, so sharding and checkpoints see no change."""
-    from torch.utils.checkpoint import checkpoint
-
-    for module in model.modules():
-        if isinstance(module, Block):
-            forward = module.forward
-            module.forward = lambda *a, _forward=forward: checkpoint(_forward, *a, use_reentrant=False)  # type: ignore[method-assign]
+        logger.info(line)

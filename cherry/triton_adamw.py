@@ -27,8 +27,8 @@ def _square_sums(grad_ptr, sums_ptr, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _adamw(
-    param_ptr, grad_ptr, mean_ptr, square_ptr, copy_ptr, clip_ptr, size, rate, decay, beta1, beta2, epsilon,
-    mean_correction, root_square_correction, COPY: tl.constexpr, BLOCK: tl.constexpr,
+    param_ptr, grad_ptr, mean_ptr, square_ptr, copy_ptr, clip_ptr, step_ptr, size, rate, decay, beta1, beta2, epsilon,
+    COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
     # A gradient that is no number leaves everything as it was.
@@ -41,7 +41,11 @@ def _adamw(
         param = tl.load(param_ptr + at, inside, 0.0)
         mean += (1.0 - beta1) * (grad - mean)
         square = beta2 * square + (1.0 - beta2) * grad * grad
-        root = tl.sqrt_rn(square) / root_square_correction + epsilon
+        # On the device, where the count of steps is: reading it would wait for all that was queued before.
+        step = tl.load(step_ptr)
+        mean_correction = 1.0 - tl.exp2(step * tl.log2(beta1))
+        square_correction = 1.0 - tl.exp2(step * tl.log2(beta2))
+        root = tl.sqrt_rn(square) / tl.sqrt_rn(square_correction) + epsilon
         param = param * (1.0 - rate * decay) - (rate / mean_correction) * mean / root
         tl.store(param_ptr + at, param, inside)
         tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), inside)
@@ -67,24 +71,24 @@ def adamw_(
     square: Tensor,
     copy: Tensor | None,
     clip: Tensor,
+    step: Tensor,
     *,
     rate: float,
     decay: float,
     betas: tuple[float, float],
     epsilon: float,
-    step: int,
 ) -> None:
     """One AdamW update in place (Loshchilov and Hutter, arXiv 1711.05101), in fp32, of contiguous tensors.
 
     Args:
         copy: takes the new parameter too, in its own type.
         clip: 0-dim fp32 on the device, what the gradient is multiplied with; NaN or negative leaves all as it is.
-        step: 1 for the first update.
+        step: 0-dim fp32 on the device, 1 for the first update.
     """
     if not param.numel():
         return
     beta1, beta2 = betas
     _adamw[(triton.cdiv(param.numel(), _STEP_BLOCK),)](
-        param, grad, mean, square, param if copy is None else copy, clip, param.numel(), rate, decay, beta1, beta2,
-        epsilon, 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5, COPY=copy is not None, BLOCK=_STEP_BLOCK, num_warps=8,
+        param, grad, mean, square, param if copy is None else copy, clip, step, param.numel(), rate, decay,
+        beta1, beta2, epsilon, COPY=copy is not None, BLOCK=_STEP_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from cherry.optimizer import square_sum
+
 
 class WorkingCopies:
     """The copies of a network that `fully_shard` put on a mesh of one.
@@ -37,7 +39,7 @@ class WorkingCopies:
         """The copy of each fp32 parameter."""
         if micro_batches > 1:
             for copy in copies:
-                copy.register_post_accumulate_grad_hook(self._add)
+                copy.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
 
     def _add(self, copy: Tensor) -> None:
         assert isinstance(copy, nn.Parameter) and copy.grad is not None
@@ -51,6 +53,11 @@ class WorkingCopies:
         """The gradient of an fp32 parameter, in the copies' type, or fp32 when it is a sum."""
         copy = self.of[parameter]
         return self._sums.get(copy, copy.grad)
+
+    def gradient_norm(self) -> Tensor:
+        """The total norm of the gradients, 0-dim fp32."""
+        gradients = [gradient for parameter in self.of if (gradient := self.gradient(parameter)) is not None]
+        return square_sum(gradients).sqrt()
 
     def clear(self) -> None:
         """Drop the gradients."""

@@ -1,7 +1,9 @@
 """Owns int8 weights: symmetric, one scale per output channel, written shard by shard with an error report.
 
 It knows nothing of held-out loss: how good the result is, an evaluation says. On disk it is compressed-tensors'
-"int-quantized" W8A8 (static weights per channel, dynamic activations per token), which vLLM loads.
+"int-quantized" W8A8 (static weights per channel, dynamic activations per token), as that library reads it. Our engine
+and our evaluation keep activations as they are; an engine that follows the configuration, like vLLM, rounds them to
+int8 as well, so what int8 costs there must be measured there.
 Router, norms, embeddings, head, eh_proj and biases keep their type.
 
     python -m model.quantize --source <folder> --target <folder>
@@ -9,7 +11,6 @@ Router, norms, embeddings, head, eh_proj and biases keep their type.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from base import storage
-from base.errors import InvalidInputError, WeightsError, run_program
+from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
 from model.layout import is_projection
 from model.safetensors_file import write_file
 from model.weights import WeightsReader, read_model_config, write_index
@@ -152,7 +153,11 @@ def _finish(
 
 
 def quantization_config() -> dict[str, Any]:
-    """The `quantization_config` of config.json, as compressed-tensors 0.12 writes it for W8A8 (int8)."""
+    """The `quantization_config` of config.json, as compressed-tensors 0.12 writes it for W8A8 (int8).
+
+    int8 values without activations' scheme would be what we evaluate, but engines have kernels for such weights only in
+    the packed format (32-bit words), which our reader does not have.
+    """
     common = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "block_structure": None}
     weights = {**common, "strategy": "channel", "dynamic": False, "observer": "minmax", "actorder": None}
     activations = {**common, "strategy": "token", "dynamic": True, "observer": None, "actorder": None}
@@ -176,7 +181,7 @@ def quantization_config() -> dict[str, Any]:
 
 def main() -> None:
     """Quantize the folder `--source` into `--target` and print how it went."""
-    parser = argparse.ArgumentParser(prog="python -m model.quantize", description="int8 weights, shard by shard")
+    parser = ArgumentParser(prog="python -m model.quantize", description="int8 weights, shard by shard")
     parser.add_argument("--source", required=True, help="folder or URI in Hugging Face's layout")
     parser.add_argument("--target", required=True, help="folder or URI to write")
     arguments = parser.parse_args()

@@ -27,7 +27,8 @@ class QuantizeConfig(Section):
 
     format: Literal["int8"] = "int8"
     max_dnll: PositiveFloat = 0.02
-    """Largest rise of the held-out loss (nats per token) that the quantized weights may cost."""
+    """Largest rise of the held-out loss (nats per token) that the quantized weights may cost, surely: the one-sided
+    bound at evaluate.confidence is held against it."""
 
 
 class EvaluateConfig(Section):

@@ -5,20 +5,18 @@ It knows the registry and the gateway's routes; processes are tasks/serving.py's
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from anything.client import Client
 from anything.keys import read_key_file
 from base import storage
-from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
+from base.errors import CherryError, ConfigError, MissingFileError, ServiceError, without_credentials
 from tasks.artifacts import show_table
 from tasks.report import RELEASE_CONFIG
 from tasks.serving import GATEWAY, Server, ServingDirectory
@@ -72,7 +70,7 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
     if found is None:
         wanted = f"version {number}" if number is not None else f"version with the alias {alias!r}"
         raise MissingFileError(
-            f"{config.model_name} has no {wanted} in the registry at {tracker.uri}. "
+            f"{config.model_name} has no {wanted} in the registry at {without_credentials(tracker.uri)}. "
             "Run the training flow first, or name a version that exists."
         )
     return found
@@ -89,9 +87,10 @@ def _chosen(context: RunContext) -> ModelVersion:
     own = storage.read_json(record.outputs["register"]) if record is not None else {}
     if own.get("name") == config.model_name:
         found = _registered(context, own["version"])
+        registry = without_credentials(context.tracker().uri)
         if own.get("identity") not in (None, found.tags.get("cherry.identity")):
             raise ConfigError(
-                f"{found.name} version {found.version} in the registry at {context.tracker().uri} is not the one that "
+                f"{found.name} version {found.version} in the registry at {registry} is not the one that "
                 f"run {context.config.name} registered. Track where it was trained (tracking.uri), or name a version."
             )
     else:
@@ -116,16 +115,16 @@ def resolve_version(context: RunContext, number: int | None, alias: str | None =
 
     Raises:
         MissingFileError: no such version, or its weights are gone.
-        ConfigError: the quantized weights cost more than quantize.max_dnll, so they are not served; see `_chosen` too.
+        ConfigError: the quantized weights may cost more than quantize.max_dnll, so they are not served; see `_chosen`.
     """
     named = number is not None or alias is not None
     found = _registered(context, number, alias) if named else _chosen(context)
     if context.config.deploy.artifact == "quantized":
         if found.tags.get("quantized_passed") == "false":
             raise ConfigError(
-                f"{found.name} version {found.version}: its int8 weights cost more than quantize.max_dnll "
-                f"({context.config.quantize.max_dnll}). Deploy the export (deploy.artifact=export), or raise the limit "
-                "and run the training flow again."
+                f"{found.name} version {found.version}: its int8 weights did not pass: "
+                f"{found.tags.get('quantized_reason', 'they cost more than quantize.max_dnll')}. Deploy the export "
+                "(deploy.artifact=export), or raise the limit and run the training flow again."
             )
         path = find_output(found.tags["quantized_uri"], found.tags.get("quantize_fingerprint", ""))
     else:
@@ -248,9 +247,9 @@ def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) 
     serving, config = _serving(context), context.config.deploy
     key = read_key_file(str(serving.client_key))
     wanted, unanswered, latencies = config.requests_per_step, 0, list[float]()
-    before = _counts(gateway, key, replica.version)
     requests = errors = 0
     with Client(gateway.url, key) as client:
+        before = _counts(client, replica.version)
         for number in range(_PATIENCE * wanted * 100 // percent):
             started = time.monotonic()
             try:
@@ -260,9 +259,7 @@ def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) 
                 unanswered += 1
             else:
                 latencies.append(time.monotonic() - started)
-            requests, errors = (
-                new - old for new, old in zip(_counts(gateway, key, replica.version), before, strict=True)
-            )
+            requests, errors = (new - old for new, old in zip(_counts(client, replica.version), before, strict=True))
             if requests >= wanted or unanswered >= wanted:
                 break
     return {
@@ -273,9 +270,9 @@ def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) 
     }
 
 
-def _counts(gateway: Server, key: str, version: str) -> tuple[int, int]:
+def _counts(gateway: Client, version: str) -> tuple[int, int]:
     """Requests and errors of a version since the gateway started."""
-    counted = traffic(gateway.url, key)["versions"].get(version, {"requests": 0, "errors": 0})
+    counted = gateway.routes()["versions"].get(version, {"requests": 0, "errors": 0})
     return counted["requests"], counted["errors"]
 
 
@@ -323,18 +320,3 @@ def record(
 
     perform(context, "deploy", inputs, work, began=context.began)
     return {"url": shifted["gateway"], "version": release.label, "key_file": str(serving.client_key)}
-
-
-def traffic(url: str, key: str) -> dict[str, Any]:
-    """What the gateway says of its routes and each version's requests, errors and latencies.
-
-    Raises:
-        ServiceError: it does not answer.
-    """
-    try:
-        answer = httpx.get(f"{url}/v1/anything/routes", headers={"Authorization": f"Bearer {key}"}, timeout=10)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise ServiceError(f"the gateway at {url} did not answer: {error}") from error
-    result: dict[str, Any] = json.loads(answer.content)
-    return result

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from anything.compare import Comparison, compare
 from base import storage
 from tasks.artifacts import show_table
-from tasks.config import EvaluateConfig
+from tasks.config import EvaluateConfig, RunConfig
 from tasks.plots import plot_comparison
 from tasks.steps import (
     REGISTRY_DELAYS_S,
@@ -42,13 +42,13 @@ UNTRAINED = "untrained"
 )
 def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quantized: StepRecord) -> StepRecord:
     """Compare the candidate with the champion; with none, with the untrained model, and say so."""
-    champion = _champion(context, exported)
+    champion, missing = find_champion(context, exported)
     inputs = {
         **sections(context.config, ["evaluate", "quantize"]),
         "data_fingerprint": data.fingerprint,
         "export_fingerprint": exported.fingerprint,
         "quantize_fingerprint": quantized.fingerprint,
-        "baseline": _label(champion),
+        "baseline": missing or _label(champion),
     }
 
     def work(step: StepRun) -> dict[str, str]:
@@ -66,7 +66,7 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
                 "baseline": baseline,
             }.items()
         }
-        return _decide(context, step, scores, _label(champion), folder)
+        return _report(context, step, judge(context.config, scores, _label(champion), missing), folder)
 
     return perform(context, "evaluate", inputs, work)
 
@@ -75,22 +75,27 @@ def _label(champion: ModelVersion | None) -> str:
     return f"{champion.name} v{champion.version}" if champion else UNTRAINED
 
 
-def _champion(context: RunContext, exported: StepRecord) -> ModelVersion | None:
-    """The registered champion; not when its weights are gone, or when it is this very model."""
+def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersion | None, str | None]:
+    """The registered champion (the one before it, when it is this very model) where there is one to compare with.
+
+    Returns:
+        The champion, and a sentence when there is one whose weights are gone.
+    """
     config = context.config.register_model
     found = context.tracker().version(config.model_name, alias=config.champion_alias)
     if found is None:
-        return None
+        return None, None
     if found.tags.get("export_fingerprint") == exported.fingerprint:
         before = found.tags.get(f"previous_{config.champion_alias}")
         found = context.tracker().version(config.model_name, number=int(before)) if before else None
     if found is None:
-        return None
+        return None, None
     uri = find_output(found.uri, found.tags.get("export_fingerprint", ""))
     if not storage.is_committed(uri):
-        get_run_logger().warning("%s cannot be compared with: its weights are no longer at %s", _label(found), uri)
-        return None
-    return replace(found, uri=uri)
+        missing = f"{_label(found)}, the {config.champion_alias}, cannot be compared with: its weights are gone ({uri})"
+        get_run_logger().warning(missing)
+        return None, missing
+    return replace(found, uri=uri), None
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
@@ -109,62 +114,103 @@ def _pairs(score: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
     return {document["id"]: (document["nll"], document["tokens"]) for document in score["documents"]}
 
 
-def _compare(baseline: Mapping[str, Any], candidate: Mapping[str, Any], config: EvaluateConfig) -> Comparison:
+def _compare(
+    baseline: Mapping[str, Any], candidate: Mapping[str, Any], config: EvaluateConfig, margin: float
+) -> Comparison:
     return compare(
         _pairs(baseline),
         _pairs(candidate),
-        margin=config.margin_nats,
+        margin=margin,
         confidence=config.confidence,
         bootstrap_samples=config.bootstrap_samples,
         seed=config.seed,
     )
 
 
-def _decide(
-    context: RunContext, step: StepRun, scores: Mapping[str, dict[str, Any]], baseline: str, folder: Path
-) -> dict[str, str]:
-    config = context.config
-    against = _compare(scores["baseline"], scores["candidate"], config.evaluate)
-    cost = _compare(scores["candidate"], scores["quantized"], config.evaluate)
-    passed = cost.difference <= config.quantize.max_dnll
-    result = {
-        "verdict": against.verdict,
-        "reason": against.reason,
+def judge(
+    config: RunConfig, scores: Mapping[str, dict[str, Any]], baseline: str, missing: str | None = None
+) -> dict[str, Any]:
+    """The verdict on the candidate and on its int8 weights, with the figures behind it: evaluation.json.
+
+    A champion that is `missing` cannot be beaten: whatever the candidate is against the untrained model, it must not
+    take the champion's place by itself.
+    The int8 weights pass when they surely cost no more than `quantize.max_dnll`: the one-sided bound decides, so few
+    documents cannot let through what they could not have shown.
+    """
+    against = _compare(scores["baseline"], scores["candidate"], config.evaluate, config.evaluate.margin_nats)
+    cost = _compare(scores["candidate"], scores["quantized"], config.evaluate, config.quantize.max_dnll)
+    verdict, reason = against.verdict, against.reason
+    if missing is not None:
+        alias = config.register_model.champion_alias
+        reason = (
+            f"{missing}. Bring them back and run the flow again, or take the alias {alias} away. "
+            f"Against the untrained model it is {verdict}: {reason}"
+        )
+        verdict = "can't tell"
+    return {
+        "verdict": verdict,
+        "reason": reason,
         "baseline": baseline,
+        "champion_missing": missing,
         "candidate_vs_baseline": asdict(against),
         "quantized_vs_candidate": asdict(cost),
         "quantized_dnll": cost.difference,
-        "quantized_passed": passed,
+        "quantized_dnll_upper": cost.upper_one_sided,
+        "quantized_passed": cost.not_worse,
+        "quantized_reason": _cost(cost, config),
         "bits_per_byte": scores["candidate"]["bits_per_byte"],
         "quantized_bits_per_byte": scores["quantized"]["bits_per_byte"],
         "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
         "heldout_loss": scores["candidate"]["loss"],
         "documents": against.documents,
     }
+
+
+def _cost(cost: Comparison, config: RunConfig) -> str:
+    """A sentence on what int8 costs."""
+    limit, confidence = config.quantize.max_dnll, 100 * config.evaluate.confidence
+    text = (
+        f"int8 costs {cost.difference:+.4f} nats per token, at most {cost.upper_one_sided:+.4f} "
+        f"({confidence:.4g} % one-sided, {cost.documents} documents); quantize.max_dnll is {limit:.4g}"
+    )
+    if cost.not_worse or cost.difference > limit:
+        return text
+    return (
+        f"{text}. These documents are too few to decide: they can show a difference from "
+        f"{cost.minimum_detectable_effect:.4f} up. Raise evaluate.documents or data.heldout_fraction"
+    )
+
+
+def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write and show what was judged."""
+    config, baseline = context.config, result["baseline"]
+    against, cost = result["candidate_vs_baseline"], result["quantized_vs_candidate"]
     storage.write_json(str(folder / "evaluation.json"), result)
     rows = [
-        (f"candidate - {baseline}", against.difference, against.low, against.high),
-        ("int8 - candidate", cost.difference, cost.low, cost.high),
+        (f"candidate - {baseline}", against["difference"], against["low"], against["high"]),
+        ("int8 - candidate", cost["difference"], cost["low"], cost["high"]),
     ]
     plot = plot_comparison(rows, config.evaluate.margin_nats, folder / "comparison.png")
     headline = {
         "heldout_bits_per_byte": result["bits_per_byte"],
         "heldout_loss_per_token": result["heldout_loss"],
         "zlib_bits_per_byte": result["zlib_bits_per_byte"],
-        "difference": against.difference,
-        "difference_low": against.low,
-        "difference_high": against.high,
-        "minimum_detectable_effect": against.minimum_detectable_effect,
-        "quantized_dnll": cost.difference,
+        "difference": against["difference"],
+        "difference_low": against["low"],
+        "difference_high": against["high"],
+        "minimum_detectable_effect": against["minimum_detectable_effect"],
+        "quantized_dnll": cost["difference"],
+        "quantized_dnll_upper": cost["upper_one_sided"],
     }
     for run_id in (step.run_id, context.parent_run_id):
         step.tracker.artifact(run_id, plot, "plots")
-        step.tracker.log(run_id, metrics=headline, tags={"verdict": against.verdict, "compared_with": baseline})
+        step.tracker.log(run_id, metrics=headline, tags={"verdict": result["verdict"], "compared_with": baseline})
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
     show_table(
         f"evaluate-{config.name}",
         [dict(zip(("difference", "nats per token", "low", "high"), row, strict=True)) for row in rows],
-        f"Verdict: **{against.verdict}**. {against.reason}",
+        f"Verdict: **{result['verdict']}**. {result['reason']}\n\n{result['quantized_reason']}.",
     )
-    step.say(f"verdict: {against.verdict}. {against.reason}")
+    step.say(f"verdict: {result['verdict']}. {result['reason']}")
+    step.say(result["quantized_reason"])
     return {"evaluation": str(folder / "evaluation.json")}

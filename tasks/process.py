@@ -5,6 +5,7 @@ It knows nothing of what the programs do.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,8 +16,16 @@ import psutil
 
 import base.errors
 from base import storage
-from base.errors import CherryError, InvalidInputError, OperationalError, WorkerLostError
+from base.errors import (
+    CALLER_EXIT_CODES,
+    CherryError,
+    InvalidInputError,
+    OperationalError,
+    WorkerLostError,
+    is_retryable_exit_code,
+)
 
+logger = logging.getLogger(__name__)
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
 _TERMINATE_GRACE_S = 15.0
@@ -35,7 +44,7 @@ def run_module(
     """Run `python -m module arguments` to its end, with its output given line by line.
 
     Args:
-        log_file: every line is appended there too.
+        log_file: every line is appended there too, as long as there is room.
         record_file: holds the program's pid while it runs, for a clean-up by another process.
 
     Raises:
@@ -63,8 +72,7 @@ def run_module(
             line = line.rstrip("\n")
             lines = [*lines[-_KEPT_LINES:], line]
             if log_file is not None:
-                with log_file.open("a") as handle:
-                    handle.write(line + "\n")
+                append_whole(log_file, line + "\n")
             on_line(line)
         code = process.wait()
     finally:
@@ -77,6 +85,18 @@ def run_module(
             record_file.unlink(missing_ok=True)
     if code:
         raise error_of(code, lines, module)
+
+
+def append_whole(path: Path, line: str) -> None:
+    """Append a line, or nothing where storage does not take it: what is only told must not end what is done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as handle:
+            before, data = handle.tell(), line.encode()
+            if handle.write(data) != len(data):
+                handle.truncate(before)
+    except OSError as error:
+        logger.warning("%s: a line is lost: %s", path, error)
 
 
 def end_tree(root: psutil.Process) -> None:
@@ -113,7 +133,8 @@ def error_of(code: int, lines: Sequence[str], program: str) -> CherryError:
     for kind in vars(base.errors).values():
         if isinstance(kind, type) and issubclass(kind, CherryError) and kind.exit_code == code and code != 1:
             return kind(text)
-    error = InvalidInputError(text) if code in base.errors.CALLER_EXIT_CODES else OperationalError(text)
+    side = OperationalError if is_retryable_exit_code(code) else CherryError
+    error = InvalidInputError(text) if code in CALLER_EXIT_CODES else side(text)
     error.exit_code = code
     return error
 

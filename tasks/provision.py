@@ -5,8 +5,16 @@ It knows one kind of cluster: this machine.
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +25,7 @@ from pydantic import PositiveInt
 
 from base import storage
 from base.config import Section, load
-from base.errors import ConfigError, MissingFileError, OperationalError
+from base.errors import CherryError, ConfigError, MissingFileError, OperationalError, storage_errors
 from tasks.config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
@@ -26,8 +34,11 @@ LOCAL = "local"
 _TRAINING_BYTES_PER_PARAMETER = 16
 # fp32 parameter and two moments in a checkpoint; one more than is kept exists while a new one is written.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
-# A lease may be dropped and taken again by others while this process tries.
-_LEASE_ATTEMPTS = 5
+_HOST = socket.gethostname()
+# A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.
+_RENEW_S = 15.0
+_STALE_S = 120.0
+logger = logging.getLogger(__name__)
 
 
 class ClusterSpec(Section):
@@ -112,47 +123,120 @@ def take_lease(context: RunContext) -> None:
     """Record that this process uses the run directory, after dropping a lease whose process is gone.
 
     Raises:
-        OperationalError: a live process is working on the same run.
+        OperationalError: a live process, here or on another host, is working on the same run.
+        StorageError: the directory's file system has no locks.
     """
     path = _lease(context.path)
-    record = {"pid": os.getpid(), "created": psutil.Process().create_time(), "mlflow_run_id": context.parent_run_id}
-    own = path.with_name(f"lease.{os.getpid()}.json")
-    storage.write_json(str(own), record)
+    context.path.mkdir(parents=True, exist_ok=True)
+    with locked(context.path):
+        holder = read_lease(context.path)
+        own = holder is not None and holder["pid"] == os.getpid() and _is_here(holder) and _runs(holder)
+        if holder is not None and not own and is_held(context.path):
+            raise OperationalError(
+                f"{context.directory}: process {holder['pid']} on {holder.get('host', _HOST)} is working on this run. "
+                "Wait for it, stop it, or give this run another name (name=...)."
+            )
+        token = holder["token"] if holder is not None and own else uuid.uuid4().hex
+        process = {"host": _HOST, "boot": _boot(), "pid": os.getpid(), "created": psutil.Process().create_time()}
+        storage.write_json(str(path), {**process, "token": token, "mlflow_run_id": context.parent_run_id})
+    if not own:
+        threading.Thread(target=_keep_fresh, args=(context.path, token), name="lease", daemon=True).start()
+
+
+@contextmanager
+def locked(run_directory: Path) -> Iterator[None]:
+    """Nobody else judges, takes or drops the lease meanwhile: what was read as dead is still dead when it is removed.
+
+    The lock's file stays: whoever removed it could remove another one's lock.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        StorageError: its file system has no locks.
+    """
+    path = run_directory / "lease.lock"
+    with storage_errors(str(path)):
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        for _ in range(_LEASE_ATTEMPTS):
-            try:
-                os.link(own, path)  # of two processes, one gets it, and it is whole at once
-                return
-            except FileExistsError:
-                holder = _read_lease(path)
-            if holder is not None and holder["pid"] == os.getpid():
-                storage.write_json(str(path), record)
-                return
-            if holder is not None and is_alive(holder["pid"], holder["created"]):
-                break
-            path.unlink(missing_ok=True)
+        with storage_errors(str(path)):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        own.unlink()
-    raise OperationalError(
-        f"{context.directory}: process {holder['pid'] if holder else '?'} is working on this run. Wait for it, stop "
-        "it, or give this run another name (name=...)."
-    )
+        os.close(handle)
 
 
-def _read_lease(path: Path) -> dict[str, Any] | None:
+def read_lease(run_directory: Path) -> dict[str, Any] | None:
+    """What the holder wrote; `None` when nobody holds the directory."""
     try:
-        lease: dict[str, Any] = storage.read_json(str(path))
+        lease: dict[str, Any] = storage.read_json(str(_lease(run_directory)))
     except MissingFileError:
-        return None  # given back since
+        return None
     return lease
+
+
+def is_held(run_directory: Path) -> bool:
+    """Whether a live process holds the directory. Call it under `locked`.
+
+    Another host's processes cannot be seen from here: its lease counts until it has not been renewed for a while.
+    Both times are the file system's, so the hosts' clocks do not matter.
+    """
+    holder = read_lease(run_directory)
+    if holder is None:
+        return False
+    if _is_here(holder):
+        return _runs(holder)
+    lock = run_directory / "lease.lock"
+    os.utime(lock)
+    # Opened, not only looked at: NFS answers a stat from its cache.
+    with _lease(run_directory).open() as handle:
+        renewed = os.fstat(handle.fileno()).st_mtime
+    return lock.stat().st_mtime - renewed < _STALE_S
+
+
+def drop_lease(run_directory: Path) -> None:
+    """Remove the lease, whoever's it is. Call it under `locked`, after `is_held`."""
+    _lease(run_directory).unlink(missing_ok=True)
 
 
 def release(run_directory: str) -> None:
     """Give the lease back; nothing to do when another process holds it or none does."""
-    path = _lease(Path(run_directory))
-    lease = _read_lease(path)
-    if lease is not None and lease["pid"] == os.getpid():
-        path.unlink()
+    path = Path(run_directory)
+    if not path.is_dir():
+        return
+    with locked(path):
+        lease = read_lease(path)
+        if lease is not None and lease["pid"] == os.getpid() and _is_here(lease):
+            drop_lease(path)
+
+
+def _keep_fresh(run_directory: Path, token: str) -> None:
+    """Renew the lease until it is given back or another one's; ends with the process."""
+    while True:
+        time.sleep(_RENEW_S)
+        try:
+            with locked(run_directory):
+                lease = read_lease(run_directory)
+                if lease is None or lease.get("token") != token:
+                    return
+                os.utime(_lease(run_directory))
+        except MissingFileError:
+            return
+        except (OSError, CherryError) as error:
+            logger.warning("the lease of %s was not renewed: %s", run_directory, error)
+
+
+def _is_here(holder: Mapping[str, Any]) -> bool:
+    """Whether the holder's pid means something here: the same host, not started again since."""
+    return (holder.get("host", _HOST), holder.get("boot", _boot())) == (_HOST, _boot())
+
+
+def _runs(holder: Mapping[str, Any]) -> bool:
+    return is_alive(holder["pid"], holder["created"])
+
+
+def _boot() -> str:
+    """What is another one after each start of this machine."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))
 
 
 def is_alive(pid: int, created: float) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -46,6 +47,7 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             "verdict": result["verdict"],
             "compared_with": result["baseline"],
             "quantized_passed": str(result["quantized_passed"]).lower(),
+            "quantized_reason": result["quantized_reason"],
             "heldout_bits_per_byte": f"{result['bits_per_byte']:.4f}",
             "parent_run_id": context.parent_run_id or "",
         }
@@ -65,7 +67,7 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
         step.say(
             f"{version.name} version {version.version}: {config.candidate_alias}"
             + (f", {config.champion_alias}" if champion else "")
-            + (" (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else "")
+            + _without_champion(result)
         )
         target = str(context.path / "register.json")
         made = {"name": version.name, "version": version.version, "identity": identity, "champion": champion}
@@ -73,6 +75,12 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
         return {"register": target}
 
     return perform(context, "register", inputs, work)
+
+
+def _without_champion(result: dict[str, Any]) -> str:
+    if result["champion_missing"]:
+        return f" ({result['champion_missing']})"
+    return " (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else ""
 
 
 def _lasting(uri: str) -> str:

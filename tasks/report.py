@@ -17,12 +17,12 @@ from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
-from base.errors import CherryError
+from base.errors import CherryError, without_credentials
 from tasks.artifacts import show_markdown, show_table
 from tasks.config import RunConfig
 from tasks.parameters import resolve, run_directory, write_resolved
 from tasks.process import end_tree
-from tasks.provision import is_alive, take_lease
+from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
 from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_record
 from tasks.stream import MetricsRelay
 from tasks.tracking import connect
@@ -78,7 +78,8 @@ def _open(context: RunContext, step: str) -> RunContext:
     identity = storage.fingerprint(_lasting(context))
     parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
     tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
-    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, tracker.uri)
+    where = without_credentials(tracker.uri)
+    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, where)
     return RunContext(context.directory, context.config, parent, context.began)
 
 
@@ -246,17 +247,18 @@ def teardown(flow: Any, flow_run: Any, state: Any) -> None:
 def end_leftovers(config: RunConfig) -> None:
     """End what a flow left that was killed outright: its program, its lease, and its runs in MLflow."""
     directory = Path(run_directory(config))
-    lease, program = directory / "lease.json", directory / PROGRAM
-    if lease.exists():
-        holder = storage.read_json(str(lease))
-        if is_alive(holder["pid"], holder["created"]):
+    if not directory.is_dir():
+        return
+    # Under the lock to the end: whoever takes the lease next goes on in the MLflow runs that are ended here.
+    with locked(directory):
+        if is_held(directory):
             return  # the process still works, or cleans up by itself
-    if program.exists():
-        record = storage.read_json(str(program))
-        if is_alive(record["pid"], record["created"]):
-            end_tree(psutil.Process(record["pid"]))
-        program.unlink(missing_ok=True)
-    if lease.exists():
-        run_id = storage.read_json(str(lease)).get("mlflow_run_id")
-        connect(config.tracking, config.runs_directory).finish_family(run_id, "KILLED")
-        lease.unlink(missing_ok=True)
+        program, lease = directory / PROGRAM, read_lease(directory)
+        if program.exists():
+            record = storage.read_json(str(program))
+            if is_alive(record["pid"], record["created"]):
+                end_tree(psutil.Process(record["pid"]))
+            program.unlink(missing_ok=True)
+        if lease is not None:
+            connect(config.tracking, config.runs_directory).finish_family(lease.get("mlflow_run_id"), "KILLED")
+            drop_lease(directory)

@@ -17,10 +17,10 @@ from typing import Any
 from prefect import get_run_logger
 
 from base import storage
-from base.errors import CherryError, InvalidInputError
+from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
 from tasks.config import RunConfig
-from tasks.process import run_module
+from tasks.process import append_whole, run_module
 from tasks.tracking import MlflowTracker, Tracker, connect
 
 # Steps that need the model registry wait for a server that is started again; the others do without it.
@@ -219,10 +219,12 @@ def _aside(folder: Path, identity: str) -> Path:
 
 
 def write_event(run_directory: Path, step: str, event: str, **details: Any) -> None:
-    """Append to events.jsonl, which the terminal's progress display reads."""
-    run_directory.mkdir(parents=True, exist_ok=True)
-    with (run_directory / "events.jsonl").open("a") as handle:
-        handle.write(json.dumps({"time": time.time(), "step": step, "event": event, **details}) + "\n")
+    """Append to events.jsonl, which the terminal's progress display reads; an event that storage refuses is dropped.
+
+    A full disk must not end the step that tells how far it is.
+    """
+    line = json.dumps({"time": time.time(), "step": step, "event": event, **details}) + "\n"
+    append_whole(run_directory / "events.jsonl", line)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -242,13 +244,11 @@ def sections(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
 
 
 def worth_retrying(_task: Any, _task_run: Any, state: Any) -> bool:
-    """Prefect's retry condition: the caller's fault fails again, so it is not tried again."""
+    """Prefect's retry condition: the world's fault may pass, every other one is met again."""
     try:
         state.result()
-    except InvalidInputError:
-        return False
     except CherryError as error:
-        return not 10 <= error.exit_code < 30
+        return is_retryable_exit_code(error.exit_code)
     except Exception:
         return False  # a bug of ours
     return True

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from base import storage
+from base.errors import StorageError
 from tasks.tracking import Tracker
 
 SERIES = (
@@ -28,10 +30,12 @@ SERIES = (
     "step_seconds",
     "skipped_steps",
     "rollbacks",
+    "bytes_on_wire_total",
+    "reduction_bytes_over_fp32",
 )
 _POLL_S = 10.0
-# Steps in one request: twelve series of each stay below MLflow's 1000 metrics.
-_BATCH_STEPS = 80
+# Steps in one request, which may hold 1000 metrics (MLflow's limit).
+_BATCH_STEPS = 1000 // len(SERIES)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -68,9 +72,11 @@ class MetricsRelay:
         self._thread.join()
 
     def _follow(self) -> None:
-        while not self._stop.wait(_POLL_S):
-            self.send_new()
-        self.send_new()
+        ended = False
+        while not ended:
+            ended = self._stop.wait(_POLL_S)
+            with suppress(StorageError):  # a full disk keeps the mark from moving, and nothing else
+                self.send_new()
 
     def send_new(self) -> bool:
         """Send the steps that were not sent yet; False when some could not be, which the next call tries again."""
@@ -85,8 +91,8 @@ class MetricsRelay:
             ]
             if not self._tracker.points(self._run_id, points):
                 return False
-            storage.write_bytes(str(self._mark), "{} {}".format(*_place(batch[-1])).encode())
             del self._waiting[: len(batch)]
+            storage.write_bytes(str(self._mark), "{} {}".format(*_place(batch[-1])).encode())
         return True
 
     def _read_new(self) -> None:

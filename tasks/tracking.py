@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from base.errors import CherryError, OperationalError
+from base.errors import CherryError, OperationalError, without_credentials
 from tasks.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -256,7 +256,9 @@ class MlflowTracker:
         """A run as a link for a person, or its id where there is no server."""
         if not self.uri.startswith("http") or self._connected is None:
             return f"`{run_id}`"
-        return f"[{run_id}]({self.uri.rstrip('/')}/#/experiments/{self._connected[1]}/runs/{run_id})"
+        return (
+            f"[{run_id}]({without_credentials(self.uri).rstrip('/')}/#/experiments/{self._connected[1]}/runs/{run_id})"
+        )
 
     @_forgiving
     def dataset(self, run_id: str | None, *, name: str, digest: str, source: str, profile: str) -> None:

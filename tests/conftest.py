@@ -4,42 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_S3_KEY, _S3_SECRET = "test", "testtest"
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server in a thread of this process."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an S3 server: rclone's, in front of a directory."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = shutil.which("rclone", path=scripts)
+    assert program, "no rclone: install the development dependencies"
+    command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{_S3_KEY},{_S3_SECRET}"]
+    command += ["--config", os.devnull, str(tmp_path_factory.mktemp("s3"))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        started = next((found for line in server.stderr if (found := re.search(r"http://[\d.:]+", line))), None)
+        assert started, f"rclone ended with {server.wait()}"
+        # What it says from now on is read, so that it never waits for a reader.
+        drain = threading.Thread(target=server.stderr.read, daemon=True)
+        drain.start()
+        yield started[0]
+        server.terminate()
+        drain.join()
 
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """URI of a fresh, empty bucket; the environment says where it is, to this process and to those it starts."""
+    from s3fs import S3FileSystem
+
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", _S3_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", _S3_SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # rclone answers a range of bytes with the whole object's checksum, which botocore compares by default.
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    httpx.put(f"{s3_endpoint}/{bucket}", trust_env=False).raise_for_status()
+    S3FileSystem().mkdir(bucket)
     return f"s3://{bucket}"
 
 
@@ -80,7 +94,7 @@ class Job:
 
     def checkpoint(self, step: int) -> Path:
         """Directory of one step's checkpoint."""
-        return self.directory / "train" / "checkpoints" / f"step_{step:06d}"
+        return self.directory / "train" / "checkpoints" / f"step_{step}"
 
 
 def _environment() -> dict[str, str]:
@@ -111,18 +125,18 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def job_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def job_config(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> Path:
     """A config that takes a second to train: every part of the architecture, two layers."""
     path = tmp_path_factory.mktemp("config") / "mini.yaml"
     path.write_text(
-        """\
+        f"""\
 name: mini
-model: {preset: tiny, vocab_size: 600, hidden_size: 32, intermediate_size: 64, moe_intermediate_size: 16,
+model: {{preset: tiny, vocab_size: 600, hidden_size: 32, intermediate_size: 64, moe_intermediate_size: 16,
         num_hidden_layers: 2, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8,
-        v_head_dim: 16}
-data: {sequence_length: 32, heldout_fraction: 0.2}
-train: {steps: 12, batch_size: 8, warmup_steps: 2, learning_rate: 3.0e-3}
-checkpoint: {every_steps: 4}
+        v_head_dim: 16}}
+data: {{source: "{prepared_data.parent}", sequence_length: 32, heldout_fraction: 0.2}}
+train: {{steps: 12, batch_size: 8, warmup_steps: 2, learning_rate: 3.0e-3}}
+checkpoint: {{every_steps: 4}}
 """
     )
     return path

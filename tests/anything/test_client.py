@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from anything.client import Client, infer
 from anything.config import ServeConfig
 from anything.fake import EchoEngine
 from anything.protocol import UnavailableError
+from anything.routing import Router
 from base.errors import AuthenticationError, ConfigError, RequestError, ServiceError
 
 Serve = Callable[..., str]
@@ -70,6 +73,30 @@ def test_errors_say_whose_fault_it_was(serve: Serve, key_file: tuple[str, str]) 
         client.infer("a")
     with pytest.raises(ConfigError, match="cannot be used"):
         Client("http://127.0.0.1:8080", "clé")
+
+
+def test_a_proxy_of_the_environment_is_for_other_machines(
+    serve: Serve, key_file: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    key = tmp_path / "key"
+    key.write_text(key_file[1])
+    replica = {"name": "a", "version": "v1", "url": serve(EchoEngine("v1")), "api_key_file": str(key)}
+    routes = {"salt": "salt", "replicas": [{**replica, "weight_percent": 100.0}]}
+    (tmp_path / "routes.json").write_text(json.dumps(routes))
+    with Client(serve(Router(str(tmp_path / "routes.json"))), key_file[1]) as client:
+        assert client.infer("one two", max_tokens=1) == "one "
+        counted = client.routes()
+    assert [(one["version"], one["weight_percent"]) for one in counted["replicas"]] == [("v1", 100.0)]
+    assert (counted["versions"]["v1"]["requests"], counted["versions"]["v1"]["errors"]) == (1, 0)
+
+
+def test_only_a_gateway_has_routes(serve: Serve, key_file: tuple[str, str]) -> None:
+    with Client(serve(EchoEngine()), key_file[1]) as client, pytest.raises(RequestError, match=r"404.*--routes"):
+        client.routes()
 
 
 def test_a_stream_that_breaks_off_is_no_answer(breaking_server: str) -> None:

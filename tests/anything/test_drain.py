@@ -74,6 +74,34 @@ def test_sigterm_drains_and_exits_0(
     assert not port_file.exists()
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_body_that_is_on_its_way_is_told_of_the_drain(
+    arrives: bool,
+    tmp_path: Path,
+    key_file: tuple[str, str],
+    ask: httpx.Client,
+    connect: Callable[..., socket.socket],
+) -> None:
+    port_file = tmp_path / "port.json"
+    command = [sys.executable, "-c", _PROGRAM, key_file[0], "60" if arrives else "0.2", str(port_file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        url = json.loads(port_file.read_text())["url"]
+        with connect(url, key_file[1], body(), missing_bytes=1) as connection:
+            assert any("anything_in_flight 1\n" in ask.get(url + "/metrics").text for _ in range(5000))
+            process.terminate()
+            if arrives:
+                assert any(ask.get(url + "/readyz").json() == {"status": "draining"} for _ in range(5000))
+                connection.sendall(b"}")
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"draining"' in answer
+        assert b"\r\nretry-after: " in answer
+        assert process.stdout.readline() == "left 0 0 0 False\n"
+        assert process.wait(30) == 0
+
+
 @pytest.mark.slow
 def test_a_client_that_does_not_read_cannot_hold_the_server(
     tmp_path: Path, key_file: tuple[str, str], connect: Callable[..., socket.socket]

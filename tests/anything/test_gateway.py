@@ -8,17 +8,18 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from anything.config import ServeConfig
 from anything.fake import EchoEngine
-from anything.gateway import EventStream, create_app
+from anything.gateway import EventStream, Gateway, create_app
 from anything.keys import create_key, list_keys, load_keys, revoke_key
-from anything.protocol import Deadline, Generation, UnavailableError
+from anything.protocol import Chunk, Deadline, Generation, UnavailableError
 from anything.relay import Call
 from anything.server import DrainingServer, bind, url_of
 
@@ -133,6 +134,36 @@ def test_a_body_that_does_not_arrive_is_408(
         assert b" 408 " in connection.makefile("rb").readline()
 
 
+def test_a_body_that_arrives_slowly_leaves_less_time_for_the_answer(
+    key_file: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    left: list[float] = []
+
+    class Recording(EchoEngine):
+        def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+            assert generation.deadline is not None
+            left.append(generation.deadline.remaining_s())
+            return super().generate(generation)
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal now
+        if now:
+            await asyncio.Event().wait()  # the client waits for its answer
+        now += 20.0
+        return {"type": "http.request", "body": json.dumps(body()).encode()}
+
+    async def main() -> None:
+        gateway = Gateway(Recording(), ServeConfig(timeout_s=30.0), load_keys(key_file[0]))
+        await gateway.start()
+        headers = [(b"authorization", f"Bearer {key_file[1]}".encode())]
+        await gateway.infer(Request({"type": "http", "method": "POST", "headers": headers}, receive))
+
+    monkeypatch.setattr("anything.gateway.Deadline", lambda timeout_s: Deadline(timeout_s, clock=lambda: now))
+    asyncio.run(main())
+    assert left == [10.0]
+
+
 def test_overload_is_429_with_retry_after(serve: Serve, ask: httpx.Client) -> None:
     engine = EchoEngine(tokens=1, limit=1)
     url = serve(engine)
@@ -184,7 +215,8 @@ def test_every_token_of_a_stream_starts_the_time_anew() -> None:
         raise AssertionError("the body was read before")
 
     async def main() -> None:
-        call = Call(EchoEngine(), Generation("1 2 3", 9), deadline)
+        call = Call(deadline)
+        call.begin(EchoEngine(), Generation("1 2 3", 9))
         stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
         await stream({"type": "http"}, receive, send)
 
@@ -305,7 +337,8 @@ def test_a_stream_that_is_not_read_is_given_up() -> None:
 
     async def main() -> None:
         deadline = Deadline(0.1)
-        call = Call(engine, Generation("1 2 3", 9), deadline)
+        call = Call(deadline)
+        call.begin(engine, Generation("1 2 3", 9))
         stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
         await stream({"type": "http"}, receive, send)
 

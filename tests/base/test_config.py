@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from base.config import Problem, Section, apply_overrides, dump, load, parse_yaml, read_yaml, validate
 from base.errors import ConfigError, MissingFileError
 from tasks.config import RunConfig
+from tasks.parameters import resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,35 @@ def test_mistakes_of_every_kind_are_reported_at_once_with_their_place(tmp_path: 
         "name: is required and not set",
         "rate: input should be a valid number (got 'fast')",
     ]
+
+
+def test_a_password_in_any_uri_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    secret = "http://me:hunter2@mlflow:5000"
+    path = write(tmp_path, f"name: {secret}\nrate: ['{secret}']\ninner: {{label: {secret}, lable: {secret}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, Outer)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    for key in ("name", "inner.label"):
+        rule = "a URI must not hold a password: this file is kept and shown. Give credentials by the environment"
+        assert f"{key}: {rule} (got 'http://***@mlflow:5000')" in lines
+    assert len(lines) == 5
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tracking": {"uri": "https://me:hunter2@mlflow"}},
+        {"data": {"source": "s3://AKIA:hunter2@bucket/docs"}},
+        {"data": {"tokenizer": "s3://AKIA:hunter2@bucket/tokenizer.json"}},
+        {"checkpoint": {"directory": "s3://AKIA:hunter2@bucket"}},
+        {"init_from": "s3://AKIA:hunter2@bucket/base"},
+    ],
+)
+def test_a_run_is_not_resolved_with_a_password_in_it(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="must not hold a password") as caught:
+        resolve(str(ROOT / "configs" / "tiny.yaml"), changes)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_unlike_key_gets_the_list_of_known_ones(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from base.errors import (
     MissingFileError,
     OperationalError,
     StorageError,
+    SupersededError,
     is_retryable_exit_code,
     run_program,
     storage_errors,
@@ -45,17 +46,51 @@ def test_exit_codes_are_unique_and_on_their_side() -> None:
         elif issubclass(member, OperationalError):
             assert 30 <= member.exit_code < 50
             assert not issubclass(member, ValueError)
-            assert is_retryable_exit_code(member.exit_code)
+            # Tried again, a superseded attempt would take the run back from the newer one.
+            assert is_retryable_exit_code(member.exit_code) is (member is not SupersededError)
         else:
             assert member is CherryError
 
 
+@pytest.mark.parametrize("code", [30, 49, 129, 128 + signal.SIGTERM, 128 + signal.SIGKILL, -signal.SIGKILL])
+def test_the_worlds_side_and_signals_are_retried(code: int) -> None:
+    assert is_retryable_exit_code(code)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 9, 10, 29, 50, 127, 128])
+def test_success_the_callers_side_and_bugs_are_not_retried(code: int) -> None:
+    assert not is_retryable_exit_code(code)
+
+
 @pytest.mark.parametrize(
-    ("code", "retried"),
-    [(0, False), (1, True), (9, True), (10, False), (29, False), (30, True), (-signal.SIGKILL, True), (137, True)],
+    ("uri", "shown"),
+    [
+        ("s3://AKIA1:se/cr+et@bucket/data", "s3://***@bucket/data"),
+        ("https://user:secret@mlflow.example:5000/x", "https://***@mlflow.example:5000/x"),
+        ("postgresql+psycopg2://:secret@host/db", "postgresql+psycopg2://***@host/db"),
+        ("simplecache::s3://a:secret@bucket", "simplecache::s3://***@bucket"),
+    ],
 )
-def test_a_signal_or_a_crash_is_retried_and_success_is_not(code: int, retried: bool) -> None:
-    assert is_retryable_exit_code(code) is retried
+def test_a_password_in_a_uri_is_seen_and_not_shown(uri: str, shown: str) -> None:
+    assert errors.has_credentials(uri)
+    assert errors.without_credentials(f"reading {uri}: denied") == f"reading {shown}: denied"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a:b@c",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "http://127.0.0.1:5000/a@b",
+        "http://[::1]:5000",
+        "sqlite:////runs/a:b@c/mlflow.db",
+        "file:///a:b@c",
+        "/a:b@c",
+    ],
+)
+def test_a_uri_without_a_password_is_left_alone(uri: str) -> None:
+    assert not errors.has_credentials(uri)
+    assert errors.without_credentials(uri) == uri
 
 
 def test_a_full_device_is_a_full_disk() -> None:

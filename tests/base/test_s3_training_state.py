@@ -59,12 +59,12 @@ def test_a_resume_from_the_object_store_ends_where_an_unbroken_run_ends(
         saver.save(step, model, optimizer, {"step": step, "tokens": 10 * step})
     saver.close()
     assert saver.failures == []
-    assert saver.last_saved == newest_checkpoint(directory) == f"{directory}/step_000006"
+    assert saver.last_saved == newest_checkpoint(directory) == f"{directory}/step_6"
     assert committed_steps(directory) == [4, 6]  # pruned to the last two
     train(model, optimizer, first=6, last=9)
 
     resumed, resumed_optimizer = build(1)
-    record = restore(f"{directory}/step_000004", resumed, resumed_optimizer, group)
+    record = restore(f"{directory}/step_4", resumed, resumed_optimizer, group)
     assert (record["step"], record["tokens"]) == (4, 40)
     train(resumed, resumed_optimizer, first=4, last=9)
     for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -78,16 +78,16 @@ def test_a_broken_or_unfinished_checkpoint_on_the_object_store_is_refused(s3: st
     saver.save(1, model, optimizer, {"step": 1})
     saver.save(2, model, optimizer, {"step": 2})
     saver.close()
-    shard = f"{directory}/step_000002/__0_0.distcp"
+    shard = f"{directory}/step_2/__0_0.distcp"
     content = storage.read_bytes(shard)
     storage.write_bytes(shard, content[:-100])
     with pytest.raises(CheckpointError, match=rf"__0_0\.distcp: {len(content) - 100} bytes, {len(content)} were"):
-        restore(f"{directory}/step_000002", model, optimizer, group)
-    storage.write_bytes(f"{directory}/step_000003/__0_0.distcp", content)
+        restore(f"{directory}/step_2", model, optimizer, group)
+    storage.write_bytes(f"{directory}/step_3/__0_0.distcp", content)
     with pytest.raises(MissingFileError, match="no finished output"):
-        restore(f"{directory}/step_000003", model, optimizer, group)
-    storage.remove_tree(f"{directory}/step_000002")
-    assert newest_checkpoint(directory) == f"{directory}/step_000001"
+        restore(f"{directory}/step_3", model, optimizer, group)
+    storage.remove_tree(f"{directory}/step_2")
+    assert newest_checkpoint(directory) == f"{directory}/step_1"
 
 
 def test_an_outage_of_the_object_store_costs_a_checkpoint_and_not_the_run(
@@ -106,10 +106,10 @@ def test_an_outage_of_the_object_store_costs_a_checkpoint_and_not_the_run(
         saver.wait()
     S3FileSystem.clear_instance_cache()
     assert [type(failure) for failure in saver.failures] == [StorageError]
-    assert saver.last_saved == newest_checkpoint(directory) == f"{directory}/step_000001"
+    assert saver.last_saved == newest_checkpoint(directory) == f"{directory}/step_1"
     saver.save(3, model, optimizer, {"step": 3})
     saver.close()
-    assert newest_checkpoint(directory) == f"{directory}/step_000003"
+    assert newest_checkpoint(directory) == f"{directory}/step_3"
 
 
 @pytest.mark.parametrize("source", ["", "/*.txt", "/b.jsonl"])

@@ -228,6 +228,12 @@ def test_an_unknown_kind_of_storage_is_the_callers_fault() -> None:
         storage.exists("nonsense://x")
 
 
+def test_a_uri_with_a_password_is_refused_before_anything_is_asked() -> None:
+    for use in (storage.exists, storage.read_bytes, storage.list_names, storage.make_directory):
+        with pytest.raises(ConfigError, match=r"^s3://\*\*\*@bucket/x: a URI must not hold a password"):
+            use("s3://AKIA:hunter2@bucket/x")
+
+
 def test_uris_are_joined_with_one_slash() -> None:
     assert storage.join("s3://b/", "/a/", "c") == "s3://b/a/c"
     assert storage.join("/x", "y") == "/x/y"

@@ -47,6 +47,6 @@ def test_the_checkpoint_before_is_resumed(make_job, tmp_path):
         assert newest_checkpoint(str(job.checkpoint(4).parent)) == str(job.checkpoint(4))
         again = job.run(ranks=2)
         assert again.returncode == 0, again.stderr
-        assert "step_000004: 4 steps" in again.stdout
+        assert "step_4: 4 steps" in again.stdout
         assert job.losses == whole.losses
         assert newest_checkpoint(str(job.checkpoint(4).parent)) == str(job.checkpoint(12))

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from base.config import validate
+from base.errors import ConfigError
 from cherry.adamw import AdamW, Shards, step_reference
 from cherry.checkpoint import Checkpointer, restore
+from cherry.config import TrainConfig
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -52,7 +55,14 @@ def test_the_fused_step_and_the_plain_one_are_torch_s_on_clipped_gradients(coeff
     for step in range(10):
         take(fused, optimizer, step, coefficient)
         for part in (slice(0, 2), slice(2, None)):
-            shards = Shards(plain[part], gradients(step)[part], moments[0][part], moments[1][part], steps[part])
+            shards = Shards(
+                plain[part],
+                gradients(step)[part],
+                moments[0][part],
+                moments[1][part],
+                steps[part],
+                [None] * len(plain[part]),
+            )
             scale = None if coefficient is None else torch.tensor(coefficient)
             step_reference(shards, optimizer.param_groups[0 if part.start == 0 else 1], scale)
         for parameter, gradient in zip(expected, gradients(step), strict=True):
@@ -121,3 +131,10 @@ def test_a_checkpoint_goes_from_one_type_of_moments_to_the_other(
             stored, found = optimizer.state[ours][key], other_optimizer.state[theirs][key]
             assert found.dtype == types[loaded]
             assert torch.equal(found, stored.to(types[loaded]))
+
+
+def test_a_decay_that_bf16_cannot_hold_is_refused() -> None:
+    TrainConfig(beta2=0.999)
+    TrainConfig(beta2=0.98, optimizer_state_dtype="bf16")
+    with pytest.raises(ConfigError, match=r"beta2: must be at most 0\.98 with train\.optimizer_state_dtype"):
+        validate({"beta2": 0.999, "optimizer_state_dtype": "bf16"}, TrainConfig, origin="test")

@@ -139,15 +139,15 @@ def test_no_memory_for_the_copy_costs_that_save_alone(tmp_path, group, monkeypat
 def test_the_last_ones_are_kept_and_what_was_never_committed_is_not_seen(tmp_path, group):
     model, optimizer = build()
     saver = saver_of(tmp_path, group)
-    storage.write_bytes(str(tmp_path / "step_000005" / "__0_0.distcp"), b"left by a killed attempt")
+    storage.write_bytes(str(tmp_path / "step_5" / "__0_0.distcp"), b"left by a killed attempt")
     for step in (3, 4, 5):
         saver.save(step, model, optimizer, {"step": step})
     saver.close()
     assert committed_steps(str(tmp_path)) == [4, 5]
-    assert (saver.last_saved, saver.last_saved_step) == (f"{tmp_path}/step_000005", 5)
-    storage.write_bytes(str(tmp_path / "step_000009" / ".metadata"), b"cut off")
-    assert newest_checkpoint(str(tmp_path)) == f"{tmp_path}/step_000005"
-    assert storage.read_json(f"{tmp_path}/step_000005/state.json") == {"step": 5}
+    assert (saver.last_saved, saver.last_saved_step) == (f"{tmp_path}/step_5", 5)
+    storage.write_bytes(str(tmp_path / "step_9" / ".metadata"), b"cut off")
+    assert newest_checkpoint(str(tmp_path)) == f"{tmp_path}/step_5"
+    assert storage.read_json(f"{tmp_path}/step_5/state.json") == {"step": 5}
 
 
 def test_random_states_and_the_optimizer_come_back(tmp_path, group):
@@ -189,7 +189,7 @@ def test_a_damaged_file_is_named(tmp_path, group, damage):
     saver = saver_of(tmp_path, group, asynchronous=False)
     saver.save(1, model, optimizer, {"step": 1})
     saver.close()
-    victim = tmp_path / "step_000001" / (".metadata" if damage == "metadata" else "__0_0.distcp")
+    victim = tmp_path / "step_1" / (".metadata" if damage == "metadata" else "__0_0.distcp")
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "remove":

@@ -79,7 +79,7 @@ def test_going_back_to_an_older_one_gives_up_those_after_it(open_saver: Open) ->
         left.save(step, *build(), {"step": step})
     again = open_saver(keep_last=2)
     again.save(10, *build(), {"step": 10})
-    assert newest_checkpoint(left.directory) == again.last_saved == f"{left.directory}/step_000010"
+    assert newest_checkpoint(left.directory) == again.last_saved == f"{left.directory}/step_10"
     assert committed_steps(left.directory) == [8, 10]
 
 
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_save_costs_that_save_alone(
     assert [type(failure) for failure in saver.failures] == [DiskFullError]
     assert "no space left" in str(saver.failures[0])
     assert newest_checkpoint(saver.directory) == saver.last_saved == first
-    assert storage.list_names(saver.directory) == ["filler", "step_000001"], "what could be written takes no room"
+    assert storage.list_names(saver.directory) == ["filler", "step_1"], "what could be written takes no room"
     other, other_optimizer = build(1)
     restore(first, other, other_optimizer, group)
     assert weights(other) == kept
@@ -144,7 +144,7 @@ def test_an_attempt_that_was_superseded_leaves_the_newer_one_s_save_of_the_same_
     new.save(2, model, optimizer, {"step": 2})
     with pytest.raises(SupersededError, match="attempt 2 took over from attempt 1"):
         old.save(2, *build(6), {"step": 2})
-    assert newest_checkpoint(new.directory) == new.last_saved == f"{new.directory}/step_000002"
+    assert newest_checkpoint(new.directory) == new.last_saved == f"{new.directory}/step_2"
     other, other_optimizer = build(1)
     restore(new.last_saved, other, other_optimizer, group)
     assert weights(other) == weights(model)
@@ -163,4 +163,4 @@ def test_an_attempt_that_is_superseded_while_it_writes_neither_commits_nor_clear
     with pytest.raises(SupersededError):
         old.wait()
     assert newest_checkpoint(old.directory) is None
-    assert (Path(old.directory) / "step_000001" / ".metadata").exists(), "the directory is the newer attempt's now"
+    assert (Path(old.directory) / "step_1" / ".metadata").exists(), "the directory is the newer attempt's now"

@@ -11,22 +11,48 @@ pytestmark = pytest.mark.slow
 
 def test_the_caller_s_mistakes(make_job, tmp_path):
     job = make_job("mistakes")
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     cases = {
         11: (["--batch_size=7", "--gradient_accumulation_steps=2"], "train.batch_size: must be divisible by"),
-        12: ([f"--resume_from={tmp_path}/step_000099"], "holds no finished output"),
-        14: (["--model_path", str(tmp_path)], ""),
+        12: ([f"--resume_from={tmp_path}/step_99"], "step_99 holds no finished checkpoint"),
+        14: (["--model_path", str(tmp_path)], str(broken)),
         16: (
             ["--learning_rate=1e30"],
             "the 10 steps up to it were skipped (train.max_skipped_steps) after no rollback",
         ),
     }
-    broken = tmp_path / "model.safetensors"
-    broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     for code, (flags, text) in cases.items():
         ended = job.run(*flags)
         assert ended.returncode == code, f"{flags}: {ended.stdout}{ended.stderr}"
         assert text in ended.stderr
         assert "Traceback" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags", "text"),
+    [
+        ((), ["--batch=16"], "train.py: unrecognized arguments: --batch=16"),
+        ((), ["--steps=many"], "train.py: argument --steps: invalid int value: 'many'"),
+        (("--nnode=1",), [], "cherry-launch: "),
+    ],
+)
+def test_a_flag_that_is_none_is_the_caller_s_mistake(make_job, launcher, flags, text):
+    ended = make_job("flags").run(*flags, launcher=launcher)
+    assert ended.returncode == 11, ended.stdout + ended.stderr
+    assert f"error: {text}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_data_that_was_cut_off_is_named(make_job):
+    job = make_job("cut")
+    shard = job.directory / "data" / "train-00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    ended = job.run()
+    assert ended.returncode == 13, ended.stdout + ended.stderr
+    assert f"error: {shard}: {len(content) - 10} bytes, {len(content)} were written" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_corrupt_shard_is_named(make_job):

@@ -55,11 +55,24 @@ def test_the_export_holds_the_trained_weights_and_scores_as_training_did(run, tm
 
 def test_an_older_checkpoint_can_be_named_and_bf16_is_what_the_file_says(run):
     directory, trainer, _ = run
-    older = str(directory / "train" / "checkpoints" / "step_000003")
+    older = str(directory / "train" / "checkpoints" / "step_3")
     assert export.export(str(directory), dtype=torch.bfloat16, checkpoint=older) == older
     assert json.loads((directory / "export" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     loaded = load_pretrained(str(directory / "export"), dtype=torch.float32)
     assert not torch.equal(loaded.norm.weight, trainer.model.norm.weight.bfloat16().float())
+
+
+def test_the_release_s_fp8_from_the_command_line(run, monkeypatch):
+    directory, trainer, _ = run
+    monkeypatch.setattr(sys, "argv", ["export", f"--run_dir={directory}", "--dtype=fp8"])
+    export.main()
+    written = json.loads((directory / "export" / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16"
+    assert written["quantization_config"]["weight_block_size"] == [128, 128]
+    loaded = load_pretrained(str(directory / "export"), dtype=torch.float32).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        # e4m3 has 3 bits after the point, bf16 7: half a step of each
+        assert (loaded[name] - value).norm() <= value.norm() / 16, name
 
 
 def test_a_corrupt_shard_is_not_exported(run):

@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
 
 
 def fim_with(tokenizer: Tokenizer, rate: float = 1.0, seed: int = 0) -> Fim:
-    fim = fim_of(tokenizer, rate=rate, seed=seed, origin="t.json")
+    fim = fim_of(tokenizer, DataConfig(fim_rate=rate, seed=seed))
     assert fim is not None
     return fim
 
@@ -92,8 +92,8 @@ def test_preparing_fills_in_training_documents_only(tmp_path: Path) -> None:
 def test_a_tokenizer_without_the_tokens_is_refused_and_deepseek_s_own_are_found(tokenizer: Tokenizer) -> None:
     bare = train_tokenizer(TEXTS, 600, bos_id=0, eos_id=1)
     with pytest.raises(DataError, match=r"t\.json: data\.fim_rate 0\.1 needs the tokens <｜fim▁begin｜>"):
-        fim_of(bare, rate=0.1, seed=0, origin="t.json")
-    assert fim_of(bare, rate=0.0, seed=0, origin="t.json") is None
+        fim_of(bare, DataConfig(fim_rate=0.1, tokenizer="t.json"))
+    assert fim_of(bare, DataConfig()) is None
     names = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
     deepseek = train_tokenizer(TEXTS, 600, bos_id=0, eos_id=1, more_special=names)
     fim = fim_with(deepseek)

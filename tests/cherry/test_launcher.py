@@ -1,7 +1,7 @@
 """The command line as people write it, several nodes, and whose fault a failure is said to be."""
 
+import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -51,26 +51,37 @@ def weights(mini, tmp_path, prepared_data):
 
 
 @pytest.mark.slow
-def test_the_command_line_as_written(make_job, weights):
+def test_the_command_line_as_written(weights, prepared_data, tmp_path):
     folder, _ = weights
-    job = make_job("first")
-    assert job.run("--steps=4").returncode == 0
-    # the checkpoint that the command names, under the name that it has there
-    source = shutil.copytree(job.checkpoint(4), job.directory / "checkpoints" / "step_1000")
-    command = [
-        *(sys.executable, "-m", "cherry.launcher"),
-        *("--nproc_per_node=2", "--nnodes=1", "train.py", f"--model_path={folder}", "--batch_size=16"),
-        *("--learning_rate=1e-5", "--gradient_accumulation_steps=4", f"--resume_from={source}"),
-        # and what makes it short: data that is there, six steps
-        *(f"--run_dir={job.directory}", "--steps=6", "--set", "data.sequence_length=32"),
-        *("--set", "train.warmup_steps=2"),
-    ]
-    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    run = tmp_path / "run"
+
+    def launch(*flags, ranks):
+        command = [
+            *(sys.executable, "-m", "cherry.launcher", f"--nproc_per_node={ranks}", "--nnodes=1", "train.py"),
+            *(f"--model_path={folder}", *flags),
+            # and what makes it short
+            *(f"--run_dir={run}", "--set", f"data.source={prepared_data.parent}", "--set", "data.sequence_length=32"),
+            *("--set", "data.heldout_fraction=0.2", "--set", "checkpoint.every_steps=1000"),
+            *("--set", "train.log_every_steps=1000", "--set", "train.heldout_sequences=2"),
+        ]
+        return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+    ended = launch("--batch_size=1", "--learning_rate=1e-4", "--steps=1000", ranks=1)
     assert ended.returncode == 0, ended.stderr
-    assert "step_1000: 4 steps" in ended.stdout
-    assert "step 6/6" in ended.stdout
-    assert [line["step"] for line in job.metrics] == [1, 2, 3, 4, 5, 6]
-    assert job.metrics[-1]["learning_rate"] < 1e-5
+    assert (run / "train" / "checkpoints" / "step_1000" / "COMMITTED").exists()
+    flags = ("--batch_size=16", "--learning_rate=1e-5", "--gradient_accumulation_steps=4")
+    resume = "--resume_from=checkpoints/step_1000"
+    ended = launch(*flags, resume, ranks=2)
+    assert ended.returncode == ConfigError.exit_code
+    assert "step_1000 is at step 1000, train.steps is 200: raise --steps" in ended.stderr
+    ended = launch(*flags, resume, "--steps=1002", ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    assert "step_1000: 1000 steps" in ended.stdout
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1000, 1002]
+    assert lines[-1]["learning_rate"] < 1e-5
+    state = json.loads((run / "train" / "checkpoints" / "step_1002" / "state.json").read_text())
+    assert (state["position"], state["world_size"]) == (1000 + 2 * 16, 2)
 
 
 @pytest.mark.slow

@@ -97,6 +97,16 @@ def test_the_line_for_people(seconds: float, speed: float, expected: str) -> Non
     assert format_line(record) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {expected}"
 
 
+def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are_any() -> None:
+    record: dict[str, Any] = {
+        **dict.fromkeys(("loss", "grad_norm", "learning_rate", "mfu", "expert_load_max_over_mean"), 1.0),
+        **{"step": 5, "steps": 9, "tokens_per_second": 10.0, "seconds_left": 1.0, "skipped_steps": 0, "rollbacks": 0},
+    }
+    assert format_line(record).endswith("eta 0m01s")
+    assert format_line({**record, "loss": float("nan"), "skipped_steps": 12}).startswith("step 5/9 loss nan grad 1.00")
+    assert format_line({**record, "skipped_steps": 12, "rollbacks": 1}).endswith("eta 0m01s skipped 12 rollbacks 1")
+
+
 def test_a_processor_without_a_data_sheet_is_measured() -> None:
     assert peak_flops(torch.device("cpu"), "fp32") > 1e9
 

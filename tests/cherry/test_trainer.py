@@ -88,7 +88,7 @@ def test_every_token_is_counted_once_and_the_bias_moves_once_a_step(make, recomp
 def test_a_run_cut_in_two_equals_the_unbroken_one_bit_for_bit(make, tmp_path, capsys):
     whole = make("whole").run()
     make("cut", "train.steps=12", "train.schedule=cosine").run()
-    shutil.rmtree(tmp_path / "cut" / "train" / "checkpoints" / "step_000012")
+    shutil.rmtree(tmp_path / "cut" / "train" / "checkpoints" / "step_12")
     resumed = make("cut")
     assert resumed.progress.step == 8
     result = resumed.run()
@@ -97,7 +97,7 @@ def test_a_run_cut_in_two_equals_the_unbroken_one_bit_for_bit(make, tmp_path, ca
     assert len(losses(tmp_path, "cut")) == 12
     for key in ("loss_first", "loss_last", "heldout_loss", "heldout_bits_per_byte", "tokens"):
         assert result[key] == whole[key]
-    named = make("cut", resume_from=str(tmp_path / "whole" / "train" / "checkpoints" / "step_000008"))
+    named = make("cut", resume_from=str(tmp_path / "whole" / "train" / "checkpoints" / "step_8"))
     assert (named.progress.step, named.progress.tokens) == (8, 8 * 8 * 32)
 
 

@@ -1,8 +1,11 @@
-"""Four ranks that reduce gradients in every way, and leave what each of them saw for a test to judge.
+"""Ranks that reduce gradients in every way, and leave what each of them saw for a test to judge.
 
-    cherry-launch --nproc_per_node=4 tests/dist/reductions.py DIRECTORY
+    cherry-launch --nproc_per_node=2|4 tests/dist/reductions.py DIRECTORY
+
+With a GPU for each rank it is NCCL, else gloo.
 """
 
+import os
 import sys
 from collections import Counter
 
@@ -30,8 +33,13 @@ CONFIGS = {
 }
 
 
+def device() -> torch.device:
+    own = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if own else torch.device("cpu")
+
+
 def flat_gradient(size: int, step: int, rank: int) -> torch.Tensor:
-    """Magnitudes over eight decades; the first value of each block is large, and the same at each step."""
+    """Magnitudes over eight decades; the first value of each block is large, so that most are below its scale's step."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     gradient = torch.randn(size, generator=generator) * 10 ** (8 * torch.rand(size, generator=generator) - 8)
     gradient[::256] = 3.0 + rank
@@ -43,23 +51,24 @@ def reduce_flat() -> dict:
     group, rank, seen = dist.group.WORLD, dist.get_rank(), {}
     for name, codec in CODECS.items():
         for size in SIZES:
-            left, rows, counted = torch.zeros(size), [], []
+            left, rows, counted = torch.zeros(size, device=device()), [], []
             for step in range(STEPS):
-                gradient = flat_gradient(size, step, rank)
+                gradient = flat_gradient(size, step, rank).to(device())
                 result = gradient + left
                 left = all_reduce(result, codec, group, lambda *count: counted.append(count))
-                rows.append((gradient, result, left.clone()))
+                rows.append((gradient.cpu(), result.cpu(), left.cpu()))
             seen[name, size] = {"steps": rows, "counted": counted[:2]}
         broken = flat_gradient(700, 0, rank)
         if rank == 1:
             broken[[3, 300]] = torch.tensor([float("nan"), float("inf")])
+        broken = broken.to(device())
         left = all_reduce(broken, codec, group, lambda *_: None)
-        seen[name, "broken"] = (broken, left)
+        seen[name, "broken"] = (broken.cpu(), left.cpu())
     return seen
 
 
 class Wire(TorchDispatchMode):
-    """Bytes that this rank sends, as torch's dispatcher sees the collectives, in groups of two ranks."""
+    """Bytes that this rank sends, as torch's dispatcher sees the collectives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,16 +76,17 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if name == "c10d::_allgather_base_":
-            self.sent["all_gather"] += args[1].nbytes
-        elif name == "c10d::_reduce_scatter_base_":
-            self.sent["reduce_scatter"] += args[0].nbytes
-        elif name == "c10d::alltoall_base_":
-            self.sent["all_to_all"] += args[1].nbytes // 2
-        elif name == "c10d::allreduce_":
-            self.sent["all_reduce"] += sum(tensor.nbytes for tensor in args[0])
-        elif name.startswith("c10d::"):
-            self.sent[name] += 1
+        if name.startswith("c10d::"):
+            others = dist.ProcessGroup.unbox(args[1 if name == "c10d::allreduce_" else 2]).size() - 1
+            if name == "c10d::_allgather_base_":
+                self.sent["all_gather"] += args[1].nbytes * others
+            elif name == "c10d::_reduce_scatter_base_":
+                self.sent["reduce_scatter"] += args[0].nbytes * others
+            elif name == "c10d::alltoall_base_":
+                self.sent["all_to_all"] += args[1].nbytes * others // (others + 1)
+            else:
+                assert name == "c10d::allreduce_", name
+                self.sent["all_reduce"] += 2 * sum(tensor.nbytes for tensor in args[0]) * others // (others + 1)
         return func(*args, **(kwargs or {}))
 
 
@@ -84,6 +94,7 @@ def build(mesh, settings):
     """Layers whose rows no two ranks can share evenly."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(37, 51), nn.Tanh(), nn.Linear(51, 1, bias=False))
+    network.to(device())
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (network[0], network[2], network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -100,22 +111,23 @@ def gradients(network, hooked, micro_batches):
     for part in range(micro_batches):
         hooked.micro_batch(last=part == micro_batches - 1)
         generator = torch.Generator().manual_seed(10 * part + rank)
-        network(torch.randn(8, 37, generator=generator)).sum().backward()
-    found = {name: parameter.grad.full_tensor() for name, parameter in network.named_parameters()}
+        network(torch.randn(8, 37, generator=generator).to(device())).sum().backward()
+    found = {name: parameter.grad.full_tensor().cpu() for name, parameter in network.named_parameters()}
     network.zero_grad()
     return found
 
 
 def reduce_model(directory: str) -> dict:
     """Per config: whole gradients, what is left to send, bytes by both counts, and what a new model takes over."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    seen = {}
+    ranks, seen = dist.get_world_size(), {}
     for name, settings in CONFIGS.items():
+        replicas = 2 if ranks == 4 or "replicate" in settings else 1
+        mesh = init_device_mesh(device().type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
         network, hooked = build(mesh, settings)
         with Wire() as wire:
             for parts in range(3):
                 hooked.micro_batch(last=parts == 2)
-                network(torch.ones(2, 37)).sum().backward()
+                network(torch.ones(2, 37, device=device())).sum().backward()
         network.zero_grad()
         hooked.forget()
         row = {"figures": hooked.traffic.figures(), "wire": dict(wire.sent)}
@@ -134,11 +146,14 @@ def reduce_model(directory: str) -> dict:
 
 
 def whole(hooked):
-    return {name: part.full_tensor() for name, part in hooked.state().get("unsent", {}).items()}
+    return {name: part.full_tensor().cpu() for name, part in hooked.state().get("unsent", {}).items()}
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    cuda = device().type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     seen = {"flat": reduce_flat(), "model": reduce_model(sys.argv[1])}
     torch.save(seen, f"{sys.argv[1]}/rank-{dist.get_rank()}.pt")
     dist.barrier()

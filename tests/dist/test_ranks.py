@@ -1,4 +1,4 @@
-"""Any number of ranks trains the same model: same losses, same norms, same weights, same order of the data."""
+"""Started by the launcher, any number of ranks trains the same model; test_layouts.py holds every layout to that."""
 
 import shutil
 
@@ -17,7 +17,7 @@ def weights(job):
     return load_pretrained(str(job.directory / "export"), dtype=torch.float32).state_dict()
 
 
-def test_ranks_shards_replicas_accumulation_and_recompute_change_nothing(make_job):
+def test_ranks_accumulation_and_recompute_change_nothing(make_job):
     one = make_job("one")
     # AdamW divides by the gradient's own size, so rounding grows with every step: weights are compared early.
     saves = ["--set", "checkpoint.every_steps=5", "--steps=5"]
@@ -25,7 +25,6 @@ def test_ranks_shards_replicas_accumulation_and_recompute_change_nothing(make_jo
     expected = weights(one)
     variants = {
         "shard 2, accumulate 2": (2, ["--gradient_accumulation_steps=2"]),
-        "replicate 2 x shard 2": (4, ["--set", "parallel.replicate=2"]),
         "accumulate 8": (1, ["--gradient_accumulation_steps=8"]),
         "recompute": (2, ["--set", "train.activation_checkpointing=full"]),
     }
@@ -57,4 +56,6 @@ def test_two_ranks_resume_bit_for_bit_and_one_rank_goes_on_in_the_same_order(mak
             assert job.losses == whole.losses
         else:
             assert job.losses == pytest.approx(whole.losses, rel=1e-5)
+        logs = [job.directory / "train" / f"rank-{rank}.log" for rank in range(ranks)]
+        assert [text.read_text().count("resumed from") for text in logs] == [1, 0][:ranks]
         assert [line["step"] for line in job.metrics] == list(range(1, 13))

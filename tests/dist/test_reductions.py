@@ -1,4 +1,4 @@
-"""Compressed sums of gradients between four ranks: exact but for what is kept, equal on all, and every byte counted."""
+"""Compressed sums of gradients between ranks: exact but for what is kept, equal on all, and every byte counted."""
 
 import subprocess
 import sys
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from cherry.compression import BLOCK, CODECS, padded_chunk
+from cherry.compression import CODECS, padded_chunk
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS = 4
+RANKS = 2 if torch.cuda.device_count() in (2, 3) else 4
 SIZES = (1, 700, 4 * 256 * 3)
 
 
@@ -50,19 +50,18 @@ def test_every_rank_has_the_same_bits_and_the_sum_of_all_steps_is_exact(seen, na
         torch.testing.assert_close(sent + left, wanted, rtol=1e-6, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_what_is_below_every_step_of_the_scale_arrives_later(seen, name):
+@pytest.mark.parametrize(("name", "half_step"), [("int8", 1 / 254), ("fp8", 2**-4)])
+def test_what_is_left_to_send_never_exceeds_one_step_s_rounding(seen, name, half_step):
     size = SIZES[-1]
-    steps = list(totals(seen, name, size))
-    wanted = sum(exact for exact, _, _ in steps)
-    sent = sum(result for _, result, _ in steps)
-    left = steps[-1][2]
-    small = torch.arange(size) % BLOCK != 0
-    # What has not arrived after 16 steps is one step's error, not 16 times that.
-    step_of_scale = (3.0 + RANKS - 1) / 127 * (RANKS + 1)
-    assert left[small].abs().max() < step_of_scale
-    assert (sent - wanted)[small].abs().max() < step_of_scale
-    assert (wanted[small].abs() > step_of_scale).any()
+    before = [torch.zeros(size) for _ in seen]
+    for step in range(16):
+        rows = [rank["flat"][name, size]["steps"][step] for rank in seen]
+        largest = sum((row[0] + left).abs().max() for row, left in zip(rows, before, strict=True))
+        before = [row[2] for row in rows]
+        left = sum(row[2].abs() for row in rows)
+        # Each rank rounds its own, and an owner the sum.
+        assert left.max() <= (largest + rows[0][1].abs().max()) * half_step * (1 + 1e-5)
+        assert left.max() > 0
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -93,7 +92,7 @@ def test_the_counted_bytes_are_those_that_the_dispatcher_sees(seen, name):
         by_kind = Counter()
         for key, sent in row["figures"]["bytes_on_wire"].items():
             by_kind[key.partition(".")[2]] += sent
-        assert by_kind == row["wire"]
+        assert by_kind == Counter(row["wire"])
         assert row["figures"]["bytes_on_wire_total"] == sum(by_kind.values())
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,6 +72,7 @@ def main(folder: Path, rank: int) -> None:
             trainer._save()
         trainer.run()
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it holds meshes, whose groups are gone
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

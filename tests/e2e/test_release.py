@@ -11,7 +11,7 @@ from prefect.logging import disable_run_logger
 from anything.client import Client
 from anything.keys import read_key_file
 from base.errors import ServiceError
-from tasks.deploy import Release, shift, start, traffic
+from tasks.deploy import Release, shift, start
 from tasks.parameters import resolve
 from tasks.serving import ServingDirectory, stop_serving
 from tasks.steps import RunContext
@@ -32,7 +32,8 @@ def gateway(project):
 
 
 def shares(project):
-    return {one["version"]: one["weight_percent"] for one in traffic(*gateway(project))["replicas"]}
+    with Client(*gateway(project)) as client:
+        return {one["version"]: one["weight_percent"] for one in client.routes()["replicas"]}
 
 
 @pytest.fixture(scope="module")

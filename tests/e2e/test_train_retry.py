@@ -22,7 +22,7 @@ def ranks(project, name):
 
 def test_a_killed_rank_costs_nothing_but_time(project, finished):
     running = project.start("flows.cli", "run", project.config, "name=killed", log="killed")
-    marker = project.runs / "killed" / "train" / "checkpoints" / "step_000010" / "COMMITTED"
+    marker = project.runs / "killed" / "train" / "checkpoints" / "step_10" / "COMMITTED"
     project.wait_for(marker.exists, "a committed checkpoint")
     victims = ranks(project, "killed")
     assert len(victims) == 2

@@ -45,7 +45,7 @@ def test_a_run_says_what_it_has_finished_and_where_training_is(tmp_path: Path) -
 
 def test_only_a_committed_checkpoint_counts_and_the_highest_step_is_newest(tmp_path: Path) -> None:
     directory = make_run(tmp_path, "tiny")
-    for name in ("step_000100", "step_999900", "step_1000000"):
+    for name in ("step_100", "step_999900", "step_1000000"):
         storage.commit(str(directory / "train" / "checkpoints" / name))
     (directory / "train" / "checkpoints" / "step_1000100").mkdir()
     (run,) = read_runs(tmp_path, ORDER)

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization.lifecycle.forward import dequantize as library_dequantize
+from compressed_tensors.quantization.lifecycle.forward import quantize as library_quantize
+from compressed_tensors.utils.match import is_match
 from torch import Tensor
 
 from base import storage
@@ -82,6 +86,28 @@ def test_report_and_folder_agree(folder: str, tmp_path: Path) -> None:
     config = storage.read_json(storage.join(target, "config.json"))["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
+
+
+def test_compressed_tensors_own_library_reads_the_configuration_and_the_weights(folder: str, tmp_path: Path) -> None:
+    target = str(tmp_path / "quantized")
+    quantize_folder(folder, target)
+    written = storage.read_json(storage.join(target, "config.json"))["quantization_config"]
+    read = QuantizationConfig.model_validate(written)  # schemes and their arguments refuse unknown keys
+    assert (read.format, read.quantization_status) == ("int-quantized", QuantizationStatus.COMPRESSED)
+    scheme = read.config_groups["group_0"]
+    before, after = WeightsReader(folder), WeightsReader(target)
+    layers = [name for name in before.names if name.endswith("proj.weight") or name.startswith("lm_head")]
+    assert any(is_quantized(name) for name in layers)
+    for name in layers:
+        ignored = is_match(name.removesuffix(".weight"), torch.nn.Linear(1, 1), read.ignore)
+        assert ignored is not is_quantized(name), name
+        if is_quantized(name):
+            values, scale = after.read(name), after.read(name + "_scale")
+            theirs = library_dequantize(values, scale, args=scheme.weights)
+            assert torch.equal(theirs, values * scale)
+            no_shift = torch.zeros_like(scale, dtype=torch.int8)
+            again = library_quantize(before.read(name).float(), scale, no_shift, scheme.weights, dtype=torch.int8)
+            assert torch.equal(again, values)
 
 
 def test_projections_shrink_to_half_of_bf16_and_a_scale_per_row(folder: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Logits equal transformers' own DeepSeek-V3 (and V2) on the same weights, through the exported folder."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,19 @@ def test_logits_equal_transformers(
     changes, length = CASES[case]
     config = make_config(num_nextn_predict_layers=0, **changes)
     assert difference(make_model(config).eval(), make_tokens(config, 2, length), tmp_path) < 1e-4
+
+
+def test_an_export_with_an_mtp_module_is_loaded_and_its_main_model_is_the_same(
+    tmp_path: Path,
+    make_config: Callable[..., ModelConfig],
+    make_model: Callable[..., DeepseekV3],
+    make_tokens: Callable[..., torch.Tensor],
+) -> None:
+    """transformers has no MTP: it must leave out that layer, which stands behind the main model's, and no other."""
+    config = make_config(num_nextn_predict_layers=1)
+    assert difference(make_model(config).eval(), make_tokens(config, 2, 33), tmp_path) < 1e-4
+    names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert f"model.layers.{config.num_hidden_layers}.eh_proj.weight" in names
 
 
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2)])

@@ -5,7 +5,7 @@ import time
 import psutil
 import pytest
 
-from base.errors import ConfigError, DataError, OperationalError, WorkerLostError
+from base.errors import CherryError, ConfigError, DataError, OperationalError, WorkerLostError
 from tasks.process import run_module
 
 _DEADLINE_S = 30.0
@@ -32,7 +32,17 @@ def test_lines_arrive_in_order_and_in_the_log(program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"), [(11, ConfigError), (13, DataError), (34, WorkerLostError), (77, OperationalError)]
+    ("code", "kind"),
+    [
+        (11, ConfigError),
+        (13, DataError),
+        (34, WorkerLostError),
+        (48, OperationalError),
+        (143, OperationalError),
+        (1, CherryError),
+        (2, CherryError),
+        (77, CherryError),
+    ],
 )
 def test_an_exit_code_is_the_error_that_the_program_meant(program, code, kind):
     name = program(f"import sys\nprint('error: two things:\\n  one\\n  two', file=sys.stderr)\nsys.exit({code})\n")

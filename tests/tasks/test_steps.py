@@ -7,7 +7,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from base import storage
-from base.errors import ConfigError, MissingFileError, OperationalError, WorkerLostError
+from base.errors import ConfigError, MissingFileError, OperationalError, SupersededError, WorkerLostError
 from tasks.parameters import resolve
 from tasks.process import error_of
 from tasks.steps import RunContext, find_finished, find_output, make_room, perform, worth_retrying
@@ -119,7 +119,11 @@ def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch,
         (WorkerLostError("killed"), True),
         (OperationalError("down"), True),
         (error_of(-9, [], "train"), True),
-        (error_of(1, ["Traceback"], "train"), True),
+        (error_of(143, [], "train"), True),
+        (error_of(1, ["Traceback"], "train"), False),
+        (error_of(2, ["usage: train.py"], "train"), False),
+        (SupersededError("a newer attempt took over"), False),
+        (error_of(36, ["error: a newer attempt took over"], "train"), False),
         (ConfigError("wrong"), False),
         (MissingFileError("gone"), False),
         (error_of(16, ["error: loss nan"], "train"), False),

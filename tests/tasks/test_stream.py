@@ -114,3 +114,18 @@ def test_each_step_is_sent_once_whatever_happens(tmp_path_factory, actions):
     furthest = max((step for _, step, _ in steps(tracker)), default=0)
     assert steps(tracker) == wanted(furthest + 1)
     assert furthest >= written
+
+
+def test_steps_that_a_rollback_takes_again_are_sent_again_and_a_loss_that_is_not_finite_is_not(relay, tmp_path):
+    append(relay.file, [{**line, "rollbacks": 0} for line in lines(1, 7)])
+    append(relay.file, [{"step": 7, "loss": None, "skipped_steps": 1, "rollbacks": 0, "time": 1007.0}])
+    assert relay.send_new()
+    assert [point for point in steps(relay.sink) if point[0] == "loss"] == wanted(7)
+    assert ("skipped_steps", 7, 1.0) in steps(relay.sink)
+    relay.sink.points_kept.clear()
+    relay.file.unlink()
+    append(relay.file, [{**line, "rollbacks": 0} for line in lines(1, 5)])
+    append(relay.file, [{**line, "loss": 0.5, "rollbacks": 1} for line in lines(5, 7)])
+    later = MetricsRelay(tmp_path, relay.sink, "run")
+    assert later.send_new()
+    assert [point for point in steps(relay.sink) if point[0] == "loss"] == [("loss", 5, 0.5), ("loss", 6, 0.5)]

@@ -1,0 +1,151 @@
+"""Owns one model in training: how it is built on its ranks, its losses, and what the optimizer works on.
+
+It knows nothing of data, steps to come or checkpoints.
+
+Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import ConfigError
+from cherry import loading, sharding
+from cherry.adamw import AdamW
+from cherry.batches import mtp_targets
+from cherry.config import JobConfig
+from cherry.context import ContextSplit, share_positions
+from cherry.lora import add_adapters, initialize_adapters
+from cherry.loss import cross_entropy_sum
+from cherry.optimizer import build_optimizer, clip_coefficient, gradient_norm
+from cherry.working import WorkingCopies
+from model.documents import Documents
+from model.transformer import Block, DeepseekV3, next_tokens
+
+
+class TrainingModel(nn.Module):
+    """The model with its losses inside `forward`, so that sharding gathers the head for exactly as long as needed."""
+
+    def __init__(self, model: DeepseekV3, loss_chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.split: ContextSplit | None = None
+        """Set where other ranks compute the other positions of the same sequences."""
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
+
+        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
+        """
+        positions_T = None
+        next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT, documents)
+        if self.split is not None:
+            positions_T = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
+            tokens_BT, next_BT = tokens_BT[:, positions_T], next_BT[:, positions_T]
+            targets_BT, mtp_targets_BT = targets_BT[:, positions_T], mtp_targets_BT[:, positions_T]
+        out = self.model(tokens_BT, documents, positions_T=positions_T, next_BT=next_BT)
+        weight_VD = self.model.lm_head.weight.to(out.hidden_BTD.dtype)
+        loss = self._sum(out.hidden_BTD, weight_VD, targets_BT)
+        if out.mtp_hidden_BTD is None:
+            return loss, torch.zeros_like(loss), out.balance_loss
+        mtp_loss = self._sum(out.mtp_hidden_BTD, weight_VD, mtp_targets_BT)
+        return loss, mtp_loss, out.balance_loss
+
+    def _sum(self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        return cross_entropy_sum(hidden_ND, weight_VD, targets_BT.flatten(), chunk_tokens=self.loss_chunk_tokens)
+
+
+@dataclass
+class Network:
+    """A model on its ranks, ready for steps."""
+
+    model: DeepseekV3
+    module: nn.Module
+    """What is called: `TrainingModel`, sharded."""
+    optimizer: AdamW
+    copy_micro_batches: int | None = None
+    """Micro-batches of a step where working copies are kept; `None` where the mesh is of several."""
+    copies: WorkingCopies | None = None
+
+    def start(self) -> None:
+        """Once the first or the restored state is in place, before the first pass."""
+        if self.copies is None and self.copy_micro_batches is not None:
+            self.optimizer.copies = self.copies = WorkingCopies(self.module, self.copy_micro_batches)
+
+    def gradient_norm(self) -> Tensor:
+        """The total norm over all ranks' shards, 0-dim fp32."""
+        if self.copies is not None:
+            return self.copies.gradient_norm()
+        return gradient_norm(self.module)
+
+    def step(self, norm: Tensor, max_norm: float) -> None:
+        """One optimizer step on the gradients, scaled down to a norm of at most `max_norm` on the way."""
+        self.optimizer.step(clip_coefficient=clip_coefficient(norm, max_norm))
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        if self.copies is not None:
+            self.copies.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def fold(self) -> None:
+        """Make the fp32 parameters the module's own, before its state is read or written from outside."""
+        if self.copies is not None:
+            self.copies.fold()
+
+
+def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | None = None) -> Network:
+    """The model of a job on this rank's device, with its first weights; nothing of it is ever whole on one rank.
+
+    Args:
+        say: told how far the loading of weights is.
+
+    Raises:
+        ConfigError: the precision does not fit the device.
+        MissingFileError, WeightsError: see `loading.load_weights`.
+    """
+    train = config.train
+    with torch.device("meta"):
+        model = DeepseekV3(config.model)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    network = TrainingModel(model, train.loss_chunk_tokens)
+    meshes = sharding.build_mesh(config.parallel, device)
+    if meshes is not None and meshes.context is not None:
+        network.split = share_positions(model, meshes.context)
+    if train.activation_checkpointing == "full":
+        _wrap_blocks(model)
+    if train.compile:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+    if meshes is None and train.precision == "bf16":
+        raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
+    sharding.shard_model(network, meshes, train.precision, config.parallel)
+    sharding.materialize(network, device, cpu_offload=config.parallel.cpu_offload)
+    sharding.initialize(model, config.seed)
+    if config.init_from is not None:
+        told = None if say is None else lambda line, _: say(line)
+        loading.load_weights(model, config.init_from, on_progress=told)
+    initialize_adapters(model, config.seed)
+    alone = sharding.keeps_copies(meshes, train.precision, config.parallel)
+    micro_batches = train.gradient_accumulation_steps if alone else None
+    return Network(model, network.train(), build_optimizer(model, train), micro_batches)
+
+
+def _wrap_blocks(model: DeepseekV3) -> None:
+    """Recompute each block in the backward pass: its name and type stay, so sharding and checkpoints see no change."""
+    from torch.utils.checkpoint import checkpoint
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            forward = module.forward
+            module.forward = lambda *a, _forward=forward: checkpoint(_forward, *a, use_reentrant=False)  # type: ignore[method-assign]

@@ -1,0 +1,53 @@
+"""The released model on thousands of ranks that do not exist: what one of them would hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cherry import sharding
+from cherry.config import ParallelConfig
+from cherry.trainer import TrainingModel
+from model.config import PRESETS, ModelConfig
+from model.transformer import DeepseekV3
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A process group of so many ranks, of which this process is the last."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param - 1, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (256, ParallelConfig(expert=64)),
+        (2048, ParallelConfig(expert=64)),
+        (2048, ParallelConfig(replicate=2, expert=32, context=4)),
+        (512, ParallelConfig()),  # more ranks than experts, and no axis for them
+    ],
+    indirect=["ranks"],
+)
+def test_no_rank_of_a_large_cluster_holds_more_than_its_share(ranks: int, parallel: ParallelConfig) -> None:
+    config = ModelConfig.model_validate({**PRESETS["671b"], "num_hidden_layers": 4, "num_nextn_predict_layers": 0})
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    network = TrainingModel(model, loss_chunk_tokens=1024)
+    meshes = sharding.build_mesh(parallel, torch.device("cpu"))
+    sharding.shard_model(network, meshes, "bf16", parallel)
+    share = ranks // parallel.replicate
+    for name, parameter in model.named_parameters():
+        held = sharding._held(parameter)
+        assert math.prod(part.stop - part.start for part in held.parts) == held.tensor.numel(), name
+        if ".experts." in name:
+            assert held.tensor.numel() * share == parameter.numel(), name
+            assert held.parts[0].stop == config.n_routed_experts, name  # the last rank has the last experts
+        else:
+            assert held.tensor.numel() <= math.ceil(parameter.shape[0] / share) * math.prod(parameter.shape[1:]), name

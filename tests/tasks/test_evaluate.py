@@ -1,0 +1,80 @@
+"""The verdict from given losses: whether int8 passes, and what a champion without weights means for it."""
+
+from types import SimpleNamespace
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from base import storage
+from tasks.evaluate import find_champion, judge
+from tasks.parameters import resolve
+from tasks.steps import RunContext
+from tasks.tracking import MlflowTracker, ModelVersion
+
+TOKENS = 100
+
+
+@pytest.fixture
+def config(tmp_path):
+    limits = {"quantize": {"max_dnll": 0.02}, "evaluate": {"margin_nats": 0.01}}
+    return resolve("configs/tiny.yaml", {**limits, "runs_directory": str(tmp_path)})
+
+
+def scored(*losses):
+    """What cherry.scoring writes, for documents of these losses (nats per token)."""
+    documents = [{"id": str(n), "nll": TOKENS * loss, "tokens": TOKENS} for n, loss in enumerate(losses)]
+    figures = {"bits_per_byte": 1.0, "zlib_bits_per_byte": 2.0, "loss": sum(losses) / len(losses)}
+    return {"documents": documents, **figures}
+
+
+def judged(config, costs, baseline="net v1", missing=None):
+    candidate = [2.0 + n for n in range(len(costs))]
+    quantized = [loss + cost for loss, cost in zip(candidate, costs, strict=True)]
+    worse = [loss + 0.5 for loss in candidate]
+    scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
+    return judge(config, scores, baseline, missing)
+
+
+def test_int8_passes_by_its_upper_bound(config):
+    result = judged(config, [0.010, 0.012, 0.011, 0.009] * 4)
+    assert result["quantized_passed"]
+    assert 0.0105 < result["quantized_dnll_upper"] < 0.02
+    assert "too few" not in result["quantized_reason"]
+    assert (result["verdict"], result["baseline"]) == ("better", "net v1")
+
+
+def test_int8_that_costs_little_on_average_does_not_pass_when_it_may_cost_too_much(config):
+    result = judged(config, [0.09, -0.05, 0.06, -0.04])
+    assert result["quantized_dnll"] == pytest.approx(0.015)
+    assert result["quantized_dnll_upper"] > 0.02
+    assert not result["quantized_passed"]
+    effect = result["quantized_vs_candidate"]["minimum_detectable_effect"]
+    assert effect > 0.02
+    assert f"too few to decide: they can show a difference from {effect:.4f} up" in result["quantized_reason"]
+
+
+def test_int8_that_costs_too_much_is_told_without_an_excuse(config):
+    result = judged(config, [0.050, 0.052, 0.051, 0.049])
+    assert not result["quantized_passed"]
+    assert "too few" not in result["quantized_reason"]
+    assert "quantize.max_dnll is 0.02" in result["quantized_reason"]
+
+
+def test_a_champion_whose_weights_are_gone_is_told_and_not_replaced(config, tmp_path, monkeypatch):
+    folder = tmp_path / "champion" / "export"
+    champion = ModelVersion("net", 3, str(folder), {"export_fingerprint": "a" * 64})
+    monkeypatch.setattr(MlflowTracker, "version", lambda *_, **__: champion)
+    context, exported = RunContext(str(tmp_path / "run"), config), SimpleNamespace(fingerprint="b" * 64)
+    with disable_run_logger():
+        found, missing = find_champion(context, exported)
+        assert found is None
+        folder.mkdir(parents=True)
+        storage.commit(str(folder))
+        assert find_champion(context, exported) == (champion, None)
+    result = judged(config, [0.01] * 4, "untrained", missing)
+    assert result["verdict"] == "can't tell"
+    assert result["candidate_vs_baseline"]["verdict"] == "better"
+    assert result["reason"].startswith(
+        f"net v3, the champion, cannot be compared with: its weights are gone ({folder})"
+    )
+    assert "Against the untrained model it is better" in result["reason"]
