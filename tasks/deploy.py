@@ -318,5 +318,6 @@ def record(
         context.tracker().set_alias(release.name, "serving", release.version)
         return {"deploy": str(target)}
 
-    perform(context, "deploy", inputs, work, began=context.began)
+    done = perform(context, "deploy", inputs, work, began=context.began)
+    context.tracker().log(context.parent_run_id, metrics={"seconds_deploy": done.seconds})
     return {"url": shifted["gateway"], "version": release.label, "key_file": str(serving.client_key)}

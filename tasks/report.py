@@ -23,8 +23,8 @@ from tasks.config import RunConfig
 from tasks.parameters import resolve, run_directory, write_resolved
 from tasks.process import end_tree
 from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
-from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_record
-from tasks.stream import MetricsRelay
+from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_event, write_record
+from tasks.stream import PARENT_SERIES, MetricsRelay
 from tasks.tracking import connect
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def begin_release(config: str, overrides: BaseModel) -> RunContext:
     if not Path(directory, "config.yaml").exists():
         write_resolved(resolved)
     storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
+    write_event(Path(directory), "deploy", "started")
     registered = find_finished(Path(directory), "register")
     if registered is not None and registered.mlflow_parent_run_id is not None:
         return RunContext(directory, resolved, registered.mlflow_parent_run_id)
@@ -98,16 +99,19 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
     records = [record for step in TRAIN_STEPS if (record := find_finished(context.path, step)) is not None]
     summary: dict[str, Any] = {}
     text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
+    # A failed run may stand beside the steps of another config's.
+    figures = {f"seconds_{one.step}": one.seconds for one in records if one.mlflow_parent_run_id == parent}
     if status == "FINISHED":
         summary = summarize(context.path)
         text = _describe(summary)
         storage.write_json(str(context.path / "summary.json"), summary)
         records = _catch_up(context, records)
-        # Steps that were found finished have told an earlier run, or none when the server was away.
-        tracker.log(parent, metrics=_headline(summary), tags={"mlflow.note.content": text, **_reused(context, records)})
+        figures = _headline(summary)
+        tracker.log(parent, tags={"mlflow.note.content": text, **_reused(context, records)})
         for name in ("summary.json", "config.yaml"):
             tracker.artifact(parent, context.path / name)
         show_markdown(f"links-{context.config.name}", _links(context, records), "Where to look")
+    tracker.log(parent, metrics=figures)
     show_table(f"run-{context.config.name}", _rows(context, records), text)
     tracker.finish(parent, status)
     return summary
@@ -131,14 +135,16 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
             write_record(context.path, record)
         if record.step == "train":
             MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
+            MetricsRelay(context.path / "train", tracker, context.parent_run_id, PARENT_SERIES).send_new()
         told.append(record)
     tracker.finish_family(context.parent_run_id, "FINISHED")
     return told
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, float]:
-    """What two runs are compared by."""
-    figures = {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
+    """What two runs are compared by; the page shows first what is told first."""
+    first = {"heldout_bits_per_byte": summary["heldout_bits_per_byte"]}
+    figures = first | {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
     return figures | {f"seconds_{step}": float(seconds) for step, seconds in summary["seconds"].items()}
 
 

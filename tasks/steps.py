@@ -88,6 +88,10 @@ class StepRun:
     def say(self, line: str, fraction: float | None = None) -> None:
         """A line for the Prefect log and the terminal."""
         get_run_logger().info(line)
+        self.show(line, fraction)
+
+    def show(self, line: str, fraction: float | None = None) -> None:
+        """A line for the terminal alone: what comes often costs Prefect's server as much as it costs a small model."""
         write_event(self.context.path, self.step, "progress", line=line, fraction=fraction)
 
     def run(
@@ -133,7 +137,8 @@ def perform(
         get_run_logger().info("found finished: %s (%s)", step, ", ".join(found.outputs.values()) or "no output")
         write_event(context.path, step, "reused", seconds=found.seconds)
         return found
-    write_event(context.path, step, "started")
+    if began is None:  # else whoever began has said so
+        write_event(context.path, step, "started")
     tracker = context.tracker()
     name = f"{context.config.name}-{step}"
     run_id = tracker.start(name, parent=context.parent_run_id, step=step, identity=identity, run_key=context.key)
@@ -146,7 +151,6 @@ def perform(
         step, identity, outputs, running.figures, time.time() - started, time.time(), run_id, context.parent_run_id
     )
     write_record(context.path, record)
-    tracker.log(context.parent_run_id, metrics={f"seconds_{step}": record.seconds})
     write_event(context.path, step, "finished", seconds=record.seconds)
     return record
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,18 @@ SERIES = (
     "bytes_on_wire_total",
     "reduction_bytes_over_fp32",
 )
+PARENT_SERIES = ("loss", "heldout_loss", "learning_rate", "grad_norm", "expert_load_max_over_mean")
+"""What the flow's own run gets too: enough to see in a comparison of two runs why one is better."""
+# The trainer scores windows of some held-out documents, the evaluate step the documents: two figures, two names.
+_TRACKED_NAMES = {"heldout_loss": "heldout_window_loss", "heldout_bits_per_byte": "heldout_window_bits_per_byte"}
 _POLL_S = 10.0
 # Steps in one request, which may hold 1000 metrics (MLflow's limit).
 _BATCH_STEPS = 1000 // len(SERIES)
+
+
+def tracked_name(key: str) -> str:
+    """What the tracker calls a figure of training."""
+    return _TRACKED_NAMES.get(key, key)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -49,15 +58,16 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 class MetricsRelay:
     """Sends new lines of metrics.jsonl to the tracker until it is left.
 
-    The last step that was sent is kept beside the stream, so that neither a retry nor a later call sends a step twice.
+    The last step that a run was sent is kept beside the stream: neither a retry nor a later call sends a step twice.
     Steps that training takes again after a rollback are new ones.
     """
 
-    def __init__(self, folder: Path, tracker: Tracker, run_id: str | None) -> None:
+    def __init__(self, folder: Path, tracker: Tracker, run_id: str | None, series: Sequence[str] = SERIES) -> None:
         self._metrics = folder / "metrics.jsonl"
-        self._mark = folder / "tracked_step"
+        self._mark = folder / f"tracked_step.{run_id}"
         self._tracker = tracker
         self._run_id = run_id
+        self._series = series
         self._offset = 0
         self._waiting: list[dict[str, Any]] = []
         self._stop = threading.Event()
@@ -84,9 +94,9 @@ class MetricsRelay:
         while self._waiting:
             batch = self._waiting[:_BATCH_STEPS]
             points = [
-                (key, float(line[key]), int(line["step"]), int(line["time"] * 1000))
+                (tracked_name(key), float(line[key]), int(line["step"]), int(line["time"] * 1000))
                 for line in batch
-                for key in SERIES
+                for key in self._series
                 if line.get(key) is not None
             ]
             if not self._tracker.points(self._run_id, points):

@@ -20,13 +20,14 @@ from tasks.artifacts import ProgressArtifact
 from tasks.plots import plot_training
 from tasks.process import PROJECT_ROOT
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
-from tasks.stream import SERIES, MetricsRelay, read_metrics
+from tasks.stream import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
 
 # Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run goes on from its
 # checkpoint on another number of ranks.
 _IDENTITY = ["seed", "init_from", "model", "data", "train", "lora"]
-# How often a line of a training step goes to the Prefect log and the terminal.
-_SAY_EVERY_S = 1.0
+# How often a line of a training step goes to the terminal (a file), and to Prefect's log (a request to its server).
+_SHOW_EVERY_S = 1.0
+_SAY_EVERY_S = 10.0
 
 
 @task(name="train", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
@@ -38,19 +39,23 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
         _claim(context.path, step.fingerprint)
         folder = context.path / "train"
         relay = MetricsRelay(folder, step.tracker, step.run_id)
+        parent = MetricsRelay(folder, step.tracker, context.parent_run_id, PARENT_SERIES)
         artifact = ProgressArtifact(f"train-{context.config.name}", "Training")
-        said = -math.inf
+        said = shown = -math.inf
 
         def on_line(line: str) -> None:
-            nonlocal said
+            nonlocal said, shown
             fraction, now = _fraction(line), time.monotonic()
             # Fast steps would cost as much to tell of as to take; launcher.log and metrics.jsonl have every one.
             if fraction is None or fraction == 1.0 or now - said >= _SAY_EVERY_S:
                 step.say(line, fraction)
-                said = said if fraction is None else now
+                said, shown = (said, shown) if fraction is None else (now, now)
+            elif now - shown >= _SHOW_EVERY_S:
+                step.show(line, fraction)
+                shown = now
             artifact.reached(fraction)
 
-        with relay, _system_metrics(context, step):
+        with relay, parent, _system_metrics(context, step):
             arguments = _arguments(context, step.fingerprint)
             step.run("cherry.launcher", arguments, on_line=on_line, log_file=folder / "launcher.log")
         return _conclude(context, step, folder)
@@ -87,10 +92,10 @@ def _conclude(context: RunContext, step: StepRun, folder: Path) -> dict[str, str
     result = storage.read_json(str(folder / "result.json"))
     figures = {key: value for key, value in result.items() if isinstance(value, int | float)}
     # Not under the name of a series, whose last point they would not be.
-    step.metrics(**{f"final_{key}" if key in SERIES else key: value for key, value in figures.items()})
+    step.metrics(**{("final_" if key in SERIES else "") + tracked_name(key): value for key, value in figures.items()})
     step.tracker.log(
         context.parent_run_id,
-        metrics={key: figures[key] for key in ("loss_first", "loss_last", "heldout_loss", "tokens_per_second")},
+        metrics={key: figures[key] for key in ("loss_first", "loss_last", "tokens_per_second")},
     )
     for path in plot_training(list(read_metrics(folder / "metrics.jsonl")), folder / "plots"):
         for run_id in (step.run_id, context.parent_run_id):

@@ -53,6 +53,9 @@ def test_a_command_that_is_stopped_leaves_nothing_running_or_held(project, sent)
     assert not project.processes(name)
     assert not (project.runs / name / "lease.json").exists()
     assert not (project.runs / name / "program.json").exists()
-    statuses = {step: run.info.status for step, run in project.mlflow_runs(name).items()}
+    runs = project.mlflow_runs(name)
+    seconds = {key for key in runs["flow"].data.metrics if key.startswith("seconds_")}
+    assert seconds == {"seconds_provision", "seconds_data"}
+    statuses = {step: run.info.status for step, run in runs.items()}
     assert statuses == {"flow": "KILLED", "provision": "FINISHED", "data": "FINISHED", "train": "KILLED"}
     assert "Traceback" not in (project.home / f"{name}.log").read_text()

@@ -46,6 +46,10 @@ def first_release(project, finished, second):
 def test_the_first_release_gets_all_traffic_and_answers(project, first_release):
     label = first_release["release"]
     assert [row["percent"] for row in first_release["steps"]] == [100]
+    told = map(json.loads, (project.runs / "first" / "events.jsonl").read_text().splitlines())
+    events = [one["event"] for one in told if one["step"] == "deploy"]
+    assert (events[0], events[-1], events.count("started")) == ("started", "finished", 1)
+    assert "seconds_deploy" in project.mlflow_runs("first")["flow"].data.metrics
     assert shares(project) == {label: 100.0}
     with Client(*gateway(project)) as client:
         assert client.infer("the model ", max_tokens=8)

@@ -26,12 +26,16 @@ def test_mlflow_is_caught_up_when_it_is_back(project, second):
 def test_two_runs_compared_in_mlflow_tell_which_is_better_and_why(project, finished, second):
     better, worse = (project.mlflow_runs(name)["flow"] for name in ("first", "second"))
     assert second["verdict"] == worse.data.tags["verdict"] == "worse"
-    assert worse.data.tags["compared_with"] == "pipeline v1"
+    assert worse.data.tags["baseline"] == "pipeline v1"
+    assert worse.data.tags["reason"] == second["reason"]
     for key in ("heldout_bits_per_byte", "heldout_loss", "loss_last"):
         assert better.data.metrics[key] < worse.data.metrics[key]
     differing = {key for key, value in better.data.params.items() if worse.data.params[key] != value}
     assert differing == {"name", "train.learning_rate", "tracking.uri"}
-    assert worse.data.metrics["difference_low"] > 0
+    assert worse.data.metrics["difference_from_baseline_low"] > 0
+    for run in (better, worse):
+        history = project.mlflow.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in history] == list(range(1, 61))
 
 
 def test_a_worse_candidate_does_not_become_champion(project, finished, second):

@@ -54,6 +54,12 @@ def test_the_same_inputs_find_the_finished_output(context):
     assert events(context) == ["started", "finished", "reused"]
 
 
+def test_a_step_of_several_tasks_begins_where_the_first_one_said_so(context):
+    done = perform(context, "export", {"a": 1}, write(context, "one"), began=context.began)
+    assert done.seconds == pytest.approx(done.finished_at - context.began, abs=0.1)
+    assert events(context) == ["finished"]
+
+
 def test_an_output_that_is_no_longer_committed_is_made_again(context):
     done = perform(context, "export", {"a": 1}, write(context, "one"))
     (context.path / "export" / storage.MARKER).unlink()

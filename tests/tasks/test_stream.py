@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.stream import MetricsRelay, read_metrics
+from tasks.stream import PARENT_SERIES, MetricsRelay, read_metrics
 
 
 class UnreliableTracker:
@@ -129,3 +129,15 @@ def test_steps_that_a_rollback_takes_again_are_sent_again_and_a_loss_that_is_not
     later = MetricsRelay(tmp_path, relay.sink, "run")
     assert later.send_new()
     assert [point for point in steps(relay.sink) if point[0] == "loss"] == [("loss", 5, 0.5), ("loss", 6, 0.5)]
+
+
+def test_the_flows_run_gets_its_own_series_from_the_first_step_on_under_the_names_of_the_tracker(relay, tmp_path):
+    records = lines(1, 4)
+    records[2] |= {"heldout_loss": 0.5, "tokens_per_second": 9.0}
+    append(relay.file, records)
+    assert relay.send_new()
+    relay.sink.points_kept.clear()
+    parent = MetricsRelay(tmp_path, relay.sink, "parent", PARENT_SERIES)
+    assert parent.send_new()
+    assert parent.send_new()
+    assert steps(relay.sink) == [*wanted(4), ("heldout_window_loss", 3, 0.5)]
