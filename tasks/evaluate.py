@@ -5,6 +5,7 @@ It knows nothing of models or statistics; cherry/scoring.py and anything/compare
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
 
     def work(step: StepRun) -> dict[str, str]:
         folder = context.path / "evaluate"
+        _record_inputs(context, step, champion)
         baseline = (
             ["--model_path", champion.uri]
             if champion
@@ -96,6 +98,22 @@ def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersi
         get_run_logger().warning(missing)
         return None, missing
     return replace(found, uri=uri), None
+
+
+def _record_inputs(context: RunContext, step: StepRun, champion: ModelVersion | None) -> None:
+    """The held-out documents and the champion; the register step adds the candidate, which has no id before."""
+    tracker, manifest = context.tracker(), storage.read_json(f"{context.directory}/data/manifest.json")
+    heldout = {key: manifest["heldout"][key] for key in ("documents", "bytes")}
+    tracker.dataset(
+        step.run_id,
+        name=f"{manifest['source']} held out",
+        digest=manifest["digest"],
+        source=str(context.path.absolute() / "data" / "heldout.jsonl"),
+        profile=json.dumps(heldout),
+        use="evaluation",
+    )
+    if champion is not None and champion.model_id is not None:
+        tracker.models(step.run_id, inputs=[champion.model_id])
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
@@ -193,18 +211,19 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     plot = plot_comparison(rows, config.evaluate.margin_nats, folder / "comparison.png")
     headline = {
         "heldout_bits_per_byte": result["bits_per_byte"],
-        "heldout_loss_per_token": result["heldout_loss"],
+        "heldout_loss": result["heldout_loss"],
         "zlib_bits_per_byte": result["zlib_bits_per_byte"],
-        "difference": against["difference"],
-        "difference_low": against["low"],
-        "difference_high": against["high"],
+        "difference_from_baseline": against["difference"],
+        "difference_from_baseline_low": against["low"],
+        "difference_from_baseline_high": against["high"],
         "minimum_detectable_effect": against["minimum_detectable_effect"],
         "quantized_dnll": cost["difference"],
         "quantized_dnll_upper": cost["upper_one_sided"],
     }
+    tags = {"verdict": result["verdict"], "reason": result["reason"], "baseline": baseline}
     for run_id in (step.run_id, context.parent_run_id):
         step.tracker.artifact(run_id, plot, "plots")
-        step.tracker.log(run_id, metrics=headline, tags={"verdict": result["verdict"], "compared_with": baseline})
+        step.tracker.log(run_id, metrics=headline, tags=tags)
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
     show_table(
         f"evaluate-{config.name}",

@@ -60,6 +60,11 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             alias=config.candidate_alias,
             tags=tags,
         )
+        if version.model_id is not None:
+            for run_id in (step.run_id, context.parent_run_id):
+                tracker.models(run_id, outputs=[version.model_id])
+            # The candidate had no id yet when it was evaluated.
+            tracker.models(evaluated.mlflow_run_id, inputs=[version.model_id])
         champion = result["verdict"] == "better"
         if champion:
             tracker.set_alias(config.model_name, config.champion_alias, version.version)

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
@@ -32,6 +32,7 @@ T = TypeVar("T")
 _BATCH_METRICS = 1000
 _BATCH_PARAMS = 100
 _PARAM_CHARACTERS = 6000
+_MODEL_URI = "models:/"
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
@@ -69,6 +70,8 @@ class ModelVersion:
     version: int
     uri: str
     tags: dict[str, str]
+    model_id: str | None = None
+    """MLflow's id of the logged model behind the version."""
 
 
 def tracking_uri(config: TrackingConfig, runs_directory: str) -> str:
@@ -143,12 +146,12 @@ class MlflowTracker:
                 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
                 # Lines that would tear the progress display; the summary ends with the page's address.
                 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-                logging.getLogger("mlflow").setLevel(logging.WARNING)
                 # MLflow's defaults retry a dead server for minutes.
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
                 import mlflow
 
+                logging.getLogger("mlflow").setLevel(logging.WARNING)  # importing it has set its own level
                 if self.uri.startswith("sqlite:///"):
                     Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
                 _point_mlflow_at(self.uri)
@@ -261,8 +264,10 @@ class MlflowTracker:
         )
 
     @_forgiving
-    def dataset(self, run_id: str | None, *, name: str, digest: str, source: str, profile: str) -> None:
-        """Record a dataset as the run's input, by reference."""
+    def dataset(
+        self, run_id: str | None, *, name: str, digest: str, source: str, profile: str, use: str = "training"
+    ) -> None:
+        """Record a dataset as the run's input, by reference; `use` is what for."""
         if run_id is None:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -270,7 +275,23 @@ class MlflowTracker:
         client, _ = self._client()
         where = json.dumps({"uri": source})
         data = Dataset(name=name, digest=digest[:36], source_type="uri", source=where, profile=profile)
-        client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", use)])])
+
+    @_forgiving
+    def models(self, run_id: str | None, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> None:
+        """Record logged models, by MLflow's ids, as what a run took and what it made; told again, nothing changes."""
+        if run_id is None:
+            return
+        from mlflow.entities import LoggedModelInput, LoggedModelOutput
+
+        client, _ = self._client()
+        run = client.get_run(run_id)
+        taken = {one.model_id for one in (run.inputs.model_inputs if run.inputs else None) or ()}
+        made = {one.model_id for one in (run.outputs.model_outputs if run.outputs else None) or ()}
+        if fresh := [LoggedModelInput(one) for one in inputs if one not in taken]:
+            client.log_inputs(run_id, models=fresh)
+        if new := [LoggedModelOutput(one, step=0) for one in outputs if one not in made]:
+            client.log_outputs(run_id, new)
 
     @_forgiving
     def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
@@ -298,10 +319,12 @@ class MlflowTracker:
         Raises:
             OperationalError: the registry could not be reached; nothing else records a version.
         """
-        version = self._find_version(name, identity) or self._create_version(run_id, name, uri, identity)
-        self.tag_version(ModelVersion(name, version, uri, {}), tags)
-        self.set_alias(name, alias, version)
-        return ModelVersion(name, version, uri, dict(tags))
+        number = self._find_version(name, identity) or self._create_version(run_id, name, uri, identity)
+        self.tag_version(ModelVersion(name, number, uri, {}), tags)
+        self.set_alias(name, alias, number)
+        found = self.version(name, number=number)
+        assert found is not None
+        return found
 
     def _find_version(self, name: str, identity: str) -> int | None:
         client, _ = self._client()
@@ -310,14 +333,26 @@ class MlflowTracker:
 
     def _create_version(self, run_id: str | None, name: str, uri: str, identity: str) -> int:
         import mlflow
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
-        _, experiment = self._client()
+        client, experiment = self._client()
         _point_mlflow_at(self.uri)
         model = mlflow.create_external_model(
             name=name, source_run_id=run_id, tags={"uri": uri}, model_type="LLM", experiment_id=experiment
         )
+        # What mlflow.register_model does, without its lines on the terminal.
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        source = _MODEL_URI + model.model_id
         tags = {"uri": uri, "cherry.identity": identity}
-        return int(mlflow.register_model(f"models:/{model.model_id}", name, tags=tags).version)
+        made = client.create_model_version(name, source, tags=tags, model_id=model.model_id)
+        shown = json.dumps([{"name": name, "version": made.version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": shown})
+        return int(made.version)
 
     @_registry
     def set_alias(self, name: str, alias: str, version: int) -> None:
@@ -350,7 +385,9 @@ class MlflowTracker:
                 return None
             raise
         tags = dict(found.tags)
-        return ModelVersion(name, int(found.version), tags.get("uri", str(found.source)), tags)
+        source = str(found.source)
+        model_id = source.removeprefix(_MODEL_URI) if source.startswith(_MODEL_URI) else None
+        return ModelVersion(name, int(found.version), tags.get("uri", source), tags, model_id)
 
     @_registry
     def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:

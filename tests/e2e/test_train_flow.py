@@ -48,7 +48,7 @@ def test_mlflow_has_every_training_step_once(project, finished):
     for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "expert_load_max_over_mean"):
         history = project.mlflow.get_metric_history(run.info.run_id, key)
         assert [(point.step, point.value) for point in history] == [(line["step"], line[key]) for line in written]
-    heldout = project.mlflow.get_metric_history(run.info.run_id, "heldout_loss")
+    heldout = project.mlflow.get_metric_history(run.info.run_id, "heldout_window_loss")
     assert [point.step for point in heldout] == [20, 40, 60]
     assert any(key.startswith("system/cpu") for key in run.data.metrics)
 
@@ -63,6 +63,13 @@ def test_dataset_and_model_are_recorded_by_reference(project, finished):
     assert version.tags["uri"].startswith(str(project.runs / "first" / "export"))
     assert version.tags["parent_run_id"] == parent.info.run_id
     assert float(version.tags["heldout_bits_per_byte"]) == pytest.approx(finished["heldout_bits_per_byte"], abs=1e-4)
+    (heldout,) = children["evaluate"].inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in heldout.tags} == {"mlflow.data.context": "evaluation"}
+    assert json.loads(heldout.dataset.profile)["documents"] > 0
+    (model,) = children["evaluate"].inputs.model_inputs
+    for run in (parent, children["register"]):
+        assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
+    assert version.source == f"models:/{model.model_id}"
     folder = project.runs / "mlartifacts"
     assert not list(folder.rglob("*.safetensors"))
 

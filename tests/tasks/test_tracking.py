@@ -1,5 +1,6 @@
 """MLflow's own database: runs found again, values kept, versions by reference with the history of their aliases."""
 
+import json
 import warnings
 
 import pytest
@@ -70,7 +71,7 @@ def test_open_children_end_with_their_parent(tracker):
     assert statuses == ["KILLED", "FINISHED", "KILLED"]
 
 
-def test_a_version_is_registered_once_by_reference_and_aliases_leave_a_trace(tracker):
+def test_a_version_is_registered_once_by_reference_and_aliases_leave_a_trace(tracker, capfd):
     run_id = tracker.start("model", parent=None, step="register", identity="f", run_key="k")
     assert tracker.version("net", alias="candidate") is None
     first = tracker.register(
@@ -81,11 +82,28 @@ def test_a_version_is_registered_once_by_reference_and_aliases_leave_a_trace(tra
     )
     second = tracker.register(run_id, "net", "/runs/b/export", identity="i2", alias="candidate", tags={})
     assert (first.version, again.version, second.version) == (1, 1, 2)
+    assert "models:/" not in first.model_id
+    assert first.model_id == again.model_id != second.model_id
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
     candidate = tracker.version("net", alias="candidate")
     assert (candidate.version, candidate.uri, candidate.tags["previous_candidate"]) == (2, "/runs/b/export", "1")
     assert tracker.version("net", number=1).tags["verdict"] == "worse"
     assert tracker.version("net", number=7) is None
     assert tracker.version("net", alias="champion") is None
+
+
+def test_models_are_a_runs_inputs_and_outputs_once_however_often_they_are_told(tracker):
+    made = tracker.start("made", parent=None, step="register", identity="f", run_key="k")
+    model = tracker.register(made, "linked", "/runs/a/export", identity="i", alias="candidate", tags={}).model_id
+    used = tracker.start("used", parent=None, step="evaluate", identity="f", run_key="k")
+    for _ in range(2):
+        tracker.models(made, outputs=[model])
+        tracker.models(used, inputs=[model])
+    assert [one.model_id for one in run(tracker, made).outputs.model_outputs] == [model]
+    assert [one.model_id for one in run(tracker, used).inputs.model_inputs] == [model]
+    shown = tracker._client()[0].get_logged_model(model).tags["mlflow.modelVersions"]
+    assert [(one["name"], int(one["version"])) for one in json.loads(shown)] == [("linked", 1)]
 
 
 def test_an_outage_is_a_warning_for_figures_and_an_error_for_the_registry(tmp_path, monkeypatch, caplog):
