@@ -129,7 +129,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def format_line(record: dict[str, Any]) -> str:
-    """One line for people: step, loss, gradient norm, rate, tokens/s, MFU, expert load and the time left.
+    """One line for people: step, loss, gradient norm, rate, tokens/s, MFU (on a GPU), expert load and the time left.
 
     Once a step was skipped or the run went back, how often.
     """
@@ -139,9 +139,10 @@ def format_line(record: dict[str, Any]) -> str:
     rate = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
     counts = {"skipped": record.get("skipped_steps"), "rollbacks": record.get("rollbacks")}
     events = "".join(f" {name} {count}" for name, count in counts.items() if count)
+    mfu = "" if record["mfu"] is None else f"mfu {100 * record['mfu']:.1f}% ({MFU_CONVENTION}) "
     return (
         f"step {record['step']}/{record['steps']} loss {record['loss']:.3f} grad {record['grad_norm']:.2f} "
-        f"lr {record['learning_rate']:.1e} {rate} tok/s mfu {100 * record['mfu']:.1f}% ({MFU_CONVENTION}) "
+        f"lr {record['learning_rate']:.1e} {rate} tok/s {mfu}"
         f"load {record['expert_load_max_over_mean']:.2f} eta {eta}{events}"
     )
 

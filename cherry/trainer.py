@@ -95,7 +95,8 @@ class Trainer:
         self._resume(resume_from, directory)
         self.network.start()
         self.metrics = self._open_metrics()
-        self.peak_flops = peak_flops(self.device, config.train.precision)
+        # A processor's is only measured, beside whatever else it does: MFU against it would not compare between runs.
+        self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
 
     def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
@@ -283,7 +284,9 @@ class Trainer:
             dist.all_reduce(values)
         return values.cpu()
 
-    def _mfu(self, tokens_per_second: float) -> float:
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self.peak_flops is None:
+            return None
         per_token = self.config.model.flops_per_token(self.config.data.sequence_length, with_mtp=True)
         return tokens_per_second * per_token / (self.peak_flops * self.ranks)
 

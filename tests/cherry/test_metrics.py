@@ -95,6 +95,8 @@ def test_the_line_for_people(seconds: float, speed: float, expected: str) -> Non
         "seconds_left": seconds,
     }
     assert format_line(record) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {expected}"
+    without = expected.replace("mfu 3.1% (causal) ", "")
+    assert format_line({**record, "mfu": None}) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {without}"
 
 
 def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are_any() -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from base.errors import CheckpointError, ConfigError, SupersededError
 from cherry.batches import mtp_targets
 from cherry.fence import Fence
-from cherry.metrics import peak_flops
 from cherry.trainer import Trainer
 from model.transformer import DeepseekV3
 
@@ -110,11 +109,10 @@ def test_what_is_reported(make, tmp_path):
     assert [line["step"] for line in lines if "expert_load" in line] == [10, 12]
     shares = torch.tensor(lines[-1]["expert_load"])
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(2), rtol=0, atol=1e-3)
-    flops = trainer.config.model.flops_per_token(32, with_mtp=True)
-    for line in lines:
-        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / trainer.peak_flops)
+    assert {line["mfu"] for line in lines} == {None}  # no peak is known of a processor
+    trainer.peak_flops = 2e9
+    assert trainer._mfu(1000.0) == trainer.config.model.flops_per_token(32, with_mtp=True) * 1000.0 / 2e9
     assert lines[-1]["mfu_convention"] == "causal"
-    assert peak_flops(trainer.device, "fp32") > 0
     assert result["heldout_loss"] == lines[-1]["heldout_loss"]
     assert result["loss_last"] < lines[0]["loss"]
     assert json.loads((tmp_path / "report" / "train" / "result.json").read_text()) == result
