@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ class RunStatus:
     checkpoint: str | None = None
     """Name of the newest committed checkpoint."""
     processes: int = 0
+    """Of this host: the one that holds the run, and what it and its step's program have started."""
 
 
 def read_runs(runs_directory: Path, order: list[str]) -> list[RunStatus]:
@@ -43,8 +43,7 @@ def read_runs(runs_directory: Path, order: list[str]) -> list[RunStatus]:
         return []
     directories = [path.parent for path in runs_directory.glob("*/config.yaml")]
     directories.sort(key=lambda path: (path / "config.yaml").stat().st_mtime, reverse=True)
-    alive = list(_command_lines())
-    return [_read_run(directory, order, alive) for directory in directories]
+    return [_read_run(directory, order) for directory in directories]
 
 
 def last_metrics(metrics_file: Path) -> dict[str, Any] | None:
@@ -73,7 +72,7 @@ def _last_record(tail: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _read_run(directory: Path, order: list[str], alive: list[list[str]]) -> RunStatus:
+def _read_run(directory: Path, order: list[str]) -> RunStatus:
     finished: dict[str, float] = {}
     for path in sorted((directory / "steps").glob("*.json"), key=lambda path: _rank(path.stem, order)):
         try:
@@ -93,7 +92,7 @@ def _read_run(directory: Path, order: list[str], alive: list[list[str]]) -> RunS
         loss=metrics.get("loss"),
         seconds_left=metrics.get("seconds_left"),
         checkpoint=committed[-1] if committed else None,
-        processes=sum(_works_on(directory, arguments) for arguments in alive),
+        processes=len(_processes(directory)),
     )
 
 
@@ -101,12 +100,18 @@ def _rank(step: str, order: list[str]) -> int:
     return order.index(step) if step in order else len(order)
 
 
-def _works_on(directory: Path, arguments: list[str]) -> bool:
-    """Whether an argument is this directory or lies in it; a run whose name only begins alike does not count."""
-    whole = re.compile(rf"(^|=|file://){re.escape(str(directory.absolute()))}(/|$)")
-    return any(whole.search(argument) for argument in arguments)
-
-
-def _command_lines() -> Iterator[list[str]]:
-    for process in psutil.process_iter(["cmdline"]):
-        yield process.info["cmdline"] or []
+def _processes(directory: Path) -> set[int]:
+    """Process ids that the run's own records lead to; whoever only reads its files is not among them."""
+    found: set[int] = set()
+    for name in ("lease.json", "program.json"):
+        try:
+            record = json.loads((directory / name).read_text())
+            if record.get("host", socket.gethostname()) != socket.gethostname():
+                continue
+            root = psutil.Process(record["pid"])
+            # A pid that was given away since belongs to another process.
+            if root.status() != psutil.STATUS_ZOMBIE and abs(root.create_time() - record["created"]) < 1.0:
+                found |= {root.pid, *(child.pid for child in root.children(recursive=True))}
+        except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
+            continue  # given back meanwhile, or its process is gone
+    return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from base import storage
@@ -61,20 +63,36 @@ def test_runs_come_newest_first_and_other_directories_are_none(tmp_path: Path) -
     assert read_runs(tmp_path / "none", ORDER) == []
 
 
-def test_processes_are_counted_for_their_own_run_alone(tmp_path: Path) -> None:
-    short, long = make_run(tmp_path, "tiny"), make_run(tmp_path, "tiny-2")
-    program = [sys.executable, "-c", "input()"]
+def record_process(directory: Path, name: str, process: psutil.Process, **details: object) -> None:
+    storage.write_json(str(directory / name), {"pid": process.pid, "created": process.create_time(), **details})
+
+
+def test_the_holder_of_a_run_its_program_and_what_they_started_are_counted_and_no_reader(tmp_path: Path) -> None:
+    directory, other = make_run(tmp_path, "tiny"), make_run(tmp_path, "tiny-2")
+    reader = [sys.executable, "-c", "input()"]
+    launcher = [sys.executable, "-c", f"import subprocess; subprocess.run({reader!r}, stdin=0)"]
 
     def counts() -> dict[str, int]:
         return {run.name: run.processes for run in read_runs(tmp_path, ORDER)}
 
-    # Popen returns after the program was executed, so its command line is there.
     with (
-        subprocess.Popen([*program, "--run_dir", str(long)], stdin=subprocess.PIPE),
-        subprocess.Popen([*program, f"--data_dir={short}/data"], stdin=subprocess.PIPE),
-        subprocess.Popen([*program, str(long / "train")], stdin=subprocess.PIPE),
+        subprocess.Popen([*reader, f"--data_dir={directory}/data"], stdin=subprocess.PIPE) as stranger,
+        subprocess.Popen(launcher, stdin=subprocess.PIPE) as program,
     ):
-        assert counts() == {"tiny": 1, "tiny-2": 2}
+        root = psutil.Process(program.pid)
+        while not root.children():
+            assert program.poll() is None
+        assert counts() == {"tiny": 0, "tiny-2": 0}
+        record_process(directory, "program.json", root)
+        assert counts() == {"tiny": 2, "tiny-2": 0}
+        record_process(directory, "lease.json", root, host=socket.gethostname(), token="t")
+        assert counts()["tiny"] == 2
+        record_process(other, "lease.json", root, host="elsewhere")
+        assert counts()["tiny-2"] == 0
+        storage.write_json(str(other / "lease.json"), {"pid": root.pid, "created": root.create_time() - 50.0})
+        assert counts()["tiny-2"] == 0
+        for process in (program, stranger):
+            process.communicate(b"\n")
     assert counts() == {"tiny": 0, "tiny-2": 0}
 
 
