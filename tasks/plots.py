@@ -34,7 +34,7 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
     return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
 
 
-def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path, *, first_moe_layer: int = 0) -> list[Path]:
     """loss.png, learning_rate.png and, for a mixture of experts, expert_load.png from a metrics stream.
 
     The loss is that of the steps that were taken; a red line marks one that was skipped.
@@ -67,12 +67,12 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Pa
     loads = [(line["step"], line["expert_load"]) for line in metrics if "expert_load" in line]
     if loads:
         paths.append(folder / "expert_load.png")
-        _plot_load(loads, paths[-1])
+        _plot_load(loads, paths[-1], first_moe_layer)
     return paths
 
 
-def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Path) -> None:
-    """Rows are experts, layer under layer; columns are steps; 1 is a fair share."""
+def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Path, first_layer: int) -> None:
+    """Rows are experts, layer under layer; columns are steps; 1 is a fair share. MTP modules follow the last layer."""
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     columns = [[share * experts for layer in load for share in layer] for _, load in loads]
     rows = list(zip(*columns, strict=True))
@@ -80,12 +80,15 @@ def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Pat
         image = axes.imshow(rows, aspect="auto", cmap="coolwarm", vmin=0.0, vmax=2.0, interpolation="nearest")
         marks = sorted({round(i * (len(loads) - 1) / 5) for i in range(6)})
         axes.set_xticks(marks, [str(loads[i][0]) for i in marks])
-        axes.set_yticks([(i + 0.5) * experts - 0.5 for i in range(layers)], [f"MoE layer {i}" for i in range(layers)])
+        axes.set_yticks(
+            [(i + 0.5) * experts - 0.5 for i in range(layers)], [f"layer {first_layer + i}" for i in range(layers)]
+        )
         for boundary in range(1, layers):
             axes.axhline(boundary * experts - 0.5, color="black", linewidth=0.8)
         axes.set(xlabel="optimizer step", title="Expert load (tokens over a fair share)")
         assert axes.figure is not None
-        axes.figure.colorbar(image, ax=axes)
+        bar = axes.figure.colorbar(image, ax=axes, extend="max", ticks=[0.0, 0.5, 1.0, 1.5, 2.0])
+        bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "2 or more"])
 
 
 def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:

@@ -97,7 +97,8 @@ def _conclude(context: RunContext, step: StepRun, folder: Path) -> dict[str, str
         context.parent_run_id,
         metrics={key: figures[key] for key in ("loss_first", "loss_last", "tokens_per_second")},
     )
-    for path in plot_training(list(read_metrics(folder / "metrics.jsonl")), folder / "plots"):
+    lines, first = list(read_metrics(folder / "metrics.jsonl")), context.config.model.first_k_dense_replace
+    for path in plot_training(lines, folder / "plots", first_moe_layer=first):
         for run_id in (step.run_id, context.parent_run_id):
             step.tracker.artifact(run_id, path, "plots")
     return {"result": str(folder / "result.json"), "checkpoint": result["checkpoint"]}

@@ -2,9 +2,10 @@
 
 import struct
 
+import matplotlib
 import pytest
 
-from tasks.plots import plot_comparison, plot_quantization, plot_training
+from tasks.plots import _plot_load, plot_comparison, plot_quantization, plot_training
 
 
 def size(path):
@@ -43,6 +44,14 @@ def test_many_experts_stay_within_a_page(tmp_path):
     load = [[1 / 64] * 64] * 20
     path = plot_training(lines(4, load=load, every=1), tmp_path)[-1]
     assert size(path)[1] <= 12 * 120
+
+
+def test_loads_carry_the_models_layer_numbers_and_a_scale_that_says_where_it_stops(tmp_path):
+    loads = [(line["step"], line["expert_load"]) for line in lines(4, every=1)]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        _plot_load(loads, tmp_path / "load.svg", 3)
+    text = (tmp_path / "load.svg").read_text()
+    assert all(f">{label}<" in text for label in ("layer 3", "layer 4", "2 or more"))
 
 
 def test_each_comparison_has_a_panel_of_its_own(tmp_path):
