@@ -33,7 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     deploy = commands.add_parser("deploy", help="serve a registered version and shift traffic to it")
     for command in (run, deploy):
         command.add_argument("config", metavar="CONFIG", help="a YAML file, like configs/tiny.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="like train.learning_rate=2e-6")
+        # A default keeps argparse from calling them required.
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="like train.learning_rate=2e-6"
+        )
         command.add_argument("--verbose", action="store_true", help="print every log line of the flow")
     deploy.add_argument("--model-version", type=int, metavar="N", help="a registered version; default: this run's own")
 
@@ -53,9 +56,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if rest:
         # argparse takes what stands behind a flag for unknown: inside a subcommand it cannot intermix them.
         if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        options.overrides += rest
+            parser.error(f"unrecognized arguments: {' '.join(rest)}{_without_dashes(options, rest)}")
+        options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _without_dashes(options: argparse.Namespace, rest: Sequence[str]) -> str:
+    """A hint for overrides that were written like flags."""
+    dashed = [word.lstrip("-") for word in rest if word.startswith("--") and "=" in word]
+    if not dashed or not hasattr(options, "overrides"):
+        return ""
+    return f". Keys of the config have no dashes: {' '.join(dashed)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from flows.progress import RunProgress
 from tasks.config import RunConfig
 from tasks.parameters import overrides_from, run_directory
 from tasks.report import summarize
-from tasks.tracking import tracking_uri
+from tasks.tracking import page_of, tracking_uri
 
 DEMO_CONFIG = "configs/tiny.yaml"
 DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
@@ -159,8 +159,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _next(console: Console, config: RunConfig, deploy_command: str) -> None:
-    uri = tracking_uri(config.tracking, config.runs_directory)
-    page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri} --port 5000"
+    page = page_of(tracking_uri(config.tracking, config.runs_directory))
     prefect = os.environ.get("PREFECT_API_URL", "prefect server start").removesuffix("/api")
     console.print(
         f"\n  figures:  {page}\n  flow:     {prefect}\n  logs:     {run_directory(config)}/train/\n"

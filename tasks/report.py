@@ -5,7 +5,6 @@ It knows the files that the steps leave, not how they are made.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from tasks.process import end_tree
 from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
 from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_event, write_record
 from tasks.stream import PARENT_SERIES, MetricsRelay
-from tasks.tracking import connect
+from tasks.tracking import connect, page_of
 
 logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
@@ -206,11 +205,15 @@ def _rows(context: RunContext, records: list[StepRecord]) -> list[dict[str, Any]
             "step": record.step,
             "seconds": round(record.seconds, 1),
             "reused": "found finished" if _is_reused(context, record) else "",
-            "figures": json.dumps({key: round(value, 4) for key, value in list(record.figures.items())[:6]}),
+            "figures": ", ".join(f"{key} {_readable(value)}" for key, value in list(record.figures.items())[:6]),
             "output": ", ".join(record.outputs.values()),
         }
         for record in records
     ]
+
+
+def _readable(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _links(context: RunContext, records: list[StepRecord]) -> str:
@@ -222,7 +225,7 @@ def _links(context: RunContext, records: list[StepRecord]) -> str:
         [
             f"# {context.config.name}",
             f"Files: `{context.path.absolute()}`; the metrics stream is `train/metrics.jsonl`.",
-            "MLflow runs:",
+            "MLflow runs:" if tracker.uri.startswith("http") else f"MLflow runs, shown by `{page_of(tracker.uri)}`:",
             "",
             *lines,
         ]

@@ -81,6 +81,11 @@ def tracking_uri(config: TrackingConfig, runs_directory: str) -> str:
     return os.environ.get(_URI_VARIABLE) or f"sqlite:///{Path(runs_directory).absolute()}/mlflow.db"
 
 
+def page_of(uri: str) -> str:
+    """Where a person sees the runs: the server's address, or the command that starts one."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri} --port 5000"
+
+
 def _point_mlflow_at(uri: str) -> None:
     """Some of MLflow's functions take the process's URI. It also writes the environment, which is a person's to set."""
     import mlflow

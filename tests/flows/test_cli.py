@@ -41,6 +41,16 @@ def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsy
     assert "usage: cherry" in capsys.readouterr().err
 
 
+def test_an_override_that_is_written_like_a_flag_is_told_how_to_write_it(capsys):
+    assert code("run", "a.yaml", "--train.steps=3", "name=b") == 2
+    assert "--train.steps=3 name=b. Keys of the config have no dashes: train.steps=3\n" in capsys.readouterr().err
+
+
+def test_only_the_config_is_required(capsys):
+    assert code("run") == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+
+
 @pytest.mark.parametrize("command", ["run", "deploy"])
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),

@@ -11,8 +11,8 @@ import pytest
 from base import storage
 from tasks.parameters import resolve
 from tasks.provision import is_alive
-from tasks.report import teardown
-from tasks.steps import PROGRAM
+from tasks.report import _links, _rows, teardown
+from tasks.steps import PROGRAM, RunContext, StepRecord
 
 OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
 
@@ -67,6 +67,19 @@ def test_a_pid_that_is_another_process_now_is_left_alone(left):
     storage.write_json(str(left.directory / PROGRAM), {**record, "created": record["created"] - 50.0})
     hook(left)
     assert left.program.poll() is None
+
+
+def test_the_page_shows_figures_for_people_and_how_to_see_the_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = resolve("configs/tiny.yaml", {"name": "left", "runs_directory": str(tmp_path)})
+    context = RunContext(str(tmp_path / "left"), config, "a" * 32)
+    figures = {"documents": 12345, "loss_last": 2.034567, "share": 0.00001234}
+    record = StepRecord("train", "f", {"result": "r.json"}, figures, 12.34, context.began + 1, "b" * 32, "a" * 32)
+    (row,) = _rows(context, [record])
+    assert row["figures"] == "documents 12,345, loss_last 2.035, share 1.234e-05"
+    text = _links(context, [record])
+    assert f"`mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --port 5000`" in text
+    assert f"- train: `{'b' * 32}`" in text
 
 
 def test_a_hook_with_a_config_that_is_gone_says_so(caplog):
