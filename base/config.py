@@ -38,7 +38,9 @@ class Problem:
 class Section(BaseModel):
     """A frozen, strict part of a configuration. Subclasses state impossible combinations in `problems`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Yield one `Problem` for every combination of otherwise valid values that cannot work."""

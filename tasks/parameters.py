@@ -36,7 +36,7 @@ class _GivenKeys(BaseModel):
 
 
 def _partial(section: type[Section]) -> type[BaseModel]:
-    """`section` with every key optional, at every depth; unknown keys stay forbidden."""
+    """`section` with every key optional, at every depth; unknown keys stay forbidden, and descriptions stay."""
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         annotation: Any = field.annotation
@@ -44,7 +44,10 @@ def _partial(section: type[Section]) -> type[BaseModel]:
             annotation = _partial(annotation)
         elif field.metadata:
             annotation = Annotated[(annotation, *field.metadata)]
-        fields[name] = (annotation | None, Field(default=None, json_schema_extra=_without_default))
+        fields[name] = (
+            annotation | None,
+            Field(default=None, description=field.description, json_schema_extra=_without_default),
+        )
     return create_model(f"{section.__name__}Overrides", __base__=_GivenKeys, **fields)
 
 

@@ -21,6 +21,17 @@ def test_the_schema_that_prefect_checks_forbids_unknown_keys_everywhere():
     assert all(section["additionalProperties"] is False for section in sections if section["type"] == "object")
 
 
+def test_keys_are_described_in_the_schema_as_they_are_in_the_code():
+    found = Overrides.model_json_schema()["$defs"]
+    margin = found["EvaluateConfigOverrides"]["properties"]["margin_nats"]
+    assert margin["description"].startswith("A difference below this")
+    assert "default" not in margin
+    described = [
+        one for section in found.values() for one in section.get("properties", {}).values() if "description" in one
+    ]
+    assert len(described) > 30
+
+
 def test_arguments_become_nested_overrides_with_only_what_was_given():
     overrides = overrides_from(["train.learning_rate=2e-6", "deploy.traffic_steps_percent=[5, 100]", "name=mine"])
     given = {"train": {"learning_rate": 2e-6}, "deploy": {"traffic_steps_percent": [5, 100]}, "name": "mine"}
