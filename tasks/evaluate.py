@@ -232,4 +232,9 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     )
     step.say(f"verdict: {result['verdict']}. {result['reason']}")
     step.say(result["quantized_reason"])
+    if result["documents"] < config.evaluate.documents:
+        step.say(
+            f"scored {result['documents']} of evaluate.documents = {config.evaluate.documents}: the others do not exist "
+            "among the held-out documents, or have no text that counts. data.heldout_fraction holds out more."
+        )
     return {"evaluation": str(folder / "evaluation.json")}
