@@ -199,6 +199,16 @@ def _cost(cost: Comparison, config: RunConfig) -> str:
     )
 
 
+def shortfall(compared: int, wanted: int) -> str | None:
+    """A sentence when fewer documents were compared than `evaluate.documents` asks for."""
+    if compared >= wanted:
+        return None
+    return (
+        f"compared on {compared} documents, evaluate.documents asks for {wanted}: no more are held out, or the others "
+        "have no text that counts. data.heldout_fraction holds out more"
+    )
+
+
 def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write and show what was judged."""
     config, baseline = context.config, result["baseline"]
@@ -212,6 +222,7 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     headline = {
         "heldout_bits_per_byte": result["bits_per_byte"],
         "heldout_loss": result["heldout_loss"],
+        "documents": result["documents"],
         "zlib_bits_per_byte": result["zlib_bits_per_byte"],
         "difference_from_baseline": against["difference"],
         "difference_from_baseline_low": against["low"],
@@ -232,9 +243,6 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     )
     step.say(f"verdict: {result['verdict']}. {result['reason']}")
     step.say(result["quantized_reason"])
-    if result["documents"] < config.evaluate.documents:
-        step.say(
-            f"scored {result['documents']} of evaluate.documents = {config.evaluate.documents}: the others do not exist "
-            "among the held-out documents, or have no text that counts. data.heldout_fraction holds out more."
-        )
+    if (few := shortfall(result["documents"], config.evaluate.documents)) is not None:
+        step.say(few)
     return {"evaluation": str(folder / "evaluation.json")}

@@ -85,6 +85,9 @@ def test_plots_and_tables_are_artifacts(project, finished):
     assert names(parent, None) == {"plots", "summary.json", "config.yaml"}
     assert names(children["quantize"], None) == {"quantization.json", "quantization.png"}
     assert "evaluation.json" in names(children["evaluate"], None)
+    told = (project.runs / "first" / "events.jsonl").read_text()
+    compared = int(children["evaluate"].data.metrics["documents"])
+    assert f"compared on {compared} documents, evaluate.documents asks for 200" in told
     for path in (project.runs / "mlartifacts").rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -6,7 +6,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from base import storage
-from tasks.evaluate import find_champion, judge
+from tasks.evaluate import find_champion, judge, shortfall
 from tasks.parameters import resolve
 from tasks.steps import RunContext
 from tasks.tracking import MlflowTracker, ModelVersion
@@ -33,6 +33,11 @@ def judged(config, costs, baseline="net v1", missing=None):
     worse = [loss + 0.5 for loss in candidate]
     scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
     return judge(config, scores, baseline, missing)
+
+
+def test_fewer_documents_than_were_asked_for_are_told():
+    assert shortfall(10, 10) is None
+    assert shortfall(9, 10).startswith("compared on 9 documents, evaluate.documents asks for 10")
 
 
 def test_int8_passes_by_its_upper_bound(config):
