@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry import sharding
 from cherry.config import ParallelConfig
-from cherry.trainer import TrainingModel
+from cherry.network import TrainingModel
 from model.config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
