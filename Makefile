@@ -41,7 +41,7 @@ format: $(STAMP) ## Format and mend what ruff can
 
 bench: $(STAMP) ## Measure: flow overhead, training step, serving
 	$(BIN)/python -m benchmarks.flow_overhead
-	$(BIN)/python -m benchmarks.train_speed
+	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.serve_overhead
 
 clean: ## Remove runs and caches (not .venv)

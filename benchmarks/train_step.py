@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--chunk", type=int, help="tokens whose logits exist at one time (default: all of a step's)")
     parser.add_argument("--scale", action="store_true", help="ours over sequence lengths, experts and micro-batches")
-    parser.add_argument("--output", help="append the rows to this file too")
+    parser.add_argument("--output", help="append the rows to this JSON array too")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -165,16 +166,21 @@ def main() -> None:
         shapes += [{"n_routed_experts": n} for n in (16, 32, 128)] + [{"batch": n} for n in (1, 2)]
     for shape in shapes:
         for name in names:
-            row = json.dumps({**measure(name, options.size, options.steps, options.chunk, shape), **about})
-            print(row, flush=True)
+            row = {**measure(name, options.size, options.steps, options.chunk, shape), **about}
+            print(json.dumps(row), flush=True)
             if options.output:
-                with open(options.output, "a") as handle:
-                    handle.write(row + "\n")
+                _keep(row, Path(options.output))
             gc.collect()
             torch._dynamo.reset()
             if cuda:
                 torch.cuda.empty_cache()
     dist.destroy_process_group()
+
+
+def _keep(row: dict, path: Path) -> None:
+    """Append to a JSON array, a row a line."""
+    rows = [*(json.loads(path.read_text()) if path.exists() else []), row]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def _installed(name: str) -> bool:

@@ -19,7 +19,15 @@ from typing import Any
 
 from base import storage
 from base.config import load, validate
-from base.errors import ArgumentParser, CherryError, ConfigError, WorkerLostError, run_program, storage_errors
+from base.errors import (
+    ArgumentParser,
+    CherryError,
+    ConfigError,
+    InvalidInputError,
+    WorkerLostError,
+    run_program,
+    storage_errors,
+)
 from cherry.config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
 
@@ -145,11 +153,28 @@ def _train(options: argparse.Namespace, rank: int) -> None:
         Trainer(config, run_directory, resume_from=resume_from).run()
         dist.destroy_process_group()
     except RuntimeError as error:
-        # gloo has no error type of its own, but its messages begin with the path of its source.
-        if isinstance(error, dist.DistError) or "gloo/" in str(error):
-            text = f"the connection to another rank broke: {str(error).splitlines()[0]}"
-            raise WorkerLostError(f"{text}. Start the same command again to go on.") from error
-        raise
+        if (told := _side_of(error)) is error:
+            raise
+        raise told from error
+
+
+def _side_of(error: RuntimeError) -> Exception:
+    """Whose fault an error of torch is; what is neither's, a bug, stays as it is."""
+    import torch
+    import torch.distributed as dist
+
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return InvalidInputError(
+            f"{first} Raise train.gradient_accumulation_steps, set train.activation_checkpointing to full, lower "
+            "train.loss_chunk_tokens, or shard over more ranks. What was committed is whole."
+        )
+    # gloo has no error type of its own, but its messages begin with the path of its source.
+    if isinstance(error, dist.DistError) or "gloo/" in str(error):
+        return WorkerLostError(f"the connection to another rank broke: {first}. Start the same command again to go on.")
+    if isinstance(error, torch.AcceleratorError):
+        return WorkerLostError(f"the GPU failed: {first}. Start the same command again to go on.")
+    return error
 
 
 def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:

@@ -75,9 +75,11 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
 
 
 def _start(options: Any) -> None:
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
     config, command, command_arguments = torchrun.config_from_args(options)
@@ -85,6 +87,12 @@ def _start(options: Any) -> None:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
         raise _error_of(*_cause(error.failures)) from error
+    except (DistError, RendezvousError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WorkerLostError(
+            f"the nodes did not find each other: {first}. Check --master_addr and --master_port, and that every node "
+            "was started; then start the same command again."
+        ) from error
     except SignalException as error:
         print(f"ended by {error.sigval.name}, with all ranks. Start the same command again to go on.", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from error

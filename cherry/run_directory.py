@@ -2,7 +2,7 @@
 
 It knows nothing of how either is made. What is there binds the next start, so that nothing is ignored in silence:
 
-- prepared data binds the `data` section, all of it;
+- prepared data binds the `data` section, all of it that makes tokens;
 - the newest checkpoint, which is taken up without being asked for, binds everything that says which run this is:
   seed, init_from, model, and the recipe in `train`;
 - a checkpoint that --resume_from names binds what its weights and its data position mean: model, seed, and the
@@ -42,6 +42,8 @@ _NOT_RECIPE = {
     "on_divergence",
     "max_rollbacks",
 }
+# Keys of `data` that change how prepared tokens are read, not what they are: part of the recipe.
+_READING = {"cross_document_attention"}
 Difference = tuple[str, Any, Any]
 """A dotted key, its value before, and its value now."""
 
@@ -79,6 +81,7 @@ def identity(config: JobConfig, manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint's record keeps of the run that wrote it; `check_resume` compares it."""
     sections = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NOT_BINDING}
     sections["train"] = {key: value for key, value in sections["train"].items() if key not in _NOT_RECIPE}
+    sections["data"] = {key: getattr(config.data, key) for key in sorted(_READING)}
     return {"seed": config.seed, "prepared": _prepared(manifest), "recipe": sections}
 
 
@@ -100,7 +103,8 @@ def check_data(config: JobConfig, directory: str, manifest: Manifest) -> None:
     """
     made_by = storage.read_commit(directory).get("config", {})
     made_by = {"source": manifest.source, "sequence_length": manifest.sequence_length, **made_by}
-    if wrong := _differences(made_by, config.data.model_dump(mode="json"), "data."):
+    now = config.data.model_dump(mode="json", exclude=_READING)
+    if wrong := _differences({k: v for k, v in made_by.items() if k not in _READING}, now, "data."):
         raise ConfigError(
             f"{directory} was prepared by another configuration. Give another --run_dir, or remove that folder to "
             "prepare it anew. It was made with:\n" + _told(wrong)

@@ -85,10 +85,11 @@ def _sum_choices(rows_RD: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
 class Experts(nn.Module):
     """The routed experts of one layer, each a SwiGLU, as two fused weights."""
 
+    spread: Spread | None = None
+    """Set where this process holds only some of the experts."""
+
     def __init__(self, experts: int, width: int, intermediate: int) -> None:
         super().__init__()
-        self.spread: Spread | None = None
-        """Set where this process holds only some of the experts."""
         self.w13_EFD = nn.Parameter(torch.empty(experts, 2 * intermediate, width))
         self.w2_EDF = nn.Parameter(torch.empty(experts, width, intermediate))
 

@@ -93,7 +93,7 @@ def test_the_next_optimizer_step_waits_for_the_copy_which_reuses_its_buffers(tmp
     assert not saver.failures
     assert staging.buffers[0] == staging.buffers[1]
     for step, weights in expected.items():
-        restore(f"{tmp_path}/step_{step:06d}", model, optimizer, group)
+        restore(f"{tmp_path}/step_{step}", model, optimizer, group)
         for name, value in model.state_dict().items():
             assert torch.equal(value, weights[name]), (step, name)
 

@@ -127,6 +127,9 @@ def test_the_same_documents_give_the_same_files_in_any_place_and_process(corpus:
     for files in (one, two):
         record = json.loads(files.pop("manifest.json"))
         assert record.pop("source")
+        marker = json.loads(files.pop("COMMITTED"))
+        assert marker["config"].pop("source")
+        record |= marker
         files["record"] = json.dumps(record).encode()
     assert one == two
 

@@ -120,14 +120,14 @@ def test_a_skipped_step_leaves_weights_moments_and_biases_as_they_were(make):
     assert "skipped" not in trainer._step()
 
 
-def spoil(directory, trainer, positions):
-    """Random tokens in place of what the batches at `positions` will read."""
+def spoil(directory, trainer, batches):
+    """Random tokens in place of what these batches, by their number, will read."""
     path = directory / "data" / "train-00000.bin"
     tokens = np.memmap(path, dtype=np.uint16, mode="r+")
     generator = np.random.default_rng(0)
     length = trainer.config.data.sequence_length
-    for position in positions:
-        for index in trainer.sampler.indices(position):
+    for batch in batches:
+        for index in trainer.sampler.indices(batch * trainer.config.train.batch_size):
             tokens[index * length + 1 : (index + 1) * length] = generator.integers(2, 290, length - 1)
     tokens.flush()
 
@@ -142,17 +142,17 @@ def test_spoiled_data_is_skipped_then_passed_over_and_a_resume_goes_on_bit_for_b
     result = trainer.run()
     said = capsys.readouterr().out
     assert all(f"step {step} skipped: " in said for step in (81, 82, 83))
-    assert "step_000080: 3 batches passed over, rollback 1" in said
+    assert "step_80: 3 batches passed over, rollback 1" in said
     assert (result["skipped_steps"], result["rollbacks"], result["steps"]) == (3, 1, 88)
     written = lines(tmp_path, "spoiled")
     assert [line["step"] for line in written] == [*range(76, 89)]
     assert [line["rollbacks"] for line in written] == [*[0] * 5, *[1] * 8]
     assert max(line["loss"] for line in written) < 1.5 * written[0]["loss"]
-    assert trainer.progress.data_offset == 3
+    assert trainer.progress.position == (88 + 3) * 8
     assert trainer.progress.tokens == 88 * 8 * 32
-    shutil.rmtree(tmp_path / "spoiled" / "train" / "checkpoints" / "step_000088")
+    shutil.rmtree(tmp_path / "spoiled" / "train" / "checkpoints" / "step_88")
     resumed = make("spoiled", *options)
-    assert (resumed.progress.step, resumed.progress.data_offset, resumed.progress.rollbacks) == (84, 3, 1)
+    assert (resumed.progress.step, resumed.progress.position, resumed.progress.rollbacks) == (84, (84 + 3) * 8, 1)
     again = resumed.run()
     assert [line["loss"] for line in lines(tmp_path, "spoiled")] == [line["loss"] for line in written]
     for key in ("loss_last", "skipped_steps", "rollbacks", "heldout_loss", "tokens"):
@@ -174,16 +174,15 @@ def test_weights_that_blew_up_go_back_to_the_checkpoint_before(make, tmp_path, c
     blow_up(trainer)
     assert [trainer._step()["skipped"] is not None, trainer.guard.in_a_row] == [True, 1]
     trainer._go_back(trainer._step())
-    assert "step_000008: 3 batches passed over, rollback 1" in capsys.readouterr().out
+    assert "step_8: 3 batches passed over, rollback 1" in capsys.readouterr().out
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert (trainer.progress.step, trainer.progress.data_offset, trainer.guard.skipped) == (8, 3, 2)
-    assert torch.equal(trainer._micro_batches(8 + 3)[0].tokens_BT, make("other")._micro_batches(11)[0].tokens_BT)
+    assert (trainer.progress.step, trainer.progress.position, trainer.guard.skipped) == (8, 11 * 8, 2)
     # It blows up again before anything new was saved: that checkpoint led nowhere, the one before it is next.
     blow_up(trainer)
     trainer._step()
     trainer._go_back(trainer._step())
-    assert (trainer.progress.step, trainer.progress.data_offset, trainer.progress.rollbacks) == (4, 10, 2)
+    assert (trainer.progress.step, trainer.progress.position, trainer.progress.rollbacks) == (4, 14 * 8, 2)
     assert trainer.run()["skipped_steps"] == 4
 
 
@@ -201,6 +200,6 @@ def test_a_run_that_cannot_be_saved_stops_and_says_what_to_do(make, tmp_path, op
     with pytest.raises(NonFiniteLossError, match=f"the 2 steps up to it were skipped .* {told}") as caught:
         trainer.run()
     assert "Lower train.learning_rate" in str(caught.value)
-    assert (tmp_path / "hopeless" / "train" / "checkpoints" / "step_000004" / "COMMITTED").exists()
-    assert not (tmp_path / "hopeless" / "train" / "checkpoints" / "step_000008").exists()
+    assert (tmp_path / "hopeless" / "train" / "checkpoints" / "step_4" / "COMMITTED").exists()
+    assert not (tmp_path / "hopeless" / "train" / "checkpoints" / "step_8").exists()
     assert lines(tmp_path, "hopeless")[-1]["grad_norm"] is None, "JSON has no NaN"

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cherry.batches import mtp_targets
 from cherry.loss import IGNORE_INDEX, cross_entropy_sum
-from cherry.trainer import mtp_targets
 
 TOKENS, WIDTH, VOCAB = 37, 16, 101
 # Weights of the main and the MTP loss: one head takes part in both.

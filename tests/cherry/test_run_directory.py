@@ -71,7 +71,7 @@ def test_what_resume_from_names_goes_on_otherwise_where_the_data_was_left(start,
     halves = [resumed.sampler.indices(position) for position in (32, 40)]
     expected = torch.tensor([resumed.dataset.sequence(int(index))[0][0] for half in halves for index in half])
     resumed.sampler = resumed.sampler.__class__(len(resumed.dataset), 0, 16)
-    read = torch.cat([tokens[:, 0] for tokens, _ in resumed._micro_batches(32)])
+    read = torch.cat([batch.tokens_BT[:, 0] for batch in resumed._micro_batches(32)])
     assert torch.equal(read, expected)
     start("run", *changed, "train.steps=8")  # from now on these are the run's values
 

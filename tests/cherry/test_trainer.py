@@ -69,7 +69,7 @@ def test_every_token_is_counted_once_and_the_bias_moves_once_a_step(make, recomp
     assert len(layers) == 2  # one in the stack, one in the MTP module
     per_layer = config.train.batch_size * config.data.sequence_length * config.model.num_experts_per_tok
     for tokens, targets, _ in trainer._micro_batches(0):
-        loss, mtp_loss, balance = trainer.network(tokens, targets)
+        loss, mtp_loss, balance = trainer.network.module(tokens, targets)
         (loss + mtp_loss + balance).backward()
     counts = [layer.tokens_per_expert_E.clone() for layer in layers]
     assert [c.sum().item() for c in counts] == [per_layer] * 2

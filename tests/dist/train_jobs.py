@@ -8,8 +8,11 @@ writes the size of the largest tensor that building the model made to largest-R.
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,9 +22,9 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model.transformer
 from base.config import dump, load
 from cherry.config import JobConfig
+from cherry.network import Network, build
 from cherry.trainer import Trainer
 
 
@@ -40,17 +43,21 @@ class Largest(TorchDispatchMode):
         return out
 
 
-class RecordingTrainer(Trainer):
-    """Writes down the largest tensor of building its model."""
+@contextmanager
+def recording(directory: Path) -> Iterator[None]:
+    """Writes down the largest tensor of building a model."""
 
-    def _build(self) -> Any:
-        model.transformer._INIT_CHUNK_ELEMENTS = 1  # a row at a time: this model's parameters are all below a chunk
+    def recorded(config: JobConfig, device: torch.device, say: Any = None) -> Network:
         with Largest() as largest:
-            built = super()._build()
-        held = max(parameter.to_local().numel() for parameter in built[0].parameters())
-        path = Path(self.run_directory) / f"largest-{self.rank}.json"
-        path.write_text(json.dumps({"made": largest.elements, "held": held}))
-        return built
+            network = build(config, device, say)
+        held = max(parameter.to_local().numel() for parameter in network.model.parameters())
+        found = {"made": largest.elements, "held": held}
+        (directory / f"largest-{dist.get_rank()}.json").write_text(json.dumps(found))
+        return network
+
+    # Of the initial values a row at a time: this model's parameters are all below a chunk.
+    with patch("model.transformer._INIT_CHUNK_ELEMENTS", 1), patch("cherry.trainer.build", recorded):
+        yield
 
 
 def main(folder: Path, rank: int) -> None:
@@ -65,9 +72,8 @@ def main(folder: Path, rank: int) -> None:
         config = load(job["config"], JobConfig, [*job["set"], f"launch.nproc_per_node={ranks}"])
         if rank == 0:
             Path(here, "config.yaml").write_text(dump(config))
-        chunk = model.transformer._INIT_CHUNK_ELEMENTS
-        trainer = (RecordingTrainer if job["largest"] else Trainer)(config, here, resume_from=job["resume_from"])
-        model.transformer._INIT_CHUNK_ELEMENTS = chunk
+        with recording(Path(here)) if job["largest"] else nullcontext():
+            trainer = Trainer(config, here, resume_from=job["resume_from"])
         if job["resume_from"] is not None:
             trainer._save()
         trainer.run()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cherry.batches import mtp_targets
 from cherry.loss import IGNORE_INDEX
-from cherry.trainer import TrainingModel
+from cherry.network import TrainingModel
 from model.documents import Documents
 
 BOS, EOS = 0, 1
