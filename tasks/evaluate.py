@@ -222,7 +222,7 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     headline = {
         "heldout_bits_per_byte": result["bits_per_byte"],
         "heldout_loss": result["heldout_loss"],
-        "documents": result["documents"],
+        "heldout_documents": result["documents"],
         "zlib_bits_per_byte": result["zlib_bits_per_byte"],
         "difference_from_baseline": against["difference"],
         "difference_from_baseline_low": against["low"],

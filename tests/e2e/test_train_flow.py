@@ -86,7 +86,7 @@ def test_plots_and_tables_are_artifacts(project, finished):
     assert names(children["quantize"], None) == {"quantization.json", "quantization.png"}
     assert "evaluation.json" in names(children["evaluate"], None)
     told = (project.runs / "first" / "events.jsonl").read_text()
-    compared = int(children["evaluate"].data.metrics["documents"])
+    compared = int(children["evaluate"].data.metrics["heldout_documents"])
     assert f"compared on {compared} documents, evaluate.documents asks for 200" in told
     for path in (project.runs / "mlartifacts").rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
