@@ -65,7 +65,8 @@ def test_bf16_moments_resume_bit_for_bit_and_two_ranks_go_back_and_give_up_toget
 
     options = ["train.max_skipped_steps=2", "train.max_rollbacks=1"]
     flags = [part for option in options for part in ("--set", option)]
-    ended = again.run("--learning_rate=1e30", "--steps=24", *flags, *bf16, ranks=2)
+    named = f"--resume_from={again.checkpoint(12)}"  # another rate goes on only from a checkpoint that is named
+    ended = again.run(named, "--learning_rate=1e30", "--steps=24", *flags, *bf16, ranks=2)
     assert ended.returncode == 16, ended.stdout + ended.stderr
     assert "step_12: 3 batches passed over, rollback 1" in ended.stdout
     assert "after 1 rollbacks" in ended.stderr
