@@ -147,7 +147,7 @@ def _train(options: argparse.Namespace, rank: int) -> None:
         seconds = config.communication.timeout_s
         timeout = None if seconds is None else timedelta(seconds=seconds)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-        resume_from = _prepare(config, run_directory, options)
+        config, resume_from = _prepare(config, run_directory, options)
         from cherry.trainer import Trainer
 
         Trainer(config, run_directory, resume_from=resume_from).run()
@@ -177,8 +177,9 @@ def _side_of(error: RuntimeError) -> Exception:
     return error
 
 
-def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
-    """Rank 0 sees to it that the run can go on; the checkpoint that was asked for, if any was, as every rank hears.
+def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
+    """Rank 0 sees to it that the run can go on; as every rank hears: the config to train by, and the checkpoint that
+    was asked for, if any was.
 
     Raises:
         ConfigError: what is in the run directory was made by another configuration (see cherry/run_directory.py).
@@ -186,7 +187,7 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
     """
     import torch.distributed as dist
 
-    outcome: list[str | CherryError | None] = [None]
+    outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             outcome = [_accept(config, run_directory, options)]
@@ -195,10 +196,11 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], CherryError):
         raise outcome[0]
-    return outcome[0]
+    accepted: tuple[JobConfig, str | None] = outcome[0]
+    return accepted
 
 
-def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> str | None:
+def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
     """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
     from cherry.checkpoint import check_model, newest_checkpoint
     from cherry.data import prepare
@@ -223,10 +225,24 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
     if found := named or newest_checkpoint(checkpoints):
         record = storage.read_commit(found)
         check_model(found, record, model.model_dump(mode="json"))
+        config = _with_steps(config, record, options)
         for change in check_resume(config, manifest, found, record, named=named is not None):
             print(f"goes on from {found} with another {change}", flush=True)
     write_config(config, run_directory, options.config)
-    return named
+    return config, named
+
+
+def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Namespace) -> JobConfig:
+    """The config of a resume that was asked for without a word on steps: to the end of the run that the checkpoint is
+    of, or as many steps more as a new run takes where it was the end.
+    """
+    given = options.steps is not None or any(change.startswith("train.steps=") for change in options.set)
+    if options.resume_from is None or options.config is not None or given:
+        return config
+    done, planned = int(record["step"]), int(record.get("steps", 0))
+    steps = planned if planned > done else done + config.train.steps
+    print(f"trains from step {done} to {steps}; --steps says otherwise", flush=True)
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
 def _log_to_file(run_directory: str, rank: int) -> None:

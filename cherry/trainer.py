@@ -312,6 +312,7 @@ class Trainer:
     def _save(self) -> None:
         record = {
             **asdict(self.progress),
+            "steps": self.config.train.steps,
             "guard": self.guard.state(),
             "world_size": self.ranks,
             **identity(self.config, self.dataset.manifest),
