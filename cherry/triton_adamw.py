@@ -87,6 +87,7 @@ def adamw_(
     """
     if not param.numel():
         return
+    assert all(tensor.is_contiguous() for tensor in (param, grad, mean, square))
     beta1, beta2 = betas
     _adamw[(triton.cdiv(param.numel(), _STEP_BLOCK),)](
         param, grad, mean, square, param if copy is None else copy, clip, step, param.numel(), rate, decay,

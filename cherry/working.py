@@ -38,7 +38,7 @@ class WorkingCopies:
         self.of: Mapping[nn.Parameter, nn.Parameter] = dict(zip(parameters, copies, strict=True))
         """The copy of each fp32 parameter."""
         if micro_batches > 1:
-            for copy in copies:
+            for copy in filter(lambda copy: copy.requires_grad, copies):
                 copy.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
 
     def _add(self, copy: Tensor) -> None:
