@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from base import storage
-from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, SupersededError, storage_errors
+from base.errors import CheckpointError, CherryError, SupersededError
 from cherry.fence import Fence
-from cherry.integrity import digest_own, verify
+from cherry.integrity import as_storage_error, digest_own, verify
 from cherry.staging import Staging
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class Checkpointer:
         try:
             state = self._staging.copy(snapshot)
         except Exception as failure:  # no memory for the buffers
-            error = _as_storage_error(failure, target)
+            error = as_storage_error(failure, target)
         del snapshot
         failed, _ = self._agree(error, files)
         failed = failed or self._clear(target)
@@ -206,10 +206,9 @@ class Checkpointer:
                 with _lone(self._group) as lone:
                     writer = self._writer(target)
                     save_state(state, storage_writer=writer, process_group=self._group, no_dist=lone)
-                files = digest_own(target, rank)
             except (Exception, CheckpointException) as failure:
-                error = _as_storage_error(failure, target)
-            failed, files = self._agree(error, files)
+                error = as_storage_error(failure, target)
+            failed, files = self._digest(target, error)
         verdict: list[CherryError | None] = [failed]
         if rank == 0:
             try:
@@ -218,8 +217,8 @@ class Checkpointer:
                     self._commit(step, record, files)
                 else:
                     storage.remove_tree(target)
-            except CherryError as failure:
-                verdict = [failure]
+            except Exception as failure:  # whatever it is, the other ranks wait to hear of it
+                verdict = [as_storage_error(failure, target)]
         dist.broadcast_object_list(verdict, group=self._group, group_src=0)
         if verdict[0] is not None:
             raise verdict[0]
@@ -233,6 +232,23 @@ class Checkpointer:
         dist.all_gather_object(outcomes, (error, files), group=self._group)
         failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
         return failed, {name: digest for outcome in outcomes for name, digest in outcome[1].items()}
+
+    def _digest(self, target: str, error: CherryError | None) -> tuple[CherryError | None, dict[str, list[Any]]]:
+        """What any rank failed with; else the files of all of them. Rank 0 lists them: a store is not asked by all."""
+        names: list[Any] = [[]]
+        files: dict[str, list[Any]] = {}
+        try:
+            if dist.get_rank(self._group) == 0 and error is None:
+                names = [storage.list_names(target)]
+        except CherryError as failure:
+            error = failure
+        dist.broadcast_object_list(names, group=self._group, group_src=0)
+        try:
+            if error is None:
+                files = digest_own(target, names[0], dist.get_rank(self._group))
+        except CherryError as failure:
+            error = failure
+        return self._agree(error, files)
 
     def _writer(self, target: str) -> FileSystemWriter:
         if storage.is_local(target):
@@ -250,8 +266,8 @@ class Checkpointer:
                 self._check_fence()  # a newer attempt may have committed this very step
                 storage.remove_tree(target)
                 storage.make_directory(target)
-            except CherryError as failure:
-                verdict = [failure]
+            except Exception as failure:  # as above
+                verdict = [as_storage_error(failure, target)]
         dist.broadcast_object_list(verdict, group=self._group, group_src=0)
         return verdict[0]
 
@@ -264,6 +280,7 @@ class Checkpointer:
         storage.write_json(storage.join(target, "state.json"), record)
         storage.commit(target, {**record, "files": files})
         try:
+            self._check_fence()  # what a newer attempt goes on from is not this one's to remove
             for outdated in self._outdated(step):
                 storage.remove_tree(storage.join(self.directory, step_name(outdated)))
         except CherryError as error:
@@ -389,22 +406,3 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, random: dict[str,
     # Also makes the optimizer's states exist, with zeros, when no step was taken yet.
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state, "random": random}
-
-
-def _as_storage_error(failure: BaseException, target: str) -> CherryError:
-    if isinstance(failure, CherryError):
-        return failure
-    causes = list(getattr(failure, "failures", {}).values())  # a CheckpointException: (error, traceback) by rank
-    errors = [cause[0] for cause in causes] or [failure]
-    for error in errors:
-        if isinstance(error, OSError):
-            try:
-                with storage_errors(target):
-                    raise error
-            except CherryError as known:
-                return known
-    # torch reports a full disk in its own zip writer's words
-    text = str(errors[0]).strip()
-    if "No space left" in text or "PytorchStreamWriter failed" in text or "enforce fail at inline_container" in text:
-        return DiskFullError(f"no space left while writing {target}: {text.splitlines()[0]}. Free some and run again.")
-    return StorageError(f"could not write {target}: {text}")

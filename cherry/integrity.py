@@ -1,4 +1,4 @@
-"""Owns the sizes and digests of a checkpoint's files: taken after writing, compared before reading.
+"""Owns the sizes and digests of a checkpoint's files, and what a failure to write them means.
 
 It knows nothing of what the files hold.
 """
@@ -6,17 +6,23 @@ It knows nothing of what the files hold.
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from base import storage
-from base.errors import CheckpointError, CherryError
+from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, storage_errors
+
+# A zip writer that fails with this much left, or less, failed for want of room.
+_FULL_BYTES = 64 << 20
 
 
-def digest_own(target: str, rank: int) -> dict[str, list[Any]]:
-    """Size and SHA-256 of the files that this rank wrote, by name; rank 0's include the metadata."""
-    own = [name for name in storage.list_names(target) if name.startswith(f"__{rank}_")]
+def digest_own(target: str, names: Sequence[str], rank: int) -> dict[str, list[Any]]:
+    """Size and SHA-256 of the files that this rank wrote, of all those `names`; rank 0's include the metadata."""
+    own = [name for name in names if name.startswith(f"__{rank}_")]
     return {name: _digest(storage.join(target, name)) for name in own + ([".metadata"] if rank == 0 else [])}
 
 
@@ -62,3 +68,33 @@ def verify(uri: str, record: dict[str, Any], group: dist.ProcessGroup | None = N
             + "\n".join(f"  {line}" for line in everything)
             + "\nRemove this step's directory to resume from the one before it."
         )
+
+
+def as_storage_error(failure: BaseException, target: str) -> CherryError:
+    """The error of this family that says what kept a checkpoint from being written to `target`."""
+    if isinstance(failure, CherryError):
+        return failure
+    causes = list(getattr(failure, "failures", {}).values())  # a CheckpointException: (error, traceback) by rank
+    errors = [cause[0] for cause in causes] or [failure]
+    for error in errors:
+        if isinstance(error, OSError):
+            try:
+                with storage_errors(target):
+                    raise error
+            except CherryError as known:
+                return known
+    # torch reports a full disk in its own zip writer's words
+    text = str(errors[0]).strip()
+    from_writer = "PytorchStreamWriter failed" in text or "enforce fail at inline_container" in text
+    if "No space left" in text or (from_writer and _is_full(target)):
+        return DiskFullError(f"no space left while writing {target}: {text.splitlines()[0]}. Free some and run again.")
+    return StorageError(f"could not write {target}: {text}")
+
+
+def _is_full(target: str) -> bool:
+    """Whether a local disk has so little left that its writer failed for that; the words alone do not say why."""
+    if not storage.is_local(target):
+        return False
+    folder = Path(storage.local_path(target))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free < _FULL_BYTES
