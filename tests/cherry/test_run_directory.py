@@ -26,8 +26,9 @@ def start(mini, prepared_data, tmp_path, group):
             directory.mkdir()
             shutil.copytree(prepared_data, directory / "data")
         config = mini("train.steps=4", "train.heldout_sequences=2", *overrides)
-        options = Namespace(resume_from=resume_from, config=None)
-        trainer = Trainer(config, str(directory), resume_from=_prepare(config, str(directory), options))
+        options = Namespace(resume_from=resume_from, config=None, steps=config.train.steps, set=[])
+        config, named = _prepare(config, str(directory), options)
+        trainer = Trainer(config, str(directory), resume_from=named)
         trainer.run()
         return trainer
 
