@@ -22,6 +22,18 @@ def test_every_deployment_is_there_with_one_run_at_a_time(project):
     assert all(not found[name]["schedules"] for name in written - {"retrain-weekly"})
 
 
+def test_the_schedule_makes_runs(project):
+    def scheduled():
+        asked = {
+            "flows": {"name": {"any_": ["retrain-flow"]}},
+            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+        }
+        return project.api("flow_runs/filter", asked)
+
+    runs = project.wait_for(scheduled, "runs of the weekly retraining")
+    assert all(run["auto_scheduled"] for run in runs)
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
@@ -32,11 +44,12 @@ def test_every_deployment_is_there_with_one_run_at_a_time(project):
     ],
 )
 def test_a_wrong_parameter_is_refused_before_a_run_exists(project, parameters, named):
-    before = project.api("flow_runs/count", {})
+    runs_of_it = {"flows": {"name": {"any_": ["train-flow"]}}}
+    before = project.api("flow_runs/count", runs_of_it)
     ended = project.deployment_run("train-flow/train-tiny", **parameters)
     assert ended.returncode != 0
     assert named in ended.stdout + ended.stderr
-    assert project.api("flow_runs/count", {}) == before
+    assert project.api("flow_runs/count", runs_of_it) == before
 
 
 def test_a_deployment_runs_to_the_end(project, finished):
