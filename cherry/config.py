@@ -179,8 +179,6 @@ class CommunicationConfig(Section):
     """On the shard axis. Sums, and micro-batches' accumulation, are fp32 either way."""
     replicate: Literal["fp32", "bf16", "int8", "fp8"] = "fp32"
     """On the replicate axis; int8 and fp8 have a scale per 256 values, and send each step's rounding error later."""
-    prefetch: NonNegativeInt = 1
-    """Blocks whose parameters are gathered ahead of the one that computes."""
     overlap: bool = True
     """`false` lets nothing run beside a collective: slower, to see what communication costs."""
     buffer_size: PositiveInt | Annotated[str, Field(pattern=r"^[1-9][0-9]*(KiB|MiB|GiB)$")] | None = None
