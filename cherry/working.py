@@ -3,8 +3,8 @@
 It knows nothing of optimizers. FSDP2 makes its copies of the fp32 parameters anew in every forward and backward pass,
 and widens and copies every gradient; with one rank all of that is traffic for nothing (42 bytes a parameter and step by
 torch 2.13's source: 10 for each of two copies, 22 for a gradient). Here the copies are kept, gradients stay on them in
-their own type, and the optimizer writes parameter and copy in one pass. The values are the same: nothing is summed before
-the optimizer.
+their own type, and the optimizer writes parameter and copy in one pass. The values are the same: nothing is summed
+before the optimizer.
 """
 
 from __future__ import annotations
