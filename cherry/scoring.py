@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from base import storage
 from base.config import load
 from base.errors import ArgumentParser, ConfigError, run_program
 from cherry.config import JobConfig
-from cherry.data import load_heldout, zlib_bits_per_byte
+from cherry.data import iterate_heldout, zlib_bits_per_byte
 from cherry.heldout import model_score, score_documents
 from model.transformer import DeepseekV3
 from model.weights import load_pretrained
@@ -43,7 +44,8 @@ def load_model(model_path: str | None, config_path: str | None) -> DeepseekV3:
 def score(model: DeepseekV3, data_directory: str, *, documents: int, max_tokens: int, window: int) -> dict[str, Any]:
     """Per-document scores and totals: nats per token, bits per byte, and zlib's bits per byte on the same bytes."""
     started = time.perf_counter()
-    heldout = [d for d in load_heldout(data_directory, documents, max_tokens) if any(d.loss_mask)]
+    bearing = (document for document in iterate_heldout(data_directory, max_tokens) if any(document.loss_mask))
+    heldout = list(islice(bearing, documents))
     device = next(model.parameters()).device
     scores = score_documents(
         model_score(model, device), heldout, window, lambda part: print(f"scored {100 * part:.0f}%", flush=True)

@@ -204,8 +204,8 @@ def shortfall(compared: int, wanted: int) -> str | None:
     if compared >= wanted:
         return None
     return (
-        f"compared on {compared} documents, evaluate.documents asks for {wanted}: no more are held out, or the others "
-        "have no text that counts. data.heldout_fraction holds out more"
+        f"compared on {compared} documents, evaluate.documents asks for {wanted}: no more with text that counts are "
+        "held out. data.heldout_fraction holds out more"
     )
 
 
