@@ -13,6 +13,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,8 +42,8 @@ SIZES = {
 }
 
 
-def build_cherry(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int) -> Step:
-    """What the trainer builds and does, without its data and its reports."""
+def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int) -> JobConfig:
+    """The job that the trainer would be given."""
     train = {
         "precision": "bf16" if device.type == "cuda" else "fp32",
         "compile": compiled,
@@ -51,9 +53,14 @@ def build_cherry(config: ModelConfig, device: torch.device, *, compiled: bool, c
         "beta2": BETAS[1],
         "weight_decay": DECAY,
     }
-    job = JobConfig.model_validate(
+    return JobConfig.model_validate(
         {"name": "bench", "model": config.model_dump(), "train": train, "data": {"tokenizer": "none"}}
     )
+
+
+def build_cherry(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int) -> Step:
+    """What the trainer builds and does, without its data and its reports."""
+    job = job_of(config, device, compiled=compiled, chunk=chunk)
     network = build(job, device)
     network.start()
     set_learning_rate(network.optimizer, RATE)
@@ -62,8 +69,12 @@ def build_cherry(config: ModelConfig, device: torch.device, *, compiled: bool, c
         loss, _, balance = network.module(tokens, targets)
         mean = loss / tokens.numel()
         (mean + job.train.balance_loss_weight * balance).backward()
+        norm = network.gradient_norm()
+        # The trainer judges loss and norm before it takes a step: that wait belongs into the time.
+        figures = torch.stack([mean.detach(), norm.to(mean.device)]).tolist()
+        assert all(map(math.isfinite, figures))
         update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
-        network.step(network.gradient_norm(), CLIP)
+        network.step(norm, CLIP)
         network.clear()
         return mean.detach()
 
@@ -127,18 +138,33 @@ def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | N
 def _run(
     step: Step, config: ModelConfig, steps: int, batch: int, length: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
+    """Seconds from the end of a step to the end of the next, by the device's clock, and the losses.
+
+    No step waits for the one before to end: what an implementation itself waits for is in its time, nothing else.
+    """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (steps, batch, length + 1), generator=generator)
-    seconds, losses = [], []
+    tokens = torch.randint(config.vocab_size, (steps, batch, length + 1), generator=generator).to(device)
+    ends, losses = [_now(device)], []
     for batch_tokens in tokens:
-        batch_tokens = batch_tokens.to(device)
-        started = time.perf_counter()
-        loss = step(batch_tokens[:, :-1].contiguous(), batch_tokens[:, 1:].contiguous())
-        losses.append(loss.item())  # waits for the device, as a trainer does that reads the loss
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds, losses
+        losses.append(step(batch_tokens[:, :-1].contiguous(), batch_tokens[:, 1:].contiguous()))
+        ends.append(_now(device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return [_between(*pair) for pair in pairwise(ends)], [loss.item() for loss in losses]
+
+
+def _now(device: torch.device) -> torch.cuda.Event | float:
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, float):
+        return end - start
+    return start.elapsed_time(end) / 1000
 
 
 def main() -> None:

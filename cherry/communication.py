@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from cherry.checkpoint import read_state, reader_of
 from cherry.compression import CODECS, Codec, all_reduce, reduce_scatter_bf16
 from cherry.config import CommunicationConfig
+from cherry.dispatch import ExpertDispatch
+from model.experts import Experts
 
 
 class Traffic:
@@ -141,6 +144,9 @@ def install(network: nn.Module, config: CommunicationConfig) -> Communication:
         network: the root that was sharded, of FSDPModules; where nothing is sharded, nothing is hooked.
     """
     communication = Communication(network, config)
+    for part in network.modules():
+        if isinstance(part, Experts) and isinstance(part.spread, ExpertDispatch):
+            part.spread.count = partial(communication.traffic.add, "expert", "all_to_all")
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for module, group in _param_groups(network):
         module.set_custom_all_gather(_AllGather(communication))

@@ -13,6 +13,7 @@ L = E / S experts of this rank, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class ExpertDispatch:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._ranks = dist.get_world_size(group)
+        self.count: Callable[[int], None] | None = None
+        """Told of the bytes of rows that each exchange sends to other ranks, forward and backward."""
 
     # One graph break: how many rows go where is data.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -54,13 +57,28 @@ class ExpertDispatch:
             counts_E: rows of each expert, int64.
         """
         plan = self._plan(counts_E)
-        rows_QD, weight_Q = _exchange(self._group, plan.sent, plan.received, rows_RD, weight_R)
+        rows_QD, weight_Q = self._exchange(plan.sent, plan.received, rows_RD, weight_R)
         rows_QD = _Permute.apply(rows_QD, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
         weight_Q = _Permute.apply(weight_Q, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
         out_QD = _run_some(run, rows_QD, weight_Q, plan.counts_L)
         out_QD = _Permute.apply(out_QD, plan.inverse_Q, plan.order_Q)  # type: ignore[no-untyped-call]
-        (out_RD,) = _exchange(self._group, plan.received, plan.sent, out_QD)
+        (out_RD,) = self._exchange(plan.received, plan.sent, out_QD)
         return out_RD
+
+    def _exchange(self, sent: list[int], received: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Row blocks of each tensor: `sent[s]` of them to rank s, `received[s]` from it; differentiable."""
+        exchanged: tuple[Tensor, ...] = _AllToAll.apply(self, sent, received, *tensors)  # type: ignore[no-untyped-call]
+        return exchanged
+
+    def all_to_all(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """The same of one tensor, without a gradient."""
+        out = tensor.new_empty(sum(received), *tensor.shape[1:])
+        tensor = tensor.contiguous()
+        dist.all_to_all_single(out, tensor, received, sent, group=self._group)
+        if self.count is not None:
+            away = sum(sent) - sent[dist.get_rank(self._group)]
+            self.count(away * tensor[:1].nbytes if away else 0)
+        return out
 
     def _plan(self, counts_E: Tensor) -> _Plan:
         sent_SL = counts_E.view(self._ranks, -1)
@@ -105,24 +123,12 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: dist.ProcessGroup, sent: list[int], received: list[int], *tensors: Tensor
+        ctx: Any, dispatch: ExpertDispatch, sent: list[int], received: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.sent, ctx.received = group, sent, received
-        return tuple(_all_to_all(tensor, sent, received, group) for tensor in tensors)
+        ctx.dispatch, ctx.sent, ctx.received = dispatch, sent, received
+        return tuple(dispatch.all_to_all(tensor, sent, received) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        back = (_all_to_all(grad, ctx.received, ctx.sent, ctx.group) for grad in grads)
+        back = (ctx.dispatch.all_to_all(grad, ctx.received, ctx.sent) for grad in grads)
         return None, None, None, *back
-
-
-def _exchange(group: dist.ProcessGroup, sent: list[int], received: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Row blocks of each tensor: `sent[s]` of them to rank s, `received[s]` from it; differentiable."""
-    exchanged: tuple[Tensor, ...] = _AllToAll.apply(group, sent, received, *tensors)  # type: ignore[no-untyped-call]
-    return exchanged
-
-
-def _all_to_all(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = tensor.new_empty(sum(received), *tensor.shape[1:])
-    dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group)
-    return out

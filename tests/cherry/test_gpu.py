@@ -14,7 +14,7 @@ pytestmark = [
 CONFIG = """\
 name: gpu
 model: {preset: tiny, vocab_size: 600}
-data: {sequence_length: 32, heldout_fraction: 0.2}
+data: {source: "SOURCE", sequence_length: 32, heldout_fraction: 0.2}
 train: {steps: 24, batch_size: 8, warmup_steps: 4, learning_rate: 1.0e-3}
 checkpoint: {every_steps: 8, keep_last: 3}
 """
@@ -24,10 +24,10 @@ FP32_TOLERANCE = 1e-5
 
 
 @pytest.fixture
-def run(make_job, tmp_path):
+def run(make_job, prepared_data, tmp_path):
     """Runs a job by name with train.py's flags."""
     path = tmp_path / "gpu.yaml"
-    path.write_text(CONFIG)
+    path.write_text(CONFIG.replace("SOURCE", str(prepared_data.parent)))
 
     def start(name, *flags, before=None):
         job = make_job(name)

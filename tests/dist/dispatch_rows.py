@@ -41,18 +41,28 @@ def main(store: str, rank: int, ranks: int) -> None:
         nn.init.normal_(parameter, std=0.3)
         setattr(own, name, nn.Parameter(parameter.detach()[mine].clone()))
     own.spread = ExpertDispatch(dist.group.WORLD)
+    sent: list[int] = []
+    own.spread.count = sent.append
     for case in ("any", "the last rank's alone", "one busy, one without any", "one rank has few tokens"):
         experts_NK = chosen(case, rank, experts)
         generator = torch.Generator().manual_seed(100 + rank)
         x_ND = torch.randn(len(experts_NK), WIDTH, generator=generator)
         weight_NK = torch.rand(experts_NK.shape, generator=generator)
         plan = plan_dispatch(experts_NK, experts_NK.flatten().bincount(minlength=experts))
+        everywhere_E = plan.counts_E.clone()
+        dist.all_reduce(everywhere_E)
+        own_rows = int(plan.counts_E[mine].sum())
+        away, came = int(plan.counts_E.sum()) - own_rows, int(everywhere_E[mine].sum()) - own_rows
         found = {}
         for name, module, recompute in (("whole", whole, False), ("own", own, False), ("again", own, True)):
             module.zero_grad()
+            sent.clear()
             inputs = x_ND.clone().requires_grad_(), weight_NK.clone().requires_grad_()
             out_ND = checkpoint(module, *inputs, plan, use_reentrant=False) if recompute else module(*inputs, plan)
             (out_ND.square().sum() + out_ND.sum()).backward()
+            if name == "own":
+                # Rows and their weights one way and results the other, then the gradients of both.
+                assert sum(sent) == (away + came) * 4 * (2 * WIDTH + 1), case
             found[name] = [out_ND.detach(), *(given.grad for given in inputs), module.w13_EFD.grad, module.w2_EDF.grad]
         for gradient in found["whole"][3:]:
             dist.all_reduce(gradient)  # a spread expert sees the rows of all ranks

@@ -1,0 +1,146 @@
+"""Measures how far the fast path's loss strays from that of the same model in plain torch.
+
+    python -m benchmarks.loss_curves [--size tiny|3b] [--steps N] [--output FILE]
+
+`cherry` is what the trainer runs. `reference` has the same first weights, data, precision and schedule, but every part
+in torch's own words: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the mean of a
+token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. The text is
+drawn from a fixed random chain over at most 4,096 tokens, so that there is something to learn. Prints one JSON row: the
+curves, and the largest relative difference from the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step
+from benchmarks.train_step import SIZES, build_cherry, job_of
+from cherry.network import build
+from cherry.optimizer import update_expert_bias
+from model.config import ModelConfig
+
+CHAIN_TOKENS, CHAIN_CHOICES = 4096, 4
+
+
+def build_reference(config: ModelConfig, device: torch.device) -> Step:
+    """The same job without any kernel of ours."""
+    job = job_of(config, device, compiled=False, chunk=1)
+    network = build(job, device)
+    weights = list(network.model.parameters())
+    groups = [
+        {"params": [w for w in weights if w.dim() > 1], "weight_decay": DECAY},
+        {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS)
+
+    def cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden_BTD, weight_VD).flatten(0, 1).float(), targets_BT.flatten()) * (
+            targets_BT.numel()
+        )
+
+    def sum_choices(rows_RD: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
+        return rows_RD.index_select(0, inverse_R).view(tokens, -1, rows_RD.shape[-1]).float().sum(1).to(rows_RD.dtype)
+
+    training = next(module for module in network.module.modules() if hasattr(module, "loss_chunk_tokens"))
+    training._sum = cross_entropy
+
+    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        plain = patch("model.experts.can_group", lambda *_: False), patch("model.experts._sum_choices", sum_choices)
+        with plain[0], plain[1]:
+            loss, _, balance = network.module(tokens, targets)
+            mean = loss / tokens.numel()
+            (mean + job.train.balance_loss_weight * balance).backward()
+        update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return mean.detach()
+
+    return step
+
+
+def chain(vocab: int, steps: int, batch: int, length: int, device: torch.device) -> Tensor:
+    """Token ids [steps, batch, length + 1]: each token is followed by one of four, the same four everywhere."""
+    generator, count = torch.Generator().manual_seed(0), min(vocab, CHAIN_TOKENS)
+    followers = torch.randint(count, (count, CHAIN_CHOICES), generator=generator)
+    choice = torch.randint(CHAIN_CHOICES, (length + 1, steps * batch), generator=generator)
+    columns = [torch.randint(count, (steps * batch,), generator=generator)]
+    for drawn in choice[1:]:
+        columns.append(followers[columns[-1], drawn])
+    return torch.stack(columns, dim=1).view(steps, batch, length + 1).to(device)
+
+
+def curve(make: Callable[[ModelConfig, torch.device], Step], config: ModelConfig, tokens: Tensor) -> list[float]:
+    """The loss of every step, in nats."""
+    torch.manual_seed(0)
+    step = make(config, tokens.device)
+    losses = [step(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens]
+    result = [float(loss) for loss in losses]
+    del step
+    gc.collect()
+    torch._dynamo.reset()
+    if tokens.is_cuda:
+        torch.cuda.empty_cache()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--size", choices=SIZES, default="3b" if cuda else "tiny")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=2048 if cuda else 128)
+    parser.add_argument("--output", help="append the row to this file of JSON lines too")
+    options = parser.parse_args()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda" if cuda else "cpu")
+    config = ModelConfig.model_validate(SIZES[options.size][0])
+    tokens = chain(config.vocab_size, options.steps, options.batch, options.length, device)
+    chunk = options.batch * options.length
+    made: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
+        "reference": build_reference,
+        "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk),
+    }
+    curves = {name: curve(make, config, tokens) for name, make in made.items()}
+    expected = curves.pop("reference")
+    row = {
+        "size": options.size,
+        "precision": "bf16" if cuda else "fp32",
+        "gpu": torch.cuda.get_device_name() if cuda else f"none: CPU, {os.cpu_count()} cores",
+        "steps": options.steps,
+        "batch": options.batch,
+        "length": options.length,
+        "largest_relative_difference": {
+            name: max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) for name, losses in curves.items()
+        },
+        "loss": {"reference": _rounded(expected), **{name: _rounded(losses) for name, losses in curves.items()}},
+        "date": date.today().isoformat(),
+        "versions": {"torch": torch.__version__},
+        "command": f"python -m benchmarks.loss_curves --size {options.size} --steps {options.steps}",
+    }
+    print(json.dumps(row), flush=True)
+    if options.output:
+        with Path(options.output).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    dist.destroy_process_group()
+
+
+def _rounded(losses: list[float]) -> list[float]:
+    return [round(loss, 5) for loss in losses]
+
+
+if __name__ == "__main__":
+    main()
