@@ -24,8 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Text to a served, A/B-tested release, on a laptop
 	$(BIN)/cherry demo
 
+# Groups of tests (tests/conftest.py) on two processes, the long ones first, which xdist would order by their number.
 test: $(STAMP) ## The whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 fast: $(STAMP) ## The tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -18,6 +18,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 _S3_KEY, _S3_SECRET = "test", "testtest"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: the threads of several processes would wait for each other's cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests share a process when several run them, and let the long groups start first.
+
+    The tests of a file share its fixtures; all of e2e/ share a Prefect server and finished runs.
+    """
+    files: dict[Path, bool] = {}
+    for item in items:
+        group = "e2e" if item.path.parent.name == "e2e" else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(group))
+        files[item.path] = files.get(item.path, False) or item.get_closest_marker("slow") is not None
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (item.path.parent.name != "e2e", not files[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -37,23 +37,30 @@ entry.main([])
 """
 
 
-@pytest.fixture
-def weights(mini, tmp_path, prepared_data):
-    """A released model: its folder, and the tensors that it holds."""
-    config = mini().model
+def release(config, folder, prepared_data):
+    """Save a model as it is released; the tensors that it holds."""
     model = DeepseekV3(config)
     model.init_weights(7)
     tensors = dict(pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, config))
-    folder = tmp_path / "released"
     tokenizer = str(prepared_data / "tokenizer.json")
     save_pretrained(tensors.items(), str(folder), config, dtype=torch.float32, tokenizer_uri=tokenizer)
-    return folder, {name: value.clone() for name, value in tensors.items()}
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+@pytest.fixture
+def weights(mini, tmp_path, prepared_data):
+    """A released model: its folder, and the tensors that it holds."""
+    folder = tmp_path / "released"
+    return folder, release(mini().model, folder, prepared_data)
 
 
 @pytest.mark.slow
-def test_the_command_line_as_written(weights, prepared_data, tmp_path):
-    folder, _ = weights
-    run = tmp_path / "run"
+def test_the_command_line_as_written(mini, prepared_data, tmp_path):
+    folder, run = tmp_path / "released", tmp_path / "run"
+    # A thousand steps of the smallest model.
+    few = ("model.num_hidden_layers=1", "model.first_k_dense_replace=0", "model.num_nextn_predict_layers=0")
+    experts = ("model.n_routed_experts=2", "model.n_group=1", "model.topk_group=1", "model.num_experts_per_tok=1")
+    release(mini(*few, *experts).model, folder, prepared_data)
 
     def launch(*flags, ranks):
         command = [
