@@ -26,7 +26,7 @@ demo: $(STAMP) ## Text to a served, A/B-tested release, on a laptop
 
 # Groups of tests (tests/conftest.py) on two processes, the long ones first, which xdist would order by their number.
 test: $(STAMP) ## The whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 fast: $(STAMP) ## The tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -23,19 +23,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests share a process when several run them, and let the long groups start first.
-
-    The tests of a file share its fixtures; all of e2e/ share a Prefect server and finished runs.
-    """
-    files: dict[Path, bool] = {}
+    """Let the long groups start first, where several processes share the tests."""
+    slow: dict[Path, bool] = {}
     for item in items:
-        group = "e2e" if item.path.parent.name == "e2e" else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
-        files[item.path] = files.get(item.path, False) or item.get_closest_marker("slow") is not None
+        slow[item.path] = slow.get(item.path, False) or item.get_closest_marker("slow") is not None
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: (item.path.parent.name != "e2e", not files[item.path]))
+        items.sort(key=lambda item: (item.path.parent.name != "e2e", not slow[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Say which tests share a process: those of a file, for its fixtures; all of e2e/, for its server and its runs.
+
+    Marks of the group would do, but with pytest 9.2 xdist 3.8 does not see them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return "e2e" if path.startswith("tests/e2e/") else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
