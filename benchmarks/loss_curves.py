@@ -4,9 +4,10 @@
 
 `cherry` is what the trainer runs. `reference` has the same first weights, data, precision and schedule, but every part
 in torch's own words: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the mean of a
-token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. The text is
-drawn from a fixed random chain over at most 4,096 tokens, so that there is something to learn. Prints one JSON row: the
-curves, and the largest relative difference from the reference.
+token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. On a GPU
+`reference-compiled` is the reference with its blocks compiled: what another order of rounding alone does to the curve.
+The rate warms up over all steps. The text is drawn from a fixed random chain over at most 4,096 tokens, so that there
+is something to learn. Prints one JSON row: the curves, and each one's largest relative difference from the reference.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step
-from benchmarks.train_step import SIZES, build_cherry, job_of
+from benchmarks.train_step import SIZES, build_cherry, job_of, warm_rates
 from cherry.network import build
-from cherry.optimizer import update_expert_bias
+from cherry.optimizer import set_learning_rate, update_expert_bias
 from model.config import ModelConfig
 
 CHAIN_TOKENS, CHAIN_CHOICES = 4096, 4
 
 
-def build_reference(config: ModelConfig, device: torch.device) -> Step:
+def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool, warmup_steps: int) -> Step:
     """The same job without any kernel of ours."""
-    job = job_of(config, device, compiled=False, chunk=1)
+    job = job_of(config, device, compiled=compiled, chunk=1)
     network = build(job, device)
     weights = list(network.model.parameters())
     groups = [
@@ -56,7 +57,10 @@ def build_reference(config: ModelConfig, device: torch.device) -> Step:
     training = next(module for module in network.module.modules() if hasattr(module, "loss_chunk_tokens"))
     training._sum = cross_entropy
 
+    rates = warm_rates(warmup_steps)
+
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        set_learning_rate(optimizer, next(rates))
         plain = patch("model.experts.can_group", lambda *_: False), patch("model.experts._sum_choices", sum_choices)
         with plain[0], plain[1]:
             loss, _, balance = network.module(tokens, targets)
@@ -101,8 +105,8 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--size", choices=SIZES, default="3b" if cuda else "tiny")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=2048 if cuda else 128)
+    parser.add_argument("--batch", type=int, default=4 if cuda else 2)
+    parser.add_argument("--length", type=int, default=4096 if cuda else 128)
     parser.add_argument("--output", help="append the row to this file of JSON lines too")
     options = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -110,10 +114,13 @@ def main() -> None:
     config = ModelConfig.model_validate(SIZES[options.size][0])
     tokens = chain(config.vocab_size, options.steps, options.batch, options.length, device)
     chunk = options.batch * options.length
+    steps = options.steps
     made: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
-        "reference": build_reference,
-        "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk),
+        "reference": lambda c, d: build_reference(c, d, compiled=False, warmup_steps=steps),
+        "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk, warmup_steps=steps),
     }
+    if cuda:
+        made["reference-compiled"] = lambda c, d: build_reference(c, d, compiled=True, warmup_steps=steps)
     curves = {name: curve(make, config, tokens) for name, make in made.items()}
     expected = curves.pop("reference")
     row = {

@@ -11,10 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import ModelConfig
 
 Step = Callable[[Tensor, Tensor], Tensor]
+_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 RATE, BETAS, DECAY, CLIP = 2.2e-4, (0.9, 0.95), 0.1, 1.0
 
 
@@ -36,7 +43,13 @@ def build_transformers(config: ModelConfig, device: torch.device, *, compiled: b
         for layer in model.model.layers:
             layer.compile()
     _shard(model, list(model.model.layers), device)
-    return model, _step(model, lambda tokens: model(input_ids=tokens).logits)
+
+    def logits(tokens: Tensor) -> Tensor:
+        # torch's own order takes the memory-efficient kernel here, whose backward costs ten times cuDNN's.
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            return model(input_ids=tokens).logits
+
+    return model, _step(model, logits)
 
 
 def build_torchtitan(config: ModelConfig, device: torch.device, *, compiled: bool) -> tuple[nn.Module, Step]:

@@ -12,16 +12,16 @@ moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -58,14 +58,22 @@ def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: 
     )
 
 
-def build_cherry(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int) -> Step:
-    """What the trainer builds and does, without its data and its reports."""
+def warm_rates(warmup_steps: int) -> Iterator[float]:
+    """The learning rate of every step."""
+    return (RATE * min(1.0, step / max(1, warmup_steps)) for step in itertools.count(1))
+
+
+def build_cherry(
+    config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, warmup_steps: int = 0
+) -> Step:
+    """What the trainer builds and does, without its data and its reports; the rate warms up, then stays."""
     job = job_of(config, device, compiled=compiled, chunk=chunk)
     network = build(job, device)
     network.start()
-    set_learning_rate(network.optimizer, RATE)
+    rates = warm_rates(warmup_steps)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        set_learning_rate(network.optimizer, next(rates))
         loss, _, balance = network.module(tokens, targets)
         mean = loss / tokens.numel()
         (mean + job.train.balance_loss_weight * balance).backward()
@@ -150,7 +158,7 @@ def _run(
         ends.append(_now(device))
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return [_between(*pair) for pair in pairwise(ends)], [loss.item() for loss in losses]
+    return [_between(*pair) for pair in itertools.pairwise(ends)], [loss.item() for loss in losses]
 
 
 def _now(device: torch.device) -> torch.cuda.Event | float:

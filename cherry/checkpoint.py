@@ -7,7 +7,6 @@ without its marker does not exist.
 from __future__ import annotations
 
 import logging
-import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,32 +30,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from base import storage
 from base.errors import CheckpointError, CherryError, SupersededError
+from cherry.committed import committed_steps, step_name, step_of
 from cherry.fence import Fence
 from cherry.integrity import as_storage_error, digest_own, verify
 from cherry.staging import Staging
 
 logger = logging.getLogger(__name__)
-_STEP = re.compile(r"^step_(\d+)$")
 # What a preset is called, and weights' first values, change nothing once training goes on.
 _NOT_ARCHITECTURE = {"preset", "initializer_range"}
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def step_name(step: int) -> str:
-    """The directory name of a step's checkpoint."""
-    return f"step_{step}"
-
-
-def committed_steps(directory: str) -> list[int]:
-    """Steps with a committed checkpoint, oldest first. One rank only: it lists storage."""
-    steps = [int(match[1]) for name in storage.list_names(directory) if (match := _STEP.match(name))]
-    return sorted(step for step in steps if storage.is_committed(storage.join(directory, step_name(step))))
-
-
-def newest_checkpoint(directory: str, *, before: int | None = None) -> str | None:
-    """URI of the newest committed checkpoint (of a step below `before`), or `None`. One rank only."""
-    steps = [step for step in committed_steps(directory) if before is None or step < before]
-    return storage.join(directory, step_name(steps[-1])) if steps else None
 
 
 class Checkpointer:
@@ -100,8 +82,7 @@ class Checkpointer:
     @property
     def last_saved_step(self) -> int | None:
         """The step of `last_saved`."""
-        match = _STEP.match(self.last_saved.rstrip("/").rsplit("/", 1)[-1]) if self.last_saved is not None else None
-        return int(match[1]) if match else None
+        return step_of(self.last_saved) if self.last_saved is not None else None
 
     def new_failures(self) -> list[CherryError]:
         """Failed saves that were not returned before, the one in flight included; for a person's eyes, nothing else.

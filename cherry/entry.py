@@ -202,7 +202,8 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
 
 def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
     """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
-    from cherry.checkpoint import check_model, newest_checkpoint
+    from cherry.checkpoint import check_model
+    from cherry.committed import newest_checkpoint
     from cherry.data import prepare
     from cherry.packing import read_manifest
     from cherry.run_directory import check_data, check_resume, checkpoints_of, find_checkpoint, write_config

@@ -13,7 +13,8 @@ from torch import Tensor
 from base import storage
 from base.config import load
 from base.errors import ArgumentParser, CheckpointError, MissingFileError, run_program
-from cherry.checkpoint import newest_checkpoint, read_state, reader_of
+from cherry.checkpoint import read_state, reader_of
+from cherry.committed import newest_checkpoint
 from cherry.config import JobConfig
 from cherry.integrity import verify
 from cherry.lora import add_adapters, merged

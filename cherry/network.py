@@ -24,6 +24,7 @@ from cherry.loss import cross_entropy_sum
 from cherry.optimizer import build_optimizer, clip_coefficient, gradient_norm
 from cherry.working import WorkingCopies
 from model.documents import Documents
+from model.experts import Experts
 from model.transformer import Block, DeepseekV3, next_tokens
 
 
@@ -124,9 +125,7 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     if train.activation_checkpointing == "full":
         _wrap_blocks(model)
     if train.compile:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
+        _compile_blocks(model)
     if meshes is None and train.precision == "bf16":
         raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
     sharding.shard_model(network, meshes, train.precision, config.parallel)
@@ -139,6 +138,15 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     alone = sharding.keeps_copies(meshes, train.precision, config.parallel)
     micro_batches = train.gradient_accumulation_steps if alone else None
     return Network(model, network.train(), build_optimizer(model, train), micro_batches)
+
+
+def _compile_blocks(model: DeepseekV3) -> None:
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+        elif isinstance(module, Experts):
+            # One graph break instead of one for each expert: the counts are data.
+            module.loop = torch.compiler.disable(module.loop)
 
 
 def _wrap_blocks(model: DeepseekV3) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from base import storage
 from base.config import dump, read_yaml
 from base.errors import ConfigError, MissingFileError
-from cherry.checkpoint import committed_steps, step_name
+from cherry.committed import committed_steps, step_name
 from cherry.config import JobConfig
 from cherry.packing import Manifest
 

@@ -23,7 +23,8 @@ from base import storage
 from base.errors import NonFiniteLossError
 from cherry import communication
 from cherry.batches import MicroBatch, check_fits, micro_batch
-from cherry.checkpoint import Checkpointer, newest_checkpoint, restore
+from cherry.checkpoint import Checkpointer, restore
+from cherry.committed import newest_checkpoint
 from cherry.config import JobConfig
 from cherry.data import Sampler, TokenDataset
 from cherry.divergence import Figures, StepGuard

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from model.config import ModelConfig
 from model.documents import Documents, attend_within, has_kernel
@@ -156,6 +155,8 @@ def suffix_attention(q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: floa
     if not q_BHTQ.is_cuda:
         mask_TS = torch.ones(length, whole, dtype=torch.bool, device=q_BHTQ.device).tril(whole - length)
         return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, mask_TS)
+    from torch.nn.attention.bias import causal_lower_right  # brings the compiler along, a second that few need
+
     # Flash knows this mask without writing it out, but only for values as wide as keys.
     value_width = v_BHSV.shape[-1]
     v_BHSV = F.pad(v_BHSV, (0, q_BHTQ.shape[-1] - value_width))

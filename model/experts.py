@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Rows [R, D] in expert order, what each is multiplied with [R], and rows of each expert -> [R, D]."""
@@ -92,6 +91,8 @@ class Experts(nn.Module):
         super().__init__()
         self.w13_EFD = nn.Parameter(torch.empty(experts, 2 * intermediate, width))
         self.w2_EDF = nn.Parameter(torch.empty(experts, width, intermediate))
+        self.loop = looped_experts
+        """Kept out of the graph where blocks are compiled: the counts are data."""
 
     def forward(self, x_ND: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
         """Sum over each token's choices of weight * expert(x), in x's type (autocast's under autocast).
@@ -115,12 +116,13 @@ class Experts(nn.Module):
         w13_EFD, w2_EDF = _own(self.w13_EFD).to(rows_RD.dtype), _own(self.w2_EDF).to(rows_RD.dtype)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
-        return cast(Tensor, looped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF))
+        return self.loop(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
 
 
 def _own(weight: Tensor) -> Tensor:
-    """The experts that this process holds."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    """The experts that this process holds: of a DTensor (whose import takes a second) the local part."""
+    to_local = getattr(weight, "to_local", None)
+    return weight if to_local is None else cast(Tensor, to_local())
 
 
 def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:
@@ -189,8 +191,6 @@ def _gated_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Te
     return act_RF, grad_h_RX, (grad * silu_RF * up_RF).sum(dim=-1)
 
 
-# One graph break instead of one for each expert: the counts are data.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def looped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
     """One expert after the other; an expert without rows costs nothing and gets a gradient of zeros."""
     counts = counts_E.tolist()

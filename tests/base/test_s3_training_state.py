@@ -14,7 +14,8 @@ from torch import nn
 
 from base import storage
 from base.errors import CheckpointError, MissingFileError, StorageError
-from cherry.checkpoint import Checkpointer, committed_steps, newest_checkpoint, restore
+from cherry.checkpoint import Checkpointer, restore
+from cherry.committed import committed_steps, newest_checkpoint
 from cherry.config import DataConfig
 from cherry.data import Sampler, TokenDataset, prepare
 from model.config import ModelConfig

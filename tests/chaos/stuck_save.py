@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import cherry.trainer
 from cherry import entry
-from cherry.checkpoint import Checkpointer, step_name
+from cherry.checkpoint import Checkpointer
+from cherry.committed import step_name
 
 PLACE, STEP, SIGN = os.environ["STUCK_PLACE"], int(os.environ["STUCK_STEP"]), Path(os.environ["STUCK_SIGN"])
 

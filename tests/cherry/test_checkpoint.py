@@ -9,7 +9,8 @@ from torch import nn
 
 from base import storage
 from base.errors import CheckpointError, StorageError, SupersededError
-from cherry.checkpoint import Checkpointer, committed_steps, newest_checkpoint, restore
+from cherry.checkpoint import Checkpointer, restore
+from cherry.committed import committed_steps, newest_checkpoint
 from cherry.fence import Fence
 from cherry.staging import Staging
 
