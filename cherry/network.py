@@ -146,7 +146,7 @@ def _compile_blocks(model: DeepseekV3) -> None:
             module.compile()
         elif isinstance(module, Experts):
             # One graph break instead of one for each expert: the counts are data.
-            module.loop = torch.compiler.disable(module.loop)
+            module.loop = torch.compiler.disable(module.loop)  # type: ignore[no-untyped-call]
 
 
 def _wrap_blocks(model: DeepseekV3) -> None:
