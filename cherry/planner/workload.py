@@ -1,0 +1,201 @@
+"""Owns what is planned: one model on one layout of ranks, and where the members of each group of ranks sit.
+
+It knows nothing of memory or time. A rank's number is ((replicate * shard + s) * context + c) * expert + e, as in
+cherry/mesh.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from base.config import Problem
+from base.errors import ConfigError
+from cherry.cluster import ClusterSpec
+from cherry.config import JobConfig, LoraConfig
+from cherry.planner.hardware import GPUS, Gpu, Reach, reach_of
+from model.config import ModelConfig
+
+_TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+"""Bytes of a parameter's gathered copy and of an activation; with fp8, matmuls alone take narrower operands."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk with each other, and how many of them share a node."""
+
+    ranks: int
+    on_node: int
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that the group spans."""
+        return -(-self.ranks // self.on_node)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that memory and time depend on."""
+
+    model: ModelConfig
+    gpu: Gpu
+    gpus_per_node: int
+    replicate: int
+    shard: int
+    context: int
+    expert: int
+    micro_sequences: int
+    """Sequences that a rank's forward pass takes at one time (with context ranks: parts of them)."""
+    accumulation: int
+    sequence_length: int
+    precision: str
+    recompute: str
+    """`none` or `full`."""
+    compile: bool = False
+    moment_bytes: int = 4
+    loss_chunk_tokens: int = 1024
+    reshard: bool = True
+    reduce_bytes: int = 4
+    cpu_offload: bool = False
+    imbalance: float = 1.0
+    lora: LoraConfig | None = None
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.replicate * self.shard * self.context * self.expert
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank's forward pass."""
+        return self.micro_sequences * self.sequence_length // self.context
+
+    @property
+    def batch_sequences(self) -> int:
+        """Of an optimizer step over all ranks."""
+        return self.micro_sequences * self.accumulation * self.ranks // self.context
+
+    @property
+    def dense_shards(self) -> int:
+        """Ranks that share a dense parameter."""
+        return self.shard * self.context * self.expert
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share each of a rank's own experts."""
+        return self.shard * self.context
+
+    @property
+    def alone(self) -> bool:
+        """Whether working copies of the parameters stay between passes (cherry/sharding.py, `keeps_copies`)."""
+        on_gpu = not self.gpu.shared_memory
+        return on_gpu and self.ranks == 1 and self.precision != "fp32" and not self.cpu_offload
+
+    @property
+    def unsharded(self) -> bool:
+        """One CPU rank, on which nothing is sharded at all."""
+        return self.gpu.shared_memory and self.ranks == 1
+
+    @property
+    def type_bytes(self) -> int:
+        """Of an activation, a gathered parameter and its gradient."""
+        return _TYPE_BYTES[self.precision]
+
+    @cached_property
+    def reach(self) -> Reach:
+        """What programs reach on this device."""
+        return reach_of(self.gpu)
+
+    @cached_property
+    def dense_group(self) -> Group:
+        """Ranks that gather a dense parameter."""
+        return self._group(self.dense_shards, stride=1)
+
+    @cached_property
+    def expert_group(self) -> Group:
+        """Ranks that deal out the experts of a layer."""
+        return self._group(self.expert, stride=1)
+
+    @cached_property
+    def expert_shard_group(self) -> Group:
+        """Ranks that gather the same experts."""
+        return self._group(self.expert_shards, stride=self.expert)
+
+    @cached_property
+    def context_group(self) -> Group:
+        """Ranks that share a sequence."""
+        return self._group(self.context, stride=self.expert)
+
+    @cached_property
+    def replicate_group(self) -> Group:
+        """Ranks that hold copies of the same shard."""
+        return self._group(self.replicate, stride=self.dense_shards)
+
+    def _group(self, ranks: int, *, stride: int) -> Group:
+        return Group(ranks, max(1, min(ranks, self.gpus_per_node // stride)))
+
+
+def workload_of(config: JobConfig, cluster: ClusterSpec) -> Workload:
+    """A job on a cluster.
+
+    Raises:
+        ConfigError: the job's ranks are not the cluster's.
+    """
+    found = [str(problem) for problem in cluster_problems(config, cluster)]
+    if found:
+        raise ConfigError("the job does not go on the cluster\n" + "\n".join(f"  {line}" for line in found))
+    ranks = config.launch.nproc_per_node * config.launch.nnodes
+    parallel, train = config.parallel, config.train
+    return Workload(
+        model=config.model,
+        gpu=GPUS[cluster.hardware],
+        gpus_per_node=config.launch.nproc_per_node,
+        replicate=parallel.replicate,
+        shard=parallel.shard_ranks(ranks),
+        context=parallel.context,
+        expert=parallel.expert,
+        micro_sequences=train.batch_size // (parallel.data_ranks(ranks) * train.gradient_accumulation_steps),
+        accumulation=train.gradient_accumulation_steps,
+        sequence_length=config.data.sequence_length,
+        precision=train.precision,
+        recompute=train.activation_checkpointing,
+        compile=train.compile,
+        moment_bytes=_TYPE_BYTES[train.optimizer_state_dtype],
+        loss_chunk_tokens=train.loss_chunk_tokens,
+        # A number keeps them sharded over some ranks: memory between the two, counted as the frugal one.
+        reshard=parallel.reshard_after_forward is not False,
+        reduce_bytes=_TYPE_BYTES[config.communication.reduce_dtype],
+        cpu_offload=parallel.cpu_offload,
+        imbalance=cluster.assumed_imbalance if parallel.expert > 1 else 1.0,
+        lora=config.lora,
+    )
+
+
+def cluster_problems(config: JobConfig, cluster: ClusterSpec) -> Iterator[Problem]:
+    """What the launch section asks for and the cluster has not, and the other way round."""
+    launch = config.launch
+    device = GPUS[cluster.hardware]
+    if cluster.kind == "nodes":
+        for key, asked, there in (
+            ("nnodes", launch.nnodes, cluster.nodes),
+            ("nproc_per_node", launch.nproc_per_node, cluster.gpus_per_node),
+        ):
+            if asked > there:
+                yield Problem(f"launch.{key}", f"the cluster has {there}", asked)
+        axes = config.parallel.replicate * config.parallel.expert * config.parallel.context
+        if cluster.gpus % axes:
+            rule = f"replicate * expert * context must divide the cluster's {cluster.gpus} GPUs"
+            yield Problem("parallel", rule, axes)
+    if config.train.precision not in device.flops:
+        yield Problem("train.precision", f"{device.name} computes in {', '.join(device.flops)}", config.train.precision)
+
+
+def on_whole_cluster(config: JobConfig, cluster: ClusterSpec) -> dict[str, int]:
+    """`launch` keys that put a job on every GPU of a cluster of nodes."""
+    return {"nnodes": cluster.nodes, "nproc_per_node": cluster.gpus_per_node}
+
+
+def changed(work: Workload, **keys: int | str) -> Workload:
+    """The same workload with other values."""
+    return replace(work, **keys)  # type: ignore[arg-type]
