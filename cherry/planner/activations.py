@@ -1,7 +1,7 @@
 """Owns which tensors of a forward pass wait for the backward pass, in bytes of one token.
 
-It knows nothing of parameters or ranks. The lists are what `model/` saves on a GPU: autograd's saved tensors when blocks
-run eagerly; compiled blocks make cheap pointwise results again instead of keeping them.
+It knows nothing of parameters or ranks. The lists are what `model/` saves on a GPU: autograd's saved tensors when
+blocks run eagerly; compiled blocks make cheap pointwise results again instead of keeping them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def layer_activations(work: Workload, *, moe: bool, imbalance: float) -> Activat
         return Activations(saved * work.tokens, 4 * work.type_bytes * work.model.intermediate_size * work.tokens, 0)
     model, size = work.model, work.type_bytes
     rows = model.num_experts_per_tok * imbalance * work.tokens
-    saved = (_attention(work) + _mixture(work)) * work.tokens
     # Rows after the exchange, and gate and up of each; the activation between the two matmuls is made again.
-    saved += size * rows * (model.hidden_size + 2 * model.moe_intermediate_size)
+    kept_rows = size * rows * (model.hidden_size + 2 * model.moe_intermediate_size)
+    saved_bytes = (_attention(work) + _mixture(work)) * work.tokens + kept_rows
     # Of the rows: the gradients of result and input, of gate, up and their product, and that product again.
     transient = size * rows * (2 * model.hidden_size + 4 * model.moe_intermediate_size)
     dispatch = size * rows * model.hidden_size if work.expert > 1 else 0.0
-    return Activations(int(saved), int(transient), int(dispatch))
+    return Activations(int(saved_bytes), int(transient), int(dispatch))
 
 
 def _attention(work: Workload) -> int:

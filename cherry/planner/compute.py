@@ -199,8 +199,10 @@ def optimizer_seconds(work: Workload) -> float:
 
 
 def gathering_bytes(work: Workload, elements: int, trained: int) -> tuple[float, float]:
-    """Memory traffic that FSDP2 adds to a unit's forward and backward pass: copies out of the gathered buffer, gradients
-    laid out anew for their sum."""
+    """Memory traffic that FSDP2 adds to a forward and a backward pass.
+
+    Copies out of the gathered buffer, and gradients laid out anew for their sum.
+    """
     if work.alone or work.unsharded:
         return 0.0, 0.0
     out = 2.0 * work.type_bytes * elements

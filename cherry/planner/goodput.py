@@ -1,7 +1,7 @@
 """Owns what failures cost: the share of time that becomes progress, and how often to save for the largest share.
 
-It knows nothing of models. Failures come at random at a constant rate (a Poisson process); the closed form extends Daly's
-(Future Generation Computer Systems 22, 2006) by saves that are written in the background.
+It knows nothing of models. Failures come at random at a constant rate (a Poisson process); the closed form extends
+Daly's (Future Generation Computer Systems 22, 2006) by saves that are written in the background.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def goodput(reliability: Reliability, interval_s: float) -> float:
     """The share of wall-clock time that becomes lasting progress, saving after every `interval_s` of training.
 
     Between two failures a job makes as many saves as are written in time: k of them need k (interval + stall) + write.
-    Failures at rate f end uptime after an exponential time, so E[saves] = e^(-f write) / (e^(f (interval + stall)) - 1).
-    A cycle takes 1/f of uptime, and a restart that is itself interrupted begins anew: together e^(f restart) / f.
+    Failures at rate f end uptime after an exponential time, so E[saves] = e^(-f write) / (e^(f (interval + stall)) -
+    1). A cycle takes 1/f of uptime, and a restart that is itself interrupted begins anew: together e^(f restart) / f.
     """
     rate, period = reliability.failures_per_s, interval_s + reliability.stall_s
     if rate * (period + reliability.restart_s + reliability.write_s) < 1e-12:

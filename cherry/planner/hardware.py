@@ -27,16 +27,16 @@ class Gpu:
     network_rate: float
     """Bytes to other nodes, one direction: this GPU's own adapter."""
     host_rate: float = 50e9
-    """Bytes to the CPU's memory, one direction: PCIe 5.0 x16 carries 63e9, of which a pinned copy reaches about 50e9."""
+    """Bytes to the CPU's memory, one direction: PCIe 5.0 x16 carries 63e9, a pinned copy about 50e9."""
     shared_memory: bool = False
     """The machine's memory is the programs' too: a CPU."""
 
 
 # NVIDIA's data sheets, SXM modules: H100 and H200 989.4e12 (bf16), 1978.9e12 (fp8), 67e12 (fp32); 3.35e12 and 4.8e12
 # bytes/s of memory; NVLink 900e9 both ways. H800 has their arithmetic and memory with NVLink 400e9 both ways
-# (DeepSeek-V3, arXiv 2412.19437, section 3.1 and 3.2.2: 160e9 reached one way, 50e9 of InfiniBand a GPU). B200: 2250e12,
-# 4500e12, 75e12; 7.7e12 bytes/s; NVLink 1800e9. Each node of eight has a 400 Gbit/s adapter a GPU (DGX H100, DGX H200
-# and DGX B200 user guides). Memory is what torch.cuda.get_device_properties tells: 79.1, 139.8 and 178.4 GiB.
+# (DeepSeek-V3, arXiv 2412.19437, section 3.1 and 3.2.2: 160e9 reached one way, 50e9 of InfiniBand a GPU). B200:
+# 2250e12, 4500e12, 75e12; 7.7e12 bytes/s; NVLink 1800e9. Each node of eight has a 400 Gbit/s adapter a GPU (DGX H100,
+# DGX H200 and DGX B200 user guides). Memory is what torch.cuda.get_device_properties tells: 79.1, 139.8 and 178.4 GiB.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -72,8 +72,8 @@ GPUS: dict[str, Gpu] = {
             link_rate=900e9,
             network_rate=50e9,
         ),
-        # Two cores at 3 GHz with AVX2 (two fused multiply-adds of eight floats a cycle) are 192e9; dual-channel DDR4-3200
-        # moves 51e9 bytes/s. Links are gloo over the loopback interface.
+        # Two cores at 3 GHz with AVX2 (two fused multiply-adds of eight floats a cycle) are 192e9; dual-channel
+        # DDR4-3200 moves 51e9 bytes/s. Links are gloo over the loopback interface.
         Gpu(
             "laptop",
             16 * GIB,
@@ -110,13 +110,13 @@ class Reach:
     """Of a step in which the device waits for the host: loss and norm are judged before the optimizer runs."""
 
 
-# One H200, torch 2.11, 2026-11-24/25 (benchmarks/results/step_parts.jsonl and docs/decisions.md): matmul of 8192^3 790e12
-# and the head's (16,384 x 102,400 x 2,048) 757e12, from which share and half follow, and which give the grouped matmuls'
-# 608e12 (1,536 rows an expert) within 2 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy 4.16e12 of 4.8e12.
-# A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up to 165.9 of
-# 172.7 ms. fp8's half is twice bf16's: the same bytes a second bound twice the arithmetic (985e12 measured on dense shapes).
-# Links: nccl-tests on a DGX H100 give 360e9 of 450e9 inside a node, 40e9 of 50e9 a GPU between nodes, and about 0.7 of
-# that for all-to-all, in which every pair of GPUs has a message of its own.
+# One H200, torch 2.11, 2026-11-24/25 (benchmarks/results/step_parts.jsonl and docs/decisions.md): matmul of 8192^3
+# 790e12 and the head's (16,384 x 102,400 x 2,048) 757e12, from which share and half follow, and which give the grouped
+# matmuls' 608e12 (1,536 rows an expert) within 2 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy 4.16e12
+# of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up
+# to 165.9 of 172.7 ms. fp8's half is twice bf16's: the same bytes a second bound twice the arithmetic (985e12 measured
+# on dense shapes). Links: nccl-tests on a DGX H100 give 360e9 of 450e9 inside a node, 40e9 of 50e9 a GPU between nodes,
+# and about 0.7 of that for all-to-all, in which every pair of GPUs has a message of its own.
 GPU_REACH = Reach(
     matmul=0.90,
     matmul_half={"fp32": 250.0, "bf16": 1000.0, "fp8": 2000.0},
@@ -164,8 +164,12 @@ def reach_of(gpu: Gpu) -> Reach:
     return CPU_REACH if gpu.shared_memory else GPU_REACH
 
 
-def usable_bytes(gpu: Gpu) -> int:
-    """Memory that a rank's tensors, communication buffers and fragmentation may take together."""
+def usable_bytes(gpu: Gpu, ranks: int) -> int:
+    """Memory that a rank's tensors, communication buffers and fragmentation may take together.
+
+    Args:
+        ranks: of the same node, which share a CPU's memory.
+    """
     if gpu.shared_memory:
-        return int(gpu.memory_bytes * (1 - OTHER_PROGRAMS))
+        return int(gpu.memory_bytes * (1 - OTHER_PROGRAMS)) // ranks
     return gpu.memory_bytes - CONTEXT_BYTES

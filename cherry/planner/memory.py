@@ -20,6 +20,7 @@ COMPONENTS = (
     "gradients",
     "optimizer states",
     "gathered layers",
+    "reduction buffers",
     "activations",
     "logits",
     "dispatch",
@@ -72,9 +73,10 @@ def _tensors(stage: Components) -> int:
 def memory_of(work: Workload) -> tuple[RankMemory, ...]:
     """The busiest ranks, whose experts are chosen most, and the average ones."""
     network = network_of(work)
-    classes = {"busiest": work.imbalance, "average": 1.0} if work.imbalance > 1 else {"every rank": 1.0}
+    usable = usable_bytes(work.gpu, work.gpus_per_node)
+    classes = {"busiest ranks": work.imbalance, "average ranks": 1.0} if work.imbalance > 1 else {"every rank": 1.0}
     return tuple(
-        RankMemory(name, _with_overheads(work, _Stages(work, network, imbalance).all()), usable_bytes(work.gpu))
+        RankMemory(name, _with_overheads(work, _Stages(work, network, imbalance).all()), usable)
         for name, imbalance in classes.items()
     )
 
@@ -227,8 +229,8 @@ class _Stages:
     def _head(self) -> Components:
         """The first loss' backward: its kept gradient, scaled, and rounded to the parameter's type."""
         work = self.work
-        rounded = work.type_bytes * self._head_elements if self._head_gradient > work.type_bytes else 0
-        rounded = 0 if self._head_gradient == work.type_bytes * self._head_elements else rounded
+        in_type = work.type_bytes * self._head_elements
+        rounded = 0 if self._head_gradient == in_type else in_type
         last = self.network.mixture if self.network.mixture_layers else self.network.dense
         return self._stage(
             gradients=self._gradients_before(),
@@ -259,27 +261,34 @@ class _Stages:
         gathered += self._gathered(before) if dense + mixture > 1 else 0
         live = own.saved if work.recompute == "full" else 0
         return self._stage(
-            gradients=max(self._gradients(share), self._gradients_before()) + self._unreduced(layer, before),
+            gradients=max(self._gradients(share), self._gradients_before()) + self._unreduced(layer),
             gathered_layers=gathered,
+            reduction_buffers=self._travelling(layer, before),
             activations=self._waiting(dense, mixture) + live + own.transient,
             dispatch=own.dispatch,
         )
 
-    def _unreduced(self, layer: Layer, before: Layer) -> int:
-        """Gradients on the way: this block's whole, its neighbour's being summed, and the root's, which come last."""
+    def _unreduced(self, layer: Layer) -> int:
+        """Gradients in the compute type: this block's, and the root's, which are summed last."""
         work = self.work
         if work.alone or work.unsharded:
             largest = max(layer.trained_elements, self._head_elements)
             return work.type_bytes * largest if work.alone and work.accumulation > 1 else 0
-        travelling = max(unit.trained_elements for unit in (*layer.units, *before.units))
-        has_mtp = work.model.num_nextn_predict_layers > 0
-        root = self.network.root.trained_elements if has_mtp else self._head_elements
-        root = min(root, self.network.root.trained_elements)
-        return work.type_bytes * (layer.trained_elements + root) + work.reduce_bytes * travelling
+        # The MTP module, whose backward pass comes first, leaves gradients of all of the root.
+        root = self.network.root.trained_elements
+        root = root if work.model.num_nextn_predict_layers else min(root, self._head_elements)
+        return work.type_bytes * (layer.trained_elements + root)
+
+    def _travelling(self, layer: Layer, before: Layer) -> int:
+        """A unit's gradients while they are summed beside the next one's backward pass."""
+        if self.work.alone or self.work.unsharded:
+            return 0
+        return self.work.reduce_bytes * max(unit.trained_elements for unit in (*layer.units, *before.units))
 
     def _root(self) -> Components:
         """The end of the backward pass: the root's gradients, and the same laid out anew for their sum."""
         trained = self.network.root.trained_elements
         return self._stage(
-            gradients=self._gradients(1.0) + (self.work.type_bytes + self.work.reduce_bytes) * trained,
+            gradients=self._gradients(1.0) + self.work.type_bytes * trained,
+            reduction_buffers=self.work.reduce_bytes * trained,
         )

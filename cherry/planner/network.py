@@ -1,7 +1,7 @@
 """Owns how long collectives take: rings inside and across nodes, and all-to-all.
 
-It knows nothing of what else runs meanwhile. Rates are a link's or an adapter's by the data sheet times what NCCL reaches;
-a ring over several nodes crosses each node's border once, with the adapters of all its members there.
+It knows nothing of what else runs meanwhile. Rates are a link's or an adapter's by the data sheet times what NCCL
+reaches; a ring over several nodes crosses each node's border once, with the adapters of all its members there.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class Outcome:
 def simulate(reliability: Reliability, step_s: float, interval_steps: int, steps: int, seed: int) -> Outcome:
     """Run `steps` optimizer steps through failures, saving after every `interval_steps`.
 
-    A save stalls training, then is written while steps go on; a save that comes due while one is being written waits for
-    it, as cherry/checkpoint.py does. A failure, also one during a save or a restart, throws the job back to the last save
-    that was written.
+    A save stalls training, then is written while steps go on; a save that comes due while one is being written waits
+    for it, as cherry/checkpoint.py does. A failure, also one during a save or a restart, throws the job back to the
+    last save that was written.
     """
     job = _Job(reliability, step_s, interval_steps, random.Random(seed))  # noqa: S311 - a model, not a secret
     while job.done < steps:

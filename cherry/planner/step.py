@@ -101,7 +101,9 @@ class _Step:
             "between matmuls": count * (both.memory + copies),
             "optimizer": optimizer_seconds(work),
         }
-        replicas = all_reduce_seconds(work, work.replicate_group, work.reduce_bytes * self.network.total("padded_trained"))
+        replicas = all_reduce_seconds(
+            work, work.replicate_group, work.reduce_bytes * self.network.total("padded_trained")
+        )
         # Behind the last micro-batch's backward pass only.
         spare = max(0.0, backward.total - gather_backward - reduce)
         exposed = {

@@ -7,6 +7,7 @@ themselves where an expert axis deals them out, and the root with embedding, hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -94,6 +95,11 @@ class Network:
         inner = sum(count * getattr(unit, of) for layer, count in layers for unit in layer.units)
         return int(inner + getattr(self.root, of))
 
+    def whole(self, of: str, expert: int) -> int:
+        """The same over all ranks of an expert axis of that size: what a checkpoint holds."""
+        dealt = sum(self.mixture_layers * getattr(unit, of) for unit in self.mixture.units if unit.name == EXPERTS)
+        return self.total(of) + int((expert - 1) * dealt)
+
 
 def network_of(work: Workload) -> Network:
     """The units of a workload's model."""
@@ -101,7 +107,9 @@ def network_of(work: Workload) -> Network:
 
 
 @lru_cache(maxsize=512)
-def _network(model: ModelConfig, dense_shards: int, expert_shards: int, expert: int, lora: LoraConfig | None) -> Network:
+def _network(
+    model: ModelConfig, dense_shards: int, expert_shards: int, expert: int, lora: LoraConfig | None
+) -> Network:
     mtp = model.num_nextn_predict_layers
     return Network(
         dense=_layer(model, dense_shards, expert_shards, expert, lora, moe=False),
@@ -133,7 +141,7 @@ def _layer(
 
 
 def _unit(
-    name: str, shapes: list[Shape], shards: int, adapted: list[tuple[str, Shape]], lora: LoraConfig | None
+    name: str, shapes: list[Shape], shards: int, adapted: Sequence[tuple[str, Shape]], lora: LoraConfig | None
 ) -> Unit:
     if lora is None:
         return Unit(name, tuple(shapes), shards, tuple(shapes))
@@ -163,7 +171,8 @@ def shared_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def _attention_norms(model: ModelConfig) -> list[Shape]:
-    return [(model.kv_lora_rank,)] + ([] if model.q_lora_rank is None else [(model.q_lora_rank,)])
+    widths = (model.kv_lora_rank, model.q_lora_rank)
+    return [(width,) for width in widths if width is not None]
 
 
 def _root(model: ModelConfig) -> list[Shape]:

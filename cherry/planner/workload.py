@@ -7,7 +7,7 @@ cherry/mesh.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from base.config import Problem
@@ -58,7 +58,8 @@ class Workload:
     reshard: bool = True
     reduce_bytes: int = 4
     cpu_offload: bool = False
-    imbalance: float = 1.0
+    assumed_imbalance: float = 1.0
+    """Rows of the busiest rank's experts over the mean, where ranks share out experts."""
     lora: LoraConfig | None = None
 
     @property
@@ -85,6 +86,11 @@ class Workload:
     def expert_shards(self) -> int:
         """Ranks that share each of a rank's own experts."""
         return self.shard * self.context
+
+    @property
+    def imbalance(self) -> float:
+        """The same, of this layout."""
+        return self.assumed_imbalance if self.expert > 1 else 1.0
 
     @property
     def alone(self) -> bool:
@@ -136,20 +142,23 @@ class Workload:
         return Group(ranks, max(1, min(ranks, self.gpus_per_node // stride)))
 
 
-def workload_of(config: JobConfig, cluster: ClusterSpec) -> Workload:
+def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None) -> Workload:
     """A job on a cluster.
+
+    Args:
+        gpu: the device, where it is known better than by the cluster's spec.
 
     Raises:
         ConfigError: the job's ranks are not the cluster's.
     """
-    found = [str(problem) for problem in cluster_problems(config, cluster)]
+    found = [str(problem) for problem in cluster_problems(config, cluster, gpu or GPUS[cluster.hardware])]
     if found:
         raise ConfigError("the job does not go on the cluster\n" + "\n".join(f"  {line}" for line in found))
     ranks = config.launch.nproc_per_node * config.launch.nnodes
     parallel, train = config.parallel, config.train
     return Workload(
         model=config.model,
-        gpu=GPUS[cluster.hardware],
+        gpu=gpu or GPUS[cluster.hardware],
         gpus_per_node=config.launch.nproc_per_node,
         replicate=parallel.replicate,
         shard=parallel.shard_ranks(ranks),
@@ -167,15 +176,14 @@ def workload_of(config: JobConfig, cluster: ClusterSpec) -> Workload:
         reshard=parallel.reshard_after_forward is not False,
         reduce_bytes=_TYPE_BYTES[config.communication.reduce_dtype],
         cpu_offload=parallel.cpu_offload,
-        imbalance=cluster.assumed_imbalance if parallel.expert > 1 else 1.0,
+        assumed_imbalance=cluster.assumed_imbalance,
         lora=config.lora,
     )
 
 
-def cluster_problems(config: JobConfig, cluster: ClusterSpec) -> Iterator[Problem]:
-    """What the launch section asks for and the cluster has not, and the other way round."""
+def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> Iterator[Problem]:
+    """What the job asks for and the cluster has not."""
     launch = config.launch
-    device = GPUS[cluster.hardware]
     if cluster.kind == "nodes":
         for key, asked, there in (
             ("nnodes", launch.nnodes, cluster.nodes),
@@ -189,13 +197,3 @@ def cluster_problems(config: JobConfig, cluster: ClusterSpec) -> Iterator[Proble
             yield Problem("parallel", rule, axes)
     if config.train.precision not in device.flops:
         yield Problem("train.precision", f"{device.name} computes in {', '.join(device.flops)}", config.train.precision)
-
-
-def on_whole_cluster(config: JobConfig, cluster: ClusterSpec) -> dict[str, int]:
-    """`launch` keys that put a job on every GPU of a cluster of nodes."""
-    return {"nnodes": cluster.nodes, "nproc_per_node": cluster.gpus_per_node}
-
-
-def changed(work: Workload, **keys: int | str) -> Workload:
-    """The same workload with other values."""
-    return replace(work, **keys)  # type: ignore[arg-type]
