@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry import sharding
-from cherry.config import ParallelConfig
+from cherry.config import ParallelConfig, TrainConfig
 from cherry.dispatch import ExpertDispatch, _Plan
 from cherry.network import TrainingModel, _wrap_blocks
 from cherry.optimizer import build_optimizer
@@ -39,14 +40,23 @@ def slice_of_671b(dense: int = 1, mixtures: int = 3) -> ModelConfig:
     return ModelConfig.model_validate({**PRESETS["671b"], **layers})
 
 
-def simulate(
-    config: ModelConfig, ranks: int, parallel: ParallelConfig, train: object, sequences: int, length: int
-) -> dict[str, dict[str, int]]:
-    """Bytes by kind on rank 0: at the step's peak, and after it.
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank, the largest of each kind in a step."""
 
-    Args:
-        train: a TrainConfig.
-    """
+    parameters: int
+    gradients: int
+    states: int
+    unsharded: int
+    """Parameters that are gathered and in use."""
+    all_gather: int
+    reduce_scatter: int
+
+
+def simulate(
+    config: ModelConfig, ranks: int, parallel: ParallelConfig, train: TrainConfig, sequences: int, length: int
+) -> Held:
+    """What rank 0 of `ranks` holds in a step over `sequences` of `length`."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
@@ -66,10 +76,21 @@ def simulate(
             tracker.track_inputs((tokens,))
             with tracker:
                 _step(network, optimizer, tokens)
-            found = {kind: tracker.get_tracker_snapshot(kind) for kind in ("peak", "current")}
-            return {kind: _plain(snapshot[torch.device("cpu")]) for kind, snapshot in found.items()}
+            return _largest(tracker)
     finally:
         dist.destroy_process_group()
+
+
+def _largest(tracker: FSDPMemTracker) -> Held:
+    found: Counter[str] = Counter()
+    for module in tracker.memory_tracking.values():
+        for snapshots in module.snapshots.values():
+            for snapshot in snapshots:
+                for kind, size in snapshot[torch.device("cpu")].items():
+                    name = str(getattr(kind, "value", kind))
+                    found[name] = max(found[name], size)
+    kinds = ("Sharded Param", "Sharded Grad", "OptState", "Unsharded Param", "All Gather", "Reduce Scatter")
+    return Held(*(found[kind] for kind in kinds))
 
 
 def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
@@ -77,10 +98,6 @@ def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tens
     (loss + mtp_loss + balance).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _plain(snapshot: dict[object, int]) -> dict[str, int]:
-    return {str(getattr(key, "value", key)): size for key, size in snapshot.items()}
 
 
 @contextmanager
@@ -109,19 +126,13 @@ def _balanced() -> Iterator[None]:
 
 
 def main() -> None:
-    from cherry.config import TrainConfig
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=256)
     parser.add_argument("--expert", type=int, default=64)
-    parser.add_argument("--mixtures", type=int, default=3)
     options = parser.parse_args()
     train = TrainConfig(precision="bf16", activation_checkpointing="full")
-    config = slice_of_671b(mixtures=options.mixtures)
-    found = simulate(config, options.ranks, ParallelConfig(expert=options.expert), train, 1, 4096)
-    for moment, kinds in found.items():
-        print(moment, json.dumps({kind: round(size / 2**30, 3) for kind, size in kinds.items()}))
-    assert not math.isnan(sum(found["peak"].values()))
+    held = simulate(slice_of_671b(), options.ranks, ParallelConfig(expert=options.expert), train, 1, 4096)
+    print(json.dumps(asdict(held)))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,13 @@ def gathering_of(work: Workload) -> Gathering:
     largest = max(layer.elements for layer in _kinds(network))
     root = size * network.root.elements
     ahead = first.elements if work.expert > 1 else 0  # without an expert axis, FSDP2 looks ahead by itself
-    return Gathering(root + size * largest, root + size * ahead, work.reduce_bytes * network.root.trained_elements)
+    reduced = max(unit.trained_elements for layer in _kinds(network) for unit in layer.units)
+    return Gathering(
+        unsharded=root + size * largest,
+        # A block's buffer is kept until the next one's has arrived.
+        all_gather=max(root + size * ahead, 2 * size * largest),
+        reduce_scatter=work.reduce_bytes * max(network.root.trained_elements, reduced),
+    )
 
 
 def _kinds(network: Network) -> Iterator[Layer]:
