@@ -14,7 +14,7 @@ from base.errors import ConfigError
 from cherry.cluster import ClusterSpec, read_cluster
 from cherry.config import LoraConfig, ParallelConfig
 from cherry.lora import add_adapters
-from cherry.planner.activations import layer_activations
+from cherry.planner.activations import boundary_bytes, layer_activations
 from cherry.planner.hardware import GIB, GPUS
 from cherry.planner.memory import memory_of
 from cherry.planner.network import exchange_seconds, ring_seconds

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from base import storage
-from base.errors import ConfigError, OperationalError
+from base.errors import ConfigError, DoesNotFitError, OperationalError
 from cherry.cluster import read_cluster
 from tasks.parameters import resolve
 from tasks.provision import is_alive, preflight, release, take_lease
@@ -125,11 +125,15 @@ def test_a_pid_that_was_given_to_another_process_is_not_the_holder():
         ({"launch": {"nnodes": 2, "master_port": 29500}}, ConfigError, r"launch\.nnodes: cluster 'local' has one node"),
         ({"cluster": "slots.yaml", "launch": {"nproc_per_node": 4}}, ConfigError, "has 2 slots"),
         ({"model": {"preset": "671b"}, "train": {"batch_size": 16}}, OperationalError, "memory: .* GiB are free"),
+        ({"cluster": "nodes.yaml"}, ConfigError, "only this machine"),
+        ({"cluster": "gpu.yaml", "model": {"preset": "16b"}}, DoesNotFitError, r"no room for .* What would fit: "),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path, monkeypatch, changes, error, match):
     config = resolve(str(ROOT / "configs" / "tiny.yaml"), {**changes, "runs_directory": str(tmp_path)})
     (tmp_path / "slots.yaml").write_text("kind: local\nslots: 2\n")
+    (tmp_path / "nodes.yaml").write_text("kind: nodes\ngpu: H100\nnodes: 4\ngpus_per_node: 8\n")
+    (tmp_path / "gpu.yaml").write_text("kind: nodes\ngpu: H100\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=match):
         preflight(config, tmp_path / "run")
