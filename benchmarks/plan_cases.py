@@ -20,8 +20,8 @@ SIZES = {"3b": _SLICE_3B, "tiny": {**PRESETS["tiny"], "num_nextn_predict_layers"
 def benchmark_workload(row: dict) -> Workload:
     """One GPU, as `benchmarks.train_step --impl cherry` runs it, unless the row says otherwise."""
     keys = SIZES[row["size"]]
-    if "layers" in row:
-        keys = {**keys, "num_hidden_layers": row["layers"]}
+    keys = {**keys, "num_hidden_layers": row.get("layers", keys["num_hidden_layers"])}
+    keys = {**keys, "num_nextn_predict_layers": int(row.get("mtp", False))}
     model = {**keys, "n_routed_experts": row["experts"], "max_position_embeddings": max(4096, row["length"])}
     return Workload(
         model=ModelConfig.model_validate(model),

@@ -34,6 +34,8 @@ from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, wort
 _TRAINING_BYTES_PER_PARAMETER = 16
 # fp32 parameter and two moments in a checkpoint; one more than is kept exists while a new one is written.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
+# What the plan is made of, besides the cluster and how it is launched.
+_PLANNED = ["model", "data", "parallel", "communication", "train", "lora", "checkpoint"]
 _HOST = socket.gethostname()
 # A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.
 _RENEW_S = 15.0
@@ -44,7 +46,11 @@ logger = logging.getLogger(__name__)
 @task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def provision(context: RunContext) -> StepRecord:
     """Check this machine against the run's needs and its plan, and take a lease on it."""
-    inputs = {**sections(context.config, ["cluster", "launch"]), "parameters": context.config.model.parameters()}
+    inputs = {
+        **sections(context.config, ["cluster", "launch"]),
+        "parameters": context.config.model.parameters(),
+        "planned": storage.fingerprint(sections(context.config, _PLANNED)),
+    }
 
     def work(step: StepRun) -> dict[str, str]:
         host, plan = preflight(context.config, context.path)

@@ -54,6 +54,8 @@ def layer_activations(work: Workload, *, moe: bool, imbalance: float) -> Activat
     rows = model.num_experts_per_tok * imbalance * work.tokens
     # Rows after the exchange, and gate and up of each; the activation between the two matmuls is made again.
     kept_rows = size * rows * (model.hidden_size + 2 * model.moe_intermediate_size)
+    if work.precision == "fp32":  # one expert after the other: silu's result, its product, and that product weighted
+        kept_rows += size * rows * 3 * model.moe_intermediate_size
     saved_bytes = (_attention(work) + _mixture(work)) * work.tokens + kept_rows
     # Of the rows: the gradients of result and input, of gate, up and their product, and that product again.
     transient = size * rows * (2 * model.hidden_size + 4 * model.moe_intermediate_size)

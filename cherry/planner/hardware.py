@@ -104,6 +104,8 @@ class Reach:
     """Of collectives in a ring."""
     exchange: float
     """Of an all-to-all's share that leaves the node."""
+    exchange_once: float
+    """Of the same where a token leaves for each node once: DeepEP's README, EP 64 on H800, 45e9 of 50e9."""
     layer_s: float
     """Host time to queue one layer's kernels, forward and backward: the floor of a step of tiny layers."""
     step_s: float
@@ -112,11 +114,11 @@ class Reach:
 
 # One H200, torch 2.11, 2026-11-24/25 (benchmarks/results/step_parts.jsonl and docs/decisions.md): matmul of 8192^3
 # 790e12 and the head's (16,384 x 102,400 x 2,048) 757e12, from which share and half follow, and which give the grouped
-# matmuls' 608e12 (1,536 rows an expert) within 2 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy 4.16e12
+# matmuls' 608e12 (1,536 rows an expert) within 5 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy 4.16e12
 # of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up
 # to 165.9 of 172.7 ms. fp8's half is twice bf16's: the same bytes a second bound twice the arithmetic (985e12 measured
-# on dense shapes). Links: nccl-tests on a DGX H100 give 360e9 of 450e9 inside a node, 40e9 of 50e9 a GPU between nodes,
-# and about 0.7 of that for all-to-all, in which every pair of GPUs has a message of its own.
+# on dense shapes). Shares of links and adapters are assumed, as no cluster was measured here: 0.8 in a ring, 0.7 in an
+# all-to-all, in which every pair of GPUs has a message of its own.
 GPU_REACH = Reach(
     matmul=0.90,
     matmul_half={"fp32": 250.0, "bf16": 1000.0, "fp8": 2000.0},
@@ -126,20 +128,22 @@ GPU_REACH = Reach(
     link=0.80,
     network=0.80,
     exchange=0.70,
-    layer_s=3.5e-3,
+    exchange_once=0.90,
+    layer_s=2.4e-3,
     step_s=6.8e-3,
 )
-# A step of the tiny preset takes 103 ms on two cores (benchmarks/results/flow_overhead.jsonl): small matmuls there are
-# mostly overhead. A plan for a laptop is a rough one.
+# Chosen so that a step of the tiny preset takes what it took on two cores, 103 ms (benchmarks/results/
+# flow_overhead.jsonl). A plan for a laptop is a rough one.
 CPU_REACH = Reach(
-    matmul=0.8,
+    matmul=0.9,
     matmul_half={"fp32": 60.0},
-    attention_forward=0.3,
-    attention_backward=0.2,
-    memory=0.5,
+    attention_forward=0.5,
+    attention_backward=0.4,
+    memory=0.8,
     link=0.5,
     network=0.5,
     exchange=0.5,
+    exchange_once=0.5,
     layer_s=10e-3,
     step_s=5e-3,
 )
@@ -151,6 +155,10 @@ COLLECTIVE_S = 8.4e-6
 # CUDA's context, cuBLAS' and cuDNN's workspaces and their handles: what nvidia-smi shows over what torch has reserved.
 # Assumed: about 0.5 GiB of context on Hopper and 32 MiB of cuBLAS workspace a stream.
 CONTEXT_BYTES = int(0.75 * GIB)
+# cuBLAS' workspace among torch's tensors: torch's 32 MiB on Hopper, for the forward and the backward thread each.
+WORKSPACE_BYTES = 2 * 32 * 2**20
+# A process that has imported torch and Accelerate and trains on a CPU, without its tensors.
+PROCESS_BYTES = int(0.5 * GIB)
 # NCCL's buffers a communicator: channels of NCCL_BUFFSIZE (4 MiB by its documentation), for sending and receiving.
 NCCL_CHANNELS, NCCL_BUFFER_BYTES = 16, 4 * 2**20
 # What the allocator reserves and cannot use, of what changes size within a step. Assumed; not measured here yet.
@@ -171,5 +179,5 @@ def usable_bytes(gpu: Gpu, ranks: int) -> int:
         ranks: of the same node, which share a CPU's memory.
     """
     if gpu.shared_memory:
-        return int(gpu.memory_bytes * (1 - OTHER_PROGRAMS)) // ranks
+        return int(gpu.memory_bytes * (1 - OTHER_PROGRAMS)) // ranks - PROCESS_BYTES
     return gpu.memory_bytes - CONTEXT_BYTES

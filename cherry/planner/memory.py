@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
-from cherry.planner.hardware import FRAGMENTATION, NCCL_BUFFER_BYTES, NCCL_CHANNELS, usable_bytes
+from cherry.planner.hardware import FRAGMENTATION, NCCL_BUFFER_BYTES, NCCL_CHANNELS, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.units import Layer, Network, network_of
 from cherry.planner.workload import Workload
 
@@ -162,6 +162,7 @@ class _Stages:
             "gathered layers": work.type_bytes * network.total("elements") if work.alone else 0,
         }
         stage = dict.fromkeys(COMPONENTS[:-2], 0) | always
+        stage["activations"] = 0 if work.gpu.shared_memory else WORKSPACE_BYTES
         for name, size in parts.items():
             stage[name.replace("_", " ")] += size
         return stage

@@ -28,17 +28,31 @@ def all_reduce_seconds(work: Workload, group: Group, total_bytes: float) -> floa
     return 2 * ring_seconds(work, group, total_bytes)
 
 
-def exchange_seconds(work: Workload, group: Group, sent_bytes: float) -> tuple[float, float]:
-    """An all-to-all in which a rank sends `sent_bytes` evenly to all of its group: inside its node, and across.
+def exchange_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
+    """An all-to-all of a micro-batch's routed rows, each of `row_bytes`: inside its node, and across.
 
-    Both run at the same time; the second figure is what the first does not hide.
+    The busiest rank gets more than the mean, and all wait for it. Both parts run at the same time: the second figure is
+    what the first does not hide.
     """
+    group, model = work.expert_group, work.model
     if group.ranks == 1:
         return 0.0, 0.0
-    near = sent_bytes * (group.on_node - 1) / group.ranks
+    rows = work.tokens * work.imbalance
+    chosen = model.num_experts_per_tok
+    near = rows * chosen * row_bytes * (group.on_node - 1) / (group.on_node if work.once_per_node else group.ranks)
     inside = COLLECTIVE_S + near / (work.gpu.link_rate * work.reach.link)
     if group.nodes == 1:
         return inside, 0.0
-    away = sent_bytes * (group.ranks - group.on_node) / group.ranks
-    across = NETWORK_HOP_S + away / (work.gpu.network_rate * work.reach.exchange)
+    copies, reach = float(chosen), work.reach.exchange
+    if work.once_per_node:
+        copies, reach = _nodes_of_a_token(work, group.nodes), work.reach.exchange_once
+    away = rows * copies * row_bytes * (group.nodes - 1) / group.nodes
+    across = NETWORK_HOP_S + away / (work.gpu.network_rate * reach)
     return inside, max(0.0, across - inside)
+
+
+def _nodes_of_a_token(work: Workload, nodes: int) -> float:
+    """Nodes that a token's experts lie on, by chance; groups of experts lie on nodes of their own where they can."""
+    model = work.model
+    open_nodes = max(1.0, nodes * model.topk_group / model.n_group)
+    return open_nodes * (1.0 - (1.0 - 1.0 / open_nodes) ** model.num_experts_per_tok)

@@ -12,7 +12,7 @@ from typing import Any
 from cherry.cluster import ClusterSpec
 from cherry.config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
-from cherry.planner.hardware import GIB, Gpu
+from cherry.planner.hardware import GIB, PROCESS_BYTES, Gpu
 from cherry.planner.memory import RankMemory, memory_of
 from cherry.planner.step import StepTime, step_time
 from cherry.planner.units import network_of
@@ -95,10 +95,12 @@ class Plan:
 
     def predictions(self) -> dict[str, float]:
         """What a run can be held against, under the names of the measured figures."""
+        # On a CPU the process is measured, on a GPU torch's tensors.
+        process = PROCESS_BYTES if self.work.gpu.shared_memory else 0
         return {
             "predicted_step_seconds": self.step.total,
             "predicted_tokens_per_second": self.step.tokens_per_s,
-            "predicted_peak_memory_gib": self.worst.allocated / GIB,
+            "predicted_peak_memory_gib": (self.worst.allocated + process) / GIB,
             "predicted_goodput": self.run.goodput,
         }
 

@@ -141,9 +141,7 @@ class _Step:
         """Rows to experts and back, in and across nodes: forward, backward, and again where forward runs twice."""
         work = self.work
         passes = 3 if work.recompute == "full" else 2
-        sent = work.tokens * work.model.num_experts_per_tok * work.type_bytes * work.model.hidden_size
-        # The busiest rank gets more than the mean, and all wait for it.
-        inside, across = exchange_seconds(work, work.expert_group, sent * work.imbalance)
+        inside, across = exchange_seconds(work, work.type_bytes * work.model.hidden_size)
         count = passes * _EXCHANGES * self.network.mixture_layers
         return count * inside, count * across
 

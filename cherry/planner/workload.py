@@ -61,6 +61,9 @@ class Workload:
     assumed_imbalance: float = 1.0
     """Rows of the busiest rank's experts over the mean, where ranks share out experts."""
     lora: LoraConfig | None = None
+    once_per_node: bool = False
+    """A token goes to a node once and is copied there, as DeepEP does; this engine sends a row to each expert. For
+    comparison with what others have measured."""
 
     @property
     def ranks(self) -> int:
