@@ -1,7 +1,7 @@
 """Owns which tensors of a forward pass wait for the backward pass, in bytes of one token.
 
 It knows nothing of parameters or ranks. The lists are what `model/` saves on a GPU: autograd's saved tensors when
-blocks run eagerly; compiled blocks make cheap pointwise results again instead of keeping them.
+blocks run eagerly; compiled blocks make silu's result again instead of keeping it.
 """
 
 from __future__ import annotations
@@ -73,16 +73,15 @@ def _attention(work: Workload) -> int:
     # With context ranks, keys and values of the whole sequence.
     kept += (latent + keys) * work.context
     kept += heads * model.v_head_dim + width  # attention's result; the sum with the input
-    if not work.compile:
-        kept += width + query + model.kv_lora_rank * work.context  # results of the norms
+    kept += width + query + model.kv_lora_rank * work.context  # results of the norms: what matmuls take is kept
     return size * kept + 4 * heads + 3 * _NORM_BYTES  # and the softmax's fp32 normaliser
 
 
 def _dense(work: Workload) -> int:
     """Bytes a token of a dense feed-forward."""
     inner = work.model.intermediate_size
-    kept = 2 * inner + inner  # gate and up; the product that the down projection takes
-    kept += 0 if work.compile else inner + work.model.hidden_size  # silu's result, the norm's
+    kept = 2 * inner + inner + work.model.hidden_size  # gate and up, their product; the norm's result
+    kept += 0 if work.compile else inner  # silu's result
     return work.type_bytes * kept
 
 
@@ -90,7 +89,7 @@ def _mixture(work: Workload) -> int:
     """Bytes a token of router and shared experts, without the routed rows."""
     model, shared = work.model, work.model.n_shared_experts * work.model.moe_intermediate_size
     kept = 2 * shared + shared + model.hidden_size  # gate and up, their product; the norm's result
-    kept += 0 if work.compile else shared
+    kept += 0 if work.compile else shared  # silu's result
     router = _BYTES_PER_SCORE * model.n_routed_experts + _BYTES_PER_CHOICE * model.num_experts_per_tok
     in_fp32 = 4 * model.hidden_size if work.type_bytes < 4 else 0  # the router's input
     return work.type_bytes * kept + router + in_fp32
