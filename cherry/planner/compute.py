@@ -206,4 +206,4 @@ def gathering_bytes(work: Workload, elements: int, trained: int) -> tuple[float,
     if work.alone or work.unsharded:
         return 0.0, 0.0
     out = 2.0 * work.type_bytes * elements
-    return out, (out if work.reshard else 0.0) + (work.type_bytes + work.reduce_bytes) * trained
+    return out, (out if work.kept_share < 1 else 0.0) + (work.type_bytes + work.reduce_bytes) * trained

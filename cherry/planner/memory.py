@@ -12,7 +12,7 @@ from functools import cached_property
 
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
 from cherry.planner.hardware import FRAGMENTATION, NCCL_BUFFER_BYTES, NCCL_CHANNELS, WORKSPACE_BYTES, usable_bytes
-from cherry.planner.units import Layer, Network, network_of
+from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
 
 COMPONENTS = (
@@ -188,6 +188,18 @@ class _Stages:
         apart = self.work.alone or self.work.unsharded
         return 0 if apart else self.work.type_bytes * layer.elements
 
+    def _kept(self, dense: int, mixture: int) -> int:
+        """What stays gathered of so many layers; of experts only where all of it does (cherry/sharding.py)."""
+        work = self.work
+        if work.alone or work.unsharded or not work.kept_share:
+            return 0
+        whole = work.kept_share >= 1
+        layers = ((self.network.dense, dense), (self.network.mixture, mixture))
+        elements = sum(
+            count * unit.elements for layer, count in layers for unit in layer.units if whole or unit.name != EXPERTS
+        )
+        return int(work.type_bytes * work.kept_share * elements)
+
     @cached_property
     def _of_mixture(self) -> Activations:
         return layer_activations(self.work, moe=True, imbalance=self.imbalance)
@@ -228,7 +240,7 @@ class _Stages:
         hidden = (self._losses + 1) * boundary_bytes(work)
         return self._stage(
             gradients=self._gradients_before(),
-            gathered_layers=self._gathered_root(),
+            gathered_layers=self._gathered_root() + self._kept(self.network.dense_layers, self.network.mixture_layers),
             activations=self._waiting(self.network.dense_layers, self.network.mixture_layers),
             logits=logits + self._losses * self._head_gradient + part + hidden,
         )
@@ -241,7 +253,8 @@ class _Stages:
         last = self.network.mixture if self.network.mixture_layers else self.network.dense
         return self._stage(
             gradients=self._gradients_before(),
-            gathered_layers=self._gathered_root() + self._gathered(last),
+            gathered_layers=self._gathered_root()
+            + max(self._gathered(last), self._kept(self.network.dense_layers, self.network.mixture_layers)),
             activations=self._waiting(self.network.dense_layers, self.network.mixture_layers),
             logits=(self._losses + 1) * self._head_gradient + rounded + self._losses * boundary_bytes(work),
         )
@@ -264,8 +277,9 @@ class _Stages:
         layers = (network.dense_layers - dense, network.mixture_layers - mixture)
         trained = layers[0] * network.dense.trained_elements + layers[1] * network.mixture.trained_elements
         share = trained / max(1, network.total("trained_elements"))
-        gathered = self._gathered_root() + self._gathered(layer)
-        gathered += self._gathered(before) if dense + mixture > 1 else 0
+        gathered = self._gathered_root() + self._kept(dense, mixture)
+        if work.kept_share < 1:
+            gathered += self._gathered(layer) + (self._gathered(before) if dense + mixture > 1 else 0)
         live = own.saved if work.recompute == "full" else 0
         return self._stage(
             gradients=max(self._gradients(share), self._gradients_before()) + self._unreduced(layer),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 from cherry.cluster import ClusterSpec
 from cherry.config import JobConfig
@@ -38,7 +37,8 @@ class Layout:
     @property
     def overrides(self) -> str:
         """As `cherry` takes them."""
-        return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
+        told = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.changes.items()}
+        return " ".join(f"{key}={value}" for key, value in told.items())
 
 
 def search(config: JobConfig, cluster: ClusterSpec) -> list[Layout]:
@@ -122,27 +122,24 @@ def _judge(work: Workload, changes: dict[str, object]) -> Layout:
 
 def nearest_that_fit(plan: Plan, limit: int = 5) -> list[Layout]:
     """Changes to a plan that does not fit after which it does: single ones, else two at a time; fastest first."""
-    singles = list(_changes(plan.work, plan.cluster))
-    found = _fitting((work, changes) for changes, work in singles)
-    if not found:
-        pairs = combinations([changes for changes, _ in singles], 2)
-        found = _fitting(_both(plan, *pair) for pair in pairs if not pair[0].keys() & pair[1].keys())
+    found = _fitting(_changes(plan.work, plan.cluster)) or _fitting(_pairs(plan))
     return sorted(found, key=lambda one: -one.tokens_per_s_gpu)[:limit]
 
 
-def _fitting(candidates: Iterable[tuple[Workload | None, dict[str, object]]]) -> list[Layout]:
-    judged = [_judge(work, changes) for work, changes in candidates if work is not None]
-    return [one for one in judged if one.fits]
+def _fitting(candidates: Iterable[tuple[dict[str, object], Workload]]) -> list[Layout]:
+    return [one for changes, work in candidates if (one := _judge(work, changes)).fits]
 
 
-def _both(plan: Plan, first: dict[str, object], second: dict[str, object]) -> tuple[Workload | None, dict[str, object]]:
-    """Two changes after each other."""
-    for changes, work in _changes(plan.work, plan.cluster):
-        if changes == first:
-            for again, both in _changes(work, plan.cluster):
-                if again.keys() == second.keys() and again == second:
-                    return both, {**first, **second}
-    return None, {}
+def _pairs(plan: Plan) -> Iterator[tuple[dict[str, object], Workload]]:
+    """Two changes of different keys after each other, each pair once."""
+    seen: set[frozenset[tuple[str, object]]] = set()
+    for first, work in _changes(plan.work, plan.cluster):
+        for second, both in _changes(work, plan.cluster):
+            changes = {**first, **second}
+            known = frozenset(changes.items())
+            if not first.keys() & second.keys() and known not in seen:
+                seen.add(known)
+                yield changes, both
 
 
 def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, object], Workload]]:
@@ -165,8 +162,9 @@ def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, ob
             laid = _laid_out(own, **{axis: size}) if size != getattr(own, axis) else None
             if laid is not None and laid.accumulation == own.accumulation:
                 yield {f"parallel.{axis}": size}, laid
-    for chunk in _CHUNKS:
-        if chunk < own.loss_chunk_tokens and chunk < own.tokens:
+    # A chunk as large as the micro-batch needs no fp32 sum of the head's gradient, smaller ones have fewer logits.
+    for chunk in sorted({*_CHUNKS, own.tokens} - {own.loss_chunk_tokens}):
+        if chunk <= own.tokens:
             yield {"train.loss_chunk_tokens": chunk}, replace(own, loss_chunk_tokens=chunk)
     yield from _other_machines(own, cluster)
 
@@ -188,4 +186,4 @@ def _other_machines(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[
         yield changes, replace(own, shard=own.shard * times, micro_sequences=micro, accumulation=accumulation)
     for gpu in GPUS.values():
         if not gpu.shared_memory and gpu.memory_bytes > own.gpu.memory_bytes:
-            yield {"--cluster gpu": gpu.name}, replace(own, gpu=gpu)
+            yield {"the cluster's gpu": gpu.name}, replace(own, gpu=gpu)

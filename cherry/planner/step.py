@@ -101,9 +101,8 @@ class _Step:
             "between matmuls": count * (both.memory + copies),
             "optimizer": optimizer_seconds(work),
         }
-        replicas = all_reduce_seconds(
-            work, work.replicate_group, work.reduce_bytes * self.network.total("padded_trained")
-        )
+        shard_bytes = work.replicate_bytes * self.network.total("padded_trained")
+        replicas = all_reduce_seconds(work, work.replicate_group, shard_bytes)
         # Behind the last micro-batch's backward pass only.
         spare = max(0.0, backward.total - gather_backward - reduce)
         exposed = {
@@ -153,7 +152,7 @@ class _Step:
                 group = self._group(unit)
                 forward += count * self._gather(unit, group)
                 reduce += count * ring_seconds(self.work, group, self.work.reduce_bytes * unit.trained_elements)
-        return forward, forward if self.work.reshard else 0.0, reduce
+        return forward, forward if self.work.kept_share < 1 else 0.0, reduce
 
     def _gather(self, unit: Unit, group: Group) -> float:
         seconds = ring_seconds(self.work, group, self.work.type_bytes * unit.elements)

@@ -21,6 +21,10 @@ _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Bytes of a parameter's gathered copy and of an activation; with fp8, matmuls alone take narrower operands."""
 
 
+# int8 and fp8 have a scale per 256 values: 0.2545 of fp32's bytes (benchmarks/results/compression.jsonl).
+_REPLICATE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 4 * 0.2545, "fp8": 4 * 0.2545}
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks that talk with each other, and how many of them share a node."""
@@ -55,8 +59,11 @@ class Workload:
     compile: bool = False
     moment_bytes: int = 4
     loss_chunk_tokens: int = 1024
-    reshard: bool = True
+    kept_share: float = 0.0
+    """Of a gathered block, what stays between its passes: nothing, all, or its part in a group of some ranks."""
     reduce_bytes: int = 4
+    replicate_bytes: float = 4.0
+    """Of a gradient's element between replicas."""
     cpu_offload: bool = False
     assumed_imbalance: float = 1.0
     """Rows of the busiest rank's experts over the mean, where ranks share out experts."""
@@ -175,9 +182,10 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         compile=train.compile,
         moment_bytes=_TYPE_BYTES[train.optimizer_state_dtype],
         loss_chunk_tokens=train.loss_chunk_tokens,
-        # A number keeps them sharded over some ranks: memory between the two, counted as the frugal one.
-        reshard=parallel.reshard_after_forward is not False,
+        # True is freed, False is kept whole, a number is kept in parts of so many.
+        kept_share=0.0 if parallel.reshard_after_forward is True else 1.0 / max(1, int(parallel.reshard_after_forward)),
         reduce_bytes=_TYPE_BYTES[config.communication.reduce_dtype],
+        replicate_bytes=_REPLICATE_BYTES[config.communication.replicate],
         cpu_offload=parallel.cpu_offload,
         assumed_imbalance=cluster.assumed_imbalance,
         lora=config.lora,

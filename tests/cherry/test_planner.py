@@ -108,6 +108,13 @@ def test_one_mixture_layer_gathered_whole_is_23_gigabytes() -> None:
     assert 2 * network.mixture.elements / 1e9 == pytest.approx(23.0, abs=0.05)
 
 
+@pytest.mark.parametrize(("expert", "terabytes"), [(1, 5.4), (64, 0.22)])
+def test_what_a_step_gathers_and_reduces_is_what_pure_fsdp_fails_by(expert: int, terabytes: float) -> None:
+    """Gathered in bf16 for both passes, reduced in fp32."""
+    network = network_of(released(shard=256 // expert, expert=expert))
+    assert (2 + 2 + 4) * network.total("elements") / 1e12 == pytest.approx(terabytes, abs=0.05)
+
+
 def test_activations_of_the_671b_release_are_those_of_the_published_arithmetic() -> None:
     """About 638 KB a token and layer with each routed row's activation and result, which this engine does not keep."""
     work = released()
@@ -182,8 +189,10 @@ def test_more_of_anything_needs_more_memory_or_time() -> None:
     assert peak(replace(base, micro_sequences=8)) > peak(base)
     assert peak(replace(base, shard=8)) < peak(base)
     assert peak(replace(base, assumed_imbalance=4.0)) > peak(base)
+    assert peak(replace(base, kept_share=1.0)) > peak(replace(base, kept_share=1 / 8)) > peak(base)
     assert step_time(replace(base, recompute="none")).total < step_time(base).total
     assert step_time(replace(base, sequence_length=8192)).total > 2 * step_time(base).total
+    assert step_time(replace(base, kept_share=1.0)).travelling["all-gather"] < step_time(base).travelling["all-gather"]
     assert step_time(replace(base, gpu=GPUS["B200"])).total < step_time(base).total
     assert step_time(replace(base, assumed_imbalance=1.5)).total > step_time(base).total
 
