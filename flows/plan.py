@@ -13,8 +13,9 @@ from rich.table import Table
 
 from base.config import load
 from base.errors import DoesNotFitError
-from cherry.cluster import ClusterSpec, read_cluster
+from cherry.cluster import LOCAL, read_cluster
 from cherry.planner.hardware import GIB
+from cherry.planner.local import local_device
 from cherry.planner.plan import NOT_MODELLED, Plan, make_plan
 from cherry.planner.report import advice, headline, sections_of
 from cherry.planner.search import Layout, nearest_that_fit, search
@@ -35,15 +36,16 @@ def plan(
     """
     resolved = load(config, RunConfig, overrides)
     spec = read_cluster(cluster or resolved.cluster)
-    made = make_plan(resolved, spec)
-    layouts = search(resolved, spec) if with_search else None
+    device = local_device() if spec.kind == LOCAL and spec.gpu is None else None
+    made = make_plan(resolved, spec, device)
+    layouts = search(made) if with_search else None
     nearest = [] if made.fits else nearest_that_fit(made)
     if as_json:
         told = made.as_dict() | {"nearest": [_plain(one) for one in nearest]}
         told |= {} if layouts is None else {"layouts": [_plain(one) for one in layouts]}
         console.print_json(json.dumps(told))
     else:
-        _show(console, made, spec)
+        _show(console, made)
         if layouts is not None:
             _show_layouts(console, layouts)
     if not made.fits:
@@ -58,7 +60,7 @@ def _plain(layout: Layout) -> dict[str, object]:
     }
 
 
-def _show(console: Console, made: Plan, spec: ClusterSpec) -> None:
+def _show(console: Console, made: Plan) -> None:
     console.print(f"[bold]{made.job}[/] on {headline(made)}", highlight=False)
     for title, rows in sections_of(made):
         table = Table(box=None, pad_edge=False, show_header=False, title=f"\n[bold]{title}[/]", title_justify="left")

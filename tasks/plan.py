@@ -6,15 +6,12 @@ It knows the planner's figures, not how they come about.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
-
-import psutil
 
 from base import storage
 from base.errors import ConfigError, DoesNotFitError, MissingFileError
-from cherry.cluster import ClusterSpec
-from cherry.planner.hardware import GPUS, Gpu
+from cherry.cluster import LOCAL, ClusterSpec
+from cherry.planner.local import local_device
 from cherry.planner.plan import Plan, make_plan
 from cherry.planner.report import advice, headline, sections_of
 from cherry.planner.search import nearest_that_fit
@@ -25,7 +22,6 @@ from tasks.steps import RunContext, StepRun
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
-_GPU_ROOT = Path("/proc/driver/nvidia/gpus")
 # What a run measured, by the prediction that it is held against.
 _MEASURED = {
     "predicted_step_seconds": "step_seconds_mean",
@@ -34,37 +30,13 @@ _MEASURED = {
 }
 
 
-def local_gpus() -> list[str]:
-    """Names of this machine's GPUs as the driver lists them, without torch."""
-    if not _GPU_ROOT.is_dir():
-        return []
-    return [_model_name(folder / "information") for folder in sorted(_GPU_ROOT.iterdir())]
-
-
-def _model_name(path: Path) -> str:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model:")), "unknown")
-
-
-def local_device() -> Gpu | None:
-    """This machine's GPU as the planner knows it, or its CPU; `None` for a GPU that it does not know."""
-    names = local_gpus()
-    if names:
-        return next((gpu for name, gpu in GPUS.items() if name in names[0]), None)
-    return replace(GPUS["laptop"], name="this CPU", memory_bytes=psutil.virtual_memory().total)
-
-
 def predict(config: RunConfig, cluster: ClusterSpec) -> Plan | None:
-    """The run's plan; `None` where the device or its use is none that the planner knows."""
-    if cluster.kind != "local" or cluster.gpu is not None:
+    """The run's plan; `None` on a local device, or for a use of it, that the planner does not know."""
+    if cluster.kind != LOCAL:
         return make_plan(config, cluster)
-    device = local_device()
-    if device is None:
-        logger.warning("no plan: the planner does not know %s", ", ".join(sorted(set(local_gpus()))))
-        return None
     try:
-        return make_plan(config, cluster, device)
-    except ConfigError as error:  # bf16 on a CPU, which trains, slowly
+        return make_plan(config, cluster, local_device() if cluster.gpu is None else None)
+    except ConfigError as error:  # another GPU, or bf16 on CPUs, which train in it, slowly
         logger.warning("no plan: %s", error)
         return None
 

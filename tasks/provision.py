@@ -25,9 +25,10 @@ from prefect.cache_policies import NO_CACHE
 from base import storage
 from base.errors import CherryError, ConfigError, MissingFileError, OperationalError, storage_errors
 from cherry.cluster import LOCAL, read_cluster
+from cherry.planner.local import local_gpus
 from cherry.planner.plan import Plan
 from tasks.config import RunConfig
-from tasks.plan import local_gpus, predict, refuse, tell
+from tasks.plan import predict, refuse, tell
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
 # fp32 parameter, gradient and two AdamW moments.

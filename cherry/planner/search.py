@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from cherry.cluster import ClusterSpec
-from cherry.config import JobConfig
 from cherry.planner.hardware import GPUS
 from cherry.planner.memory import memory_of
 from cherry.planner.plan import Plan, layout_of
 from cherry.planner.step import step_time
-from cherry.planner.workload import Workload, workload_of
+from cherry.planner.workload import Workload
 
 # What the engine computes in (cherry/config.py); a precision that only hardware has is no layout.
 _PRECISIONS = ("fp32", "bf16")
@@ -41,11 +40,11 @@ class Layout:
         return " ".join(f"{key}={value}" for key, value in told.items())
 
 
-def search(config: JobConfig, cluster: ClusterSpec) -> list[Layout]:
-    """Every layout on the same ranks that fits, fastest first."""
-    own = workload_of(config, cluster)
+def search(plan: Plan) -> list[Layout]:
+    """Every layout on the plan's ranks that fits, fastest first; of equals, the one with the most room."""
+    own = plan.work
     found = [_judge(work, _search_keys(own, work)) for work in _layouts(own)]
-    return sorted((one for one in found if one.fits), key=lambda one: -one.tokens_per_s_gpu)
+    return sorted((one for one in found if one.fits), key=lambda one: (-one.tokens_per_s_gpu, one.total_bytes))
 
 
 def _search_keys(own: Workload, work: Workload) -> dict[str, object]:

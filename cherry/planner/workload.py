@@ -206,5 +206,7 @@ def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> It
         if cluster.gpus % axes:
             rule = f"replicate * expert * context must divide the cluster's {cluster.gpus} GPUs"
             yield Problem("parallel", rule, axes)
+    elif launch.nnodes != 1:
+        yield Problem("launch.nnodes", "the cluster is one machine; name another one's spec", launch.nnodes)
     if config.train.precision not in device.flops:
         yield Problem("train.precision", f"{device.name} computes in {', '.join(device.flops)}", config.train.precision)

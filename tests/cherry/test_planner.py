@@ -167,7 +167,7 @@ def test_where_one_change_is_not_enough_two_are_named() -> None:
 def test_a_search_ranks_layouts_that_the_configuration_takes() -> None:
     config = load(ROOT / "configs" / "671b.yaml", RunConfig)
     cluster = read_cluster(str(ROOT / "configs" / "clusters" / "h100-256.yaml"))
-    found = search(config, cluster)
+    found = search(make_plan(config, cluster))
     speeds = [one.tokens_per_s_gpu for one in found]
     assert speeds == sorted(speeds, reverse=True)
     own = next(one for one in found if not one.changes)
@@ -256,6 +256,7 @@ def test_a_wrong_cluster_is_a_sentence(spec: dict[str, object], told: str) -> No
             "launch.nnodes: the cluster has 16",
         ),
         ([], ClusterSpec(kind="nodes", gpu="H100", nodes=33, gpus_per_node=8), "must divide the cluster's 264 GPUs"),
+        ([], ClusterSpec(kind="local"), "launch.nnodes: the cluster is one machine; name another one's spec (got 32)"),
         ([], ClusterSpec(kind="local"), "train.precision: laptop computes in fp32"),
     ],
 )
