@@ -164,6 +164,7 @@ def simulated() -> Iterator[dict[str, object]]:
             "gradients": 4 * network.total("padded_trained"),
             "states": 8 * network.total("padded_trained"),
             **asdict(gathering_of(work)),
+            "peak": memory_of(work)[0].allocated,
         }
         for kind, size in held.items():
             case = f"slice of 671B on {ranks:,} ranks, experts over 64: {kind.replace('_', ' ')}"

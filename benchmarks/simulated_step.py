@@ -51,6 +51,8 @@ class Held:
     """Parameters that are gathered and in use."""
     all_gather: int
     reduce_scatter: int
+    peak: int
+    """Of everything at one time; on a CPU norms and experts make fp32 copies that a GPU's kernels do not."""
 
 
 def simulate(
@@ -90,7 +92,8 @@ def _largest(tracker: FSDPMemTracker) -> Held:
                     name = str(getattr(kind, "value", kind))
                     found[name] = max(found[name], size)
     kinds = ("Sharded Param", "Sharded Grad", "OptState", "Unsharded Param", "All Gather", "Reduce Scatter")
-    return Held(*(found[kind] for kind in kinds))
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return Held(*(found[kind] for kind in kinds), peak)
 
 
 def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:

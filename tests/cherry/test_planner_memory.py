@@ -68,6 +68,7 @@ def test_a_simulated_step_holds_what_the_plan_says(ranks: int, axes: dict[str, i
         "gradients": 4 * network.total("padded_trained"),
         "states": 8 * network.total("padded_trained"),
         **asdict(gathering_of(work)),
+        "peak": memory_of(work)[0].allocated,
     }
     for kind, size in asdict(held).items():
         assert planned[kind] == pytest.approx(size, rel=0.05), kind
