@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
-from cherry.planner.hardware import FRAGMENTATION, NCCL_BUFFER_BYTES, NCCL_CHANNELS, WORKSPACE_BYTES, usable_bytes
+from cherry.planner.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
 
@@ -86,7 +86,7 @@ def _with_overheads(work: Workload, stages: dict[str, Components]) -> dict[str, 
     groups = (work.dense_group, work.expert_group, work.expert_shard_group, work.context_group, work.replicate_group)
     # And the default group of all ranks, which norms and counts are summed over.
     communicators = sum(group.ranks > 1 for group in groups) + (work.ranks > 1)
-    buffers = 0 if work.gpu.shared_memory else communicators * 2 * NCCL_CHANNELS * NCCL_BUFFER_BYTES
+    buffers = 0 if work.gpu.shared_memory else communicators * 2 * work.nccl_bytes
     fixed = ("parameters", "optimizer states")
     # What keeps its size from step to step leaves no holes.
     return {

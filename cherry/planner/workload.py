@@ -14,7 +14,7 @@ from base.config import Problem
 from base.errors import ConfigError
 from cherry.cluster import ClusterSpec
 from cherry.config import JobConfig, LoraConfig
-from cherry.planner.hardware import GPUS, Gpu, Reach, reach_of
+from cherry.planner.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Gpu, Reach, reach_of
 from model.config import ModelConfig
 
 _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
@@ -67,6 +67,8 @@ class Workload:
     cpu_offload: bool = False
     assumed_imbalance: float = 1.0
     """Rows of the busiest rank's experts over the mean, where ranks share out experts."""
+    nccl_bytes: int = NCCL_CHANNELS * NCCL_BUFFER_BYTES
+    """Of buffers in one direction of one communicator."""
     lora: LoraConfig | None = None
     once_per_node: bool = False
     """A token goes to a node once and is copied there, as DeepEP does; this engine sends a row to each expert. For
@@ -188,8 +190,14 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         replicate_bytes=_REPLICATE_BYTES[config.communication.replicate],
         cpu_offload=parallel.cpu_offload,
         assumed_imbalance=cluster.assumed_imbalance,
+        nccl_bytes=_nccl_bytes(config),
         lora=config.lora,
     )
+
+
+def _nccl_bytes(config: JobConfig) -> int:
+    size = int(config.communication.variables().get("NCCL_BUFFSIZE", NCCL_BUFFER_BYTES))
+    return size * min(NCCL_CHANNELS, config.communication.max_channels or NCCL_CHANNELS)
 
 
 def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> Iterator[Problem]:

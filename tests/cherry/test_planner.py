@@ -197,6 +197,17 @@ def test_more_of_anything_needs_more_memory_or_time() -> None:
     assert step_time(replace(base, assumed_imbalance=1.5)).total > step_time(base).total
 
 
+def test_what_the_communication_section_says_is_in_the_plan() -> None:
+    plain = plan_for("h100-256")
+    told = plan_for("h100-256", "communication.buffer_size=16MiB", "communication.max_channels=8")
+    assert told.worst.components["communication"] == 2 * plain.worst.components["communication"]
+    thin = plan_for("h100-256", "communication.reduce_dtype=bf16")
+    assert thin.step.travelling["reduce-scatter"] < 0.6 * plain.step.travelling["reduce-scatter"]
+    copies = ["parallel.replicate=4", "communication.replicate=int8"]
+    small, wide = (plan_for("b200-256", *copies[:count]).step.travelling["all-reduce"] for count in (2, 1))
+    assert small < 0.3 * wide
+
+
 def test_groups_know_how_many_of_them_share_a_node() -> None:
     work = released(replicate=2, shard=2, context=2, expert=32)
     groups = {
