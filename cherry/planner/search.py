@@ -116,7 +116,7 @@ def _judge(work: Workload, changes: dict[str, object]) -> Layout:
     memory = memory_of(work)
     fits = all(ranks.fits for ranks in memory)
     total = max(ranks.total for ranks in memory)
-    return Layout(changes, work, total, fits, step_time(work).tokens_per_s_gpu)
+    return Layout(changes, work, total, fits, step_time(work).tokens_per_s_gpu if fits else 0.0)
 
 
 def nearest_that_fit(plan: Plan, limit: int = 5) -> list[Layout]:

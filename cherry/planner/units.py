@@ -89,11 +89,17 @@ class Network:
     """The MTP module's block included."""
     root: Unit
 
+    @cached_property
+    def _totals(self) -> dict[str, int]:
+        units = [(unit, self.dense_layers) for unit in self.dense.units]
+        units += [(unit, self.mixture_layers) for unit in self.mixture.units]
+        units += [(self.root, 1)]
+        names = ("elements", "trained_elements", "padded", "padded_trained")
+        return {name: sum(count * getattr(unit, name) for unit, count in units) for name in names}
+
     def total(self, of: str) -> int:
         """The sum of a property of units (`elements`, `padded`, `padded_trained`, ...) over the whole network."""
-        layers = ((self.dense, self.dense_layers), (self.mixture, self.mixture_layers))
-        inner = sum(count * getattr(unit, of) for layer, count in layers for unit in layer.units)
-        return int(inner + getattr(self.root, of))
+        return self._totals[of]
 
     def whole(self, of: str, expert: int) -> int:
         """The same over all ranks of an expert axis of that size: what a checkpoint holds."""
