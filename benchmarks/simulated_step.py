@@ -109,7 +109,7 @@ def _balanced() -> Iterator[None]:
 
     def plan(dispatch: ExpertDispatch, counts_E: Tensor) -> _Plan:
         ranks = dispatch._ranks
-        rows = dispatch.rows_for_test
+        rows = dispatch.simulated_rows
         each = [rows // ranks] * ranks
         order = torch.arange(rows, device=counts_E.device)
         return _Plan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
@@ -117,7 +117,7 @@ def _balanced() -> Iterator[None]:
     call = ExpertDispatch.__call__
 
     def noting_rows(dispatch: ExpertDispatch, run: object, rows_RD: Tensor, *rest: Tensor) -> Tensor:
-        dispatch.rows_for_test = rows_RD.shape[0]
+        dispatch.simulated_rows = rows_RD.shape[0]
         return call(dispatch, run, rows_RD, *rest)
 
     with (
