@@ -30,10 +30,13 @@ def goodput(reliability: Reliability, interval_s: float) -> float:
     """The share of wall-clock time that becomes lasting progress, saving after every `interval_s` of training.
 
     Between two failures a job makes as many saves as are written in time: k of them need k (interval + stall) + write.
-    Failures at rate f end uptime after an exponential time, so E[saves] = e^(-f write) / (e^(f (interval + stall)) -
-    1). A cycle takes 1/f of uptime, and a restart that is itself interrupted begins anew: together e^(f restart) / f.
+    Failures at rate f end uptime after an exponential time, so
+    E[saves] = e^(-f write) / (e^(f (interval + stall)) - 1).
+    A cycle takes 1/f of uptime, and a restart that is itself interrupted begins anew: together e^(f restart) / f.
     """
-    rate, period = reliability.failures_per_s, interval_s + reliability.stall_s
+    rate = reliability.failures_per_s
+    # A save that comes due before the last one is written waits for it, and training with it (cherry/checkpoint.py).
+    period = max(interval_s, reliability.write_s) + reliability.stall_s
     if rate * (period + reliability.restart_s + reliability.write_s) < 1e-12:
         return interval_s / period
     if rate * max(period, reliability.restart_s, reliability.write_s) > 500.0:

@@ -15,6 +15,7 @@ CASES = [
     (8.0, 900.0, 2.0, 160.0, 17.0, 60),  # 16,384 GPUs of Llama 3's kind
     (8.0, 900.0, 160.0, 0.0, 17.0, 120),  # the same with saves in the foreground
     (60.0, 600.0, 5.0, 100.0, 10.0, 30),
+    (8.0, 300.0, 2.0, 400.0, 10.0, 20),  # a save comes due before the last one is written
 ]
 
 
