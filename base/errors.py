@@ -86,6 +86,12 @@ class RequestError(InvalidInputError):
     exit_code = 18
 
 
+class DoesNotFitError(InvalidInputError):
+    """By the plan a job needs more memory than its GPUs have; the text says for what, and what would fit."""
+
+    exit_code = 19
+
+
 class OperationalError(CherryError):
     """The world's fault: the same call may succeed later, so tasks retry it."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,13 @@ def peak_flops(device: torch.device, precision: str) -> float:
         (a @ a)[0, 0].item()
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held: torch's tensors on a GPU, all of its memory on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux tells KiB
 
 
 class MetricsWriter:

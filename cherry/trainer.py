@@ -31,7 +31,7 @@ from cherry.divergence import Figures, StepGuard
 from cherry.fence import Fence
 from cherry.heldout import Heldout, evaluate_heldout
 from cherry.mesh import data_share
-from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops
+from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops, peak_memory_bytes
 from cherry.network import build
 from cherry.optimizer import learning_rate, set_learning_rate, update_expert_bias
 from cherry.run_directory import checkpoints_of, identity
@@ -338,6 +338,8 @@ class Trainer:
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
+            "step_seconds_mean": self.progress.seconds / max(self.progress.step, 1),
+            "peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
             "checkpoint": self.checkpointer.last_saved,
             "parameters": self.config.model.parameters(with_mtp=True),
             "world_size": self.ranks,

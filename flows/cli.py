@@ -40,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--verbose", action="store_true", help="print every log line of the flow")
     deploy.add_argument("--model-version", type=int, metavar="N", help="a registered version; default: this run's own")
 
+    plan = commands.add_parser("plan", help="memory, speed, duration and cost of a run, before it takes a GPU")
+    plan.add_argument("config", metavar="CONFIG", help="a YAML file, like configs/671b.yaml")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="like parallel.expert=32")
+    plan.add_argument("--cluster", metavar="CLUSTER", help="a spec of configs/clusters/; default: the config's own")
+    plan.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    plan.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted speed")
+
     status = commands.add_parser("status", help="every run: finished steps, loss, checkpoint, processes")
     stop = commands.add_parser("stop", help="stop what `cherry deploy` started")
     doctor = commands.add_parser("doctor", help="whether this machine can run the pipeline")
@@ -78,7 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _dispatch(options: argparse.Namespace) -> None:
     console = Console()
     set_offline_defaults(verbose=getattr(options, "verbose", False))  # before what imports prefect
-    if options.command == "doctor":
+    if options.command == "plan":
+        from flows.plan import plan
+
+        plan(
+            console,
+            options.config,
+            options.cluster,
+            options.overrides,
+            as_json=options.json,
+            with_search=options.search,
+        )
+    elif options.command == "doctor":
         _doctor(console, options.runs_directory)
     elif options.command == "status":
         _status(console, options.runs_directory)

@@ -22,6 +22,13 @@ class RetryConfig(Section):
     delay_s: NonNegativeFloat = 5.0
 
 
+class PlanConfig(Section):
+    """What a plan that does not fit means for a run (`cherry plan`)."""
+
+    refuse: bool = True
+    """Take no hosts when the plan says that memory is short. `false` only warns."""
+
+
 class QuantizeConfig(Section):
     """Weight-only quantization of experts and projections."""
 
@@ -86,6 +93,7 @@ class RunConfig(JobConfig):
     runs_directory: str = "runs"
     cluster: str = "local"
     """`local`, or the path of a cluster spec in configs/clusters/."""
+    plan: PlanConfig = PlanConfig()
     retry: RetryConfig = RetryConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,4 +1,4 @@
-"""Owns the pictures of a run: loss, learning rate, expert load, quantization error and the interval of a comparison.
+"""Owns the pictures of a run: memory, loss, learning rate, expert load, quantization error, a comparison's interval.
 
 It knows figures, not where they come from or go to.
 """
@@ -114,4 +114,22 @@ def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: flo
             axes.set(yticks=[], ylim=(-1, 1), title=f"{label}: {difference:+.4f} ({low:+.4f} to {high:+.4f})")
         panels[0].legend(loc="upper right")
         panels[-1].set_xlabel("difference of the held-out loss, nats per token (left is better)")
+    return path
+
+
+def plot_memory(stages: Mapping[str, Mapping[str, int]], usable_bytes: int, path: Path) -> Path:
+    """A plan's memory at each stage of a step, its components on top of each other, and a line where room ends."""
+    names = [name for name in next(iter(stages.values())) if any(stage[name] for stage in stages.values())]
+    with _figure(path, height=1.6 + 0.4 * len(stages)) as [axes]:
+        left = [0.0] * len(stages)
+        for number, name in enumerate(names):
+            sizes = [stage[name] / 2**30 for stage in stages.values()]
+            axes.barh(range(len(stages)), sizes, left=left, label=name, color=f"C{number}")
+            left = [before + size for before, size in zip(left, sizes, strict=True)]
+        if usable_bytes / 2**30 < 4 * max(left):  # else the bars would be a hair beside an empty page
+            axes.axvline(usable_bytes / 2**30, color="black", linestyle="--", label="usable")
+        axes.set_yticks(range(len(stages)), list(stages))
+        axes.invert_yaxis()
+        axes.set(xlabel="GiB of a rank", title="Planned memory")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     return path

@@ -16,24 +16,27 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import PositiveInt
 
 from base import storage
-from base.config import Section, load
 from base.errors import CherryError, ConfigError, MissingFileError, OperationalError, storage_errors
+from cherry.cluster import LOCAL, read_cluster
+from cherry.planner.local import local_gpus
+from cherry.planner.plan import Plan
 from tasks.config import RunConfig
+from tasks.plan import predict, refuse, tell
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
-LOCAL = "local"
 # fp32 parameter, gradient and two AdamW moments.
 _TRAINING_BYTES_PER_PARAMETER = 16
 # fp32 parameter and two moments in a checkpoint; one more than is kept exists while a new one is written.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
+# What the plan is made of, besides the cluster and how it is launched.
+_PLANNED = ["model", "data", "parallel", "communication", "train", "lora", "checkpoint"]
 _HOST = socket.gethostname()
 # A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.
 _RENEW_S = 15.0
@@ -41,51 +44,46 @@ _STALE_S = 120.0
 logger = logging.getLogger(__name__)
 
 
-class ClusterSpec(Section):
-    """A file in configs/clusters/."""
-
-    kind: Literal["local"]
-    slots: PositiveInt | None = None
-    """Ranks that a host may hold at one time; `None` leaves it to its GPUs."""
-
-
-def read_cluster(name: str) -> ClusterSpec:
-    """`local`, or the spec at a path.
-
-    Raises:
-        MissingFileError, ConfigError: no such file, or one that breaks a rule.
-    """
-    return ClusterSpec(kind="local") if name == LOCAL else load(name, ClusterSpec)
-
-
 @task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def provision(context: RunContext) -> StepRecord:
-    """Check this machine against the run's needs, and take a lease on it."""
-    inputs = {**sections(context.config, ["cluster", "launch"]), "parameters": context.config.model.parameters()}
+    """Check this machine against the run's needs and its plan, and take a lease on it."""
+    inputs = {
+        **sections(context.config, ["cluster", "launch"]),
+        "parameters": context.config.model.parameters(),
+        "planned": storage.fingerprint(sections(context.config, _PLANNED)),
+    }
 
     def work(step: StepRun) -> dict[str, str]:
-        host = preflight(context.config, context.path)
+        host, plan = preflight(context.config, context.path)
         step.say(f"{host['address']}: {host['cores']} cores, {host['memory_gib']:.1f} GiB memory, {host['gpus']} GPUs")
         step.metrics(cores=host["cores"], memory_gib=host["memory_gib"], disk_free_gib=host["disk_free_gib"])
         target = str(context.path / "hosts.json")
         storage.write_json(target, {"cluster": context.config.cluster, "hosts": [host]})
-        return {"hosts": target}
+        told = {} if plan is None else tell(plan, context, step)
+        return {"hosts": target, **told}
 
     take_lease(context)
     return perform(context, "provision", inputs, work)
 
 
-def preflight(config: RunConfig, run_directory: Path) -> dict[str, Any]:
-    """What this machine has, when that is enough.
+def preflight(config: RunConfig, run_directory: Path) -> tuple[dict[str, Any], Plan | None]:
+    """What this machine has, when that is enough, and the plan; `None` where the planner does not know the GPU.
 
     Raises:
         ConfigError: the run wants another cluster or more than this machine has.
+        DoesNotFitError: the plan says so, and the configuration does not say to go on.
         OperationalError: disk or memory are short now, but may be freed.
     """
     cluster = read_cluster(config.cluster)
+    if cluster.kind != LOCAL:
+        refuse(predict(config, cluster), config)
+        raise ConfigError(
+            f"cluster: {config.cluster} is planned for, but only this machine (kind local) can be taken by a flow. "
+            "Start cherry-launch on its nodes."
+        )
     if config.launch.nnodes != 1:
         raise ConfigError(f"launch.nnodes: cluster {config.cluster!r} has one node (got {config.launch.nnodes})")
-    gpus, ranks = _gpus(), config.launch.nproc_per_node
+    gpus, ranks = len(local_gpus()), config.launch.nproc_per_node
     if gpus and ranks > gpus:
         raise ConfigError(f"launch.nproc_per_node: this machine has {gpus} GPUs (got {ranks})")
     if cluster.slots is not None and ranks > cluster.slots:
@@ -103,7 +101,9 @@ def preflight(config: RunConfig, run_directory: Path) -> dict[str, Any]:
                 f"{what}: {parameters:,} parameters need at least {needed / 2**30:.1f} GiB here, "
                 f"{free / 2**30:.1f} GiB are free. Free some, or take a smaller model."
             )
-    return {
+    plan = predict(config, cluster)
+    refuse(plan, config)
+    host = {
         "address": "127.0.0.1",
         "slots": ranks,
         "cores": os.cpu_count() or 1,
@@ -111,12 +111,7 @@ def preflight(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "memory_gib": memory / 2**30,
         "disk_free_gib": disk / 2**30,
     }
-
-
-def _gpus() -> int:
-    """GPUs that the driver lists, without torch."""
-    root = Path("/proc/driver/nvidia/gpus")
-    return len(list(root.iterdir())) if root.is_dir() else 0
+    return host, plan
 
 
 def take_lease(context: RunContext) -> None:

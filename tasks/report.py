@@ -86,7 +86,7 @@ def _open(context: RunContext, step: str) -> RunContext:
 def _lasting(context: RunContext) -> dict[str, Any]:
     """The config without what may change between two looks at one run: how it is retried, served and tracked."""
     values = context.config.model_dump(mode="json")
-    return {key: value for key, value in values.items() if key not in ("retry", "serve", "deploy", "tracking")}
+    return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
 
 
 def conclude(context: RunContext, status: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 
 from base import storage
 from tasks.artifacts import ProgressArtifact
+from tasks.plan import compared
 from tasks.plots import plot_training
 from tasks.process import PROJECT_ROOT
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
@@ -93,9 +94,11 @@ def _conclude(context: RunContext, step: StepRun, folder: Path) -> dict[str, str
     figures = {key: value for key, value in result.items() if isinstance(value, int | float)}
     # Not under the name of a series, whose last point they would not be.
     step.metrics(**{("final_" if key in SERIES else "") + tracked_name(key): value for key, value in figures.items()})
+    beside = compared(context.path, figures)
+    step.metrics(**beside)
     step.tracker.log(
         context.parent_run_id,
-        metrics={key: figures[key] for key in ("loss_first", "loss_last", "tokens_per_second")},
+        metrics={key: figures[key] for key in ("loss_first", "loss_last", "tokens_per_second")} | beside,
     )
     lines, first = list(read_metrics(folder / "metrics.jsonl")), context.config.model.first_k_dense_replace
     for path in plot_training(lines, folder / "plots", first_moe_layer=first):

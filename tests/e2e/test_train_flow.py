@@ -82,8 +82,9 @@ def test_plots_and_tables_are_artifacts(project, finished):
     parent, children = tree(project, "first")
     training = {"plots/loss.png", "plots/learning_rate.png", "plots/expert_load.png"}
     assert names(children["train"], "plots") == training
-    assert names(parent, "plots") == training | {"plots/quantization.png", "plots/comparison.png"}
-    assert names(parent, None) == {"plots", "summary.json", "config.yaml"}
+    others = {"plots/quantization.png", "plots/comparison.png", "plots/plan_memory.png"}
+    assert names(parent, "plots") == training | others
+    assert names(parent, None) == {"plots", "summary.json", "config.yaml", "plan.json"}
     assert names(children["quantize"], None) == {"quantization.json", "quantization.png"}
     assert "evaluation.json" in names(children["evaluate"], None)
     told = (project.runs / "first" / "events.jsonl").read_text()
@@ -91,6 +92,19 @@ def test_plots_and_tables_are_artifacts(project, finished):
     assert f"compared on {compared} documents, evaluate.documents asks for 200" in told
     for path in (project.runs / "mlartifacts").rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_stands_beside_the_plan(project, finished):
+    parent, children = tree(project, "first")
+    plan = json.loads((project.runs / "first" / "plan.json").read_text())
+    for run in (parent, children["train"]):
+        metrics = run.data.metrics
+        assert metrics["predicted_step_seconds"] == pytest.approx(plan["predicted_step_seconds"])
+        for name in ("step_seconds", "tokens_per_second", "peak_memory_gib"):
+            assert metrics[f"{name}_over_plan"] > 0
+    measured = children["train"].data.metrics
+    ratio = measured["peak_memory_gib"] / plan["predicted_peak_memory_gib"]
+    assert measured["peak_memory_gib_over_plan"] == pytest.approx(ratio)
 
 
 def test_quantization_tells_the_error_of_each_tensor(project, finished):

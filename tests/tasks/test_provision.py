@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from base import storage
-from base.errors import ConfigError, OperationalError
+from base.errors import ConfigError, DoesNotFitError, OperationalError
+from cherry.cluster import read_cluster
 from tasks.parameters import resolve
-from tasks.provision import is_alive, preflight, read_cluster, release, take_lease
+from tasks.provision import is_alive, preflight, release, take_lease
 from tasks.report import end_leftovers
 from tasks.steps import RunContext
 
@@ -124,11 +125,15 @@ def test_a_pid_that_was_given_to_another_process_is_not_the_holder():
         ({"launch": {"nnodes": 2, "master_port": 29500}}, ConfigError, r"launch\.nnodes: cluster 'local' has one node"),
         ({"cluster": "slots.yaml", "launch": {"nproc_per_node": 4}}, ConfigError, "has 2 slots"),
         ({"model": {"preset": "671b"}, "train": {"batch_size": 16}}, OperationalError, "memory: .* GiB are free"),
+        ({"cluster": "nodes.yaml"}, ConfigError, "only this machine"),
+        ({"cluster": "gpu.yaml", "model": {"preset": "16b"}}, DoesNotFitError, r"no room for .* What would fit: "),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path, monkeypatch, changes, error, match):
     config = resolve(str(ROOT / "configs" / "tiny.yaml"), {**changes, "runs_directory": str(tmp_path)})
     (tmp_path / "slots.yaml").write_text("kind: local\nslots: 2\n")
+    (tmp_path / "nodes.yaml").write_text("kind: nodes\ngpu: H100\nnodes: 4\ngpus_per_node: 8\n")
+    (tmp_path / "gpu.yaml").write_text("kind: nodes\ngpu: H100\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=match):
         preflight(config, tmp_path / "run")
@@ -136,7 +141,7 @@ def test_what_does_not_fit_is_told(tmp_path, monkeypatch, changes, error, match)
 
 def test_cluster_files_are_read_strictly(tmp_path):
     for path in (ROOT / "configs" / "clusters").glob("*.yaml"):
-        assert read_cluster(str(path)).kind == "local"
+        assert read_cluster(str(path)).kind == ("local" if path.stem in ("local", "laptop") else "nodes")
     (tmp_path / "wrong.yaml").write_text("kind: slurm\nslotz: 2\n")
     with pytest.raises(ConfigError, match="slotz"):
         read_cluster(str(tmp_path / "wrong.yaml"))

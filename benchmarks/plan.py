@@ -1,0 +1,195 @@
+"""Holds the plan against what was measured, published and simulated, and keeps the comparison.
+
+    python -m benchmarks.plan [--output benchmarks/results/plan.json]
+
+One row a figure: `case, kind, predicted, measured, ratio, source`, and a `note` where the two do not describe the same
+thing. Kinds: `memory` (GiB) and `time` (ms) of steps on one GPU, from the other files of results/; `published` (tokens
+a second and GPU) of others' clusters, on which nothing is calibrated; `simulated` (bytes of a rank) from
+benchmarks.simulated_step; `goodput` from cherry/planner/simulation.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks.plan_cases import benchmark_workload
+from cherry.config import ParallelConfig, TrainConfig
+from cherry.planner.goodput import DAY_S, Reliability, goodput
+from cherry.planner.hardware import GIB, GPUS
+from cherry.planner.memory import gathering_of, memory_of
+from cherry.planner.simulation import simulate as simulate_life
+from cherry.planner.step import step_time
+from cherry.planner.units import network_of
+from cherry.planner.workload import Workload
+from model.config import PRESETS, ModelConfig
+
+RESULTS = Path(__file__).with_name("results")
+# Failures a day, seconds of restart, stall and writing, of a step, steps between saves.
+LIVES = {
+    "671B on 256 GPUs": (0.12, 380.0, 0.05, 165.0, 17.4, 100),
+    "671B on 1,024 GPUs": (0.49, 380.0, 0.05, 165.0, 9.0, 200),
+    "16,384 GPUs, saves in the background": (7.76, 900.0, 2.0, 160.0, 17.0, 60),
+    "16,384 GPUs, saves in the foreground": (7.76, 900.0, 160.0, 0.0, 17.0, 120),
+    "100,000 GPUs": (47.4, 600.0, 5.0, 100.0, 10.0, 30),
+}
+LIFE_STEPS, LIFE_SEEDS = 40_000, 8
+
+
+def row(case: str, kind: str, predicted: float, measured: float, source: str, note: str = "") -> dict[str, object]:
+    """One comparison."""
+    told = {"note": note} if note else {}
+    figures = {"predicted": round(predicted, 4), "measured": measured, "ratio": round(predicted / measured, 4)}
+    return {"case": case, "kind": kind, **figures, "source": source, **told}
+
+
+def measured_steps() -> Iterator[dict[str, object]]:
+    """Kept rows of single GPUs."""
+    for name in ("train_step.json", "scale.json", "plan_gpu.jsonl"):
+        path = RESULTS / name
+        text = path.read_text() if path.exists() else ""
+        rows = json.loads(text) if name.endswith("json") else [json.loads(line) for line in text.splitlines()]
+        for kept in rows:
+            if not kept["impl"].startswith("cherry") or "batch" not in kept or "failed" in kept:
+                continue  # another implementation, or an engine before this one
+            work = benchmark_workload(kept)
+            case = kept.get("case") or f"{kept['batch']} x {kept['length']}, {kept['experts']} experts"
+            case = f"{kept['size']} on {kept['gpu']}: {case}"
+            source = f"benchmarks/results/{name}, {kept['date']}"
+            yield row(case, "memory", memory_of(work)[0].allocated / GIB, kept["peak_gib"], source)
+            yield row(case, "time", 1000 * step_time(work).total, kept["step_ms"], source)
+
+
+def released(gpu: str, ranks: int, expert: int, sequences: int, precision: str, **keys: object) -> Workload:
+    """The 671B release without its MTP module, full recompute, balanced routing as vendors' figures have it."""
+    model = ModelConfig.model_validate({**PRESETS["671b"], "num_nextn_predict_layers": 0})
+    work = Workload(
+        model=model,
+        gpu=GPUS[gpu],
+        gpus_per_node=8,
+        replicate=1,
+        shard=ranks // expert,
+        context=1,
+        expert=expert,
+        micro_sequences=sequences,
+        accumulation=1,
+        sequence_length=4096,
+        precision=precision,
+        recompute="full",
+        compile=True,
+    )
+    return replace(work, **keys)
+
+
+_PIPELINE = "Pipeline parallelism cannot be expressed: this is what FSDP2 and experts over 64 ranks would reach."
+_SPLIT = "Pipeline stages cannot be expressed: FSDP2 over all ranks, experts over 64, 4,096 tokens a micro-batch."
+_UNSTATED = "The layout was not stated where this was read: experts over 32 ranks are assumed, and these sequences."
+_MEGATRON = "Megatron-Bridge's performance summary, DGX H100"
+_NEMO = "NeMo Automodel's performance summary, DGX H100, bf16, DeepEP"
+_TITAN = "PyTorch's blog of 2026-03 on MXFP8 and DeepEP with TorchTitan (B200, Nebius)"
+_ONCE = {"once_per_node": True}  # DeepEP, or a dispatch of their own that does the same
+_ONCE_2, _ONCE_8 = {"accumulation": 2, **_ONCE}, {"accumulation": 8, **_ONCE}
+# Case; the arguments of `released`; tokens/s/GPU; source; what of it is not the same.
+PUBLISHED = (
+    (
+        "DeepSeek: 2,048 H800, fp8",
+        ("H800", 2048, 64, 1, "fp8", {"moment_bytes": 2, **_ONCE_8}),
+        1543.0,
+        "DeepSeek-V3, arXiv 2412.19437, table 1: 180K H800 hours a trillion tokens",
+        f"{_PIPELINE} Theirs is DualPipe over 16 stages, behind which the all-to-all hides.",
+    ),
+    (
+        "Megatron: 1,024 H100, bf16",
+        ("H100", 1024, 64, 1, "bf16", {"accumulation": 8, **_ONCE}),
+        1061.0,
+        _MEGATRON,
+        _PIPELINE,
+    ),
+    (
+        "Megatron: 1,024 H100, fp8",
+        ("H100", 1024, 64, 1, "fp8", {"accumulation": 8, **_ONCE}),
+        1297.0,
+        _MEGATRON,
+        _PIPELINE,
+    ),
+    (
+        "NeMo Automodel: 256 H100, bf16",
+        ("H100", 256, 64, 1, "bf16", _ONCE_2),
+        1002.0,
+        _NEMO,
+        _SPLIT,
+    ),
+    (
+        "NeMo Automodel: 1,024 H100, bf16",
+        ("H100", 1024, 64, 1, "bf16", _ONCE_2),
+        865.0,
+        _NEMO,
+        _SPLIT,
+    ),
+    ("torchtitan: 256 B200, bf16; 1 sequence", ("B200", 256, 32, 1, "bf16", {}), 651.0, _TITAN, _UNSTATED),
+    ("torchtitan: 256 B200, bf16; 4 sequences", ("B200", 256, 32, 4, "bf16", {}), 651.0, _TITAN, _UNSTATED),
+    (
+        "torchtitan, DeepEP: 256 B200, bf16; 1 sequence",
+        ("B200", 256, 32, 1, "bf16", _ONCE),
+        859.0,
+        _TITAN,
+        _UNSTATED,
+    ),
+)
+
+
+def published() -> Iterator[dict[str, object]]:
+    """What others report of DeepSeek-V3 at 4,096 tokens."""
+    for case, (gpu, ranks, expert, sequences, precision, keys), measured, source, note in PUBLISHED:
+        work = released(gpu, ranks, expert, sequences, precision, **keys)
+        assert memory_of(work)[0].fits, case
+        yield row(case, "published", step_time(work).tokens_per_s_gpu, measured, source, note)
+
+
+def simulated() -> Iterator[dict[str, object]]:
+    """A rank's bytes against a step of the true sharding on fake ranks."""
+    from benchmarks.simulated_step import simulate, slice_of_671b
+
+    config = slice_of_671b()
+    train = TrainConfig(precision="bf16", activation_checkpointing="full")
+    for ranks in (256, 1024):
+        held = asdict(simulate(config, ranks, ParallelConfig(expert=64), train, sequences=1, length=4096))
+        work = released("H100", ranks, 64, 1, "bf16", model=config)
+        network = network_of(work)
+        planned = {
+            "parameters": 4 * network.total("padded"),
+            "gradients": 4 * network.total("padded_trained"),
+            "states": 8 * network.total("padded_trained"),
+            **asdict(gathering_of(work)),
+            "peak": memory_of(work)[0].allocated,
+        }
+        for kind, size in held.items():
+            case = f"slice of 671B on {ranks:,} ranks, experts over 64: {kind.replace('_', ' ')}"
+            yield row(case, "simulated", planned[kind], size, "benchmarks.simulated_step (torch's FSDPMemTracker)")
+
+
+def lives() -> Iterator[dict[str, object]]:
+    """The closed form against a simulation of events."""
+    for case, (daily, restart, stall, write, step, interval) in LIVES.items():
+        costs = Reliability(daily / DAY_S, restart, stall, write)
+        found = [simulate_life(costs, step, interval, LIFE_STEPS, seed).goodput for seed in range(LIFE_SEEDS)]
+        source = f"cherry/planner/simulation.py, {LIFE_SEEDS} lives of {LIFE_STEPS:,} steps"
+        yield row(case, "goodput", goodput(costs, interval * step), round(sum(found) / len(found), 4), source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / "plan.json")
+    options = parser.parse_args()
+    rows = [*measured_steps(), *published(), *simulated(), *lives()]
+    options.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in rows) + "\n]\n")
+    for one in rows:
+        figures = f"{one['ratio']:>7.3f}  {one['predicted']:>16,.3f} {one['measured']:>16,.3f}"
+        print(f"{one['kind']:<10} {figures}  {one['case']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What the rows of benchmarks/results stand for, as workloads of the planner."""
+
+from __future__ import annotations
+
+from cherry.planner.hardware import GPUS, Gpu
+from cherry.planner.workload import Workload
+from model.config import PRESETS, ModelConfig
+
+# The sizes of benchmarks.train_step, which needs torch.
+_SLICE_3B = {
+    **PRESETS["16b"],
+    "num_hidden_layers": 6,
+    "rope_scaling": None,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+}
+SIZES = {"3b": _SLICE_3B, "tiny": {**PRESETS["tiny"], "num_nextn_predict_layers": 0, "n_group": 1}}
+
+
+def benchmark_workload(row: dict) -> Workload:
+    """One GPU, as `benchmarks.train_step --impl cherry` runs it, unless the row says otherwise."""
+    keys = SIZES[row["size"]]
+    keys = {**keys, "num_hidden_layers": row.get("layers", keys["num_hidden_layers"])}
+    keys = {**keys, "num_nextn_predict_layers": int(row.get("mtp", False))}
+    model = {**keys, "n_routed_experts": row["experts"], "max_position_embeddings": max(4096, row["length"])}
+    return Workload(
+        model=ModelConfig.model_validate(model),
+        gpu=gpu_of(row["gpu"]),
+        gpus_per_node=1,
+        replicate=1,
+        shard=1,
+        context=1,
+        expert=1,
+        micro_sequences=row["batch"],
+        accumulation=1,
+        sequence_length=row["length"],
+        precision=row["precision"],
+        recompute=row.get("recompute", "none"),
+        compile=row.get("compile", row["impl"] == "cherry"),
+        moment_bytes=2 if row.get("moments") == "bf16" else 4,
+        loss_chunk_tokens=row.get("chunk", row["batch"] * row["length"]),
+    )
+
+
+def gpu_of(name: str) -> Gpu:
+    """By the name that torch gives it."""
+    return next(gpu for key, gpu in GPUS.items() if key in name)

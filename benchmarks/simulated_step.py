@@ -1,0 +1,142 @@
+"""Runs a training step of a sharded model on ranks that do not exist, and says what one of them held.
+
+    python -m benchmarks.simulated_step --ranks 256 --expert 64
+
+The sharding is the engine's own (`cherry.sharding`), the ranks are a fake process group's, tensors have shapes and no
+values, and torch's FSDPMemTracker counts their bytes. The model is a slice of the 671B one. What needs values is given
+balanced ones: every rank sends every other as many rows as it gets. `fully_shard` runs outside of fake tensors, which
+is 20 times faster, and a first step is not counted: it makes the optimizer's states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cherry import sharding
+from cherry.config import ParallelConfig, TrainConfig
+from cherry.dispatch import ExpertDispatch, _Plan
+from cherry.network import TrainingModel, _wrap_blocks
+from cherry.optimizer import build_optimizer
+from model.config import PRESETS, ModelConfig
+from model.transformer import DeepseekV3
+
+
+def slice_of_671b(dense: int = 1, mixtures: int = 3) -> ModelConfig:
+    """The released widths in a few layers, with the MTP module."""
+    layers = {"num_hidden_layers": dense + mixtures, "first_k_dense_replace": dense}
+    return ModelConfig.model_validate({**PRESETS["671b"], **layers})
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank, the largest of each kind in a step."""
+
+    parameters: int
+    gradients: int
+    states: int
+    unsharded: int
+    """Parameters that are gathered and in use."""
+    all_gather: int
+    reduce_scatter: int
+    peak: int
+    """Of everything at one time; on a CPU norms and experts make fp32 copies that a GPU's kernels do not."""
+
+
+def simulate(
+    config: ModelConfig, ranks: int, parallel: ParallelConfig, train: TrainConfig, sequences: int, length: int
+) -> Held:
+    """What rank 0 of `ranks` holds in a step over `sequences` of `length`."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with torch.device("meta"):
+            model = DeepseekV3(config)
+        network = TrainingModel(model, train.loss_chunk_tokens)
+        if train.activation_checkpointing == "full":
+            _wrap_blocks(model)
+        meshes = sharding.build_mesh(parallel, torch.device("cpu"))
+        sharding.shard_model(network, meshes, train.precision, parallel)
+        with FakeTensorMode(allow_non_fake_inputs=True), _balanced():
+            sharding.materialize(network, torch.device("cpu"))
+            network.train()
+            optimizer = build_optimizer(model, train)
+            tokens = torch.zeros(sequences, length, dtype=torch.int64)
+            _step(network, optimizer, tokens)
+            tracker = FSDPMemTracker(network, optimizer)
+            tracker.track_inputs((tokens,))
+            with tracker:
+                _step(network, optimizer, tokens)
+            return _largest(tracker)
+    finally:
+        dist.destroy_process_group()
+
+
+def _largest(tracker: FSDPMemTracker) -> Held:
+    found: Counter[str] = Counter()
+    for module in tracker.memory_tracking.values():
+        for snapshots in module.snapshots.values():
+            for snapshot in snapshots:
+                for kind, size in snapshot[torch.device("cpu")].items():
+                    name = str(getattr(kind, "value", kind))
+                    found[name] = max(found[name], size)
+    kinds = ("Sharded Param", "Sharded Grad", "OptState", "Unsharded Param", "All Gather", "Reduce Scatter")
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return Held(*(found[kind] for kind in kinds), peak)
+
+
+def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+    loss, mtp_loss, balance = network(tokens, tokens)
+    (loss + mtp_loss + balance).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _balanced() -> Iterator[None]:
+    """Replace what reads values: the plan of an exchange, and the choice of the loop over experts on a CPU."""
+
+    def plan(dispatch: ExpertDispatch, counts_E: Tensor) -> _Plan:
+        ranks = dispatch._ranks
+        rows = dispatch.simulated_rows
+        each = [rows // ranks] * ranks
+        order = torch.arange(rows, device=counts_E.device)
+        return _Plan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
+
+    call = ExpertDispatch.__call__
+
+    def noting_rows(dispatch: ExpertDispatch, run: object, rows_RD: Tensor, *rest: Tensor) -> Tensor:
+        dispatch.simulated_rows = rows_RD.shape[0]
+        return call(dispatch, run, rows_RD, *rest)
+
+    with (
+        mock.patch.object(ExpertDispatch, "_plan", plan),
+        mock.patch.object(ExpertDispatch, "__call__", noting_rows),
+        mock.patch("model.experts.can_group", lambda *_: True),
+    ):
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=256)
+    parser.add_argument("--expert", type=int, default=64)
+    options = parser.parse_args()
+    train = TrainConfig(precision="bf16", activation_checkpointing="full")
+    held = simulate(slice_of_671b(), options.ranks, ParallelConfig(expert=options.expert), train, 1, 4096)
+    print(json.dumps(asdict(held)))
+
+
+if __name__ == "__main__":
+    main()

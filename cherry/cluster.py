@@ -1,0 +1,81 @@
+"""Owns what a cluster spec says: which GPUs in which nodes, what they cost, how often they fail, how fast storage is.
+
+It needs no torch and takes no host: tasks/provision.py takes them, cherry/planner reckons with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from base.config import Problem, Section, load
+from cherry.planner.hardware import GPUS
+
+LOCAL = "local"
+# Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, section 3.3.4).
+LLAMA3_INTERRUPTIONS_PER_GPU_DAY = 419 / (54 * 16384)
+
+
+class ClusterSpec(Section):
+    """A file in configs/clusters/."""
+
+    kind: Literal["local", "nodes"]
+    """`local` is this machine; `nodes` are hosts that a plan reckons with."""
+    slots: PositiveInt | None = None
+    """Ranks that a host may hold at one time; `None` leaves it to its GPUs."""
+    gpu: str | None = None
+    """A name of cherry/planner/hardware.py; `None` for `local` is a laptop without a GPU."""
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt = 1
+    hosts: tuple[str, ...] = ()
+    """Addresses of the nodes, when they are known."""
+    price_per_gpu_hour: NonNegativeFloat | None = None
+    """In any currency; `None` leaves costs out."""
+    interruptions_per_gpu_day: NonNegativeFloat = LLAMA3_INTERRUPTIONS_PER_GPU_DAY
+    detection_s: NonNegativeFloat = 60.0
+    """From a failure to the end of the attempt it broke. A lost process is seen in a second, a lost node within a
+    heartbeat; one that hangs only after communication.timeout_s."""
+    restart_s: NonNegativeFloat = 240.0
+    """From there to the next attempt's first byte of its checkpoint: another host, imports, NCCL's set-up. Assumed."""
+    storage_write_bytes_s: PositiveFloat = 50e9
+    """All ranks together, to where checkpoints lie. Assumed: a mid-sized parallel file system."""
+    storage_read_bytes_s: PositiveFloat = 100e9
+    assumed_imbalance: float = Field(default=1.22, ge=1.0)
+    """Rows of the busiest rank's experts over the mean. 1.22 is what the selection bias reached by expert
+    (benchmarks/results/load_balance.jsonl); ranks that hold several experts are more even."""
+
+    @property
+    def gpus(self) -> int:
+        """All of the cluster's."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def hardware(self) -> str:
+        """The name under which cherry/planner/hardware.py knows a rank's device."""
+        return self.gpu or "laptop"
+
+    def problems(self) -> Iterator[Problem]:
+        """Known hardware, and hosts that are each named once."""
+        if self.gpu is not None and self.gpu not in GPUS:
+            yield Problem("gpu", f"unknown hardware; known are {', '.join(GPUS)}", self.gpu)
+        if self.kind == "nodes" and self.gpu is None:
+            yield Problem("gpu", f"is required with kind nodes: one of {', '.join(GPUS)}", None)
+        twice = [host for host, count in Counter(self.hosts).items() if count > 1]
+        if twice:
+            yield Problem("hosts", f"each host must be named once, and {', '.join(twice)} is twice", list(self.hosts))
+        elif self.hosts and len(self.hosts) != self.nodes:
+            yield Problem("hosts", f"must name all of the {self.nodes} nodes or none", len(self.hosts))
+        if self.kind == "local" and self.nodes != 1:
+            yield Problem("nodes", "must be 1 with kind local: it is this machine alone", self.nodes)
+
+
+def read_cluster(name: str) -> ClusterSpec:
+    """`local`, or the spec at a path.
+
+    Raises:
+        MissingFileError, ConfigError: no such file, or one that breaks a rule.
+    """
+    return ClusterSpec(kind="local") if name == LOCAL else load(name, ClusterSpec)

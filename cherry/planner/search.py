@@ -1,0 +1,188 @@
+"""Owns the layouts that a job could have on a cluster: which of them fit, which are fastest, which are nearest.
+
+It knows nothing of how a plan is told. The optimizer's batch stays as it is, so what is trained does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from cherry.cluster import ClusterSpec
+from cherry.planner.hardware import GPUS
+from cherry.planner.memory import memory_of
+from cherry.planner.plan import Plan, layout_of
+from cherry.planner.step import step_time
+from cherry.planner.workload import Workload
+
+# What the engine computes in (cherry/config.py); a precision that only hardware has is no layout.
+_PRECISIONS = ("fp32", "bf16")
+_REPLICATE, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8)
+_CHUNKS = (512, 1024, 2048, 4096)
+_MORE_NODES = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout and what it would reach."""
+
+    changes: dict[str, object]
+    """Keys of the configuration that lead to it."""
+    work: Workload
+    total_bytes: int
+    fits: bool
+    tokens_per_s_gpu: float
+
+    @property
+    def overrides(self) -> str:
+        """As `cherry` takes them."""
+        told = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.changes.items()}
+        return " ".join(f"{key}={value}" for key, value in told.items())
+
+
+def search(plan: Plan) -> list[Layout]:
+    """Every layout on the plan's ranks that fits, fastest first; of equals, the one with the most room."""
+    own = plan.work
+    found = [_judge(work, _search_keys(own, work)) for work in _layouts(own)]
+    return sorted((one for one in found if one.fits), key=lambda one: (-one.tokens_per_s_gpu, one.total_bytes))
+
+
+def _search_keys(own: Workload, work: Workload) -> dict[str, object]:
+    before, after = layout_of(own), layout_of(work)
+    # `shard` follows from the others.
+    return {key: value for key, value in after.items() if value != before[key] and key != "parallel.shard"}
+
+
+def _layouts(own: Workload) -> Iterator[Workload]:
+    precisions = [name for name in _PRECISIONS if name in own.gpu.flops]
+    for replicate in _REPLICATE:
+        for expert in _powers(min(own.ranks, own.model.n_routed_experts)):
+            for context in _CONTEXT:
+                laid = _laid_out(own, replicate=replicate, expert=expert, context=context)
+                if laid is None:
+                    continue
+                for sequences in _powers(laid.micro_sequences * laid.accumulation):
+                    micro = _with_micro_batch(laid, sequences)
+                    if micro is None:
+                        continue
+                    for precision in precisions:
+                        for recompute in ("none", "full"):
+                            yield replace(micro, precision=precision, recompute=recompute)
+
+
+def _powers(limit: int) -> Iterator[int]:
+    value = 1
+    while value <= limit:
+        yield value
+        value *= 2
+
+
+def _laid_out(own: Workload, **axes: int) -> Workload | None:
+    """The same ranks and batch in other axes; `None` where the configuration would refuse them."""
+    replicate = axes.get("replicate", own.replicate)
+    expert, context = axes.get("expert", own.expert), axes.get("context", own.context)
+    inner = replicate * expert * context
+    if own.ranks % inner or own.model.n_routed_experts % expert or own.sequence_length % (2 * context):
+        return None
+    shard = own.ranks // inner
+    experts, shards = own.model.n_routed_experts // expert, shard * context
+    widths = (own.model.hidden_size, 2 * own.model.moe_intermediate_size)
+    if expert > 1 and experts % shards and any(width % shards for width in widths):
+        return None
+    data_ranks = own.ranks // context
+    if own.batch_sequences % data_ranks:
+        return None
+    each = own.batch_sequences // data_ranks
+    accumulation = own.accumulation if each % own.accumulation == 0 else each
+    return replace(
+        own,
+        replicate=replicate,
+        shard=shard,
+        context=context,
+        expert=expert,
+        accumulation=accumulation,
+        micro_sequences=each // accumulation,
+    )
+
+
+def _with_micro_batch(work: Workload, sequences: int) -> Workload | None:
+    each = work.micro_sequences * work.accumulation
+    if each % sequences:
+        return None
+    return replace(work, micro_sequences=sequences, accumulation=each // sequences)
+
+
+def _judge(work: Workload, changes: dict[str, object]) -> Layout:
+    memory = memory_of(work)
+    fits = all(ranks.fits for ranks in memory)
+    total = max(ranks.total for ranks in memory)
+    return Layout(changes, work, total, fits, step_time(work).tokens_per_s_gpu if fits else 0.0)
+
+
+def nearest_that_fit(plan: Plan, limit: int = 5) -> list[Layout]:
+    """Changes to a plan that does not fit after which it does: single ones, else two at a time; fastest first."""
+    found = _fitting(_changes(plan.work, plan.cluster)) or _fitting(_pairs(plan))
+    return sorted(found, key=lambda one: -one.tokens_per_s_gpu)[:limit]
+
+
+def _fitting(candidates: Iterable[tuple[dict[str, object], Workload]]) -> list[Layout]:
+    return [one for changes, work in candidates if (one := _judge(work, changes)).fits]
+
+
+def _pairs(plan: Plan) -> Iterator[tuple[dict[str, object], Workload]]:
+    """Two changes of different keys after each other, each pair once."""
+    seen: set[frozenset[tuple[str, object]]] = set()
+    for first, work in _changes(plan.work, plan.cluster):
+        for second, both in _changes(work, plan.cluster):
+            changes = {**first, **second}
+            known = frozenset(changes.items())
+            if not first.keys() & second.keys() and known not in seen:
+                seen.add(known)
+                yield changes, both
+
+
+def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, object], Workload]]:
+    """Every single change that could make room, with the workload after it."""
+    if own.recompute == "none":
+        yield {"train.activation_checkpointing": "full"}, replace(own, recompute="full")
+    if own.moment_bytes == 4:
+        yield {"train.optimizer_state_dtype": "bf16"}, replace(own, moment_bytes=2)
+    if own.precision == "fp32" and "bf16" in own.gpu.flops:
+        yield {"train.precision": "bf16"}, replace(own, precision="bf16")
+    if own.reduce_bytes == 4 and own.ranks > 1:
+        yield {"communication.reduce_dtype": "bf16"}, replace(own, reduce_bytes=2)
+    if not own.cpu_offload and not own.gpu.shared_memory:
+        yield {"parallel.cpu_offload": True}, replace(own, cpu_offload=True)
+    for sequences in _powers(own.micro_sequences // 2):
+        if (micro := _with_micro_batch(own, sequences)) is not None:
+            yield {"train.gradient_accumulation_steps": micro.accumulation}, micro
+    for axis, sizes in (("expert", _powers(own.model.n_routed_experts)), ("context", _CONTEXT), ("replicate", (1,))):
+        for size in sizes:
+            laid = _laid_out(own, **{axis: size}) if size != getattr(own, axis) else None
+            if laid is not None and laid.accumulation == own.accumulation:
+                yield {f"parallel.{axis}": size}, laid
+    # A chunk as large as the micro-batch needs no fp32 sum of the head's gradient, smaller ones have fewer logits.
+    for chunk in sorted({*_CHUNKS, own.tokens} - {own.loss_chunk_tokens}):
+        if chunk <= own.tokens:
+            yield {"train.loss_chunk_tokens": chunk}, replace(own, loss_chunk_tokens=chunk)
+    yield from _other_machines(own, cluster)
+
+
+def _other_machines(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, object], Workload]]:
+    if cluster.kind != "nodes":
+        return
+    nodes = own.ranks // own.gpus_per_node
+    for times in _MORE_NODES:
+        if own.batch_sequences * own.context % (own.ranks * times) == 0 and own.micro_sequences % times == 0:
+            micro, accumulation = own.micro_sequences // times, own.accumulation
+        elif own.accumulation % times == 0:
+            micro, accumulation = own.micro_sequences, own.accumulation // times
+        else:
+            continue
+        changes: dict[str, object] = {"launch.nnodes": nodes * times}
+        if accumulation != own.accumulation:
+            changes["train.gradient_accumulation_steps"] = accumulation
+        yield changes, replace(own, shard=own.shard * times, micro_sequences=micro, accumulation=accumulation)
+    for gpu in GPUS.values():
+        if not gpu.shared_memory and gpu.memory_bytes > own.gpu.memory_bytes:
+            yield {"the cluster's gpu": gpu.name}, replace(own, gpu=gpu)

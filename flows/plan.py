@@ -1,0 +1,89 @@
+"""Owns `cherry plan`: what a person reads of a plan and of a search, and the error when a job does not fit.
+
+It knows the planner; what memory and time are made of is its.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from base.config import load
+from base.errors import DoesNotFitError
+from cherry.cluster import LOCAL, read_cluster
+from cherry.planner.hardware import GIB
+from cherry.planner.local import local_device
+from cherry.planner.plan import NOT_MODELLED, Plan, make_plan
+from cherry.planner.report import advice, headline, sections_of
+from cherry.planner.search import Layout, nearest_that_fit, search
+from tasks.config import RunConfig
+
+_BAR_CHARACTERS = 30
+_SHOWN_LAYOUTS = 15
+
+
+def plan(
+    console: Console, config: str, cluster: str | None, overrides: Sequence[str], *, as_json: bool, with_search: bool
+) -> None:
+    """Print the plan of a config on a cluster.
+
+    Raises:
+        MissingFileError, ConfigError: a file that is not there or breaks rules; a job that does not go on the cluster.
+        DoesNotFitError: it was told, and there is no room for it.
+    """
+    resolved = load(config, RunConfig, overrides)
+    spec = read_cluster(cluster or resolved.cluster)
+    device = local_device() if spec.kind == LOCAL and spec.gpu is None else None
+    made = make_plan(resolved, spec, device)
+    layouts = search(made) if with_search else None
+    nearest = [] if made.fits else nearest_that_fit(made)
+    if as_json:
+        told = made.as_dict() | {"nearest": [_plain(one) for one in nearest]}
+        told |= {} if layouts is None else {"layouts": [_plain(one) for one in layouts]}
+        console.print_json(json.dumps(told))
+    else:
+        _show(console, made)
+        if layouts is not None:
+            _show_layouts(console, layouts)
+    if not made.fits:
+        raise DoesNotFitError(f"{made.why_not()} {advice(nearest)}")
+
+
+def _plain(layout: Layout) -> dict[str, object]:
+    return {
+        "changes": layout.changes,
+        "total_bytes": layout.total_bytes,
+        "tokens_per_s_gpu": layout.tokens_per_s_gpu,
+    }
+
+
+def _show(console: Console, made: Plan) -> None:
+    console.print(f"[bold]{made.job}[/] on {headline(made)}", highlight=False)
+    for title, rows in sections_of(made):
+        table = Table(box=None, pad_edge=False, show_header=False, title=f"\n[bold]{title}[/]", title_justify="left")
+        table.add_column(min_width=26)
+        table.add_column(justify="right", min_width=12)
+        table.add_column(style="dim")
+        for row in rows:
+            bar = "█" * round(_BAR_CHARACTERS * row.share) if row.share is not None else row.note
+            table.add_row(row.name, row.value, bar)
+        console.print(table)
+    verdict = "[green]fits[/]" if made.fits else "[bold red]does not fit[/]"
+    room = (made.worst.usable - made.worst.total) / GIB
+    console.print(f"\n{verdict}: {room:+.1f} GiB of room. Not in the plan: {'; '.join(NOT_MODELLED)}.", highlight=False)
+
+
+def _show_layouts(console: Console, layouts: Sequence[Layout]) -> None:
+    if not layouts:
+        console.print("\nno layout of these ranks fits")
+        return
+    table = Table(box=None, pad_edge=False, title=f"\n[bold]{len(layouts)} layouts fit[/]", title_justify="left")
+    for heading in ("tokens/s/GPU", "GiB", "changes"):
+        table.add_column(heading, justify="left" if heading == "changes" else "right", overflow="fold")
+    for one in layouts[:_SHOWN_LAYOUTS]:
+        changes = one.overrides or "(as configured)"
+        table.add_row(f"{one.tokens_per_s_gpu:,.0f}", f"{one.total_bytes / GIB:.1f}", changes)
+    console.print(table)
