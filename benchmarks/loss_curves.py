@@ -5,9 +5,11 @@
 `cherry` is what the trainer runs. `reference` has the same first weights, data, precision and schedule, but every part
 in torch's own words: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the mean of a
 token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. On a GPU
-`reference-compiled` is the reference with its blocks compiled: what another order of rounding alone does to the curve.
+`reference-again` is the reference once more, whose sums the GPU adds up in another order each time, and
+`reference-compiled` the same with its blocks compiled: what rounding alone does to the curve.
 The rate warms up over all steps. The text is drawn from a fixed random chain over at most 4,096 tokens, so that there
-is something to learn. Prints one JSON row: the curves, and each one's largest relative difference from the reference.
+is something to learn. Prints one JSON row: the curves, and each one's largest and mean relative difference from the
+reference.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from unittest.mock import patch
 
 import torch
@@ -120,6 +123,7 @@ def main() -> None:
         "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk, warmup_steps=steps),
     }
     if cuda:
+        made["reference-again"] = made["reference"]
         made["reference-compiled"] = lambda c, d: build_reference(c, d, compiled=True, warmup_steps=steps)
     curves = {name: curve(make, config, tokens) for name, make in made.items()}
     expected = curves.pop("reference")
@@ -130,9 +134,8 @@ def main() -> None:
         "steps": options.steps,
         "batch": options.batch,
         "length": options.length,
-        "largest_relative_difference": {
-            name: max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) for name, losses in curves.items()
-        },
+        "largest_relative_difference": {name: max(_differences(losses, expected)) for name, losses in curves.items()},
+        "mean_relative_difference": {name: fmean(_differences(losses, expected)) for name, losses in curves.items()},
         "loss": {"reference": _rounded(expected), **{name: _rounded(losses) for name, losses in curves.items()}},
         "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__},
@@ -143,6 +146,10 @@ def main() -> None:
         with Path(options.output).open("a") as file:
             file.write(json.dumps(row) + "\n")
     dist.destroy_process_group()
+
+
+def _differences(losses: list[float], expected: list[float]) -> list[float]:
+    return [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
 
 
 def _rounded(losses: list[float]) -> list[float]:
