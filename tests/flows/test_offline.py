@@ -35,6 +35,11 @@ def settings(tmp_path, **given):
     return json.loads(ended.stdout)
 
 
+def test_a_home_for_prefect_is_made_with_its_parents(tmp_path):
+    settings(tmp_path, PREFECT_HOME=str(tmp_path / "not" / "yet" / "there"))
+    assert (tmp_path / "not" / "yet" / "there").is_dir()
+
+
 def test_the_defaults_reach_prefect_and_leave_only_what_records_a_run(tmp_path):
     found = settings(tmp_path)
     assert found["timeout"] == 120
