@@ -62,7 +62,6 @@ def tell(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
     picture = plot_memory(plan.worst.stages, plan.worst.usable, context.path / "plots" / "plan_memory.png")
     step.say(f"plan: {headline(plan)}; {plan.step.tokens_per_s:,.0f} tokens/s, {plan.worst.total / 2**30:.2f} GiB")
     step.metrics(**plan.predictions())
-    step.tracker.log(context.parent_run_id, metrics=plan.predictions())
     for run_id in (step.run_id, context.parent_run_id):
         step.tracker.artifact(run_id, target)
         step.tracker.artifact(run_id, picture, "plots")
