@@ -56,8 +56,8 @@ def test_the_plan_is_written_drawn_and_logged(tmp_path, monkeypatch):
     made = make_plan(config, NODES)
     outputs = tell(made, context, step)
     assert json.loads(Path(outputs["plan"]).read_text())["fits"]
+    assert tracker.logged == {"own": made.predictions()}, "a comparison of flows opens on the first figure: the loss"
     for run_id in ("own", "parent"):
-        assert tracker.logged[run_id] == made.predictions()
         assert {(run_id, "", "plan.json"), (run_id, "plots", "plan_memory.png")} <= set(tracker.files)
     assert (tmp_path / "plots" / "plan_memory.png").read_bytes().startswith(b"\x89PNG")
     key, rows = said[-1]
