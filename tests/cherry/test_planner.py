@@ -34,8 +34,8 @@ LAYOUTS = [
     ("h800-256", []),
     ("h200-256", []),
     ("b200-256", []),
-    ("h100-512", ["launch.nnodes=64", "train.gradient_accumulation_steps=1"]),
-    ("h100-1024", ["launch.nnodes=128", "train.batch_size=1024", "train.gradient_accumulation_steps=1"]),
+    ("h100-512", ["launch.nnodes=64"]),
+    ("h100-1024", ["launch.nnodes=128", "train.batch_size=1024"]),
 ]
 
 
