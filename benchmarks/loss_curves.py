@@ -54,8 +54,8 @@ def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool
             targets_BT.numel()
         )
 
-    def sum_choices(rows_RD: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
-        return rows_RD.index_select(0, inverse_R).view(tokens, -1, rows_RD.shape[-1]).float().sum(1).to(rows_RD.dtype)
+    def sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+        return rows_RD[inverse_NK].float().sum(1).to(rows_RD.dtype)
 
     training = next(module for module in network.module.modules() if hasattr(module, "loss_chunk_tokens"))
     training._sum = cross_entropy

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.plan_cases import benchmark_workload
+from benchmarks.plan_cases import benchmark_workload, gpu_of
 from cherry.config import ParallelConfig, TrainConfig
 from cherry.planner.goodput import DAY_S, Reliability, goodput
 from cherry.planner.hardware import GIB, GPUS
@@ -55,6 +55,8 @@ def measured_steps() -> Iterator[dict[str, object]]:
         for kept in rows:
             if not kept["impl"].startswith("cherry") or "batch" not in kept or "failed" in kept:
                 continue  # another implementation, or an engine before this one
+            if gpu_of(kept["gpu"]) is None:
+                continue  # a CPU, of which a plan is a rough one
             work = benchmark_workload(kept)
             case = kept.get("case") or f"{kept['batch']} x {kept['length']}, {kept['experts']} experts"
             case = f"{kept['size']} on {kept['gpu']}: {case}"
@@ -90,7 +92,7 @@ _UNSTATED = "The layout was not stated where this was read: experts over 32 rank
 _MEGATRON = "Megatron-Bridge's performance summary, DGX H100"
 _NEMO = "NeMo Automodel's performance summary, DGX H100, bf16, DeepEP"
 _TITAN = "PyTorch's blog of 2026-03 on MXFP8 and DeepEP with TorchTitan (B200, Nebius)"
-_ONCE = {"once_per_node": True}  # DeepEP, or a dispatch of their own that does the same
+_ONCE = {"expert_ranks_per_node": 8, "fused_exchange": True}  # DeepEP, or a dispatch of their own that does the same
 _ONCE_2, _ONCE_8 = {"accumulation": 2, **_ONCE}, {"accumulation": 8, **_ONCE}
 # Case; the arguments of `released`; tokens/s/GPU; source; what of it is not the same.
 PUBLISHED = (

@@ -18,14 +18,16 @@ SIZES = {"3b": _SLICE_3B, "tiny": {**PRESETS["tiny"], "num_nextn_predict_layers"
 
 
 def benchmark_workload(row: dict) -> Workload:
-    """One GPU, as `benchmarks.train_step --impl cherry` runs it, unless the row says otherwise."""
+    """One GPU that plans know, as `benchmarks.train_step --impl cherry` runs it, unless the row says otherwise."""
+    gpu = gpu_of(row["gpu"])
+    assert gpu is not None, row["gpu"]
     keys = SIZES[row["size"]]
     keys = {**keys, "num_hidden_layers": row.get("layers", keys["num_hidden_layers"])}
     keys = {**keys, "num_nextn_predict_layers": int(row.get("mtp", False))}
     model = {**keys, "n_routed_experts": row["experts"], "max_position_embeddings": max(4096, row["length"])}
     return Workload(
         model=ModelConfig.model_validate(model),
-        gpu=gpu_of(row["gpu"]),
+        gpu=gpu,
         gpus_per_node=1,
         replicate=1,
         shard=1,
@@ -42,6 +44,6 @@ def benchmark_workload(row: dict) -> Workload:
     )
 
 
-def gpu_of(name: str) -> Gpu:
-    """By the name that torch gives it."""
-    return next(gpu for key, gpu in GPUS.items() if key in name)
+def gpu_of(name: str) -> Gpu | None:
+    """By the name that torch gives it; `None` where plans know none."""
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)

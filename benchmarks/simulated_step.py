@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry import sharding
 from cherry.config import ParallelConfig, TrainConfig
-from cherry.dispatch import ExpertDispatch, _Plan
+from cherry.dispatch import ExpertDispatch, RowPlan
 from cherry.network import TrainingModel, _wrap_blocks
 from cherry.optimizer import build_optimizer
 from model.config import PRESETS, ModelConfig
@@ -107,21 +107,20 @@ def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tens
 def _balanced() -> Iterator[None]:
     """Replace what reads values: the plan of an exchange, and the choice of the loop over experts on a CPU."""
 
-    def plan(dispatch: ExpertDispatch, counts_E: Tensor) -> _Plan:
-        ranks = dispatch._ranks
-        rows = dispatch.simulated_rows
+    def plan(dispatch: ExpertDispatch, counts_E: Tensor) -> RowPlan:
+        ranks, rows = dispatch.exchange.ranks, dispatch.simulated_rows
         each = [rows // ranks] * ranks
         order = torch.arange(rows, device=counts_E.device)
-        return _Plan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
+        return RowPlan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
 
     call = ExpertDispatch.__call__
 
-    def noting_rows(dispatch: ExpertDispatch, run: object, rows_RD: Tensor, *rest: Tensor) -> Tensor:
-        dispatch.simulated_rows = rows_RD.shape[0]
-        return call(dispatch, run, rows_RD, *rest)
+    def noting_rows(dispatch: ExpertDispatch, run: object, x_ND: Tensor, weight_NK: Tensor, places: object) -> Tensor:
+        dispatch.simulated_rows = weight_NK.numel()
+        return call(dispatch, run, x_ND, weight_NK, places)
 
     with (
-        mock.patch.object(ExpertDispatch, "_plan", plan),
+        mock.patch.object(ExpertDispatch, "plan", plan),
         mock.patch.object(ExpertDispatch, "__call__", noting_rows),
         mock.patch("model.experts.can_group", lambda *_: True),
     ):

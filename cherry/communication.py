@@ -31,6 +31,7 @@ from cherry.checkpoint import read_state, reader_of
 from cherry.compression import CODECS, Codec, all_reduce, reduce_scatter_bf16
 from cherry.config import CommunicationConfig
 from cherry.dispatch import ExpertDispatch
+from cherry.node_dispatch import NodeDispatch
 from model.experts import Experts
 
 
@@ -145,8 +146,8 @@ def install(network: nn.Module, config: CommunicationConfig) -> Communication:
     """
     communication = Communication(network, config)
     for part in network.modules():
-        if isinstance(part, Experts) and isinstance(part.spread, ExpertDispatch):
-            part.spread.count = partial(communication.traffic.add, "expert", "all_to_all")
+        if isinstance(part, Experts) and isinstance(part.spread, ExpertDispatch | NodeDispatch):
+            part.spread.count_bytes(partial(communication.traffic.add, "expert", "all_to_all"))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for module, group in _param_groups(network):
         module.set_custom_all_gather(_AllGather(communication))

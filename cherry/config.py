@@ -61,6 +61,9 @@ class ParallelConfig(Section):
     """`null` takes all ranks that the other axes leave."""
     expert: PositiveInt = 1
     """Ranks that share out a layer's experts; tokens go to them and back by all-to-all."""
+    expert_ranks_per_node: PositiveInt | None = None
+    """Of the `expert` ranks, those that share a node; `null` takes as many as are launched on each. Where they lie on
+    several nodes, a token goes to each node once, and from there to its experts."""
     context: PositiveInt = 1
     """Ranks that share out the positions of a sequence."""
     reshard_after_forward: bool | PositiveInt = True
@@ -73,6 +76,11 @@ class ParallelConfig(Section):
         """The size of the `shard` axis."""
         return self.shard or ranks // (self.replicate * self.expert * self.context)
 
+    def experts_on_node(self, ranks_per_node: int) -> int:
+        """Ranks of the `expert` axis that share a node; all of it where it does not divide into nodes."""
+        on_node = self.expert_ranks_per_node or ranks_per_node
+        return on_node if self.expert % on_node == 0 else self.expert
+
     def data_ranks(self, ranks: int) -> int:
         """Ranks that read sequences of their own."""
         return ranks // self.context
@@ -80,6 +88,9 @@ class ParallelConfig(Section):
     def problems_with(self, ranks: int) -> Iterator[Problem]:
         """Rules about the number of ranks; keys are relative to the whole configuration."""
         axes = {"replicate": self.replicate, "expert": self.expert, "context": self.context}
+        if self.expert_ranks_per_node is not None and self.expert % self.expert_ranks_per_node:
+            rule = f"must divide parallel.expert ({self.expert})"
+            yield Problem("parallel.expert_ranks_per_node", rule, self.expert_ranks_per_node)
         alone = [name for name, size in axes.items() if ranks % size]
         for name in alone:
             yield Problem(f"parallel.{name}", f"must divide the number of ranks ({ranks})", axes[name])

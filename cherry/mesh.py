@@ -6,6 +6,7 @@ most are innermost, so that they stay inside a node.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,8 @@ class Meshes:
     context: dist.ProcessGroup | None
     """The ranks that share this rank's sequences; `None` when it has them for itself."""
     data: DataShare
+    expert_nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    """Where the experts' axis spans nodes: the ranks with this one's place in each of them, and those of its own."""
 
     @property
     def expert_shards(self) -> DeviceMesh:
@@ -65,7 +68,13 @@ def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
             device.type, (replicate * shard, context, expert), mesh_dim_names=("data", "context", "expert")
         )
         group = grid.get_group("context")
-    return Meshes(dense, experts, group, data_share(config, dist.get_rank(), ranks))
+    nodes = None
+    if (on_node := config.experts_on_node(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))) < expert:
+        grid = init_device_mesh(
+            device.type, (ranks // expert, expert // on_node, on_node), mesh_dim_names=("others", "node", "inside")
+        )
+        nodes = grid.get_group("node"), grid.get_group("inside")
+    return Meshes(dense, experts, group, data_share(config, dist.get_rank(), ranks), nodes)
 
 
 def data_share(config: ParallelConfig, rank: int, ranks: int) -> DataShare:

@@ -20,6 +20,7 @@ from cherry.config import ParallelConfig
 from cherry.dispatch import ExpertDispatch
 from cherry.loading import local_part
 from cherry.mesh import Meshes, build_meshes
+from cherry.node_dispatch import NodeDispatch
 from model.experts import Experts
 from model.moe import MoE
 from model.transformer import Block, DeepseekV3, initial_values
@@ -84,7 +85,10 @@ def _spread_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], 
     for name, parameter in list(experts.named_parameters()):
         own = torch.empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:], device="meta")
         setattr(experts, name, nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False)))
-    experts.spread = ExpertDispatch(mesh.get_group())
+    if meshes.expert_nodes is None:
+        experts.spread = ExpertDispatch(mesh.get_group())
+    else:
+        experts.spread = NodeDispatch(*meshes.expert_nodes)
     shards = meshes.expert_shards
     placement = _placement(experts, shards)
     fully_shard(experts, mesh=shards, reshard_after_forward=reshard, shard_placement_fn=placement, **policies)

@@ -18,67 +18,98 @@ from torch import Tensor, nn
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Rows [R, D] in expert order, what each is multiplied with [R], and rows of each expert -> [R, D]."""
 
-Spread = Callable[[RunExperts, Tensor, Tensor, Tensor], Tensor]
-"""`run` and its arguments -> [R, D]: takes rows to the ranks that hold their experts, and back."""
-
 
 class Dispatch(NamedTuple):
-    """Where each routed row comes from and goes to."""
+    """Where each routed row comes from and goes to. A choice whose expert is not here has no row."""
 
     token_R: Tensor
     """The token of each row."""
     order_R: Tensor
     """The flat (token, choice) position of each row."""
-    inverse_R: Tensor
-    """The row of each flat (token, choice) position."""
+    inverse_NK: Tensor
+    """The row of each choice; R where it has none."""
     counts_E: Tensor
     """Rows of each expert, int64."""
+    experts_NK: Tensor
+    """The expert of each choice; E where it has no row."""
 
 
-def plan_dispatch(experts_NK: Tensor, counts_E: Tensor) -> Dispatch:
-    """Sort the (token, choice) pairs by expert; stable, so the order never varies between runs."""
+Spread = Callable[[RunExperts, Tensor, Tensor, Dispatch], Tensor]
+"""As `through_experts`, on the ranks that hold the experts: takes tokens there, and what becomes of them back."""
+
+
+def plan_dispatch(experts_NK: Tensor, counts_E: Tensor, rows: int | None = None) -> Dispatch:
+    """Sort the (token, choice) pairs by expert; stable, so the order never varies between runs.
+
+    Args:
+        experts_NK: E = len(counts_E) where a choice has no row.
+        rows: R, where it is not N K.
+    """
     # A radix sort takes one pass a byte of its keys.
-    key_R = experts_NK.flatten().to(torch.uint8) if counts_E.shape[0] <= 256 else experts_NK.flatten()
-    order_R = key_R.argsort(stable=True)
-    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
-    return Dispatch(order_R // experts_NK.shape[1], order_R, inverse_R, counts_E)
+    one_byte = counts_E.shape[0] + (rows is not None) <= 256
+    key_R = experts_NK.flatten().to(torch.uint8) if one_byte else experts_NK.flatten()
+    order_R = key_R.argsort(stable=True)[:rows]
+    place_R = torch.arange(order_R.shape[0], device=order_R.device)
+    # Without `rows` all places are written; else those of choices without a row stay R.
+    inverse_R = torch.empty_like(order_R) if rows is None else order_R.new_full((experts_NK.numel(),), rows)
+    inverse_NK = inverse_R.scatter_(0, order_R, place_R).view_as(experts_NK)
+    return Dispatch(order_R // experts_NK.shape[1], order_R, inverse_NK, counts_E, experts_NK)
 
 
-class _Gather(torch.autograd.Function):
-    """Copy each token's row to its K places. The gradient is a gather and a sum: no atomic adds, so repeatable."""
+def through_experts(run: RunExperts, x_ND: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
+    """Sum over each token's choices that have a row of weight * expert(x): rows out, through `run`, and back."""
+    rows_RD = spread_rows(x_ND, dispatch)
+    weight_R = weight_NK.flatten().gather(0, dispatch.order_R)
+    return gather_rows(run(rows_RD, weight_R, dispatch.counts_E), dispatch)
+
+
+def spread_rows(x_ND: Tensor, dispatch: Dispatch) -> Tensor:
+    """Each token's row at each of its places [R, D]."""
+    return cast(Tensor, _Spread.apply(x_ND, dispatch.token_R, dispatch.inverse_NK))  # type: ignore[no-untyped-call]
+
+
+def gather_rows(rows_RD: Tensor, dispatch: Dispatch) -> Tensor:
+    """The sum of each token's rows [N, D]."""
+    return cast(Tensor, _Gather.apply(rows_RD, dispatch.token_R, dispatch.inverse_NK))  # type: ignore[no-untyped-call]
+
+
+class _Spread(torch.autograd.Function):
+    """Copy each token's row to its places. The gradient is a gather and a sum: no atomic adds, so repeatable."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, token_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.tokens = x_ND.shape[0]
+    def forward(ctx: Any, x_ND: Tensor, token_R: Tensor, inverse_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_NK)
         return x_ND.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return _sum_choices(grads[0], inverse_R, ctx.tokens), None, None
+        (inverse_NK,) = ctx.saved_tensors
+        return _sum_choices(grads[0], inverse_NK), None, None
 
 
-class _Combine(torch.autograd.Function):
-    """Sum each token's K rows: the transpose of `_Gather`, so its gradient is a plain gather."""
+class _Gather(torch.autograd.Function):
+    """Sum each token's rows: the transpose of `_Spread`, so its gradient is a plain gather."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, token_R: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, token_R: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(token_R)
-        return _sum_choices(rows_RD, inverse_R, tokens)
+        return _sum_choices(rows_RD, inverse_NK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (token_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, token_R), None, None, None
+        return grads[0].index_select(0, token_R), None, None
 
 
-def _sum_choices(rows_RD: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
+def _sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+    """The sum of each token's rows [N, D]; a place of R adds nothing."""
     if rows_RD.is_cuda:
         from model.triton_experts import sum_choices
 
-        return sum_choices(rows_RD, inverse_R, tokens)
-    return rows_RD.index_select(0, inverse_R).view(tokens, -1, rows_RD.shape[-1]).sum(1)
+        return sum_choices(rows_RD, inverse_NK)
+    if rows_RD.shape[0] < inverse_NK.numel():
+        rows_RD = F.pad(rows_RD, (0, 0, 0, 1))
+    return rows_RD.index_select(0, inverse_NK.flatten()).view(*inverse_NK.shape, rows_RD.shape[-1]).sum(1)
 
 
 class Experts(nn.Module):
@@ -102,14 +133,8 @@ class Experts(nn.Module):
         """
         dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
         x_ND = x_ND.to(dtype or x_ND.dtype)
-        rows_RD = _Gather.apply(x_ND, dispatch.token_R, dispatch.inverse_R)  # type: ignore[no-untyped-call]
-        weight_R = weight_NK.flatten().gather(0, dispatch.order_R)
-        if self.spread is None:
-            rows_RD = self.run(rows_RD, weight_R, dispatch.counts_E)
-        else:
-            rows_RD = self.spread(self.run, rows_RD, weight_R, dispatch.counts_E)
-        combined = _Combine.apply(rows_RD, dispatch.token_R, dispatch.inverse_R, x_ND.shape[0])  # type: ignore[no-untyped-call]
-        return cast(Tensor, combined)
+        spread = self.spread or through_experts
+        return spread(self.run, x_ND, weight_NK, dispatch)
 
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
         """Each row through its expert: grouped matmuls where the device has them, else one expert at a time."""

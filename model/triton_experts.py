@@ -56,14 +56,14 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _sum_choices(rows_ptr, inverse_ptr, out_ptr, width, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_choices(rows_ptr, inverse_ptr, out_ptr, rows, width, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     total = tl.zeros([COLUMNS], tl.float32)
     for choice in tl.static_range(CHOICES):
         row = tl.load(inverse_ptr + token * CHOICES + choice).to(tl.int64)
-        total += tl.load(rows_ptr + row * width + column, inside, 0.0).to(tl.float32)
+        total += tl.load(rows_ptr + row * width + column, inside & (row < rows), 0.0).to(tl.float32)
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -87,12 +87,13 @@ def swiglu_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Te
     return act_RF, grad_h_RX, grad_weight_R
 
 
-def sum_choices(rows_RD: Tensor, inverse_R: Tensor, tokens: int) -> Tensor:
-    """The sum of each token's K rows [N, D], in fp32 and then the rows' type; `inverse_R` lists K rows a token."""
-    width, choices = rows_RD.shape[1], inverse_R.shape[0] // tokens
+def sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+    """The sum of each token's rows [N, D], in fp32 and then the rows' type; a place of R adds nothing."""
+    (rows, width), (tokens, choices) = rows_RD.shape, inverse_NK.shape
     out_ND = rows_RD.new_empty(tokens, width)
     columns = min(1024, triton.next_power_of_2(width))
-    _sum_choices[(tokens, triton.cdiv(width, columns))](
-        rows_RD, inverse_R, out_ND, width, CHOICES=choices, COLUMNS=columns
-    )
+    if tokens:
+        _sum_choices[(tokens, triton.cdiv(width, columns))](
+            rows_RD, inverse_NK, out_ND, rows, width, CHOICES=choices, COLUMNS=columns
+        )
     return out_ND

@@ -59,7 +59,10 @@ def layer_activations(work: Workload, *, moe: bool, imbalance: float) -> Activat
     saved_bytes = (_attention(work) + _mixture(work)) * work.tokens + kept_rows
     # Of the rows: the gradients of result and input, of gate, up and their product, and that product again.
     transient = size * rows * (2 * model.hidden_size + 4 * model.moe_intermediate_size)
-    dispatch = size * rows * model.hidden_size if work.expert > 1 else 0.0
+    travelling = rows if work.expert > 1 else 0.0
+    if work.once_per_node:  # tokens that came to this node, before they are copied to its experts
+        travelling += work.nodes_of_a_token * imbalance * work.tokens
+    dispatch = size * travelling * model.hidden_size
     return Activations(int(saved_bytes), int(transient), int(dispatch))
 
 

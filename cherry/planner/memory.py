@@ -85,7 +85,8 @@ def _with_overheads(work: Workload, stages: dict[str, Components]) -> dict[str, 
     """The same with what the allocator and the communication libraries take."""
     groups = (work.dense_group, work.expert_group, work.expert_shard_group, work.context_group, work.replicate_group)
     # And the default group of all ranks, which norms and counts are summed over.
-    communicators = sum(group.ranks > 1 for group in groups) + (work.ranks > 1)
+    # Tokens that go to each node once have one between nodes and one inside.
+    communicators = sum(group.ranks > 1 for group in groups) + (work.ranks > 1) + work.once_per_node
     buffers = 0 if work.gpu.shared_memory else communicators * 2 * work.nccl_bytes
     fixed = ("parameters", "optimizer states")
     # What keeps its size from step to step leaves no holes.

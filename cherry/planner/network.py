@@ -31,8 +31,8 @@ def all_reduce_seconds(work: Workload, group: Group, total_bytes: float) -> floa
 def exchange_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
     """An all-to-all of a micro-batch's routed rows, each of `row_bytes`: inside its node, and across.
 
-    The busiest rank gets more than the mean, and all wait for it. Both parts run at the same time: the second figure is
-    what the first does not hide.
+    The busiest rank gets more than the mean, and all wait for it. Where both parts run at the same time, the second
+    figure is what the first does not hide.
     """
     group, model = work.expert_group, work.model
     if group.ranks == 1:
@@ -43,16 +43,10 @@ def exchange_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
     inside = COLLECTIVE_S + near / (work.gpu.link_rate * work.reach.link)
     if group.nodes == 1:
         return inside, 0.0
-    copies, reach = float(chosen), work.reach.exchange
-    if work.once_per_node:
-        copies, reach = _nodes_of_a_token(work, group.nodes), work.reach.exchange_once
+    copies = work.nodes_of_a_token if work.once_per_node else float(chosen)
+    reach = work.reach.exchange_once if work.fused_exchange else work.reach.exchange
     away = rows * copies * row_bytes * (group.nodes - 1) / group.nodes
     across = NETWORK_HOP_S + away / (work.gpu.network_rate * reach)
-    return inside, max(0.0, across - inside)
-
-
-def _nodes_of_a_token(work: Workload, nodes: int) -> float:
-    """Nodes that a token's experts lie on, by chance; groups of experts lie on nodes of their own where they can."""
-    model = work.model
-    open_nodes = max(1.0, nodes * model.topk_group / model.n_group)
-    return open_nodes * (1.0 - (1.0 - 1.0 / open_nodes) ** model.num_experts_per_tok)
+    # To a node and then inside it is one after the other, but for kernels that do both at a time.
+    one_after_the_other = work.once_per_node and not work.fused_exchange
+    return inside, across if one_after_the_other else max(0.0, across - inside)

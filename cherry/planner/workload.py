@@ -70,9 +70,12 @@ class Workload:
     nccl_bytes: int = NCCL_CHANNELS * NCCL_BUFFER_BYTES
     """Of buffers in one direction of one communicator."""
     lora: LoraConfig | None = None
-    once_per_node: bool = False
-    """A token goes to a node once and is copied there, as DeepEP does; this engine sends a row to each expert. For
-    comparison with what others have measured."""
+    expert_ranks_per_node: int | None = None
+    """Where experts lie on several nodes: ranks of each, to which a token goes once (cherry/node_dispatch.py). `None`
+    sends it once for each expert."""
+    fused_exchange: bool = False
+    """By kernels like DeepEP's, which reach more of the adapters than NCCL's all-to-all; for comparison with what
+    others have measured."""
 
     @property
     def ranks(self) -> int:
@@ -103,6 +106,19 @@ class Workload:
     def imbalance(self) -> float:
         """The same, of this layout."""
         return self.assumed_imbalance if self.expert > 1 else 1.0
+
+    @property
+    def once_per_node(self) -> bool:
+        """Whether a token goes to each node once."""
+        on_node = self.expert_ranks_per_node
+        return on_node is not None and on_node < self.expert and self.expert % on_node == 0
+
+    @property
+    def nodes_of_a_token(self) -> float:
+        """Nodes that a token's experts lie on, by chance; a group of experts lies on one node where it can."""
+        model = self.model
+        open_nodes = max(1.0, self.expert_group.nodes * model.topk_group / model.n_group)
+        return open_nodes * (1.0 - (1.0 - 1.0 / open_nodes) ** model.num_experts_per_tok)
 
     @property
     def alone(self) -> bool:
@@ -192,6 +208,7 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         assumed_imbalance=cluster.assumed_imbalance,
         nccl_bytes=_nccl_bytes(config),
         lora=config.lora,
+        expert_ranks_per_node=parallel.expert_ranks_per_node or config.launch.nproc_per_node,
     )
 
 

@@ -1,6 +1,6 @@
 """One rank of a check: rows through experts that are spread over ranks, against all of them on this one.
 
-python dispatch_rows.py STORE RANK RANKS. An assertion that fails is the answer.
+python dispatch_rows.py STORE RANK RANKS RANKS_A_NODE. An assertion that fails is the answer.
 """
 
 import sys
@@ -8,9 +8,11 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from cherry.dispatch import ExpertDispatch
+from cherry.node_dispatch import NodeDispatch
 from model.experts import Experts, plan_dispatch
 
 TOKENS, CHOICES, WIDTH, EXPERTS_A_RANK = 24, 2, 16, 2
@@ -30,7 +32,32 @@ def chosen(case: str, rank: int, experts: int) -> torch.Tensor:
     return any_NK[: 1 if rank == 0 else TOKENS]
 
 
-def main(store: str, rank: int, ranks: int) -> None:
+def spread_over(ranks: int, on_node: int) -> ExpertDispatch | NodeDispatch:
+    if on_node == ranks:
+        return ExpertDispatch(dist.group.WORLD)
+    grid = init_device_mesh("cpu", (ranks // on_node, on_node), mesh_dim_names=("node", "inside"))
+    return NodeDispatch(grid.get_group("node"), grid.get_group("inside"))
+
+
+def bytes_away(case: str, rank: int, ranks: int, on_node: int) -> int:
+    """What this rank sends to others: tokens to and from nodes, then rows to and from ranks of its node, both ways."""
+    homes = [chosen(case, other, ranks * EXPERTS_A_RANK) // EXPERTS_A_RANK for other in range(ranks)]
+    node, place = rank // on_node, rank % on_node
+    crossing = sum(len({*nodes} - {node}) for nodes in (homes[rank] // on_node).tolist())
+    rows = 0
+    for other, home_NK in enumerate(homes):
+        here_NK = home_NK // on_node == node
+        if other // on_node != node and other % on_node == place:
+            crossing += int(here_NK.any(dim=1).sum())
+        if other % on_node == place:
+            rows += int((here_NK & (home_NK != rank)).sum())
+        else:
+            rows += int((home_NK == rank).sum())
+    # A token or row one way with its weights, its result back, and the gradients of both.
+    return 4 * (crossing * (2 * WIDTH + 2 * CHOICES) + rows * (2 * WIDTH + 1))
+
+
+def main(store: str, rank: int, ranks: int, on_node: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     experts = ranks * EXPERTS_A_RANK
@@ -40,19 +67,15 @@ def main(store: str, rank: int, ranks: int) -> None:
     for name, parameter in whole.named_parameters():
         nn.init.normal_(parameter, std=0.3)
         setattr(own, name, nn.Parameter(parameter.detach()[mine].clone()))
-    own.spread = ExpertDispatch(dist.group.WORLD)
+    own.spread = spread_over(ranks, on_node)
     sent: list[int] = []
-    own.spread.count = sent.append
+    own.spread.count_bytes(sent.append)
     for case in ("any", "the last rank's alone", "one busy, one without any", "one rank has few tokens"):
         experts_NK = chosen(case, rank, experts)
         generator = torch.Generator().manual_seed(100 + rank)
         x_ND = torch.randn(len(experts_NK), WIDTH, generator=generator)
         weight_NK = torch.rand(experts_NK.shape, generator=generator)
         plan = plan_dispatch(experts_NK, experts_NK.flatten().bincount(minlength=experts))
-        everywhere_E = plan.counts_E.clone()
-        dist.all_reduce(everywhere_E)
-        own_rows = int(plan.counts_E[mine].sum())
-        away, came = int(plan.counts_E.sum()) - own_rows, int(everywhere_E[mine].sum()) - own_rows
         found = {}
         for name, module, recompute in (("whole", whole, False), ("own", own, False), ("again", own, True)):
             module.zero_grad()
@@ -61,8 +84,7 @@ def main(store: str, rank: int, ranks: int) -> None:
             out_ND = checkpoint(module, *inputs, plan, use_reentrant=False) if recompute else module(*inputs, plan)
             (out_ND.square().sum() + out_ND.sum()).backward()
             if name == "own":
-                # Rows and their weights one way and results the other, then the gradients of both.
-                assert sum(sent) == (away + came) * 4 * (2 * WIDTH + 1), case
+                assert sum(sent) == bytes_away(case, rank, ranks, on_node), case
             found[name] = [out_ND.detach(), *(given.grad for given in inputs), module.w13_EFD.grad, module.w2_EDF.grad]
         for gradient in found["whole"][3:]:
             dist.all_reduce(gradient)  # a spread expert sees the rows of all ranks
@@ -74,4 +96,4 @@ def main(store: str, rank: int, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -8,6 +8,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_spread_experts_compute_and_learn_what_experts_at_home_do(tmp_path, run_together):
+@pytest.mark.parametrize(("ranks", "on_node"), [(3, 3), (4, 2), (3, 1)])
+def test_spread_experts_compute_and_learn_what_experts_at_home_do(tmp_path, run_together, ranks, on_node):
     program = str(Path(__file__).with_name("dispatch_rows.py"))
-    run_together([[sys.executable, program, str(tmp_path / "store"), str(rank), "3"] for rank in range(3)])
+    each = [sys.executable, program, str(tmp_path / "store")]
+    run_together([[*each, str(rank), str(ranks), str(on_node)] for rank in range(ranks)])

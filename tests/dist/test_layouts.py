@@ -34,6 +34,7 @@ class Wanted:
 
 
 EXPERT, CONTEXT, REPLICATE = "parallel.expert=2", "parallel.context=2", "parallel.replicate=2"
+NODES = ["parallel.expert=4", "parallel.expert_ranks_per_node=2"]
 RECOMPUTE = "train.activation_checkpointing=full"
 LAYOUTS = [
     Wanted("one rank", 1, []),
@@ -42,7 +43,7 @@ LAYOUTS = [
     Wanted("shard 2 x expert 2", 4, [EXPERT]),
     Wanted("replicate 2 x shard 2", 4, [REPLICATE]),
     Wanted("replicate 2 x expert 2, recomputed", 4, [REPLICATE, EXPERT, RECOMPUTE]),
-    Wanted("expert 4, two micro-batches", 4, ["parallel.expert=4", "train.gradient_accumulation_steps=2"]),
+    Wanted("expert 4 on two nodes, two micro-batches", 4, [*NODES, "train.gradient_accumulation_steps=2"]),
     Wanted("context 2, two micro-batches", 2, [CONTEXT, "train.gradient_accumulation_steps=2"]),
     Wanted("context 2 x expert 2, recomputed", 4, [CONTEXT, EXPERT, RECOMPUTE]),
     Wanted("kept until backward, on the CPU", 2, [EXPERT, "parallel.reshard_after_forward=false", "parallel.cpu_offload=true"]),

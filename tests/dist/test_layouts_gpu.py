@@ -16,6 +16,7 @@ EXPERT, REPLICATE = "parallel.expert=2", "parallel.replicate=2"
 EXACT = {
     "shard": [],
     "expert": [EXPERT],
+    "expert, on two nodes": [EXPERT, "parallel.expert_ranks_per_node=1"],
     "replicate": [REPLICATE],
     "context": ["parallel.context=2"],
     "expert, recomputed, two micro-batches": [
