@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.experts import can_group, grouped_experts, looped_experts
+from model.experts import can_group, grouped_experts, looped_experts, plan_dispatch, through_experts
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -63,3 +63,35 @@ def test_grouped_experts_in_fp32_have_the_gradients_of_finite_differences() -> N
             sides.append((result * upstream).sum())
         slope = (sides[0] - sides[1]) / 2e-5
         assert (gradient.double() * direction).sum().item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_through_some_of_their_experts_at_a_time_add_up_to_those_through_all(device: str) -> None:
+    """A choice without a row gives nothing and gets a gradient of zero; a token may have none at all."""
+    torch.manual_seed(0)
+    tokens, choices, experts, each = 40, 3, 12, 4
+    experts_NK = torch.rand(tokens, experts).topk(choices).indices
+    experts_NK[0] = torch.tensor([0, 1, 2])
+    x_ND = torch.randn(tokens, 16, device=device, requires_grad=True)
+    weight_NK = torch.rand(tokens, choices, device=device, requires_grad=True)
+    scale_E = torch.rand(experts, device=device)
+    upstream_ND = torch.randn(tokens, 16, device=device)
+
+    def results(first: int, count: int) -> list[Tensor]:
+        own_NK = experts_NK - first
+        own_NK = torch.where((own_NK >= 0) & (own_NK < count), own_NK, count)
+        counts_E = own_NK.flatten().bincount(minlength=count + 1)[:count]
+        rows = None if count == experts else int(counts_E.sum())
+        dispatch = plan_dispatch(own_NK.to(device), counts_E.to(device), rows)
+
+        def run(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
+            factor_R = scale_E[first : first + count].repeat_interleave(counts_E) * weight_R
+            return torch.tanh(rows_RD) * factor_R[:, None]
+
+        out_ND = through_experts(run, x_ND, weight_NK, dispatch)
+        return [out_ND.detach(), *torch.autograd.grad((out_ND * upstream_ND).sum(), [x_ND, weight_NK])]
+
+    parts = zip(*(results(first, each) for first in range(0, experts, each)), strict=True)
+    for whole, part in zip(results(0, experts), parts, strict=True):
+        torch.testing.assert_close(torch.stack(part).sum(0), whole, rtol=1e-5, atol=1e-6)
+    assert not results(each, each)[2][0].any(), "the first token has no expert among these"
