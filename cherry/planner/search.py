@@ -5,18 +5,20 @@ It knows nothing of how a plan is told. The optimizer's batch stays as it is, so
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from cherry.cluster import ClusterSpec
-from cherry.planner.hardware import GPUS
+from cherry.config import TrainConfig
+from cherry.planner.hardware import GPUS, Gpu
 from cherry.planner.memory import memory_of
 from cherry.planner.plan import Plan, layout_of
 from cherry.planner.step import step_time
 from cherry.planner.workload import Workload
 
-# What the engine computes in (cherry/config.py); a precision that only hardware has is no layout.
-_PRECISIONS = ("fp32", "bf16")
+# What the configuration takes; a precision that only hardware has is no layout.
+_PRECISIONS: tuple[str, ...] = get_args(TrainConfig.model_fields["precision"].annotation)
 _REPLICATE, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8)
 _CHUNKS = (512, 1024, 2048, 4096)
 _MORE_NODES = (2, 4, 8)
@@ -54,7 +56,7 @@ def _search_keys(own: Workload, work: Workload) -> dict[str, object]:
 
 
 def _layouts(own: Workload) -> Iterator[Workload]:
-    precisions = [name for name in _PRECISIONS if name in own.gpu.flops]
+    precisions = offered_precisions(own.gpu, _PRECISIONS)
     for replicate in _REPLICATE:
         for expert in _powers(min(own.ranks, own.model.n_routed_experts)):
             for context in _CONTEXT:
@@ -68,6 +70,11 @@ def _layouts(own: Workload) -> Iterator[Workload]:
                     for precision in precisions:
                         for recompute in ("none", "full"):
                             yield replace(micro, precision=precision, recompute=recompute)
+
+
+def offered_precisions(gpu: Gpu, known: Sequence[str]) -> list[str]:
+    """Those that both the configuration and the device have."""
+    return [name for name in known if name in gpu.precisions]
 
 
 def _powers(limit: int) -> Iterator[int]:
@@ -147,7 +154,7 @@ def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, ob
         yield {"train.activation_checkpointing": "full"}, replace(own, recompute="full")
     if own.moment_bytes == 4:
         yield {"train.optimizer_state_dtype": "bf16"}, replace(own, moment_bytes=2)
-    if own.precision == "fp32" and "bf16" in own.gpu.flops:
+    if own.precision == "fp32" and "bf16" in own.gpu.precisions:
         yield {"train.precision": "bf16"}, replace(own, precision="bf16")
     if own.reduce_bytes == 4 and own.ranks > 1:
         yield {"communication.reduce_dtype": "bf16"}, replace(own, reduce_bytes=2)

@@ -15,10 +15,10 @@ from cherry.planner.compute import (
     gathering_bytes,
     head_passes,
     layer_passes,
-    memory_seconds,
     mtp_passes,
     optimizer_seconds,
 )
+from cherry.planner.matmuls import memory_seconds
 from cherry.planner.network import all_reduce_seconds, exchange_seconds, ring_seconds
 from cherry.planner.units import EXPERTS, Layer, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload

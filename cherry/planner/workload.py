@@ -233,5 +233,6 @@ def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> It
             yield Problem("parallel", rule, axes)
     elif launch.nnodes != 1:
         yield Problem("launch.nnodes", "the cluster is one machine; name another one's spec", launch.nnodes)
-    if config.train.precision not in device.flops:
-        yield Problem("train.precision", f"{device.name} computes in {', '.join(device.flops)}", config.train.precision)
+    if config.train.precision not in device.precisions:
+        rule = f"{device.name} computes in {', '.join(device.precisions)}"
+        yield Problem("train.precision", rule, config.train.precision)
