@@ -17,11 +17,11 @@ from cherry.cluster import LOCAL, read_cluster
 from cherry.planner.hardware import GIB
 from cherry.planner.local import local_device
 from cherry.planner.plan import NOT_MODELLED, Plan, make_plan
-from cherry.planner.report import advice, headline, sections_of
+from cherry.planner.report import advice, headline, sections_of, unused
 from cherry.planner.search import Layout, nearest_that_fit, search
 from tasks.config import RunConfig
 
-_BAR_CHARACTERS = 30
+_BAR_CHARACTERS = 20
 _SHOWN_LAYOUTS = 15
 
 
@@ -62,14 +62,17 @@ def _plain(layout: Layout) -> dict[str, object]:
 
 def _show(console: Console, made: Plan) -> None:
     console.print(f"[bold]{made.job}[/] on {headline(made)}", highlight=False)
+    if idle := unused(made):
+        console.print(f"[yellow]{idle}[/]", highlight=False)
     for title, rows in sections_of(made):
-        table = Table(box=None, pad_edge=False, show_header=False, title=f"\n[bold]{title}[/]", title_justify="left")
-        table.add_column(min_width=26)
-        table.add_column(justify="right", min_width=12)
+        console.print(f"\n[bold]{title}[/]", highlight=False)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(min_width=24)
+        table.add_column(justify="right", min_width=9)
         table.add_column(style="dim")
         for row in rows:
-            bar = "█" * round(_BAR_CHARACTERS * row.share) if row.share is not None else row.note
-            table.add_row(row.name, row.value, bar)
+            bar = "" if row.share is None else f"{'█' * round(_BAR_CHARACTERS * row.share):<{_BAR_CHARACTERS}} "
+            table.add_row(row.name, row.value, (bar + row.note).rstrip())
         console.print(table)
     verdict = "[green]fits[/]" if made.fits else "[bold red]does not fit[/]"
     room = (made.worst.usable - made.worst.total) / GIB
@@ -80,7 +83,9 @@ def _show_layouts(console: Console, layouts: Sequence[Layout]) -> None:
     if not layouts:
         console.print("\nno layout of these ranks fits")
         return
-    table = Table(box=None, pad_edge=False, title=f"\n[bold]{len(layouts)} layouts fit[/]", title_justify="left")
+    fastest = f", the fastest {_SHOWN_LAYOUTS}" if len(layouts) > _SHOWN_LAYOUTS else ""
+    console.print(f"\n[bold]{len(layouts)} layouts fit{fastest}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False)
     for heading in ("tokens/s/GPU", "GiB", "changes"):
         table.add_column(heading, justify="left" if heading == "changes" else "right", overflow="fold")
     for one in layouts[:_SHOWN_LAYOUTS]:

@@ -37,6 +37,18 @@ class Matmul:
         return 2.0 * self.rows * self.into * self.out * self.count
 
 
+@dataclass(frozen=True)
+class MatmulTime:
+    """What one of them takes of a step, in all its passes."""
+
+    matmul: Matmul
+    seconds: float
+    flops: float
+
+    def __add__(self, other: MatmulTime) -> MatmulTime:
+        return MatmulTime(self.matmul, self.seconds + other.seconds, self.flops + other.flops)
+
+
 def compute_precision(work: Workload) -> str:
     """Of what fp8 leaves out."""
     return "bf16" if work.precision == "fp8" else work.precision
@@ -100,6 +112,12 @@ def forward_seconds(work: Workload, matmul: Matmul) -> float:
 def backward_seconds(work: Workload, matmul: Matmul) -> float:
     """The gradients of its input and of its weight: products of the same three sizes."""
     return 2 * _product_seconds(work, matmul) + _cast_seconds(work, matmul, matmul.out)
+
+
+def time_of(work: Workload, matmul: Matmul, *, times: int, forwards: int = 1) -> MatmulTime:
+    """`times` backward passes, each after so many forward passes."""
+    seconds = forwards * forward_seconds(work, matmul) + backward_seconds(work, matmul)
+    return MatmulTime(matmul, times * seconds, times * (forwards + 2) * matmul.flops)
 
 
 def _product_seconds(work: Workload, matmul: Matmul) -> float:

@@ -18,7 +18,7 @@ from cherry.planner.compute import (
     mtp_passes,
     optimizer_seconds,
 )
-from cherry.planner.matmuls import memory_seconds
+from cherry.planner.matmuls import MatmulTime, head_matmul, layer_matmuls, memory_seconds, mtp_matmul, time_of
 from cherry.planner.network import all_reduce_seconds, exchange_seconds, ring_seconds
 from cherry.planner.units import EXPERTS, Layer, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload
@@ -38,6 +38,8 @@ class StepTime:
     """Of the network by kind of collective."""
     exposed: dict[str, float]
     """What the step waits for beside its computation."""
+    matmuls: tuple[MatmulTime, ...]
+    """What `busy` has of them, by name and size."""
     total: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,12 +117,25 @@ class _Step:
             "host": count * hosted + work.reach.step_s,
         }
         travelling = {
-            "all-gather": count * (gather_forward + gather_backward + root_gather),
+            "all-gather, forward": count * (gather_forward + root_gather),
+            "all-gather, backward": count * gather_backward,
             "reduce-scatter": count * (reduce + root_reduce),
-            "all-to-all": count * (inside + across),
-            "all-reduce": replicas,
+            "all-to-all in a node": exposed["all-to-all in a node"],
+            "all-to-all across nodes": exposed["all-to-all across nodes"],
+            "context": exposed["context"],
+            "all-reduce of replicas": replicas,
         }
-        return StepTime(work, busy, travelling, exposed)
+        return StepTime(work, busy, travelling, exposed, self._matmuls())
+
+    def _matmuls(self) -> tuple[MatmulTime, ...]:
+        work, found = self.work, dict[str, MatmulTime]()
+        forwards = 2 if work.recompute == "full" else 1
+        for layer, count, _ in self._layers:
+            for matmul in layer_matmuls(work, moe=layer.moe):
+                taken = time_of(work, matmul, times=count * work.accumulation, forwards=forwards)
+                found[matmul.name] = found[matmul.name] + taken if matmul.name in found else taken
+        outside = [one for one in (head_matmul(work), mtp_matmul(work)) if one.count]
+        return (*found.values(), *(time_of(work, one, times=work.accumulation) for one in outside))
 
     def _compute(self) -> tuple[Times, Times]:
         forward, backward = Times(), Times()

@@ -232,7 +232,11 @@ def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> It
             rule = f"replicate * expert * context must divide the cluster's {cluster.gpus} GPUs"
             yield Problem("parallel", rule, axes)
     elif launch.nnodes != 1:
-        yield Problem("launch.nnodes", "the cluster is one machine; name another one's spec", launch.nnodes)
+        yield Problem(
+            "launch.nnodes",
+            "the cluster is one machine; name another's spec: --cluster, or the key cluster",
+            launch.nnodes,
+        )
     if config.train.precision not in device.precisions:
         rule = f"{device.name} computes in {', '.join(device.precisions)}"
         yield Problem("train.precision", rule, config.train.precision)
