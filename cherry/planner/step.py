@@ -38,8 +38,6 @@ class StepTime:
     """Of the network by kind of collective."""
     exposed: dict[str, float]
     """What the step waits for beside its computation."""
-    matmuls: tuple[MatmulTime, ...]
-    """What `busy` has of them, by name and size."""
     total: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +52,18 @@ class StepTime:
     def tokens_per_s_gpu(self) -> float:
         """Of one rank."""
         return self.tokens_per_s / self.work.ranks
+
+    @cached_property
+    def matmuls(self) -> tuple[MatmulTime, ...]:
+        """What `busy` has of them, by name and size."""
+        work, network, found = self.work, network_of(self.work), dict[str, MatmulTime]()
+        forwards = 2 if work.recompute == "full" else 1
+        for moe, count in ((False, network.dense_layers), (True, network.mixture_layers)):
+            for matmul in layer_matmuls(work, moe=moe) if count else ():
+                taken = time_of(work, matmul, times=count * work.accumulation, forwards=forwards)
+                found[matmul.name] = found[matmul.name] + taken if matmul.name in found else taken
+        outside = [one for one in (head_matmul(work), mtp_matmul(work)) if one.count]
+        return (*found.values(), *(time_of(work, one, times=work.accumulation) for one in outside))
 
     def mfu(self, *, causal: bool) -> float:
         """Model FLOPs over the peak of the compute precision, MTP included; attention by its causal half or in full."""
@@ -125,17 +135,7 @@ class _Step:
             "context": exposed["context"],
             "all-reduce of replicas": replicas,
         }
-        return StepTime(work, busy, travelling, exposed, self._matmuls())
-
-    def _matmuls(self) -> tuple[MatmulTime, ...]:
-        work, found = self.work, dict[str, MatmulTime]()
-        forwards = 2 if work.recompute == "full" else 1
-        for layer, count, _ in self._layers:
-            for matmul in layer_matmuls(work, moe=layer.moe):
-                taken = time_of(work, matmul, times=count * work.accumulation, forwards=forwards)
-                found[matmul.name] = found[matmul.name] + taken if matmul.name in found else taken
-        outside = [one for one in (head_matmul(work), mtp_matmul(work)) if one.count]
-        return (*found.values(), *(time_of(work, one, times=work.accumulation) for one in outside))
+        return StepTime(work, busy, travelling, exposed)
 
     def _compute(self) -> tuple[Times, Times]:
         forward, backward = Times(), Times()

@@ -164,20 +164,47 @@ def test_where_one_change_is_not_enough_two_are_named() -> None:
     assert all(len(one.changes) == 2 for one in nearest)
 
 
-def test_a_search_ranks_layouts_that_the_configuration_takes() -> None:
-    config = load(ROOT / "configs" / "671b.yaml", RunConfig)
-    cluster = read_cluster(str(ROOT / "configs" / "clusters" / "h100-256.yaml"))
+@pytest.mark.parametrize(
+    ("name", "cluster_name", "overrides"),
+    [
+        ("671b", "h100-256", []),
+        ("16b", "h100-512", ["launch.nnodes=64", "train.batch_size=3072", "train.gradient_accumulation_steps=6"]),
+    ],
+)
+def test_a_search_ranks_layouts_that_the_configuration_takes(
+    name: str, cluster_name: str, overrides: list[str]
+) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = load(path, RunConfig, overrides)
+    cluster = read_cluster(str(ROOT / "configs" / "clusters" / f"{cluster_name}.yaml"))
     found = search(make_plan(config, cluster))
     speeds = [one.tokens_per_s_gpu for one in found]
     assert speeds == sorted(speeds, reverse=True)
     own = next(one for one in found if not one.changes)
     assert own.tokens_per_s_gpu == make_plan(config, cluster).step.tokens_per_s_gpu
     for one in found[:: max(1, len(found) // 12)]:
-        config = load(ROOT / "configs" / "671b.yaml", RunConfig, one.overrides.split())
+        config = load(path, RunConfig, [*overrides, *one.overrides.split()])
         plan = make_plan(config, cluster)
         assert plan.fits
         assert plan.step.tokens_per_s_gpu == pytest.approx(one.tokens_per_s_gpu)
         assert plan.worst.total == one.total_bytes
+
+
+def test_a_search_goes_over_every_key_that_a_layout_has() -> None:
+    """Replicas as far as they fit, and every micro-batch that divides the batch."""
+    overrides = ["launch.nnodes=64", "train.batch_size=3072", "train.gradient_accumulation_steps=6"]
+    config = load(ROOT / "configs" / "16b.yaml", RunConfig, overrides)
+    found = search(make_plan(config, read_cluster(str(ROOT / "configs" / "clusters" / "h100-512.yaml"))))
+    values: dict[str, set[object]] = {}
+    for one in found:
+        for key, value in one.changes.items():
+            values.setdefault(key, set()).add(value)
+    assert {2, 4, 8, 16, 32} <= values["parallel.replicate"]
+    assert values["parallel.expert"] == {1, 2, 4, 16, 32, 64}
+    assert values["parallel.context"] == {2, 4, 8}
+    assert {1, 2, 3} <= values["train.gradient_accumulation_steps"]
+    assert values["train.activation_checkpointing"] == {"none"}
+    assert "fp32" in values["train.precision"]
 
 
 def test_more_of_anything_needs_more_memory_or_time() -> None:
