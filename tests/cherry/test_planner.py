@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,15 +29,21 @@ from model.transformer import DeepseekV3
 from tasks.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-# Layouts that fit: the configuration's own on 256 GPUs, and the same batch a GPU on more of them.
-LAYOUTS = [
-    ("h100-256", []),
-    ("h800-256", []),
-    ("h200-256", []),
-    ("b200-256", []),
-    ("h100-512", ["launch.nnodes=64"]),
-    ("h100-1024", ["launch.nnodes=128", "train.batch_size=1024"]),
-]
+HELD_AGAINST_SEARCH = ("h100-256", "h100-512", "h100-1024")
+CLUSTERS = ROOT / "configs" / "clusters"
+
+
+def recommended() -> list[tuple[str, list[str]]]:
+    """Cluster and overrides of every plan that a comment in a cluster's file names."""
+    found = []
+    for path in sorted(CLUSTERS.glob("*-*.yaml")):
+        comments = re.sub(r" *\\\n# *", " ", path.read_text())
+        commands = re.findall(r"^# cherry plan (configs/671b.yaml) --cluster (\S+)(.*)$", comments, re.MULTILINE)
+        assert commands, path
+        for _, cluster, overrides in commands:
+            assert cluster == f"configs/clusters/{path.name}"
+            found.append((path.stem, overrides.split()))
+    return found
 
 
 def plan_for(cluster: str, *overrides: str) -> Plan:
@@ -130,13 +137,38 @@ def test_mfu_is_told_in_both_conventions() -> None:
         assert step.mfu(causal=causal) * 989.4e12 / step.tokens_per_s_gpu / 1e9 == pytest.approx(gigaflops, abs=0.1)
 
 
-@pytest.mark.parametrize(("cluster", "overrides"), LAYOUTS)
+@pytest.mark.parametrize(("cluster", "overrides"), recommended())
 def test_the_671b_config_fits_on_the_clusters_that_are_shipped(cluster: str, overrides: list[str]) -> None:
     plan = plan_for(cluster, *overrides)
     assert plan.fits, plan.why_not()
     assert plan.work.ranks == plan.cluster.gpus
     assert 0.05 < plan.step.mfu(causal=True) < 0.5
     assert plan.run.cost is not None
+    assert plan.step.tokens_per_s_gpu > 0.98 * search(plan)[0].tokens_per_s_gpu or cluster not in HELD_AGAINST_SEARCH
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wide", "same", "speeds"),
+    [
+        ("h100-512", ["launch.nnodes=64", "train.batch_size=1024"], ["launch.nnodes=64"], (802, 662, 638)),
+        (
+            "h100-1024",
+            ["launch.nnodes=128", "train.batch_size=2048"],
+            ["launch.nnodes=128", "train.batch_size=1024"],
+            (802, 648, 582),
+        ),
+    ],
+)
+def test_more_gpus_want_a_larger_batch_or_copies(
+    cluster: str, wide: list[str], same: list[str], speeds: tuple[int, int, int]
+) -> None:
+    """The figures that the clusters' files tell."""
+    copies = {"h100-512": 2, "h100-1024": 4}[cluster]
+    plans = [wide, [*same, f"parallel.replicate={copies}"], same]
+    told = (CLUSTERS / f"{cluster}.yaml").read_text()
+    for overrides, speed in zip(plans, speeds, strict=True):
+        assert plan_for(cluster, *overrides).step.tokens_per_s_gpu == pytest.approx(speed, abs=0.6)
+        assert str(speed) in told
 
 
 def test_the_demo_fits_on_a_laptop() -> None:
