@@ -42,7 +42,9 @@ CONFIGURATIONS = [json.loads(line) for line in (RESULTS / "plan_gpu.jsonl").read
     [
         (256, {"expert": 64}),
         (1024, {"expert": 64}),
-        (256, {"expert": 32, "replicate": 2}),
+        (256, {"expert": 32}),
+        (512, {"expert": 32, "replicate": 2}),
+        (1024, {"expert": 32, "replicate": 4}),
         (256, {}),  # no expert axis: a layer is gathered whole
     ],
 )
