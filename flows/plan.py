@@ -7,30 +7,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from base.config import load
-from base.errors import DoesNotFitError
+from base.errors import ConfigError, DoesNotFitError, storage_errors
 from cherry.cluster import LOCAL, read_cluster
 from cherry.planner.hardware import GIB
 from cherry.planner.local import local_device
 from cherry.planner.plan import NOT_MODELLED, Plan, make_plan
-from cherry.planner.report import advice, headline, sections_of, unused
+from cherry.planner.report import advice, headline, memory_title, sections_of, unused
 from cherry.planner.search import Layout, nearest_that_fit, search
 from tasks.config import RunConfig
 
 _BAR_CHARACTERS = 20
 _SHOWN_LAYOUTS = 15
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def plan(
-    console: Console, config: str, cluster: str | None, overrides: Sequence[str], *, as_json: bool, with_search: bool
+    console: Console,
+    config: str,
+    cluster: str | None,
+    overrides: Sequence[str],
+    *,
+    as_json: bool,
+    with_search: bool,
+    plot: Path | None = None,
 ) -> None:
     """Print the plan of a config on a cluster.
 
+    Args:
+        plot: a PNG, SVG or PDF to draw its memory in.
+
     Raises:
+        StorageError: the picture cannot be written.
         MissingFileError, ConfigError: a file that is not there or breaks rules; a job that does not go on the cluster.
         DoesNotFitError: it was told, and there is no room for it.
     """
@@ -40,6 +53,8 @@ def plan(
     made = make_plan(resolved, spec, device)
     layouts = search(made) if with_search else None
     nearest = [] if made.fits else nearest_that_fit(made)
+    if plot is not None:
+        _draw(made, plot)
     if as_json:
         told = made.as_dict() | {"nearest": [_plain(one) for one in nearest]}
         told |= {} if layouts is None else {"layouts": [_plain(one) for one in layouts]}
@@ -50,6 +65,15 @@ def plan(
             _show_layouts(console, layouts)
     if not made.fits:
         raise DoesNotFitError(f"{made.why_not()} {advice(nearest)}")
+
+
+def _draw(made: Plan, path: Path) -> None:
+    from tasks.plots import plot_memory
+
+    if path.suffix not in _PICTURES:
+        raise ConfigError(f"--plot: must end with {', '.join(_PICTURES)} (got {str(path)!r})")
+    with storage_errors(str(path)):
+        plot_memory(made.worst.stages, made.worst.usable, path, title=memory_title(made))
 
 
 def _plain(layout: Layout) -> dict[str, object]:

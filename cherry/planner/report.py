@@ -47,6 +47,11 @@ def headline(plan: Plan) -> str:
     return f"{work.ranks} x {work.gpu.name}: {layout}; {micro}; {work.precision}, {recompute}"
 
 
+def memory_title(plan: Plan) -> str:
+    """Of a picture of its memory."""
+    return f"{plan.job} on {plan.work.ranks} x {plan.work.gpu.name}: memory of {plan.worst.name}"
+
+
 def unused(plan: Plan) -> str:
     """What of the cluster the job leaves idle; empty when it takes all."""
     cluster, work = plan.cluster, plan.work
