@@ -127,6 +127,7 @@ class Plan:
                 "seconds": step.total,
                 "busy_s": step.busy,
                 "exposed_s": step.exposed,
+                "bubbles_s": step.bubbles,
                 "travelling_s": step.travelling,
                 "matmuls": [
                     {**asdict(one.matmul), "seconds": one.seconds, "flops_per_s": one.flops / one.seconds}

@@ -103,6 +103,8 @@ def _step(plan: Plan) -> list[Row]:
     ]
     hidden = sum(step.travelling.values()) - sum(s for name, s in step.exposed.items() if name != "host")
     rows.append(Row("all", f"{step.total:.3f}", None, f"{max(0.0, hidden):.3f} of communication hidden"))
+    if step.bubbles >= _SHOWN_SECONDS:
+        rows.append(Row("of it, bubbles", f"{step.bubbles:.3f}", None, "waiting for the busiest ranks"))
     return rows
 
 

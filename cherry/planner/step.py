@@ -6,7 +6,7 @@ themselves; the experts' all-to-all stands still with everything else, as cherry
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cherry.planner.compute import (
@@ -64,6 +64,12 @@ class StepTime:
                 found[matmul.name] = found[matmul.name] + taken if matmul.name in found else taken
         outside = [one for one in (head_matmul(work), mtp_matmul(work)) if one.count]
         return (*found.values(), *(time_of(work, one, times=work.accumulation) for one in outside))
+
+    @cached_property
+    def bubbles(self) -> float:
+        """Of the total, what average ranks wait for the busiest ones, whose experts are chosen most."""
+        even = step_time(replace(self.work, assumed_imbalance=1.0)) if self.work.imbalance > 1 else self
+        return self.total - even.total
 
     def mfu(self, *, causal: bool) -> float:
         """Model FLOPs over the peak of the compute precision, MTP included; attention by its causal half or in full."""

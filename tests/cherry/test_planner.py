@@ -29,8 +29,9 @@ from model.transformer import DeepseekV3
 from tasks.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-HELD_AGAINST_SEARCH = ("h100-256", "h100-512", "h100-1024")
 CLUSTERS = ROOT / "configs" / "clusters"
+HELD_AGAINST_SEARCH = ("h100-256", "h100-512", "h100-1024")
+"""For the others the configuration's layout fits, and is not the fastest."""
 
 
 def recommended() -> list[tuple[str, list[str]]]:
@@ -144,7 +145,8 @@ def test_the_671b_config_fits_on_the_clusters_that_are_shipped(cluster: str, ove
     assert plan.work.ranks == plan.cluster.gpus
     assert 0.05 < plan.step.mfu(causal=True) < 0.5
     assert plan.run.cost is not None
-    assert plan.step.tokens_per_s_gpu > 0.98 * search(plan)[0].tokens_per_s_gpu or cluster not in HELD_AGAINST_SEARCH
+    best = next(one for one in search(plan) if "train.precision" not in one.changes)
+    assert plan.step.tokens_per_s_gpu > 0.98 * best.tokens_per_s_gpu or cluster not in HELD_AGAINST_SEARCH
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,14 @@ def test_each_collective_is_told_with_what_hides_it() -> None:
     assert copies["all-reduce of replicas"].note.startswith("the last backward pass")
 
 
+def test_what_average_ranks_wait_for_the_busiest_is_told() -> None:
+    plan = plan_for()
+    even = step_time(replace(plan.work, assumed_imbalance=1.0))
+    assert 0 < plan.step.bubbles == pytest.approx(plan.step.total - even.total)
+    assert told(plan, "a step")["of it, bubbles"].value == f"{plan.step.bubbles:.3f}"
+    assert even.bubbles == 0
+
+
 def test_both_classes_of_ranks_stand_in_one_table() -> None:
     plan = plan_for()
     rows, (worst, other) = told(plan, "memory of busiest ranks, GiB"), plan.memory
