@@ -22,7 +22,7 @@ from cherry.planner.network import exchange_seconds, ring_seconds
 from cherry.planner.plan import Plan, make_plan
 from cherry.planner.search import nearest_that_fit, search
 from cherry.planner.step import step_time
-from cherry.planner.units import network_of
+from cherry.planner.units import EXPERTS, network_of
 from cherry.planner.workload import Workload, workload_of
 from model.config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
@@ -104,6 +104,20 @@ def test_states_of_the_671b_release_are_what_their_bytes_give(ranks: int, gigaby
     assert held / 1e9 == pytest.approx(gigabytes, rel=0.005)
     thin = memory_of(released(shard=ranks // 64, moment_bytes=2))[0].stages["optimizer"]
     assert 2 * thin["optimizer states"] == components["optimizer states"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "experts", "share", "terabytes"),
+    [("671b", 653_908_770_816, 0.9745, 1.342), ("16b", 14_394_851_328, 0.9165, 0.0314)],
+)
+def test_routed_experts_are_most_of_the_weights(preset: str, experts: int, share: float, terabytes: float) -> None:
+    model = ModelConfig.model_validate({**PRESETS[preset], "num_nextn_predict_layers": 0})
+    network = network_of(released(model=model, shard=1, expert=8))
+    dealt = next(unit for unit in network.mixture.units if unit.name == EXPERTS)
+    assert network.mixture_layers * 8 * dealt.elements == experts
+    whole = network.whole("elements", 8)
+    assert experts / whole == pytest.approx(share, abs=5e-5)
+    assert 2 * whole / 1e12 == pytest.approx(terabytes, rel=0.001)
 
 
 def test_a_checkpoint_of_the_671b_release_is_8_terabytes() -> None:
