@@ -126,8 +126,9 @@ class Reach:
 # of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up
 # to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote: 985e12 on dense shapes where
 # bf16 reaches 721e12, grouped 808e12 (gate and up) and 767e12 (down), within 2 % of share and half here
-# (docs/decisions.md, 2026-11-25). Shares of links and adapters are assumed, as no cluster was measured here: 0.8 in a
-# ring, 0.7 in an all-to-all, in which every pair of GPUs has a message of its own.
+# (docs/decisions.md, 2026-11-25). Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s,
+# over 4 of them 355e9 (2026-11-13). Shares of adapters are assumed, as no cluster of several nodes was measured here:
+# 0.8 in a ring, 0.7 in an all-to-all, in which every pair of GPUs has a message of its own.
 GPU_REACH = Reach(
     matmul={"fp32": 0.90, "bf16": 0.90, "fp8": 0.615},
     matmul_half={"fp32": 250.0, "bf16": 1000.0, "fp8": 1000.0},
@@ -166,7 +167,8 @@ COLLECTIVE_S = 8.4e-6
 CONTEXT_BYTES = int(0.75 * GIB)
 # cuBLAS' workspace among torch's tensors: torch's 32 MiB on Hopper, for the forward and the backward thread each.
 WORKSPACE_BYTES = 2 * 32 * 2**20
-# A process that has imported torch and Accelerate and trains on a CPU, without its tensors.
+# A process that trains on a CPU, without its tensors: 0.31 GiB after the imports (torch 2.13, 2026-11-26); the rest,
+# for threads, gloo and what the allocator keeps, is assumed.
 PROCESS_BYTES = int(0.5 * GIB)
 # NCCL's buffers a communicator: channels of NCCL_BUFFSIZE (4 MiB by its documentation), for sending and receiving.
 NCCL_CHANNELS, NCCL_BUFFER_BYTES = 16, 4 * 2**20
