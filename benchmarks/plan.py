@@ -58,6 +58,7 @@ def measured_steps() -> Iterator[dict[str, object]]:
                 continue  # a CPU, of which a plan is a rough one
             work = benchmark_workload(kept)
             case = kept.get("case") or f"{kept['batch']} x {kept['length']}, {kept['experts']} experts"
+            case += "" if kept["impl"] == "cherry" else f", {kept['impl']}"
             case = f"{kept['size']} on {kept['gpu']}: {case}"
             source = f"benchmarks/results/{name}, {kept['date']}"
             yield row(case, "memory", memory_of(work)[0].allocated / GIB, kept["peak_gib"], source)

@@ -8,12 +8,29 @@ from pathlib import Path
 import pytest
 
 from benchmarks.plan import published
+from benchmarks.plan_cases import benchmark_workload
 
 ROWS = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "plan.json").read_text())
 
 
 def of_kind(kind: str, source: str = "") -> list[dict]:
     return [row for row in ROWS if row["kind"] == kind and source in row["source"]]
+
+
+@pytest.mark.parametrize(
+    ("impl", "compiled", "moment_bytes"),
+    [
+        ("cherry", True, 4),
+        ("cherry-eager", False, 4),
+        ("cherry-fp8", True, 2),
+        ("cherry-fp8, fp32 moments", True, 4),
+        ("cherry, bf16 moments", True, 2),
+    ],
+)
+def test_a_kept_row_is_planned_as_its_implementation_runs(impl: str, *, compiled: bool, moment_bytes: int) -> None:
+    row = {"impl": impl, "size": "3b", "gpu": "NVIDIA H200", "batch": 4, "length": 4096, "experts": 64}
+    work = benchmark_workload({**row, "precision": "fp8" if "fp8" in impl else "bf16"})
+    assert (work.compile, work.moment_bytes) == (compiled, moment_bytes)
 
 
 def test_rows_have_the_keys_that_readers_know() -> None:
