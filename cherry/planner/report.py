@@ -68,7 +68,7 @@ def sections_of(plan: Plan) -> list[tuple[str, list[Row]]]:
     worst = plan.worst
     return [
         (
-            f"memory of {worst.name}, GiB, at the peak ({worst.peak_stage}); {worst.usable / GIB:.1f} usable",
+            f"memory of {worst.name}, GiB, in {worst.peak_stage}; {worst.usable / GIB:.1f} usable",
             _memory(plan),
         ),
         ("a step, seconds", _step(plan)),
