@@ -2,10 +2,10 @@
 
     python -m benchmarks.plan [--output benchmarks/results/plan.json]
 
-One row a figure: `case, kind, predicted, measured, ratio, source`, and a `note` where the two do not describe the same
-thing. Kinds: `memory` (GiB) and `time` (ms) of steps on one GPU, from the other files of results/; `published` (tokens
-a second and GPU) of others' clusters, on which nothing is calibrated; `simulated` (bytes of a rank) from
-benchmarks.simulated_step; `goodput` from cherry/planner/simulation.py.
+One row a figure: `case, kind, predicted, measured, ratio, source`; where the two do not describe the same thing, the
+source ends with a sentence that says so. Kinds: `memory` (GiB) and `time` (ms) of steps on one GPU, from the other
+files of results/; `published` (tokens a second and GPU) of others' clusters, on which nothing is calibrated;
+`simulated` (bytes of a rank) from benchmarks.simulated_step; `goodput` from cherry/planner/simulation.py.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ LIVES = {
 LIFE_STEPS, LIFE_SEEDS = 40_000, 8
 
 
-def row(case: str, kind: str, predicted: float, measured: float, source: str, note: str = "") -> dict[str, object]:
+def row(case: str, kind: str, predicted: float, measured: float, source: str) -> dict[str, object]:
     """One comparison."""
-    told = {"note": note} if note else {}
     figures = {"predicted": round(predicted, 4), "measured": measured, "ratio": round(predicted / measured, 4)}
-    return {"case": case, "kind": kind, **figures, "source": source, **told}
+    return {"case": case, "kind": kind, **figures, "source": source}
 
 
 def measured_steps() -> Iterator[dict[str, object]]:
@@ -59,6 +58,7 @@ def measured_steps() -> Iterator[dict[str, object]]:
                 continue  # a CPU, of which a plan is a rough one
             work = benchmark_workload(kept)
             case = kept.get("case") or f"{kept['batch']} x {kept['length']}, {kept['experts']} experts"
+            case += "" if kept["impl"] == "cherry" else f", {kept['impl']}"
             case = f"{kept['size']} on {kept['gpu']}: {case}"
             source = f"benchmarks/results/{name}, {kept['date']}"
             yield row(case, "memory", memory_of(work)[0].allocated / GIB, kept["peak_gib"], source)
@@ -86,69 +86,58 @@ def released(gpu: str, ranks: int, expert: int, sequences: int, precision: str, 
     return replace(work, **keys)
 
 
-_PIPELINE = "Pipeline parallelism cannot be expressed: this is what FSDP2 and experts over 64 ranks would reach."
-_SPLIT = "Pipeline stages cannot be expressed: FSDP2 over all ranks, experts over 64, 4,096 tokens a micro-batch."
+# Where a layout cannot be expressed, the sentence that says so.
+_PIPELINE = (
+    "Pipeline and tensor parallelism cannot be expressed: this is FSDP2 with experts over 64 ranks, which gathers"
+)
+_PIPELINE += " every block's weights for each of 8 sequences."
+_STAGES = "Their 4 pipeline stages cannot be expressed: this is FSDP2 over all ranks, experts over 64 like theirs."
 _UNSTATED = "The layout was not stated where this was read: experts over 32 ranks are assumed, and these sequences."
-_MEGATRON = "Megatron-Bridge's performance summary, DGX H100"
-_NEMO = "NeMo Automodel's performance summary, DGX H100, bf16, DeepEP"
+_MEGATRON = "Megatron-Bridge's performance summary, DGX H100: 8,192 sequences a step"
+_NEMO = "NeMo Automodel's performance summary of 2025-10, DGX H100, DeepEP"
 _TITAN = "PyTorch's blog of 2026-03 on MXFP8 and DeepEP with TorchTitan (B200, Nebius)"
 _ONCE = {"expert_ranks_per_node": 8, "fused_exchange": True}  # DeepEP, or a dispatch of their own that does the same
 _ONCE_2, _ONCE_8 = {"accumulation": 2, **_ONCE}, {"accumulation": 8, **_ONCE}
-# Case; the arguments of `released`; tokens/s/GPU; source; what of it is not the same.
+# Case; the arguments of `released`; tokens/s/GPU; source, and what of it is not the same.
 PUBLISHED = (
     (
         "DeepSeek: 2,048 H800, fp8",
         ("H800", 2048, 64, 1, "fp8", {"moment_bytes": 2, **_ONCE_8}),
         1543.0,
-        "DeepSeek-V3, arXiv 2412.19437, table 1: 180K H800 hours a trillion tokens",
+        "DeepSeek-V3, arXiv 2412.19437, table 1: 180K H800 hours a trillion tokens. "
         f"{_PIPELINE} Theirs is DualPipe over 16 stages, behind which the all-to-all hides.",
     ),
-    (
-        "Megatron: 1,024 H100, bf16",
-        ("H100", 1024, 64, 1, "bf16", {"accumulation": 8, **_ONCE}),
-        1061.0,
-        _MEGATRON,
-        _PIPELINE,
-    ),
+    ("Megatron: 1,024 H100, bf16", ("H100", 1024, 64, 1, "bf16", _ONCE_8), 1061.0, f"{_MEGATRON}. {_PIPELINE}"),
     (
         "Megatron: 1,024 H100, fp8",
-        ("H100", 1024, 64, 1, "fp8", {"accumulation": 8, **_ONCE}),
+        ("H100", 1024, 64, 1, "fp8", _ONCE_8),
         1297.0,
-        _MEGATRON,
-        _PIPELINE,
+        f"{_MEGATRON}, 2 tensor ranks, 8 pipeline stages, experts over 64. {_PIPELINE} "
+        "Gathering bounds both precisions.",
     ),
-    (
-        "NeMo Automodel: 256 H100, bf16",
-        ("H100", 256, 64, 1, "bf16", _ONCE_2),
-        1002.0,
-        _NEMO,
-        _SPLIT,
-    ),
-    (
-        "NeMo Automodel: 1,024 H100, bf16",
-        ("H100", 1024, 64, 1, "bf16", _ONCE_2),
-        865.0,
-        _NEMO,
-        _SPLIT,
-    ),
-    ("torchtitan: 256 B200, bf16; 1 sequence", ("B200", 256, 32, 1, "bf16", {}), 651.0, _TITAN, _UNSTATED),
-    ("torchtitan: 256 B200, bf16; 4 sequences", ("B200", 256, 32, 4, "bf16", {}), 651.0, _TITAN, _UNSTATED),
+    ("NeMo Automodel: 256 H100, bf16", ("H100", 256, 64, 1, "bf16", _ONCE_2), 1002.0, f"{_NEMO}. {_STAGES}"),
+    ("NeMo Automodel: 1,024 H100, bf16", ("H100", 1024, 64, 1, "bf16", _ONCE_8), 865.0, f"{_NEMO}. {_STAGES}"),
+    ("torchtitan: 256 B200, bf16; 1 sequence", ("B200", 256, 32, 1, "bf16", {}), 651.0, f"{_TITAN}. {_UNSTATED}"),
+    ("torchtitan: 256 B200, bf16; 4 sequences", ("B200", 256, 32, 4, "bf16", {}), 651.0, f"{_TITAN}. {_UNSTATED}"),
     (
         "torchtitan, DeepEP: 256 B200, bf16; 1 sequence",
         ("B200", 256, 32, 1, "bf16", _ONCE),
         859.0,
-        _TITAN,
-        _UNSTATED,
+        f"{_TITAN}. {_UNSTATED}",
     ),
 )
 
 
 def published() -> Iterator[dict[str, object]]:
     """What others report of DeepSeek-V3 at 4,096 tokens."""
-    for case, (gpu, ranks, expert, sequences, precision, keys), measured, source, note in PUBLISHED:
+    for case, (gpu, ranks, expert, sequences, precision, keys), measured, source in PUBLISHED:
         work = released(gpu, ranks, expert, sequences, precision, **keys)
         assert memory_of(work)[0].fits, case
-        yield row(case, "published", step_time(work).tokens_per_s_gpu, measured, source, note)
+        yield row(case, "published", step_time(work).tokens_per_s_gpu, measured, source)
+
+
+# Ranks, of the expert axis, replicas: published layouts, and those that configs/ takes on so many GPUs.
+SIMULATED = ((256, 64, 1), (1024, 64, 1), (256, 32, 1), (512, 32, 2), (1024, 32, 4))
 
 
 def simulated() -> Iterator[dict[str, object]]:
@@ -157,9 +146,11 @@ def simulated() -> Iterator[dict[str, object]]:
 
     config = slice_of_671b()
     train = TrainConfig(precision="bf16", activation_checkpointing="full")
-    for ranks in (256, 1024):
-        held = asdict(simulate(config, ranks, ParallelConfig(expert=64), train, sequences=1, length=4096))
-        work = released("H100", ranks, 64, 1, "bf16", model=config)
+    for ranks, expert, replicate in SIMULATED:
+        parallel = ParallelConfig(expert=expert, replicate=replicate)
+        held = asdict(simulate(config, ranks, parallel, train, sequences=1, length=4096))
+        shard = ranks // expert // replicate
+        work = released("H100", ranks, expert, 1, "bf16", model=config, replicate=replicate, shard=shard)
         network = network_of(work)
         planned = {
             "parameters": 4 * network.total("padded"),
@@ -169,7 +160,8 @@ def simulated() -> Iterator[dict[str, object]]:
             "peak": memory_of(work)[0].allocated,
         }
         for kind, size in held.items():
-            case = f"slice of 671B on {ranks:,} ranks, experts over 64: {kind.replace('_', ' ')}"
+            copies = f", {replicate} replicas" if replicate > 1 else ""
+            case = f"slice of 671B on {ranks:,} ranks, experts over {expert}{copies}: {kind.replace('_', ' ')}"
             yield row(case, "simulated", planned[kind], size, "benchmarks.simulated_step (torch's FSDPMemTracker)")
 
 
@@ -188,9 +180,12 @@ def main() -> None:
     options = parser.parse_args()
     rows = [*measured_steps(), *published(), *simulated(), *lives()]
     options.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in rows) + "\n]\n")
+    print(f"{'kind':<10} {'ratio':>7}  {'predicted':>16} {'measured':>16}  case")
     for one in rows:
         figures = f"{one['ratio']:>7.3f}  {one['predicted']:>16,.3f} {one['measured']:>16,.3f}"
         print(f"{one['kind']:<10} {figures}  {one['case']}")
+        if one["kind"] == "published":
+            print(f"{'':<55}{one['source']}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ _SLICE_3B = {
     "scoring_func": "sigmoid",
     "norm_topk_prob": True,
 }
+# Implementations of benchmarks.train_step that keep AdamW's moments in bf16.
+_BF16_MOMENTS = ("cherry-fp8", "cherry, bf16 moments")
 SIZES = {"3b": _SLICE_3B, "tiny": {**PRESETS["tiny"], "num_nextn_predict_layers": 0, "n_group": 1}}
 
 
 def benchmark_workload(row: dict) -> Workload:
-    """One GPU that plans know, as `benchmarks.train_step --impl cherry` runs it, unless the row says otherwise."""
+    """One GPU that plans know, as `benchmarks.train_step` runs the row's implementation of ours; keys of
+    `benchmarks.plan_gpu` go before."""
     gpu = gpu_of(row["gpu"])
     assert gpu is not None, row["gpu"]
     keys = SIZES[row["size"]]
@@ -38,8 +41,8 @@ def benchmark_workload(row: dict) -> Workload:
         sequence_length=row["length"],
         precision=row["precision"],
         recompute=row.get("recompute", "none"),
-        compile=row.get("compile", row["impl"] == "cherry"),
-        moment_bytes=2 if row.get("moments") == "bf16" else 4,
+        compile=row.get("compile", "eager" not in row["impl"]),
+        moment_bytes=2 if row.get("moments") == "bf16" or row["impl"] in _BF16_MOMENTS else 4,
         loss_chunk_tokens=row.get("chunk", row["batch"] * row["length"]),
     )
 

@@ -37,7 +37,7 @@ class ClusterSpec(Section):
     interruptions_per_gpu_day: NonNegativeFloat = LLAMA3_INTERRUPTIONS_PER_GPU_DAY
     detection_s: NonNegativeFloat = 60.0
     """From a failure to the end of the attempt it broke. A lost process is seen in a second, a lost node within a
-    heartbeat; one that hangs only after communication.timeout_s."""
+    heartbeat; one that hangs only after communication.timeout_s. Assumed."""
     restart_s: NonNegativeFloat = 240.0
     """From there to the next attempt's first byte of its checkpoint: another host, imports, NCCL's set-up. Assumed."""
     storage_write_bytes_s: PositiveFloat = 50e9

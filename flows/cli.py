@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="like parallel.expert=32")
     plan.add_argument("--cluster", metavar="CLUSTER", help="a spec of configs/clusters/; default: the config's own")
     plan.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    plan.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the memory by stage and component: .png, .svg or .pdf"
+    )
     plan.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted speed")
 
     status = commands.add_parser("status", help="every run: finished steps, loss, checkpoint, processes")
@@ -95,6 +98,7 @@ def _dispatch(options: argparse.Namespace) -> None:
             options.overrides,
             as_json=options.json,
             with_search=options.search,
+            plot=options.plot,
         )
     elif options.command == "doctor":
         _doctor(console, options.runs_directory)

@@ -13,7 +13,7 @@ from base.errors import ConfigError, DoesNotFitError, MissingFileError
 from cherry.cluster import LOCAL, ClusterSpec
 from cherry.planner.local import local_device
 from cherry.planner.plan import Plan, make_plan
-from cherry.planner.report import advice, headline, sections_of
+from cherry.planner.report import advice, headline, memory_title, sections_of
 from cherry.planner.search import nearest_that_fit
 from tasks.artifacts import show_table
 from tasks.config import RunConfig
@@ -59,7 +59,8 @@ def tell(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
     """Write plan.json, draw it, and show it in Prefect and MLflow; the outputs of the step."""
     target = context.path / PLAN_FILE
     storage.write_json(str(target), plan.as_dict())
-    picture = plot_memory(plan.worst.stages, plan.worst.usable, context.path / "plots" / "plan_memory.png")
+    path = context.path / "plots" / "plan_memory.png"
+    picture = plot_memory(plan.worst.stages, plan.worst.usable, path, title=memory_title(plan))
     step.say(f"plan: {headline(plan)}; {plan.step.tokens_per_s:,.0f} tokens/s, {plan.worst.total / 2**30:.2f} GiB")
     step.metrics(**plan.predictions())
     for run_id in (step.run_id, context.parent_run_id):

@@ -117,19 +117,28 @@ def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: flo
     return path
 
 
-def plot_memory(stages: Mapping[str, Mapping[str, int]], usable_bytes: int, path: Path) -> Path:
-    """A plan's memory at each stage of a step, its components on top of each other, and a line where room ends."""
-    names = [name for name in next(iter(stages.values())) if any(stage[name] for stage in stages.values())]
+def plot_memory(
+    stages: Mapping[str, Mapping[str, int]], usable_bytes: int, path: Path, *, title: str = "Planned memory"
+) -> Path:
+    """A plan's memory at each stage of a step, its components on top of each other, and a line where room ends.
+
+    A component has the same color in every plan, whether the others are there or not.
+    """
+    components = list(next(iter(stages.values())))
+    names = [name for name in components if any(stage[name] for stage in stages.values())]
     with _figure(path, height=1.6 + 0.4 * len(stages)) as [axes]:
         left = [0.0] * len(stages)
-        for number, name in enumerate(names):
+        for name in names:
             sizes = [stage[name] / 2**30 for stage in stages.values()]
-            axes.barh(range(len(stages)), sizes, left=left, label=name, color=f"C{number}")
+            axes.barh(range(len(stages)), sizes, left=left, label=name, color=f"C{components.index(name)}")
             left = [before + size for before, size in zip(left, sizes, strict=True)]
+        for place, total in enumerate(left):
+            axes.annotate(f" {total:.3g}", (total, place), va="center", fontsize="small")
+        axes.margins(x=0.1)
         if usable_bytes / 2**30 < 4 * max(left):  # else the bars would be a hair beside an empty page
             axes.axvline(usable_bytes / 2**30, color="black", linestyle="--", label="usable")
         axes.set_yticks(range(len(stages)), list(stages))
         axes.invert_yaxis()
-        axes.set(xlabel="GiB of a rank", title="Planned memory")
+        axes.set(xlabel="GiB of a rank", title=title)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     return path

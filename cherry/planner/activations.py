@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cherry.planner.matmuls import FP8_BLOCK
 from cherry.planner.workload import Workload
 
 # Router: scores twice (the sigmoid's result and the balance loss' quotient), fp32; each choice has an int64 expert, its
@@ -16,6 +17,8 @@ _BYTES_PER_SCORE = 8
 _BYTES_PER_CHOICE = 8 + 3 * 4 + 3 * 8 + 4 + 8
 _NORM_BYTES = 4
 """The reciprocal root mean square, fp32."""
+_SCALE_BYTES = 4
+"""fp32, of 128 fp8 numbers."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,41 @@ def layer_activations(work: Workload, *, moe: bool, imbalance: float) -> Activat
     """
     if not moe:
         saved = _attention(work) + _dense(work)
-        return Activations(saved * work.tokens, 4 * work.type_bytes * work.model.intermediate_size * work.tokens, 0)
+        operands = 4 * _operand(work) if work.precision == "fp8" else 0  # of gate and up's gradients, both ways
+        transient = (4 * work.type_bytes + operands) * work.model.intermediate_size * work.tokens
+        return Activations(saved * work.tokens, int(transient), 0)
     model, size = work.model, work.type_bytes
     rows = model.num_experts_per_tok * imbalance * work.tokens
     # Rows after the exchange, and gate and up of each; the activation between the two matmuls is made again.
-    kept_rows = size * rows * (model.hidden_size + 2 * model.moe_intermediate_size)
+    padded = rows + (FP8_BLOCK * model.n_routed_experts / work.expert if work.precision == "fp8" else 0)
+    kept_rows = padded * (_operand(work) * model.hidden_size + size * 2 * model.moe_intermediate_size)
     if work.precision == "fp32":  # one expert after the other: silu's result, its product, and that product weighted
         kept_rows += size * rows * 3 * model.moe_intermediate_size
     saved_bytes = (_attention(work) + _mixture(work)) * work.tokens + kept_rows
     # Of the rows: the gradients of result and input, of gate, up and their product, and that product again.
     transient = size * rows * (2 * model.hidden_size + 4 * model.moe_intermediate_size)
+    if work.precision == "fp8":
+        transient = _fp8_transient(work, padded)
     travelling = rows if work.expert > 1 else 0.0
     if work.once_per_node:  # tokens that came to this node, before they are copied to its experts
         travelling += work.nodes_of_a_token * imbalance * work.tokens
     dispatch = size * travelling * model.hidden_size
     return Activations(int(saved_bytes), int(transient), int(dispatch))
+
+
+def _operand(work: Workload) -> float:
+    """Bytes of an element that a matmul keeps for its weight's gradient: in fp8 turned round, with its scale, and a
+    copy of its own (DeepSeek-V3, arXiv 2412.19437, section 3.3.3, keeps them so)."""
+    return 1 + _SCALE_BYTES / FP8_BLOCK if work.precision == "fp8" else work.type_bytes
+
+
+def _fp8_transient(work: Workload, rows: float) -> float:
+    """What the experts' backward pass makes: gradients of result and input, of the activation, of gate and up; of the
+    result's, the activation and gate and up's its operands, rows as they are and turned round; one weight's operand."""
+    model, size, operand = work.model, work.type_bytes, _operand(work)
+    inner, width = model.moe_intermediate_size, model.hidden_size
+    each = 2 * size * width + size * inner + operand * (2 * width + inner + 2 * 2 * inner)
+    return rows * each + model.n_routed_experts / work.expert * 2 * inner * width
 
 
 def _attention(work: Workload) -> int:
@@ -76,23 +99,25 @@ def _attention(work: Workload) -> int:
     # With context ranks, keys and values of the whole sequence.
     kept += (latent + keys) * work.context
     kept += heads * model.v_head_dim + width  # attention's result; the sum with the input
-    kept += width + query + model.kv_lora_rank * work.context  # results of the norms: what matmuls take is kept
-    return size * kept + 4 * heads + 3 * _NORM_BYTES  # and the softmax's fp32 normaliser
+    taken = width + query + model.kv_lora_rank * work.context  # results of the norms: what matmuls take is kept
+    if work.precision == "fp8":  # by each of them: two take the input, and the output projection attention's result
+        taken += width + heads * model.v_head_dim
+    return int(size * kept + _operand(work) * taken) + 4 * heads + 3 * _NORM_BYTES  # and the softmax's fp32 normaliser
 
 
 def _dense(work: Workload) -> int:
     """Bytes a token of a dense feed-forward."""
     inner = work.model.intermediate_size
-    kept = 2 * inner + inner + work.model.hidden_size  # gate and up, their product; the norm's result
-    kept += 0 if work.compile else inner  # silu's result
-    return work.type_bytes * kept
+    kept = 2 * inner + (0 if work.compile else inner)  # gate and up; silu's result
+    taken = inner + work.model.hidden_size  # their product; the norm's result
+    return int(work.type_bytes * kept + _operand(work) * taken)
 
 
 def _mixture(work: Workload) -> int:
     """Bytes a token of router and shared experts, without the routed rows."""
     model, shared = work.model, work.model.n_shared_experts * work.model.moe_intermediate_size
-    kept = 2 * shared + shared + model.hidden_size  # gate and up, their product; the norm's result
-    kept += 0 if work.compile else shared  # silu's result
+    kept = 2 * shared + (0 if work.compile else shared)  # gate and up; silu's result
+    taken = shared + model.hidden_size  # their product; the norm's result
     router = _BYTES_PER_SCORE * model.n_routed_experts + _BYTES_PER_CHOICE * model.num_experts_per_tok
     in_fp32 = 4 * model.hidden_size if work.type_bytes < 4 else 0  # the router's input
-    return work.type_bytes * kept + router + in_fp32
+    return int(work.type_bytes * kept + _operand(work) * taken) + router + in_fp32

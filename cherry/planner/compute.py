@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cherry.planner.units import attention_linears, network_of, shared_linears
+from cherry.planner.matmuls import (
+    backward_seconds,
+    compute_precision,
+    forward_seconds,
+    head_matmul,
+    layer_matmuls,
+    memory_seconds,
+    mtp_matmul,
+)
+from cherry.planner.units import EXPERTS, network_of
 from cherry.planner.workload import Workload
 
 # Passes over memory between matmuls, counted for compiled blocks: norms and residuals touch a token's width so often,
@@ -22,9 +31,6 @@ _EAGER = 3.8
 _ROWS_REACH = 0.64
 # Loss and gradient from logits: 3.04 ms for 1.61 ms of bytes.
 _LOSS_REACH = 0.53
-# A fp8 matmul's operands: a read in bf16, a write in fp8, and a second layout of both for the weight's gradient
-# (tiles of 128 along another dimension; DeepSeek-V3, arXiv 2412.19437, section 3.3.2): bytes an element and matmul.
-_CAST_BYTES = 2 + 1 + 1
 
 
 @dataclass(frozen=True)
@@ -61,76 +67,35 @@ class Passes:
     backward: Times
 
 
-def matmul_seconds(work: Workload, rows: float, into: int, out: int, *, precision: str | None = None) -> float:
-    """One product of [rows, into] with [into, out]; its two gradients take the same three sizes."""
-    precision = precision or work.precision
-    reach = work.reach
-    mean = 3.0 / (1.0 / max(rows, 1.0) + 1.0 / into + 1.0 / out)
-    rate = work.gpu.flops[precision] * reach.matmul * mean / (mean + reach.matmul_half[precision])
-    seconds = 2.0 * rows * into * out / rate
-    if precision == "fp8":
-        seconds += memory_seconds(work, _CAST_BYTES * rows * into)
-    return seconds
-
-
-def memory_seconds(work: Workload, moved_bytes: float) -> float:
-    """Reading and writing so many bytes."""
-    return moved_bytes / (work.gpu.memory_rate * work.reach.memory)
-
-
 def layer_passes(work: Workload, *, moe: bool) -> Passes:
     """One decoder layer over a micro-batch, on the busiest rank; with full recompute the forward pass runs twice."""
-    linears = _linear_seconds(work, moe=moe)
-    experts, rows = _expert_seconds(work) if moe else (0.0, 0.0)
-    attention = _attention_flops(work) / work.gpu.flops[_attention_precision(work)]
+    matmuls = layer_matmuls(work, moe=moe)
+    dense = [one for one in matmuls if not one.name.startswith(EXPERTS)]
+    grouped = [one for one in matmuls if one.name.startswith(EXPERTS)]
+    rows = _rows_seconds(work) if moe else 0.0
+    attention = _attention_flops(work) / work.gpu.flops[compute_precision(work)]
     forward_memory, backward_memory = _memory_bytes(work, moe=moe)
     forward = Times(
-        linears, experts, attention / work.reach.attention_forward, memory_seconds(work, forward_memory) + rows
+        matmuls=sum(forward_seconds(work, one) for one in dense),
+        experts=sum(forward_seconds(work, one) for one in grouped),
+        attention=attention / work.reach.attention_forward,
+        memory=memory_seconds(work, forward_memory) + rows,
     )
-    # Two products for each one of the forward pass; attention makes its scores again: five for two.
     backward = Times(
-        2 * linears,
-        2 * experts,
-        2.5 * attention / work.reach.attention_backward,
-        memory_seconds(work, backward_memory) + rows,
+        matmuls=sum(backward_seconds(work, one) for one in dense),
+        experts=sum(backward_seconds(work, one) for one in grouped),
+        # It makes its scores again: five products for two.
+        attention=2.5 * attention / work.reach.attention_backward,
+        memory=memory_seconds(work, backward_memory) + rows,
     )
     return Passes(forward, backward + forward if work.recompute == "full" else backward)
 
 
-def _attention_precision(work: Workload) -> str:
-    """DeepSeek-V3 keeps attention in high precision (section 3.3.1)."""
-    return "bf16" if work.precision == "fp8" else work.precision
-
-
-def _linear_seconds(work: Workload, *, moe: bool) -> float:
-    """Dense matmuls of a forward pass."""
-    model, tokens = work.model, work.tokens
-    linears = dict(attention_linears(model))
-    seconds = 0.0
-    if work.context > 1:  # every rank makes keys and values of the whole sequence
-        out, into = linears.pop("kv_b_proj")
-        seconds += matmul_seconds(work, tokens * work.context, into, out)
-    shapes = [*linears.values()]
-    if moe:
-        shapes += shared_linears(model).values()
-        # The router computes in fp32, on CUDA cores (model/moe.py; torch leaves tf32 off).
-        seconds += matmul_seconds(work, tokens, model.hidden_size, model.n_routed_experts, precision="fp32")
-    else:
-        shapes += [(2 * model.intermediate_size, model.hidden_size), (model.hidden_size, model.intermediate_size)]
-    return seconds + sum(matmul_seconds(work, tokens, into, out) for out, into in shapes)
-
-
-def _expert_seconds(work: Workload) -> tuple[float, float]:
-    """Grouped matmuls of a forward pass, and the way of rows to experts and back."""
-    model = work.model
-    routed = work.tokens * model.num_experts_per_tok
-    own = model.n_routed_experts / work.expert
-    rows = routed * work.imbalance / own
-    inner, width = model.moe_intermediate_size, model.hidden_size
-    matmuls = own * (matmul_seconds(work, rows, width, 2 * inner) + matmul_seconds(work, rows, inner, width))
-    # Rows gathered, and summed by token; where they travel, permuted on arrival and before they leave.
+def _rows_seconds(work: Workload) -> float:
+    """The way of rows to experts and back: gathered, summed by token, and permuted on both ends where they travel."""
+    routed = work.tokens * work.model.num_experts_per_tok
     moved = 2 * (routed + work.tokens) + (4 * routed * work.imbalance if work.expert > 1 else 0)
-    return matmuls, memory_seconds(work, work.type_bytes * width * moved) / _ROWS_REACH
+    return memory_seconds(work, work.type_bytes * work.model.hidden_size * moved) / _ROWS_REACH
 
 
 def _attention_flops(work: Workload) -> float:
@@ -166,24 +131,22 @@ def head_passes(work: Workload) -> Passes:
     """The head and its loss, whose gradient is made in the forward pass (cherry/loss.py), for all losses."""
     model, tokens = work.model, work.tokens
     losses = 1 + model.num_nextn_predict_layers
-    precision = _attention_precision(work)
-    chunk = min(work.loss_chunk_tokens, tokens)
-    chunks = -(-tokens // chunk)
-    product = matmul_seconds(work, chunk, model.hidden_size, model.vocab_size, precision=precision)
+    chunks = -(-tokens // min(work.loss_chunk_tokens, tokens))
     elements = model.vocab_size * model.hidden_size
     logits = memory_seconds(work, 2 * work.type_bytes * tokens * model.vocab_size) / _LOSS_REACH
     # Every chunk's part of the weight's gradient is read, and the fp32 sum read and written.
     summed = chunks * elements * (work.type_bytes + 8) if chunks > 1 else 0
     scaled = elements * (8 + 4 + work.type_bytes if chunks > 1 else 2 * work.type_bytes)
-    forward = Times(matmuls=3 * chunks * product, memory=logits + memory_seconds(work, summed))
-    return Passes(forward * losses, Times(memory=memory_seconds(work, scaled)) * losses)
+    head = head_matmul(work)
+    products = forward_seconds(work, head) + backward_seconds(work, head)
+    memory = losses * (logits + memory_seconds(work, summed))
+    return Passes(Times(matmuls=products, memory=memory), Times(memory=losses * memory_seconds(work, scaled)))
 
 
 def mtp_passes(work: Workload) -> Passes:
-    """The MTP module's projection of embedding and hidden state; its block counts as a layer."""
-    width = work.model.hidden_size
-    seconds = work.model.num_nextn_predict_layers * matmul_seconds(work, work.tokens, 2 * width, width)
-    return Passes(Times(matmuls=seconds), Times(matmuls=2 * seconds))
+    """The MTP module's projection; its block counts as a layer."""
+    matmul = mtp_matmul(work)
+    return Passes(Times(matmuls=forward_seconds(work, matmul)), Times(matmuls=backward_seconds(work, matmul)))
 
 
 def optimizer_seconds(work: Workload) -> float:

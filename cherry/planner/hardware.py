@@ -30,6 +30,13 @@ class Gpu:
     """Bytes to the CPU's memory, one direction: PCIe 5.0 x16 carries 63e9, a pinned copy about 50e9."""
     shared_memory: bool = False
     """The machine's memory is the programs' too: a CPU."""
+    without_kernels: tuple[str, ...] = ()
+    """Precisions that it has, and for which the engine has no kernels on it."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What the engine can compute in."""
+        return tuple(name for name in self.flops if name not in self.without_kernels)
 
 
 # NVIDIA's data sheets, SXM modules: H100 and H200 989.4e12 (bf16), 1978.9e12 (fp8), 67e12 (fp32); 3.35e12 and 4.8e12
@@ -71,6 +78,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=7.7e12,
             link_rate=900e9,
             network_rate=50e9,
+            without_kernels=("fp8",),  # those of blocks of 128 are Hopper's
         ),
         # Two cores at 3 GHz with AVX2 (two fused multiply-adds of eight floats a cycle) are 192e9; dual-channel
         # DDR4-3200 moves 51e9 bytes/s. Links are gloo over the loopback interface.
@@ -92,8 +100,8 @@ GPUS: dict[str, Gpu] = {
 class Reach:
     """How much of a data sheet's figures programs reach."""
 
-    matmul: float
-    """Share of the peak of a matmul without bounds, fitted with `matmul_half`."""
+    matmul: dict[str, float]
+    """Share of the peak of a matmul without bounds, by precision; fitted with `matmul_half`."""
     matmul_half: dict[str, float]
     """Harmonic mean of a matmul's three sizes at which it reaches half of that share."""
     attention_forward: float
@@ -116,12 +124,14 @@ class Reach:
 # 790e12 and the head's (16,384 x 102,400 x 2,048) 757e12, from which share and half follow, and which give the grouped
 # matmuls' 608e12 (1,536 rows an expert) within 5 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy 4.16e12
 # of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up
-# to 165.9 of 172.7 ms. fp8's half is twice bf16's: the same bytes a second bound twice the arithmetic (985e12 measured
-# on dense shapes). Shares of links and adapters are assumed, as no cluster was measured here: 0.8 in a ring, 0.7 in an
-# all-to-all, in which every pair of GPUs has a message of its own.
+# to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote: 985e12 on dense shapes where
+# bf16 reaches 721e12, grouped 808e12 (gate and up) and 767e12 (down), within 2 % of share and half here
+# (docs/decisions.md, 2026-11-25). Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s,
+# over 4 of them 355e9 (2026-11-13). Shares of adapters are assumed, as no cluster of several nodes was measured here:
+# 0.8 in a ring, 0.7 in an all-to-all, in which every pair of GPUs has a message of its own.
 GPU_REACH = Reach(
-    matmul=0.90,
-    matmul_half={"fp32": 250.0, "bf16": 1000.0, "fp8": 2000.0},
+    matmul={"fp32": 0.90, "bf16": 0.90, "fp8": 0.615},
+    matmul_half={"fp32": 250.0, "bf16": 1000.0, "fp8": 1000.0},
     attention_forward=0.54,
     attention_backward=0.41,
     memory=0.87,
@@ -135,7 +145,7 @@ GPU_REACH = Reach(
 # Chosen so that a step of the tiny preset takes what it took on two cores, 103 ms (benchmarks/results/
 # flow_overhead.jsonl). A plan for a laptop is a rough one.
 CPU_REACH = Reach(
-    matmul=0.9,
+    matmul={"fp32": 0.9},
     matmul_half={"fp32": 60.0},
     attention_forward=0.5,
     attention_backward=0.4,
@@ -157,12 +167,15 @@ COLLECTIVE_S = 8.4e-6
 CONTEXT_BYTES = int(0.75 * GIB)
 # cuBLAS' workspace among torch's tensors: torch's 32 MiB on Hopper, for the forward and the backward thread each.
 WORKSPACE_BYTES = 2 * 32 * 2**20
-# A process that has imported torch and Accelerate and trains on a CPU, without its tensors.
+# A process that trains on a CPU, without its tensors: 0.31 GiB after the imports (torch 2.13, 2026-11-26); the rest,
+# for threads, gloo and what the allocator keeps, is assumed.
 PROCESS_BYTES = int(0.5 * GIB)
 # NCCL's buffers a communicator: channels of NCCL_BUFFSIZE (4 MiB by its documentation), for sending and receiving.
 NCCL_CHANNELS, NCCL_BUFFER_BYTES = 16, 4 * 2**20
-# What the allocator reserves and cannot use, of what changes size within a step. Assumed; not measured here yet.
-FRAGMENTATION = 0.05
+# What the allocator reserves beyond the peak, as a share of what changes size within a step. One H200, 2026-11-26: 0.02
+# to 0.134 in 12 configurations in bf16 (reserved_gib and peak_gib in benchmarks/results/plan_gpu.jsonl). In fp32, with
+# 100 GiB free beside it, 0.79: not all that it reserves is needed.
+FRAGMENTATION = 0.135
 # Of a laptop's memory that other programs hold: an operating system and a browser. Assumed.
 OTHER_PROGRAMS = 0.4
 

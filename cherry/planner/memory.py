@@ -7,7 +7,7 @@ type gathered a block ahead, the root gathered for the whole step, a chunked los
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
@@ -72,13 +72,17 @@ def _tensors(stage: Components) -> int:
 
 def memory_of(work: Workload) -> tuple[RankMemory, ...]:
     """The busiest ranks, whose experts are chosen most, and the average ones."""
-    network = network_of(work)
-    usable = usable_bytes(work.gpu, work.gpus_per_node)
-    classes = {"busiest ranks": work.imbalance, "average ranks": 1.0} if work.imbalance > 1 else {"every rank": 1.0}
-    return tuple(
-        RankMemory(name, _with_overheads(work, _Stages(work, network, imbalance).all()), usable)
-        for name, imbalance in classes.items()
-    )
+    busiest = busiest_of(work)
+    if work.imbalance <= 1:
+        return (busiest,)
+    return busiest, replace(busiest_of(replace(work, assumed_imbalance=1.0)), name="average ranks")
+
+
+def busiest_of(work: Workload) -> RankMemory:
+    """The ranks that need most, alone."""
+    name = "busiest ranks" if work.imbalance > 1 else "every rank"
+    stages = _with_overheads(work, _Stages(work, network_of(work), work.imbalance).all())
+    return RankMemory(name, stages, usable_bytes(work.gpu, work.gpus_per_node))
 
 
 def _with_overheads(work: Workload, stages: dict[str, Components]) -> dict[str, Components]:
@@ -154,6 +158,13 @@ class _Stages:
 
     def _stage(self, **parts: int) -> Components:
         """A stage's components: what is always there, and `parts`."""
+        stage = dict(self._always)
+        for name, size in parts.items():
+            stage[name.replace("_", " ")] += size
+        return stage
+
+    @cached_property
+    def _always(self) -> Components:
         work, network = self.work, self.network
         here = 0 if work.cpu_offload else 1
         moments = 2 * work.moment_bytes * network.total("trained_elements" if work.unsharded else "padded_trained")
@@ -162,11 +173,8 @@ class _Stages:
             "optimizer states": here * moments,
             "gathered layers": work.type_bytes * network.total("elements") if work.alone else 0,
         }
-        stage = dict.fromkeys(COMPONENTS[:-2], 0) | always
-        stage["activations"] = 0 if work.gpu.shared_memory else WORKSPACE_BYTES
-        for name, size in parts.items():
-            stage[name.replace("_", " ")] += size
-        return stage
+        workspace = {"activations": 0 if work.gpu.shared_memory else WORKSPACE_BYTES}
+        return dict.fromkeys(COMPONENTS[:-2], 0) | always | workspace
 
     def _gradients(self, share: float) -> int:
         """Of the trained parameters whose backward pass is done."""

@@ -6,7 +6,7 @@ It knows nothing of alternatives: cherry/planner/search.py compares plans.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cherry.cluster import ClusterSpec
@@ -127,7 +127,12 @@ class Plan:
                 "seconds": step.total,
                 "busy_s": step.busy,
                 "exposed_s": step.exposed,
+                "bubbles_s": step.bubbles,
                 "travelling_s": step.travelling,
+                "matmuls": [
+                    {**asdict(one.matmul), "seconds": one.seconds, "flops_per_s": one.flops / one.seconds}
+                    for one in step.matmuls
+                ],
                 "tokens_per_s_gpu": step.tokens_per_s_gpu,
                 "tokens_per_s": step.tokens_per_s,
                 "mfu_causal": step.mfu(causal=True),

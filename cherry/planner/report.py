@@ -15,6 +15,15 @@ from cherry.planner.search import Layout
 
 _SHOWN_SECONDS = 5e-4
 """Shorter parts of a step are left out."""
+_SHOWN_SHARE = 0.01
+"""Of the step: smaller matmuls are told together."""
+# What each collective runs beside, and what of a step's waiting is its own.
+_BESIDE = {
+    "all-gather, forward": ("the forward pass", "gathering"),
+    "all-gather, backward": ("the backward pass", "gathering and reducing"),
+    "reduce-scatter": ("the backward pass", "gathering and reducing"),
+    "all-reduce of replicas": ("the last backward pass", "replicas"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,24 +47,52 @@ def headline(plan: Plan) -> str:
     return f"{work.ranks} x {work.gpu.name}: {layout}; {micro}; {work.precision}, {recompute}"
 
 
+def memory_title(plan: Plan) -> str:
+    """Of a picture of its memory."""
+    return f"{plan.job} on {plan.work.ranks} x {plan.work.gpu.name}: memory of {plan.worst.name}"
+
+
+def unused(plan: Plan) -> str:
+    """What of the cluster the job leaves idle; empty when it takes all."""
+    cluster, work = plan.cluster, plan.work
+    if cluster.kind != "nodes" or work.ranks >= cluster.gpus:
+        return ""
+    nodes, on_node = work.ranks // work.gpus_per_node, work.gpus_per_node
+    keys = {"launch.nnodes": (nodes, cluster.nodes), "launch.nproc_per_node": (on_node, cluster.gpus_per_node)}
+    overrides = " ".join(f"{key}={there}" for key, (asked, there) in keys.items() if asked != there)
+    return f"takes {work.ranks} of the cluster's {cluster.gpus} GPUs; all with {overrides}"
+
+
 def sections_of(plan: Plan) -> list[tuple[str, list[Row]]]:
     """Titles and their rows."""
-    memory = [
+    worst = plan.worst
+    return [
         (
-            f"memory of {ranks.name}, GiB, at the peak ({ranks.peak_stage}); {ranks.usable / GIB:.1f} usable",
-            [
-                *(_gib(name, size, ranks.usable) for name, size in ranks.components.items() if size >= 2**20),
-                _gib("all", ranks.total, ranks.usable),
-            ],
-        )
-        for ranks in plan.memory
-        if ranks is plan.worst or ranks.total != plan.worst.total
+            f"memory of {worst.name}, GiB, in {worst.peak_stage}; {worst.usable / GIB:.1f} usable",
+            _memory(plan),
+        ),
+        ("a step, seconds", _step(plan)),
+        ("matmuls of a step, seconds; rows x inputs x outputs, precision, TFLOP/s", _matmuls(plan)),
+        ("communication of a step, seconds; what it hides behind", _communication(plan)),
+        ("speed", _speed(plan)),
+        ("the run", _run(plan)),
     ]
-    return [*memory, ("a step, seconds", _step(plan)), ("speed", _speed(plan)), ("the run", _run(plan))]
 
 
-def _gib(name: str, size: int, usable: int) -> Row:
-    return Row(name, f"{size / GIB:.2f}", min(1.0, size / usable))
+def _memory(plan: Plan) -> list[Row]:
+    """The ranks that need most; what the others have less, beside it."""
+    worst, others = plan.worst, [ranks for ranks in plan.memory if ranks is not plan.worst]
+
+    def row(name: str, size: int, other: dict[str, int]) -> Row:
+        differing = [f"{size / GIB:.2f} {ranks}" for ranks, size in other.items()]
+        return Row(name, f"{size / GIB:.2f}", min(1.0, size / worst.usable), ", ".join(differing))
+
+    rows = [
+        row(name, size, {ranks.name: ranks.components[name] for ranks in others if ranks.components[name] != size})
+        for name, size in worst.components.items()
+        if size >= 2**20
+    ]
+    return [*rows, row("all", worst.total, {ranks.name: ranks.total for ranks in others})]
 
 
 def _step(plan: Plan) -> list[Row]:
@@ -65,8 +102,37 @@ def _step(plan: Plan) -> list[Row]:
         Row(f"waiting: {name}", f"{s:.3f}", s / step.total) for name, s in step.exposed.items() if s >= _SHOWN_SECONDS
     ]
     hidden = sum(step.travelling.values()) - sum(s for name, s in step.exposed.items() if name != "host")
-    rows.append(Row("all", f"{step.total:.3f}", None, f"communication hidden behind it: {max(0.0, hidden):.3f}"))
+    rows.append(Row("all", f"{step.total:.3f}", None, f"{max(0.0, hidden):.3f} of communication hidden"))
+    if step.bubbles >= _SHOWN_SECONDS:
+        rows.append(Row("of it, bubbles", f"{step.bubbles:.3f}", None, "waiting for the busiest ranks"))
     return rows
+
+
+def _matmuls(plan: Plan) -> list[Row]:
+    """Largest first: rows, inputs and outputs, precision and rate."""
+    step = plan.step
+    shown = [one for one in step.matmuls if one.seconds >= _SHOWN_SHARE * step.total]
+    rows = []
+    for one in sorted(shown, key=lambda one: -one.seconds):
+        matmul = one.matmul
+        sizes = f"{matmul.rows:,.0f} x {matmul.into:,} x {matmul.out:,}"
+        note = f"{sizes}, {matmul.precision}, {one.flops / one.seconds / 1e12:,.3g}"
+        rows.append(Row(matmul.name, f"{one.seconds:.3f}", None, note))
+    rest = sum(one.seconds for one in step.matmuls) - sum(one.seconds for one in shown)
+    return [*rows, Row("others", f"{rest:.3f}")] if rest >= _SHOWN_SECONDS else rows
+
+
+def _communication(plan: Plan) -> list[Row]:
+    """How long each collective travels, and what hides it; both that run in the backward pass share its waiting."""
+    step = plan.step
+    rows = []
+    for name, seconds in step.travelling.items():
+        beside, waiting = _BESIDE.get(name, ("nothing", ""))
+        left = step.exposed.get(waiting, 0.0)
+        note = f"{beside}, but for {left:.3f}" if left >= _SHOWN_SECONDS else beside
+        if seconds >= _SHOWN_SECONDS:
+            rows.append(Row(name, f"{seconds:.3f}", None, note))
+    return rows or [Row("none", "0.000")]
 
 
 def _speed(plan: Plan) -> list[Row]:
@@ -81,11 +147,13 @@ def _speed(plan: Plan) -> list[Row]:
 
 def _run(plan: Plan) -> list[Row]:
     run, cluster = plan.run, plan.cluster
+    background = "in the background, but for the stall" if run.save_s else ""
     every = f"every {run.every_steps} steps; best every {run.best_every_steps} ({100 * run.best_goodput:.2f} %)"
     rows = [
         Row("steps", f"{run.steps:,}", None, f"{run.tokens:,} tokens"),
         Row("checkpoint", _size(run.checkpoint_bytes), None, every),
-        Row("save", duration(run.save_s), None, f"in the background; training stands still for {run.stall_s:.2f} s"),
+        Row("save", duration(run.stall_s + run.save_s), None, background),
+        Row("checkpoint stall", f"{run.stall_s:.2f} s", None, f"{run.stall_s / run.every_steps:.2g} s a step"),
         Row("restore", duration(run.restore_s)),
         Row(
             "interruptions", f"{run.interruptions:.2f}", None, f"{cluster.interruptions_per_gpu_day:.2e} a GPU and day"

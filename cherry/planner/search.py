@@ -5,19 +5,21 @@ It knows nothing of how a plan is told. The optimizer's batch stays as it is, so
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from cherry.cluster import ClusterSpec
-from cherry.planner.hardware import GPUS
-from cherry.planner.memory import memory_of
+from cherry.config import TrainConfig
+from cherry.planner.hardware import GPUS, Gpu
+from cherry.planner.memory import busiest_of
 from cherry.planner.plan import Plan, layout_of
 from cherry.planner.step import step_time
 from cherry.planner.workload import Workload
 
-# What the engine computes in (cherry/config.py); a precision that only hardware has is no layout.
-_PRECISIONS = ("fp32", "bf16")
-_REPLICATE, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8)
+# What the configuration takes; a precision that only hardware has is no layout.
+_PRECISIONS: tuple[str, ...] = get_args(TrainConfig.model_fields["precision"].annotation)
+_CONTEXT = (1, 2, 4, 8)
 _CHUNKS = (512, 1024, 2048, 4096)
 _MORE_NODES = (2, 4, 8)
 
@@ -43,8 +45,13 @@ class Layout:
 def search(plan: Plan) -> list[Layout]:
     """Every layout on the plan's ranks that fits, fastest first; of equals, the one with the most room."""
     own = plan.work
-    found = [_judge(work, _search_keys(own, work)) for work in _layouts(own)]
-    return sorted((one for one in found if one.fits), key=lambda one: (-one.tokens_per_s_gpu, one.total_bytes))
+    found: list[Layout] = []
+    for replicate in _powers(own.ranks):
+        fitting = _fitting((_search_keys(own, work), work) for work in _layouts(own, replicate))
+        if not fitting and replicate > 1:
+            break  # more replicas share a parameter among fewer ranks
+        found += fitting
+    return sorted(found, key=lambda one: (-one.tokens_per_s_gpu, one.total_bytes))
 
 
 def _search_keys(own: Workload, work: Workload) -> dict[str, object]:
@@ -53,21 +60,20 @@ def _search_keys(own: Workload, work: Workload) -> dict[str, object]:
     return {key: value for key, value in after.items() if value != before[key] and key != "parallel.shard"}
 
 
-def _layouts(own: Workload) -> Iterator[Workload]:
-    precisions = [name for name in _PRECISIONS if name in own.gpu.flops]
-    for replicate in _REPLICATE:
-        for expert in _powers(min(own.ranks, own.model.n_routed_experts)):
-            for context in _CONTEXT:
-                laid = _laid_out(own, replicate=replicate, expert=expert, context=context)
-                if laid is None:
-                    continue
-                for sequences in _powers(laid.micro_sequences * laid.accumulation):
-                    micro = _with_micro_batch(laid, sequences)
-                    if micro is None:
-                        continue
-                    for precision in precisions:
-                        for recompute in ("none", "full"):
-                            yield replace(micro, precision=precision, recompute=recompute)
+def _layouts(own: Workload, replicate: int) -> Iterator[Workload]:
+    precisions = offered_precisions(own.gpu, _PRECISIONS)
+    for expert in _powers(min(own.ranks, own.model.n_routed_experts)):
+        for context in _CONTEXT:
+            laid = _laid_out(own, replicate=replicate, expert=expert, context=context)
+            for micro in _micro_batches(laid) if laid is not None else ():
+                for precision in precisions:
+                    for recompute in ("none", "full"):
+                        yield replace(micro, precision=precision, recompute=recompute)
+
+
+def offered_precisions(gpu: Gpu, known: Sequence[str]) -> list[str]:
+    """Those that both the configuration and the device have."""
+    return [name for name in known if name in gpu.precisions]
 
 
 def _powers(limit: int) -> Iterator[int]:
@@ -105,18 +111,18 @@ def _laid_out(own: Workload, **axes: int) -> Workload | None:
     )
 
 
-def _with_micro_batch(work: Workload, sequences: int) -> Workload | None:
+def _micro_batches(work: Workload) -> Iterator[Workload]:
+    """The same batch in every number of micro-batches that it divides into."""
     each = work.micro_sequences * work.accumulation
-    if each % sequences:
-        return None
-    return replace(work, micro_sequences=sequences, accumulation=each // sequences)
+    for sequences in range(1, each + 1):
+        if each % sequences == 0:
+            yield replace(work, micro_sequences=sequences, accumulation=each // sequences)
 
 
 def _judge(work: Workload, changes: dict[str, object]) -> Layout:
-    memory = memory_of(work)
-    fits = all(ranks.fits for ranks in memory)
-    total = max(ranks.total for ranks in memory)
-    return Layout(changes, work, total, fits, step_time(work).tokens_per_s_gpu if fits else 0.0)
+    ranks = busiest_of(work)
+    speed = step_time(work).tokens_per_s_gpu if ranks.fits else 0.0
+    return Layout(changes, work, ranks.total, ranks.fits, speed)
 
 
 def nearest_that_fit(plan: Plan, limit: int = 5) -> list[Layout]:
@@ -147,14 +153,14 @@ def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, ob
         yield {"train.activation_checkpointing": "full"}, replace(own, recompute="full")
     if own.moment_bytes == 4:
         yield {"train.optimizer_state_dtype": "bf16"}, replace(own, moment_bytes=2)
-    if own.precision == "fp32" and "bf16" in own.gpu.flops:
+    if own.precision == "fp32" and "bf16" in own.gpu.precisions:
         yield {"train.precision": "bf16"}, replace(own, precision="bf16")
     if own.reduce_bytes == 4 and own.ranks > 1:
         yield {"communication.reduce_dtype": "bf16"}, replace(own, reduce_bytes=2)
     if not own.cpu_offload and not own.gpu.shared_memory:
         yield {"parallel.cpu_offload": True}, replace(own, cpu_offload=True)
-    for sequences in _powers(own.micro_sequences // 2):
-        if (micro := _with_micro_batch(own, sequences)) is not None:
+    for micro in _micro_batches(own):
+        if micro.micro_sequences < own.micro_sequences:
             yield {"train.gradient_accumulation_steps": micro.accumulation}, micro
     for axis, sizes in (("expert", _powers(own.model.n_routed_experts)), ("context", _CONTEXT), ("replicate", (1,))):
         for size in sizes:

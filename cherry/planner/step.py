@@ -6,7 +6,7 @@ themselves; the experts' all-to-all stands still with everything else, as cherry
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cherry.planner.compute import (
@@ -15,10 +15,10 @@ from cherry.planner.compute import (
     gathering_bytes,
     head_passes,
     layer_passes,
-    memory_seconds,
     mtp_passes,
     optimizer_seconds,
 )
+from cherry.planner.matmuls import MatmulTime, head_matmul, layer_matmuls, memory_seconds, mtp_matmul, time_of
 from cherry.planner.network import all_reduce_seconds, exchange_seconds, ring_seconds
 from cherry.planner.units import EXPERTS, Layer, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload
@@ -52,6 +52,24 @@ class StepTime:
     def tokens_per_s_gpu(self) -> float:
         """Of one rank."""
         return self.tokens_per_s / self.work.ranks
+
+    @cached_property
+    def matmuls(self) -> tuple[MatmulTime, ...]:
+        """What `busy` has of them, by name and size."""
+        work, network, found = self.work, network_of(self.work), dict[str, MatmulTime]()
+        forwards = 2 if work.recompute == "full" else 1
+        for moe, count in ((False, network.dense_layers), (True, network.mixture_layers)):
+            for matmul in layer_matmuls(work, moe=moe) if count else ():
+                taken = time_of(work, matmul, times=count * work.accumulation, forwards=forwards)
+                found[matmul.name] = found[matmul.name] + taken if matmul.name in found else taken
+        outside = [one for one in (head_matmul(work), mtp_matmul(work)) if one.count]
+        return (*found.values(), *(time_of(work, one, times=work.accumulation) for one in outside))
+
+    @cached_property
+    def bubbles(self) -> float:
+        """Of the total, what average ranks wait for the busiest ones, whose experts are chosen most."""
+        even = step_time(replace(self.work, assumed_imbalance=1.0)) if self.work.imbalance > 1 else self
+        return self.total - even.total
 
     def mfu(self, *, causal: bool) -> float:
         """Model FLOPs over the peak of the compute precision, MTP included; attention by its causal half or in full."""
@@ -115,10 +133,13 @@ class _Step:
             "host": count * hosted + work.reach.step_s,
         }
         travelling = {
-            "all-gather": count * (gather_forward + gather_backward + root_gather),
+            "all-gather, forward": count * (gather_forward + root_gather),
+            "all-gather, backward": count * gather_backward,
             "reduce-scatter": count * (reduce + root_reduce),
-            "all-to-all": count * (inside + across),
-            "all-reduce": replicas,
+            "all-to-all in a node": exposed["all-to-all in a node"],
+            "all-to-all across nodes": exposed["all-to-all across nodes"],
+            "context": exposed["context"],
+            "all-reduce of replicas": replicas,
         }
         return StepTime(work, busy, travelling, exposed)
 

@@ -77,12 +77,12 @@ class Workload:
     """By kernels like DeepEP's, which reach more of the adapters than NCCL's all-to-all; for comparison with what
     others have measured."""
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         """All of them."""
         return self.replicate * self.shard * self.context * self.expert
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of a rank's forward pass."""
         return self.micro_sequences * self.sequence_length // self.context
@@ -92,17 +92,17 @@ class Workload:
         """Of an optimizer step over all ranks."""
         return self.micro_sequences * self.accumulation * self.ranks // self.context
 
-    @property
+    @cached_property
     def dense_shards(self) -> int:
         """Ranks that share a dense parameter."""
         return self.shard * self.context * self.expert
 
-    @property
+    @cached_property
     def expert_shards(self) -> int:
         """Ranks that share each of a rank's own experts."""
         return self.shard * self.context
 
-    @property
+    @cached_property
     def imbalance(self) -> float:
         """The same, of this layout."""
         return self.assumed_imbalance if self.expert > 1 else 1.0
@@ -113,25 +113,25 @@ class Workload:
         on_node = self.expert_ranks_per_node
         return on_node is not None and on_node < self.expert and self.expert % on_node == 0
 
-    @property
+    @cached_property
     def nodes_of_a_token(self) -> float:
         """Nodes that a token's experts lie on, by chance; a group of experts lies on one node where it can."""
         model = self.model
         open_nodes = max(1.0, self.expert_group.nodes * model.topk_group / model.n_group)
         return open_nodes * (1.0 - (1.0 - 1.0 / open_nodes) ** model.num_experts_per_tok)
 
-    @property
+    @cached_property
     def alone(self) -> bool:
         """Whether working copies of the parameters stay between passes (cherry/sharding.py, `keeps_copies`)."""
         on_gpu = not self.gpu.shared_memory
         return on_gpu and self.ranks == 1 and self.precision != "fp32" and not self.cpu_offload
 
-    @property
+    @cached_property
     def unsharded(self) -> bool:
         """One CPU rank, on which nothing is sharded at all."""
         return self.gpu.shared_memory and self.ranks == 1
 
-    @property
+    @cached_property
     def type_bytes(self) -> int:
         """Of an activation, a gathered parameter and its gradient."""
         return _TYPE_BYTES[self.precision]
@@ -232,6 +232,11 @@ def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> It
             rule = f"replicate * expert * context must divide the cluster's {cluster.gpus} GPUs"
             yield Problem("parallel", rule, axes)
     elif launch.nnodes != 1:
-        yield Problem("launch.nnodes", "the cluster is one machine; name another one's spec", launch.nnodes)
-    if config.train.precision not in device.flops:
-        yield Problem("train.precision", f"{device.name} computes in {', '.join(device.flops)}", config.train.precision)
+        yield Problem(
+            "launch.nnodes",
+            "the cluster is one machine; name another's spec: --cluster, or the key cluster",
+            launch.nnodes,
+        )
+    if config.train.precision not in device.precisions:
+        rule = f"{device.name} computes in {', '.join(device.precisions)}"
+        yield Problem("train.precision", rule, config.train.precision)

@@ -124,6 +124,14 @@ def test_a_plan_is_a_table_or_a_json_document(capsys):
     assert len(made["layouts"]) > 10
 
 
+def test_a_plans_memory_can_be_drawn(tmp_path, capsys):
+    picture = tmp_path / "plots" / "memory.png"
+    assert code("plan", LARGE, "--cluster", CLUSTER, "--plot", str(picture)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert code("plan", LARGE, "--cluster", CLUSTER, "--plot", "memory.bmp") == ConfigError.exit_code
+    assert "--plot: must end with .png, .svg, .pdf (got 'memory.bmp')" in capsys.readouterr().err
+
+
 def test_a_job_without_room_has_an_exit_code_and_is_told_what_would_fit(capsys):
     assert code("plan", LARGE, "--cluster", CLUSTER, "parallel.expert=1", "--json") == DoesNotFitError.exit_code == 19
     printed = capsys.readouterr()

@@ -1,11 +1,12 @@
 """Pictures from figures as the steps write them: real PNG files, also of short, dense or quantization-free runs."""
 
+import re
 import struct
 
 import matplotlib
 import pytest
 
-from tasks.plots import _plot_load, plot_comparison, plot_quantization, plot_training
+from tasks.plots import _plot_load, plot_comparison, plot_memory, plot_quantization, plot_training
 
 
 def size(path):
@@ -52,6 +53,18 @@ def test_loads_carry_the_models_layer_numbers_and_a_scale_that_says_where_it_sto
         _plot_load(loads, tmp_path / "load.svg", 3)
     text = (tmp_path / "load.svg").read_text()
     assert all(f">{label}<" in text for label in ("layer 3", "layer 4", "2 or more"))
+
+
+def test_a_component_of_memory_has_one_color_whether_others_are_there_or_not(tmp_path):
+    stages = {"forward": {"parameters": 2**30, "dispatch": 2**28, "communication": 2**29}, "optimizer": {}}
+    colors = []
+    for dispatch in (0, 2**28):
+        stages["optimizer"] = stages["forward"] = {**stages["forward"], "dispatch": dispatch}
+        path = plot_memory(stages, 2**31, tmp_path / f"{dispatch}.svg", title="planned")
+        bars = re.findall(r'<g id="patch_\d+">.*?style="fill: (#[0-9a-f]{6})', path.read_text(), re.DOTALL)
+        colors.append({color for color in bars if color != "#ffffff"})
+    assert len(colors[0]) == 2
+    assert colors[0] < colors[1]
 
 
 def test_each_comparison_has_a_panel_of_its_own(tmp_path):

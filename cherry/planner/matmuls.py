@@ -1,0 +1,140 @@
+"""Owns the matrix products of a step, by sizes and precision, and how long each takes.
+
+It knows nothing of what lies between them (cherry/planner/compute.py). In fp8 the projections of blocks and their
+experts multiply in e4m3, both ways and for weights' gradients; the head, the MTP module's projection and the router
+stay as they are, like attention itself (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cherry.planner.units import attention_linears, shared_linears
+from cherry.planner.workload import Workload
+
+FP8_BLOCK = 128
+"""Numbers that share a scale (section 3.3.2); what is narrower stays in bf16."""
+# What fp8 operands cost, bytes an element. Activations and gradients: a read in bf16, a write in fp8, and one more
+# turned round, whose scales run along the other dimension, for the weight's gradient. Weights: a read and a write.
+_ROWS_CAST_BYTES = 2 + 1 + 1
+_WEIGHT_CAST_BYTES = 2 + 1
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A product of [rows, into] with [into, out], as often as a forward pass makes it."""
+
+    name: str
+    rows: float
+    into: int
+    out: int
+    precision: str
+    count: float = 1.0
+
+    @property
+    def flops(self) -> float:
+        """Of all of them, once."""
+        return 2.0 * self.rows * self.into * self.out * self.count
+
+
+@dataclass(frozen=True)
+class MatmulTime:
+    """What one of them takes of a step, in all its passes."""
+
+    matmul: Matmul
+    seconds: float
+    flops: float
+
+    def __add__(self, other: MatmulTime) -> MatmulTime:
+        return MatmulTime(self.matmul, self.seconds + other.seconds, self.flops + other.flops)
+
+
+def compute_precision(work: Workload) -> str:
+    """Of what fp8 leaves out."""
+    return "bf16" if work.precision == "fp8" else work.precision
+
+
+def layer_matmuls(work: Workload, *, moe: bool) -> list[Matmul]:
+    """Those of one decoder layer."""
+    model, tokens = work.model, work.tokens
+    # Every context rank makes keys and values of the whole sequence.
+    rows = {"kv_b_proj": tokens * work.context}
+    shapes = attention_linears(model)
+    if moe:
+        shapes |= shared_linears(model)
+    else:
+        inner, width = model.intermediate_size, model.hidden_size
+        shapes |= {"dense_gate_up": (2 * inner, width), "dense_down": (width, inner)}
+    found = [
+        Matmul(name, rows.get(name, tokens), into, out, _block_precision(work, into, out))
+        for name, (out, into) in shapes.items()
+    ]
+    return found + _mixture_matmuls(work) if moe else found
+
+
+def _mixture_matmuls(work: Workload) -> list[Matmul]:
+    """The router, in fp32 on CUDA cores (model/moe.py; torch leaves tf32 off), and the experts of the busiest rank."""
+    model = work.model
+    inner, width, own = model.moe_intermediate_size, model.hidden_size, model.n_routed_experts / work.expert
+    rows = work.tokens * model.num_experts_per_tok * work.imbalance / own
+    in_blocks = width % FP8_BLOCK == 0 and inner % FP8_BLOCK == 0
+    precision = work.precision if in_blocks else compute_precision(work)
+    return [
+        Matmul("router", work.tokens, width, model.n_routed_experts, "fp32"),
+        Matmul("experts_gate_up", rows, width, 2 * inner, precision, own),
+        Matmul("experts_down", rows, inner, width, precision, own),
+    ]
+
+
+def _block_precision(work: Workload, into: int, out: int) -> str:
+    return work.precision if min(into, out) >= FP8_BLOCK else compute_precision(work)
+
+
+def head_matmul(work: Workload) -> Matmul:
+    """The head's, a chunk of tokens at a time, for every loss."""
+    model, chunk = work.model, min(work.loss_chunk_tokens, work.tokens)
+    count = -(-work.tokens // chunk) * (1 + model.num_nextn_predict_layers)
+    return Matmul("lm_head", chunk, model.hidden_size, model.vocab_size, compute_precision(work), count)
+
+
+def mtp_matmul(work: Workload) -> Matmul:
+    """The MTP module's, of embedding and hidden state; its block counts as a layer."""
+    width = work.model.hidden_size
+    count = work.model.num_nextn_predict_layers
+    return Matmul("mtp_projection", work.tokens, 2 * width, width, compute_precision(work), count)
+
+
+def forward_seconds(work: Workload, matmul: Matmul) -> float:
+    """All of it in a forward pass."""
+    return _product_seconds(work, matmul) + _cast_seconds(work, matmul, matmul.into)
+
+
+def backward_seconds(work: Workload, matmul: Matmul) -> float:
+    """The gradients of its input and of its weight: products of the same three sizes."""
+    return 2 * _product_seconds(work, matmul) + _cast_seconds(work, matmul, matmul.out)
+
+
+def time_of(work: Workload, matmul: Matmul, *, times: int, forwards: int = 1) -> MatmulTime:
+    """`times` backward passes, each after so many forward passes."""
+    seconds = forwards * forward_seconds(work, matmul) + backward_seconds(work, matmul)
+    return MatmulTime(matmul, times * seconds, times * (forwards + 2) * matmul.flops)
+
+
+def _product_seconds(work: Workload, matmul: Matmul) -> float:
+    reach, precision = work.reach, matmul.precision
+    mean = 3.0 / (1.0 / max(matmul.rows, 1.0) + 1.0 / matmul.into + 1.0 / matmul.out)
+    rate = work.gpu.flops[precision] * reach.matmul[precision] * mean / (mean + reach.matmul_half[precision])
+    return matmul.flops / rate
+
+
+def _cast_seconds(work: Workload, matmul: Matmul, width: int) -> float:
+    """Operands of a pass whose rows are so wide."""
+    if matmul.precision != "fp8":
+        return 0.0
+    moved = _ROWS_CAST_BYTES * matmul.rows * width + _WEIGHT_CAST_BYTES * matmul.into * matmul.out
+    return memory_seconds(work, matmul.count * moved)
+
+
+def memory_seconds(work: Workload, moved_bytes: float) -> float:
+    """Reading and writing so many bytes."""
+    return moved_bytes / (work.gpu.memory_rate * work.reach.memory)
