@@ -33,7 +33,7 @@ from cherry.heldout import Heldout, evaluate_heldout
 from cherry.mesh import data_share
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops, peak_memory_bytes
 from cherry.network import build
-from cherry.optimizer import learning_rate, set_learning_rate, update_expert_bias
+from cherry.optimizer import expert_counts, learning_rate, set_learning_rate, update_expert_bias
 from cherry.run_directory import checkpoints_of, identity
 
 logger = get_logger(__name__)
@@ -178,17 +178,21 @@ class Trainer:
         parts = len(micro_batches) * self.share.ranks
         sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
         norm = self.network.gradient_norm()
+        layers = self.model.moe_layers()
+        counts_LE = expert_counts(layers).to(sums.device)
         # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
-        sums = self._sum_over_ranks(torch.cat([sums, norm.double()[None] / self.ranks]))
+        sums = torch.cat([sums, norm.double()[None] / self.ranks, counts_LE.double().flatten()])
+        sums, load = self._sum_over_ranks(sums).tensor_split([4])
+        load_LE = load.view_as(counts_LE).float()
         figures = Figures(float(sums[0]) / tokens, float(sums[3]))
         skipped = self.guard.judge(figures)
-        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
-        # Before the optimizer's step, which then runs while the next pass is being queued.
-        load_LE = update_expert_bias(self.model.moe_layers(), bias_rate).cpu()
         if skipped is None:
             self.network.step(norm, train.max_grad_norm)
         else:
             self.communication.forget()
+        # Behind the optimizer's step, which takes the GPU long enough to queue this and the next pass.
+        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
+        update_expert_bias(layers, bias_rate, load_LE.to(self.device))
         self.network.clear()
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
