@@ -45,12 +45,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         scale = grads[0]
-        return (
-            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
-            (grad_weight_VD * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        return _scaled(grad_hidden_ND, scale), _scaled(grad_weight_VD, scale).to(ctx.weight_dtype), None, None
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient * scale (0-dim fp32), multiplied in fp32; in the gradient's type."""
+    if gradient.is_cuda:
+        from cherry.triton_loss import scaled
+
+        return scaled(gradient, scale)
+    return (gradient * scale).to(gradient.dtype)
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Owns the Triton kernel of the cross-entropy: loss and gradient of a row of logits, in place.
+"""Owns the Triton kernels of the cross-entropy: loss and gradient of a row of logits, in place, and gradients' scaling.
 
 It knows nothing of chunks or heads, and is imported on CUDA machines only (triton comes with torch's CUDA build).
 
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 8192
+_SCALE_BLOCK = 8192
 
 
 @triton.jit
@@ -45,6 +46,21 @@ def _softmax_gradient(
             grad = tl.exp(value - log_sum) - tl.where(column == target, 1.0, 0.0)
             grad = tl.where(valid, grad, 0.0)
             tl.store(line + column, grad.to(logits_ptr.dtype.element_ty), column < vocab)
+
+
+@triton.jit
+def _scale(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, at < size, 0.0).to(tl.float32) * tl.load(scale_ptr).to(tl.float32)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), at < size)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x times a 0-dim number on its device. torch's own product of two types reads and writes a number at a time."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel():
+        _scale[(triton.cdiv(x.numel(), _SCALE_BLOCK),)](x, scale, out, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)
+    return out
 
 
 def softmax_gradient_(logits_CV: Tensor, targets_C: Tensor, *, ignore_index: int, gradient: bool) -> Tensor:
