@@ -134,8 +134,9 @@ class TrainConfig(Section):
     end with an error. Without a checkpoint to go back to it is an error, too."""
     max_rollbacks: PositiveInt = 3
     """A run that diverges once more than that ends with an error."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision. Parameters, gradients' reduction and optimizer states stay fp32."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Compute precision. Parameters, gradients' reduction and optimizer states stay fp32. fp8 is bf16 with the matmuls
+    of blocks in e4m3 (model/fp8_training.py), on Hopper GPUs; CPUs emulate it."""
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False
     loss_chunk_tokens: PositiveInt = 1024

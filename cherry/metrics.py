@@ -34,19 +34,23 @@ _PEAK_BF16 = {
     "A100": 312e12,
     "B200": 2250e12,
 }
+# Twice that in fp8 on all of them that have it.
+_PEAK_FP8 = {name: 2 * peak for name, peak in _PEAK_BF16.items() if name != "A100"}
 # fp32 matmuls run on CUDA cores unless tf32 is asked for (H100 SXM data sheet: 67e12; A100: 19.5e12; B200: 80e12).
 _PEAK_FP32 = {"H100 PCIe": 51e12, "H100": 67e12, "H200": 67e12, "H800": 67e12, "A100": 19.5e12, "B200": 80e12}
+
+_PEAKS = {"fp32": _PEAK_FP32, "bf16": _PEAK_BF16, "fp8": _PEAK_FP8}
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that the device can reach: the data sheet's, or a short measured matmul where there is none."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        table = _PEAK_BF16 if precision == "bf16" else _PEAK_FP32
+        table = _PEAKS[precision]
         if found := next((peak for key, peak in table.items() if key in name), None):
             return found
     size = 1024
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    a = torch.randn(size, size, device=device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     best = 0.0
     for _ in range(6):  # the first warms up; the best of the others is the ceiling
         started = time.perf_counter()

@@ -27,6 +27,9 @@ from model.documents import Documents
 from model.experts import Experts
 from model.transformer import Block, DeepseekV3, next_tokens
 
+_HOPPER = 9
+"""Major number of the compute capability."""
+
 
 class TrainingModel(nn.Module):
     """The model with its losses inside `forward`, so that sharding gathers the head for exactly as long as needed."""
@@ -124,10 +127,13 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
         network.split = share_positions(model, meshes.context)
     if train.activation_checkpointing == "full":
         _wrap_blocks(model)
+    if meshes is None and train.precision != "fp32":
+        rule = "needs a GPU or several ranks (it is slower on one CPU)"
+        raise ConfigError(f"train.precision {train.precision} {rule}. Use fp32.")
+    if train.precision == "fp8":
+        _use_fp8(model, device)
     if train.compile:
         _compile_blocks(model)
-    if meshes is None and train.precision == "bf16":
-        raise ConfigError("train.precision bf16 needs a GPU or several ranks (it is slower on one CPU). Use fp32.")
     sharding.shard_model(network, meshes, train.precision, config.parallel)
     sharding.materialize(network, device, cpu_offload=config.parallel.cpu_offload)
     sharding.initialize(model, config.seed)
@@ -138,6 +144,17 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     alone = sharding.keeps_copies(meshes, train.precision, config.parallel)
     micro_batches = train.gradient_accumulation_steps if alone else None
     return Network(model, network.train(), build_optimizer(model, train), micro_batches)
+
+
+def _use_fp8(model: DeepseekV3, device: torch.device) -> None:
+    """Raises: ConfigError: the GPU does not have the matmuls, or the model none that they take. CPUs emulate them."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"train.precision fp8 needs Hopper GPUs (H100, H200, H800); this is {name}. Use bf16.")
+    from model.fp8_training import use_fp8  # brings torch's operator library along, which few need
+
+    if not use_fp8(model):
+        raise ConfigError("train.precision fp8: no matmul of this model is 128 wide, a scale's block. Use bf16.")
 
 
 def _compile_blocks(model: DeepseekV3) -> None:

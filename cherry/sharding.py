@@ -35,13 +35,13 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Meshes | None:
 
 def keeps_copies(meshes: Meshes | None, precision: str, parallel: ParallelConfig) -> bool:
     """Whether the half-precision copies of the parameters stay between passes: on a mesh of one (cherry/working.py)."""
-    return meshes is not None and meshes.dense.size() == 1 and precision == "bf16" and not parallel.cpu_offload
+    return meshes is not None and meshes.dense.size() == 1 and precision != "fp32" and not parallel.cpu_offload
 
 
 def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel: ParallelConfig | None = None) -> None:
     """Shard every block of `root` by itself, then what is left, in place.
 
-    Parameters, gradients' reduction and optimizer states are fp32; with bf16 each block is gathered and computed
+    Parameters, gradients' reduction and optimizer states are fp32; with bf16 or fp8 each block is gathered and computed
     in bf16. Gradients are summed over ranks: the loss is divided by the count of tokens of all of them.
     """
     if meshes is None:
@@ -69,7 +69,7 @@ def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel
 
 
 def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig) -> dict[str, Any]:
-    param_dtype = torch.bfloat16 if precision == "bf16" else None
+    param_dtype = torch.bfloat16 if precision != "fp32" else None
     reduce_dtype = None if keeps_copies(meshes, precision, parallel) else torch.float32
     pinned = CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
     return {

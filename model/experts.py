@@ -112,11 +112,20 @@ def _sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
     return rows_RD.index_select(0, inverse_NK.flatten()).view(*inverse_NK.shape, rows_RD.shape[-1]).sum(1)
 
 
+def in_order(counts_E: Tensor, rows: int) -> Dispatch:
+    """Of rows that lie in expert order already, each a token with one choice."""
+    place_R = torch.arange(rows, device=counts_E.device)
+    experts_R = torch.arange(len(counts_E), device=counts_E.device).repeat_interleave(counts_E, output_size=rows)
+    return Dispatch(place_R, place_R, place_R[:, None], counts_E, experts_R[:, None])
+
+
 class Experts(nn.Module):
     """The routed experts of one layer, each a SwiGLU, as two fused weights."""
 
     spread: Spread | None = None
     """Set where this process holds only some of the experts."""
+    fp8: Callable[[Tensor, Tensor, Dispatch, Tensor, Tensor], Tensor] | None = None
+    """Set where they multiply in fp8: as `through_experts`, with w13 and w2."""
 
     def __init__(self, experts: int, width: int, intermediate: int) -> None:
         super().__init__()
@@ -133,15 +142,22 @@ class Experts(nn.Module):
         """
         dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
         x_ND = x_ND.to(dtype or x_ND.dtype)
+        if self.fp8 is not None and self.spread is None:
+            return self.fp8(x_ND, weight_NK, dispatch, *self._weights(x_ND.dtype))
         spread = self.spread or through_experts
         return spread(self.run, x_ND, weight_NK, dispatch)
 
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
         """Each row through its expert: grouped matmuls where the device has them, else one expert at a time."""
-        w13_EFD, w2_EDF = _own(self.w13_EFD).to(rows_RD.dtype), _own(self.w2_EDF).to(rows_RD.dtype)
+        w13_EFD, w2_EDF = self._weights(rows_RD.dtype)
+        if self.fp8 is not None:
+            return self.fp8(rows_RD, weight_R[:, None], in_order(counts_E, rows_RD.shape[0]), w13_EFD, w2_EDF)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
         return self.loop(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _own(self.w13_EFD).to(dtype), _own(self.w2_EDF).to(dtype)
 
 
 def _own(weight: Tensor) -> Tensor:

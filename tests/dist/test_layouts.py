@@ -58,6 +58,13 @@ LOADED = [
     Wanted("cut by width, not spread, from weights", 4, TWO_EXPERTS),
 ]
 BF16 = Wanted("in bf16", 2, [EXPERT, "train.precision=bf16"])
+WIDE = ["model.hidden_size=128", "model.moe_intermediate_size=128", EXPERT]
+# Experts on two ranks, whose rows arrive in order, and experts on one, cut by FSDP and made twice.
+FP8 = [
+    Wanted("wide, in bf16", 2, [*WIDE, "train.precision=bf16"]),
+    Wanted("wide, in fp8", 2, [*WIDE, "train.precision=fp8"]),
+    Wanted("wide, in fp8, not spread, recomputed", 2, [*WIDE[:-1], "train.precision=fp8", RECOMPUTE]),
+]
 BUILT = Wanted("built", 4, [EXPERT], largest=True)
 # 12 sequences a step: every number of ranks has its share.
 STEPS = ["train.batch_size=12", "train.steps=4", "checkpoint.every_steps=2"]
@@ -80,7 +87,7 @@ def jobs(train_jobs, job_config, tmp_path_factory):
     tensors = (pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, model.config))
     save_pretrained(tensors, str(folder), model.config, dtype=torch.float32)
     five = ["train.steps=5", "checkpoint.every_steps=5"]
-    short = [replace(job, flags=[*job.flags, *five]) for job in [*LAYOUTS, BF16, BUILT]]
+    short = [replace(job, flags=[*job.flags, *five]) for job in [*LAYOUTS, BF16, *FP8, BUILT]]
     loaded = [replace(job, flags=[*job.flags, *five, f"init_from={folder}"]) for job in LOADED]
     return train_jobs([*short, *loaded, *RESUMED])
 
@@ -116,6 +123,14 @@ def test_every_layout_of_the_ranks_trains_the_same_model(jobs):
 def test_experts_in_bf16_follow_those_in_fp32(jobs):
     assert jobs["in bf16"].losses == pytest.approx(jobs["one rank"].losses, rel=5e-3)
     assert jobs["in bf16"].losses != pytest.approx(jobs["one rank"].losses, rel=1e-6)
+
+
+def test_blocks_in_fp8_follow_those_in_bf16(jobs):
+    bf16, *others = (jobs[job.name] for job in FP8)
+    for job in others:
+        assert job.losses == pytest.approx(bf16.losses, rel=5e-3)
+        assert job.losses != pytest.approx(bf16.losses, rel=1e-6)
+        assert job.metrics[-1]["heldout_loss"] == pytest.approx(bf16.metrics[-1]["heldout_loss"], rel=5e-3)
 
 
 def test_every_rank_reads_its_part_of_stored_weights_also_of_experts_cut_by_width(jobs):

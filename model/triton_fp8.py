@@ -1,0 +1,243 @@
+"""Owns the Triton kernels that make operands of fp8 matmuls: e4m3 numbers with a scale every 128 of them.
+
+It knows nothing of matmuls (model/triton_hopper.py) or of layers, and is imported on CUDA machines only. Activations
+and gradients get a scale every 128 numbers of a row and, turned round for weight gradients, every 128 rows of a column;
+weights one for each 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3). A scale is the largest magnitude over 448.
+
+Shapes: R rows, N tokens, D columns, E expert, F intermediate width, T = ceil(R / 128) blocks of rows. A cast operand is
+numbers [R, D] and scales [ceil(D / 128), 128 T]; turned round, numbers [D, 128 T] and scales [T, D].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128
+# Of the strips that a tile of the gated activation is worked through in.
+_ROWS, _COLUMNS = 16, 64
+_E4M3 = torch.float8_e4m3fn
+
+
+class Operand(NamedTuple):
+    """Numbers and their scales."""
+
+    values: Tensor
+    scale: Tensor
+
+
+@triton.jit
+def _scale(amax):
+    """A scale, and what its numbers are multiplied with. Where all are as good as zero it is 1: no 0 / 0."""
+    scale = tl.where(amax > 1e-30, amax * (1.0 / 448.0), 1.0)
+    inverse = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return scale, inverse
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + 2^(-x log2(e))) to two units in the last place; tl.sigmoid takes denormals apart as well."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+        }""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _store_rows(x, rows, columns, block, height, width, values_ptr, scale_ptr):
+    scale, inverse = _scale(tl.max(tl.abs(x), 1))
+    values = (x * inverse[:, None]).to(tl.float8e4nv)
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    tl.store(values_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], values, inside)
+    tl.store(scale_ptr + block * (tl.cdiv(height, 128) * 128) + rows, scale)
+
+
+@triton.jit
+def _store_turned(x, rows, columns, block, height, width, values_ptr, scale_ptr):
+    scale, inverse = _scale(tl.max(tl.abs(x), 0))
+    values = (x * inverse[None, :]).to(tl.float8e4nv)
+    at = columns[:, None].to(tl.int64) * (tl.cdiv(height, 128) * 128) + rows[None, :]
+    tl.store(values_ptr + at, tl.trans(values), (columns < width)[:, None])
+    tl.store(scale_ptr + block * width + columns, scale, columns < width)
+
+
+@triton.jit
+def _cast(
+    x_ptr, token_ptr, group_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, height, width,
+    GATHER: tl.constexpr,
+):  # fmt: skip
+    block_row, block_column = tl.program_id(0), tl.program_id(1)
+    rows, columns = block_row * 128 + tl.arange(0, 128), block_column * 128 + tl.arange(0, 128)
+    source = rows
+    if GATHER:
+        if tl.load(group_ptr + block_row) < 0:
+            return
+        source = tl.load(token_ptr + rows)
+    here = (source >= 0) & (rows < height)
+    at = source[:, None].to(tl.int64) * width + columns[None, :]
+    x = tl.load(x_ptr + at, here[:, None] & (columns < width)[None, :], 0.0).to(tl.float32)
+    _store_rows(x, rows, columns, block_column, height, width, values_ptr, scale_ptr)
+    _store_turned(x, rows, columns, block_row, height, width, turned_ptr, turned_scale_ptr)
+
+
+@triton.jit
+def _cast_weight(w_ptr, values_ptr, scale_ptr, height, width, TURNED: tl.constexpr):
+    block_row, block_column, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows, columns = block_row * 128 + tl.arange(0, 128), block_column * 128 + tl.arange(0, 128)
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    start = expert * height * width
+    w = tl.load(w_ptr + start + rows[:, None].to(tl.int64) * width + columns[None, :], inside, 0.0).to(tl.float32)
+    scale, inverse = _scale(tl.max(tl.max(tl.abs(w), 1), 0))
+    values = (w * inverse).to(tl.float8e4nv)
+    tall, wide = tl.num_programs(0), tl.num_programs(1)
+    if TURNED:
+        at = columns[:, None].to(tl.int64) * height + rows[None, :]
+        tl.store(values_ptr + start + at, tl.trans(values), tl.trans(inside))
+        tl.store(scale_ptr + (expert * wide + block_column) * tall + block_row, scale)
+    else:
+        tl.store(values_ptr + start + rows[:, None].to(tl.int64) * width + columns[None, :], values, inside)
+        tl.store(scale_ptr + (expert * tall + block_row) * wide + block_column, scale)
+
+
+@triton.jit
+def _swiglu(h_ptr, weight_ptr, group_ptr, values_ptr, scale_ptr, height, width, ROWS: tl.constexpr):
+    start = tl.program_id(0) * ROWS
+    if tl.load(group_ptr + start // 128) < 0:
+        return
+    rows, columns = start + tl.arange(0, ROWS), tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = columns[None, :] < width
+    at = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
+    gate = tl.load(h_ptr + at, inside, 0.0).to(tl.float32)
+    up = tl.load(h_ptr + at + width, inside, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + rows)[:, None]
+    _store_rows(gate * _sigmoid(gate) * up * weight, rows, columns, tl.program_id(1), height, width, values_ptr,
+                scale_ptr)  # fmt: skip
+
+
+@triton.jit
+def _gradients(h_ptr, grad_ptr, weight_ptr, rows, columns, width):
+    """Of a piece: the activation, its gradient by gate and by up, and each number's part of the gradient by weight."""
+    inside = columns[None, :] < width
+    at = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
+    gate = tl.load(h_ptr + at, inside, 0.0).to(tl.float32)
+    up = tl.load(h_ptr + at + width, inside, 0.0).to(tl.float32)
+    narrow = rows[:, None].to(tl.int64) * width + columns[None, :]
+    grad = tl.load(grad_ptr + narrow, inside, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + rows)[:, None]
+    share = _sigmoid(gate)
+    silu = gate * share
+    weighted = grad * weight
+    return silu * up * weight, weighted * up * share * (1.0 + gate * (1.0 - share)), weighted * silu, grad * silu * up
+
+
+@triton.jit
+def _swiglu_backward(
+    h_ptr, weight_ptr, group_ptr, grad_ptr, act_ptr, act_scale_ptr, dh_ptr, dh_scale_ptr, dh_turned_ptr,
+    dh_turned_scale_ptr, grad_weight_ptr, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block_row, block_column, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if tl.load(group_ptr + block_row) < 0:
+        return
+    # Twice over the tile, which is in cache the second time: strips of rows have whole rows' scales, strips of columns
+    # whole columns'. At once it would not fit into registers.
+    rows, columns = block_row * 128 + tl.arange(0, 128), block_column * 128 + tl.arange(0, 128)
+    for strip in range(128 // ROWS):
+        few = block_row * 128 + strip * ROWS + tl.arange(0, ROWS)
+        _, gate, up, share = _gradients(h_ptr, grad_ptr, weight_ptr, few, columns, width)
+        tl.store(grad_weight_ptr + block_column * height + few, tl.sum(share, 1))
+        _store_rows(gate, few, columns, block_column, height, 2 * width, dh_ptr, dh_scale_ptr)
+        _store_rows(up, few, columns + width, block_column + tiles, height, 2 * width, dh_ptr, dh_scale_ptr)
+    for strip in range(128 // COLUMNS):
+        narrow = block_column * 128 + strip * COLUMNS + tl.arange(0, COLUMNS)
+        act, gate, up, _ = _gradients(h_ptr, grad_ptr, weight_ptr, rows, narrow, width)
+        _store_turned(act, rows, narrow, block_row, height, width, act_ptr, act_scale_ptr)
+        _store_turned(gate, rows, narrow, block_row, height, 2 * width, dh_turned_ptr, dh_turned_scale_ptr)
+        _store_turned(up, rows, narrow + width, block_row, height, 2 * width, dh_turned_ptr, dh_turned_scale_ptr)
+
+
+def cast(x_ND: Tensor, token_R: Tensor | None = None, group_T: Tensor | None = None) -> tuple[Operand, Operand]:
+    """Rows as they are, and turned round (with zeros up to a whole block).
+
+    Args:
+        token_R: int32, the row of x that each row is; -1 for zeros. `None` takes all in order.
+        group_T: int32 beside it; blocks with -1 are left as they are.
+    """
+    rows, width = x_ND.shape[0] if token_R is None else token_R.shape[0], x_ND.shape[1]
+    tall, wide = triton.cdiv(rows, BLOCK), triton.cdiv(width, BLOCK)
+    plain, turned = (
+        _empty(x_ND, (rows, width), (wide, BLOCK * tall)),
+        _empty(x_ND, (width, BLOCK * tall), (tall, width)),
+    )
+    if rows:
+        token, group = (x_ND, x_ND) if token_R is None or group_T is None else (token_R, group_T)
+        _cast[(tall, wide)](x_ND, token, group, *plain, *turned, rows, width, GATHER=token_R is not None, num_warps=4)
+    return plain, turned
+
+
+def cast_weight(weight_EXD: Tensor, *, turned: bool = False) -> Operand:
+    """Each expert's weight [E, X, D] in blocks of 128 x 128; `turned` round as [E, D, X]."""
+    experts, height, width = weight_EXD.shape
+    tall, wide = triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK)
+    shape, scales = ((width, height), (wide, tall)) if turned else ((height, width), (tall, wide))
+    result = _empty(weight_EXD, (experts, *shape), (experts, *scales))
+    _cast_weight[(tall, wide, experts)](weight_EXD, *result, height, width, TURNED=turned, num_warps=8)
+    return result
+
+
+def swiglu(h_RX: Tensor, weight_R: Tensor, group_T: Tensor) -> Operand:
+    """silu(gate) * up * weight of rows that hold gate, then up. F is a multiple of 128, R too."""
+    rows, width = h_RX.shape[0], h_RX.shape[1] // 2
+    tiles = triton.cdiv(width, BLOCK)
+    act = _empty(h_RX, (rows, width), (tiles, rows))
+    _swiglu[(rows // _ROWS, tiles)](h_RX, weight_R, group_T, *act, rows, width, ROWS=_ROWS, num_warps=4)
+    return act
+
+
+def swiglu_backward(
+    h_RX: Tensor, weight_R: Tensor, group_T: Tensor, grad_RF: Tensor
+) -> tuple[Operand, Operand, Operand, Tensor]:
+    """From the gradient of `swiglu`: its result turned round, h's gradient and that turned round, and the weights'."""
+    rows, width = grad_RF.shape
+    tall, tiles = rows // BLOCK, triton.cdiv(width, BLOCK)
+    act = _empty(h_RX, (width, rows), (tall, width))
+    dh, dh_turned = (
+        _empty(h_RX, (rows, 2 * width), (2 * tiles, rows)),
+        _empty(h_RX, (2 * width, rows), (tall, 2 * width)),
+    )
+    parts = weight_R.new_empty(tiles, rows)
+    _swiglu_backward[(tall, tiles)](
+        h_RX,
+        weight_R,
+        group_T,
+        grad_RF,
+        *act,
+        *dh,
+        *dh_turned,
+        parts,
+        rows,
+        width,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+    )
+    return act, dh, dh_turned, parts.sum(0)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], scales: tuple[int, ...]) -> Operand:
+    return Operand(like.new_empty(shape, dtype=_E4M3), like.new_empty(scales, dtype=torch.float32))
