@@ -6,7 +6,8 @@
 in torch's own words: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the mean of a
 token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. On a GPU
 `reference-again` is the reference once more, whose sums the GPU adds up in another order each time, and
-`reference-compiled` the same with its blocks compiled: what rounding alone does to the curve.
+`reference-compiled` the same with its blocks compiled: what rounding alone does to the curve. `cherry-fp8` multiplies
+in fp8 and has bf16 moments; it needs a Hopper GPU.
 The rate warms up over all steps. The text is drawn from a fixed random chain over at most 4,096 tokens, so that there
 is something to learn. Prints one JSON row: the curves, and each one's largest and mean relative difference from the
 reference.
@@ -18,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=4 if cuda else 2)
     parser.add_argument("--length", type=int, default=4096 if cuda else 128)
+    parser.add_argument("--curves", nargs="+", help="which, the first being what others differ from")
     parser.add_argument("--output", help="append the row to this file of JSON lines too")
     options = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -123,10 +126,14 @@ def main() -> None:
         "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk, warmup_steps=steps),
     }
     if cuda:
+        made["cherry-fp8"] = lambda c, d: build_cherry(
+            c, d, compiled=True, chunk=chunk, warmup_steps=steps, precision="fp8", optimizer_state_dtype="bf16"
+        )
         made["reference-again"] = made["reference"]
         made["reference-compiled"] = lambda c, d: build_reference(c, d, compiled=True, warmup_steps=steps)
-    curves = {name: curve(make, config, tokens) for name, make in made.items()}
-    expected = curves.pop("reference")
+    curves = {name: curve(made[name], config, tokens) for name in options.curves or made}
+    base = next(iter(curves))
+    expected = curves.pop(base)
     row = {
         "size": options.size,
         "precision": "bf16" if cuda else "fp32",
@@ -136,10 +143,10 @@ def main() -> None:
         "length": options.length,
         "largest_relative_difference": {name: max(_differences(losses, expected)) for name, losses in curves.items()},
         "mean_relative_difference": {name: fmean(_differences(losses, expected)) for name, losses in curves.items()},
-        "loss": {"reference": _rounded(expected), **{name: _rounded(losses) for name, losses in curves.items()}},
+        "loss": {base: _rounded(expected), **{name: _rounded(losses) for name, losses in curves.items()}},
         "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__},
-        "command": f"python -m benchmarks.loss_curves --size {options.size} --steps {options.steps}",
+        "command": "python -m benchmarks.loss_curves " + " ".join(sys.argv[1:]),
     }
     print(json.dumps(row), flush=True)
     if options.output:

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -31,10 +32,12 @@ PARTS = {
     "AdamW with clip": r"^_adamw",
     "gradient norm": r"_square_sums",
     "loss from logits": r"_softmax_gradient",
-    "gated activation of experts": r"_swiglu",
+    "gated activation of experts": r"^_swiglu_(for|back)ward$",
     "rows to experts and back": r"_sum_choices|index_?[sS]elect|gather",
+    "operands of fp8 matmuls": r"^_cast|^_swiglu",
     "attention": r"sdpa|flash|fmha|cudnn::fusion",
     "grouped matmuls of experts": r"[gG]roup|GroupProblemShape|_grouped",
+    "fp8 matmuls": r"^_matmul$",
     "matmuls": r"nvjet|gemm|cutlass|xmma",
     "fused elementwise": r"^triton_",
     "copies and fills": r"[mM]emcpy|[mM]emset|copy|fill",
@@ -115,6 +118,8 @@ def measured(step: Callable[[], object], config: ModelConfig) -> tuple[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="3b")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("--moments", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--output", help="append the rows to this file of JSON lines too")
     options = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -122,7 +127,8 @@ def main() -> None:
     config = ModelConfig.model_validate(keys)
     flops, bandwidth = ceilings()
     torch.cuda.empty_cache()
-    step = build_cherry(config, torch.device("cuda"), compiled=True, chunk=batch * length)
+    changes = {"precision": options.precision, "optimizer_state_dtype": options.moments}
+    step = build_cherry(config, torch.device("cuda"), compiled=True, chunk=batch * length, **changes)
     data = torch.randint(config.vocab_size, (batch, length + 1), device="cuda")
     tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
     for _ in range(5):
@@ -145,12 +151,13 @@ def main() -> None:
         "gpu": gpu,
         "size": options.size,
         "step_ms": round(whole_ms, 2),
-        "precision": "bf16",
+        "precision": options.precision,
+        "moments": options.moments,
         "matmul_tflops": round(flops / 1e12, 1),
         "copy_tbs": round(bandwidth / 1e12, 3),
         "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__},
-        "command": f"python -m benchmarks.step_parts --size {options.size}",
+        "command": "python -m benchmarks.step_parts " + " ".join(sys.argv[1:]),
     }
     for row in rows:
         print(json.dumps({**row, **about}))

@@ -5,8 +5,9 @@
 All of them build a model of the same sizes, train on the same random tokens in the same process, one after the other,
 and print one JSON row each. `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 mixture layers (3.43 B parameters, 4 x
 4,096 tokens a step) and needs a GPU: fp32 parameters with bf16 compute under FSDP2 on a mesh of one, AdamW with fp32
-moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16 x 256 tokens). `cherry-eager` and
-`transformers-eager` are without torch.compile; torchtitan runs where it is installed, and needs a GPU.
+moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16 x 256 tokens). `cherry-fp8` is ours as
+DeepSeek trains, with fp8 matmuls and bf16 moments, on Hopper GPUs. `cherry-eager` and `transformers-eager` are without
+torch.compile; torchtitan runs where it is installed, and needs a GPU.
 """
 
 import argparse
@@ -42,8 +43,8 @@ SIZES = {
 }
 
 
-def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int) -> JobConfig:
-    """The job that the trainer would be given."""
+def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, **changes: str) -> JobConfig:
+    """The job that the trainer would be given; `changes` are keys of `train`."""
     train = {
         "precision": "bf16" if device.type == "cuda" else "fp32",
         "compile": compiled,
@@ -52,6 +53,7 @@ def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: 
         "beta1": BETAS[0],
         "beta2": BETAS[1],
         "weight_decay": DECAY,
+        **changes,
     }
     return JobConfig.model_validate(
         {"name": "bench", "model": config.model_dump(), "train": train, "data": {"tokenizer": "none"}}
@@ -64,10 +66,10 @@ def warm_rates(warmup_steps: int) -> Iterator[float]:
 
 
 def build_cherry(
-    config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, warmup_steps: int = 0
+    config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, warmup_steps: int = 0, **changes: str
 ) -> Step:
     """What the trainer builds and does, without its data and its reports; the rate warms up, then stays."""
-    job = job_of(config, device, compiled=compiled, chunk=chunk)
+    job = job_of(config, device, compiled=compiled, chunk=chunk, **changes)
     network = build(job, device)
     network.start()
     rates = warm_rates(warmup_steps)
@@ -81,8 +83,8 @@ def build_cherry(
         # The trainer judges loss and norm before it takes a step: that wait belongs into the time.
         figures = torch.stack([mean.detach(), norm.to(mean.device)]).tolist()
         assert all(map(math.isfinite, figures))
-        update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
         network.step(norm, CLIP)
+        update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
         network.clear()
         return mean.detach()
 
@@ -97,6 +99,13 @@ def builders(chunk: int) -> dict[str, Callable[[ModelConfig, torch.device], Step
         "transformers": lambda c, d: build_transformers(c, d, compiled=d.type == "cuda")[1],
         "transformers-eager": lambda c, d: build_transformers(c, d, compiled=False)[1],
     }
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        # As DeepSeek-V3 trains: fp8 matmuls, bf16 moments.
+        deepseek = {"precision": "fp8", "optimizer_state_dtype": "bf16"}
+        found["cherry-fp8"] = lambda c, d: build_cherry(c, d, compiled=True, chunk=chunk, **deepseek)
+        found["cherry-fp8, fp32 moments"] = lambda c, d: build_cherry(c, d, compiled=True, chunk=chunk, precision="fp8")
+        moments = {"optimizer_state_dtype": "bf16"}
+        found["cherry, bf16 moments"] = lambda c, d: build_cherry(c, d, compiled=True, chunk=chunk, **moments)
     if importlib.util.find_spec("torchtitan") and torch.cuda.is_available():
         found["torchtitan"] = lambda c, d: build_torchtitan(c, d, compiled=True)[1]
     return found
@@ -113,7 +122,7 @@ def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | N
     row = {
         "impl": name,
         "size": size,
-        "precision": "bf16" if cuda else "fp32",
+        "precision": ("fp8" if "fp8" in name else "bf16") if cuda else "fp32",
         "gpu": torch.cuda.get_device_name() if cuda else f"none: CPU, {os.cpu_count()} cores",
         "batch": batch,
         "length": length,
