@@ -21,6 +21,7 @@ checkpoint: {every_steps: 8, keep_last: 3}
 # bf16 has 8 bits of mantissa, and near ties of the router fall otherwise: losses differ, but not by much.
 BF16_TOLERANCE = 5e-3
 FP32_TOLERANCE = 1e-5
+FP8_TOLERANCE = 1e-2
 
 
 @pytest.fixture
@@ -62,3 +63,24 @@ def test_a_gpu_trains_as_the_cpu_does_and_goes_on_after_a_resume(run, monkeypatc
     assert resumed.losses[:17] == bf16.losses[:17]
     assert resumed.losses == pytest.approx(bf16.losses, rel=BF16_TOLERANCE)
     print({"cpu": cpu.losses[-3:], "fp32": fp32.losses[-3:], "bf16": bf16.losses[-3:], "resumed": resumed.losses[-3:]})
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_fp8_follows_bf16_and_goes_on_after_a_resume(run, compiled):
+    wide = ("--set", "model.moe_intermediate_size=128", "--set", f"train.compile={compiled}")
+    bf16 = run("wide", *wide, "--set", "train.precision=bf16")
+    fp8 = run("fp8", *wide, "--set", "train.precision=fp8")
+
+    def resume_at_16(job):
+        shutil.copytree(fp8.directory / "train", job.directory / "train")
+        shutil.rmtree(job.checkpoint(24))
+
+    resumed = run("fp8 resumed", *wide, "--set", "train.precision=fp8", before=resume_at_16)
+    assert fp8.losses == pytest.approx(bf16.losses, rel=FP8_TOLERANCE)
+    assert fp8.losses != pytest.approx(bf16.losses, rel=1e-6)
+    assert fp8.metrics[-1]["heldout_loss"] == pytest.approx(bf16.metrics[-1]["heldout_loss"], rel=FP8_TOLERANCE)
+    assert resumed.losses[:17] == fp8.losses[:17]
+    assert resumed.losses == pytest.approx(fp8.losses, rel=FP8_TOLERANCE)
