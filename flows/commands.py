@@ -24,7 +24,7 @@ from flows.progress import RunProgress
 from tasks.config import RunConfig
 from tasks.parameters import overrides_from, run_directory
 from tasks.report import summarize
-from tasks.tracking import page_of, tracking_uri
+from tasks.tracking import connect, page_of, tracking_uri
 
 DEMO_CONFIG = "configs/tiny.yaml"
 DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
@@ -40,6 +40,8 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     """
     resolved = load(config, RunConfig, overrides)
     directory = Path(run_directory(resolved))
+    # Importing mlflow and making its database takes six seconds, Prefect's temporary server ten: at one time.
+    connect(resolved.tracking, resolved.runs_directory).connect_early()
     console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
     logs = f"  logs:     {directory}/train/, {directory}/events.jsonl\n"
     hints = f"{logs}  resume:   the same command; finished steps are found"

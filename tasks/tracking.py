@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
@@ -143,6 +144,18 @@ class MlflowTracker:
         self._runs_directory = Path(runs_directory).absolute()
         self._lock = threading.Lock()
         self._connected: tuple[MlflowClient, str] | None = None
+
+    def connect_early(self) -> None:
+        """Begin the first call's work beside the caller's own; what goes wrong is told when it is needed.
+
+        A process waits for it before it ends: a database is made whole or not at all.
+        """
+
+        def begin() -> None:
+            with suppress(Exception):
+                self._client()
+
+        threading.Thread(target=begin, name="mlflow").start()
 
     def _client(self) -> tuple[MlflowClient, str]:
         """The client and the experiment's id; made on the first call, because importing mlflow takes a second."""

@@ -1,6 +1,7 @@
 """MLflow's own database: runs found again, values kept, versions by reference with the history of their aliases."""
 
 import json
+import threading
 import warnings
 
 import pytest
@@ -104,6 +105,18 @@ def test_models_are_a_runs_inputs_and_outputs_once_however_often_they_are_told(t
     assert [one.model_id for one in run(tracker, used).inputs.model_inputs] == [model]
     shown = tracker._client()[0].get_logged_model(model).tags["mlflow.modelVersions"]
     assert [(one["name"], int(one["version"])) for one in json.loads(shown)] == [("linked", 1)]
+
+
+def test_connecting_early_leaves_what_the_first_call_needs_and_keeps_an_outage_to_itself(tmp_path):
+    trackers = [MlflowTracker(TrackingConfig(uri=uri), str(tmp_path)) for uri in (None, "http://127.0.0.1:9")]
+    for tracker in trackers:
+        tracker.connect_early()
+    for thread in threading.enumerate():
+        if thread.name == "mlflow":
+            thread.join()
+    connected = trackers[0]._connected
+    assert connected is not None and trackers[0]._client() is connected
+    assert trackers[1]._connected is None
 
 
 def test_an_outage_is_a_warning_for_figures_and_an_error_for_the_registry(tmp_path, monkeypatch, caplog):
