@@ -30,7 +30,7 @@ from tasks.steps import (
     worth_retrying,
     write_event,
 )
-from tasks.tracking import ModelVersion
+from tasks.tracker import ModelVersion
 
 _PROMPT_CHARACTERS = 60
 # Times the requests that a share of traffic needs on average: subjects are dealt out by a hash.

@@ -29,7 +29,7 @@ from tasks.steps import (
     sections,
     worth_retrying,
 )
-from tasks.tracking import ModelVersion
+from tasks.tracker import ModelVersion
 
 UNTRAINED = "untrained"
 

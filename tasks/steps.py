@@ -21,7 +21,8 @@ from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
 from tasks.config import RunConfig
 from tasks.process import append_whole, run_module
-from tasks.tracking import MlflowTracker, Tracker, connect
+from tasks.tracker import Tracker
+from tasks.tracking import MlflowTracker, connect
 
 # Steps that need the model registry wait for a server that is started again; the others do without it.
 REGISTRY_DELAYS_S = [2.0, 10.0, 30.0]

@@ -15,7 +15,7 @@ from typing import Any
 
 from base import storage
 from base.errors import StorageError
-from tasks.tracking import Tracker
+from tasks.tracker import Tracker
 
 SERIES = (
     "loss",

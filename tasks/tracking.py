@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from base.errors import CherryError, OperationalError, without_credentials
 from tasks.config import TrackingConfig
+from tasks.tracker import ModelVersion
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,44 +35,6 @@ _BATCH_PARAMS = 100
 _PARAM_CHARACTERS = 6000
 _MODEL_URI = "models:/"
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
-
-
-class Tracker(Protocol):
-    """Where runs are recorded. `None` for a run id means that the run could not be made; calls then do nothing."""
-
-    def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
-        """Open the run of a step, found again by (step, identity, name, run_key) or new; its id."""
-
-    def log(
-        self,
-        run_id: str | None,
-        *,
-        params: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        """Record values. A parameter that exists keeps its first value."""
-
-    def points(self, run_id: str | None, points: Iterable[tuple[str, float, int, int]]) -> bool:
-        """Record (metric, value, step, unix milliseconds); False when they could not be sent."""
-
-    def artifact(self, run_id: str | None, path: Path, folder: str = "") -> None:
-        """Copy a small file (a plot, a table) to the run."""
-
-    def finish(self, run_id: str | None, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """A registered version, by reference: `uri` is where its weights lie."""
-
-    name: str
-    version: int
-    uri: str
-    tags: dict[str, str]
-    model_id: str | None = None
-    """MLflow's id of the logged model behind the version."""
 
 
 def tracking_uri(config: TrackingConfig, runs_directory: str) -> str:

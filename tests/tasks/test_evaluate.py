@@ -9,7 +9,8 @@ from base import storage
 from tasks.evaluate import find_champion, judge, shortfall
 from tasks.parameters import resolve
 from tasks.steps import RunContext
-from tasks.tracking import MlflowTracker, ModelVersion
+from tasks.tracker import ModelVersion
+from tasks.tracking import MlflowTracker
 
 TOKENS = 100
 
