@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry import sharding
@@ -81,6 +82,7 @@ def simulate(
             return _largest(tracker)
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # keyed by meshes that compare equal between ranks
 
 
 def _largest(tracker: FSDPMemTracker) -> Held:

@@ -40,8 +40,9 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     """
     resolved = load(config, RunConfig, overrides)
     directory = Path(run_directory(resolved))
-    # Importing mlflow and making its database takes six seconds, Prefect's temporary server ten: at one time.
-    connect(resolved.tracking, resolved.runs_directory).connect_early()
+    if "PREFECT_API_URL" not in os.environ:
+        # Importing mlflow and making its database takes six seconds, Prefect's temporary server ten: at one time.
+        connect(resolved.tracking, resolved.runs_directory).connect_early()
     console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
     logs = f"  logs:     {directory}/train/, {directory}/events.jsonl\n"
     hints = f"{logs}  resume:   the same command; finished steps are found"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry import sharding
@@ -24,6 +25,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.init_process_group("fake", store=FakeStore(), rank=request.param - 1, world_size=request.param)
     yield request.param
     dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # keyed by meshes that compare equal between ranks
 
 
 @pytest.mark.parametrize(
