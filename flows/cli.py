@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     stop = commands.add_parser("stop", help="stop what `cherry deploy` started")
     doctor = commands.add_parser("doctor", help="whether this machine can run the pipeline")
     for command in (status, stop, doctor):
-        command.add_argument("--runs-directory", type=Path, default=Path("runs"), metavar="DIR")
+        command.add_argument(
+            "--runs-directory", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie; default: runs"
+        )
     commands.add_parser("demo", help="text to a served release with configs/tiny.yaml")
     return parser
 

@@ -50,6 +50,12 @@ def test_an_override_that_is_written_like_a_flag_is_told_how_to_write_it(capsys)
     assert "--train.steps=3 name=b. Keys of the config have no dashes: train.steps=3\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["status", "stop", "doctor"])
+def test_the_runs_directory_is_explained(command, capsys):
+    assert code(command, "--help") == 0
+    assert "--runs-directory DIR where runs lie; default: runs" in " ".join(capsys.readouterr().out.split())
+
+
 def test_only_the_config_is_required(capsys):
     assert code("run") == 2
     assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
