@@ -168,7 +168,9 @@ def _document(line: bytes, name: str, where: str, text_key: str, *, chat: bool) 
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}). Mend or remove the line.") from error
+        # The decoder counts lines, too, and would name the first of this one.
+        told = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not valid JSON ({told}). Mend or remove the line.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}. Mend or remove the line.")
     messages = _messages(record, where) if chat else None
