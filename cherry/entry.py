@@ -63,9 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
     code = run_program(lambda: _run(arguments))
+    logging.shutdown()
     sys.stdout.flush()
-    # Not SystemExit: after an error other ranks may be inside a collective, and torn-down threads would wait for them.
-    os._exit(code) if code else sys.exit(0)
+    sys.stderr.flush()
+    # Not SystemExit. After an error other ranks may be inside a collective, and torn-down threads would wait for them;
+    # after success a thread that is still inside torch when Python ends takes the process with it (SIGABRT, rarely).
+    os._exit(code)
 
 
 def _run(arguments: Sequence[str] | None) -> None:
