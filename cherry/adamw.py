@@ -105,6 +105,10 @@ class AdamW(torch.optim.Optimizer):
         copies = [None if self.copies is None else self.copies.of[parameter].data for parameter in parameters]
         return Shards(own, gradients, exp_avgs, exp_avg_sqs, steps, copies)
 
+    def forget_parts(self) -> None:
+        """Parameters may lie elsewhere from here on: FSDP2 gives uneven shards new memory when a state is loaded."""
+        self._parts.clear()
+
     def _own_parts(self, parameters: list[nn.Parameter]) -> tuple[list[Tensor], ...]:
         for parameter in parameters:
             state = self.state[parameter]
@@ -123,7 +127,7 @@ class AdamW(torch.optim.Optimizer):
         """
         kept = {index: {k: s[k] for k in s if k not in _MOMENTS} for index, s in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": kept})
-        self._parts.clear()
+        self.forget_parts()
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):

@@ -102,6 +102,7 @@ class Network:
 
     def fold(self) -> None:
         """Make the fp32 parameters the module's own, before its state is read or written from outside."""
+        self.optimizer.forget_parts()
         if self.copies is not None:
             self.copies.fold()
 

@@ -126,7 +126,8 @@ class Reach:
 # of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up
 # to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote: 985e12 on dense shapes where
 # bf16 reaches 721e12, grouped 808e12 (gate and up) and 767e12 (down), within 2 % of share and half here
-# (docs/decisions.md, 2026-11-25). Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s,
+# (docs/decisions.md, 2026-11-26: fp8 training).
+# Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s,
 # over 4 of them 355e9 (2026-11-13). Shares of adapters are assumed, as no cluster of several nodes was measured here:
 # 0.8 in a ring, 0.7 in an all-to-all, in which every pair of GPUs has a message of its own.
 GPU_REACH = Reach(

@@ -92,3 +92,18 @@ def test_gradients_of_micro_batches_are_summed_in_fp32(one_rank: None) -> None:
     torch.testing.assert_close(single, single.bfloat16().float(), rtol=1e-2, atol=1e-6)
     network.clear()
     assert network.copies.gradient(parameter) is None
+
+
+def test_parameters_that_got_other_memory_are_stepped_after_folding(one_rank: None) -> None:
+    """As FSDP2 does with uneven shards when a state is loaded."""
+    tokens = torch.randint(128, (1, 1, 2, 33), generator=torch.Generator().manual_seed(0))
+    network = build(copies=False, micro_batches=1)
+    train(network, tokens)  # folds at its end
+    head = network.model.lm_head.weight
+    head._local_tensor = head._local_tensor.clone()  # type: ignore[attr-defined,operator]
+    before = head._local_tensor.detach().clone()  # type: ignore[operator]
+    network.optimizer.zero_grad()
+    for parameter in network.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    network.step(network.gradient_norm(), 1.0)
+    assert not torch.equal(head._local_tensor, before)  # type: ignore[arg-type]
