@@ -84,6 +84,8 @@ class AdamW(torch.optim.Optimizer):
                     _step_fused(shards, group, coefficient)
                 else:
                     step_reference(shards, group, coefficient)
+        if self.copies is not None:
+            self.copies.renew()
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad if self.copies is None else self.copies.gradient(parameter)
@@ -102,7 +104,9 @@ class AdamW(torch.optim.Optimizer):
             self._parts[key] = self._own_parts(parameters)
         own, exp_avgs, exp_avg_sqs, steps = self._parts[key]
         gradients = [local(g) for parameter in parameters if (g := self._gradient(parameter)) is not None]
-        copies = [None if self.copies is None else self.copies.of[parameter].data for parameter in parameters]
+        if self.copies is None:
+            return Shards(own, gradients, exp_avgs, exp_avg_sqs, steps, [None] * len(own))
+        copies: list[Tensor | None] = [self.copies.of[parameter].data for parameter in parameters]
         return Shards(own, gradients, exp_avgs, exp_avg_sqs, steps, copies)
 
     def forget_parts(self) -> None:

@@ -77,12 +77,19 @@ class Network:
     optimizer: AdamW
     copy_micro_batches: int | None = None
     """Micro-batches of a step where working copies are kept; `None` where the mesh is of several."""
+    fp8: bool = False
     copies: WorkingCopies | None = None
 
     def start(self) -> None:
-        """Once the first or the restored state is in place, before the first pass."""
-        if self.copies is None and self.copy_micro_batches is not None:
+        """Once the first or a restored state is in place, before the next pass."""
+        if self.copies is not None:
+            self.copies.unfold()
+        elif self.copy_micro_batches is not None:
             self.optimizer.copies = self.copies = WorkingCopies(self.module, self.copy_micro_batches)
+            if self.fp8:
+                from model.fp8_training import hold_operands
+
+                self.copies.hold(hold_operands(self.model))
 
     def gradient_norm(self) -> Tensor:
         """The total norm over all ranks' shards, 0-dim fp32."""
@@ -144,7 +151,7 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     initialize_adapters(model, config.seed)
     alone = sharding.keeps_copies(meshes, train.precision, config.parallel)
     micro_batches = train.gradient_accumulation_steps if alone else None
-    return Network(model, network.train(), build_optimizer(model, train), micro_batches)
+    return Network(model, network.train(), build_optimizer(model, train), micro_batches, train.precision == "fp8")
 
 
 def _use_fp8(model: DeepseekV3, device: torch.device) -> None:

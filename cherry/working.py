@@ -10,12 +10,16 @@ before the optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from cherry.optimizer import square_sum
+
+if TYPE_CHECKING:
+    from model.fp8_training import Operands
 
 
 class WorkingCopies:
@@ -38,6 +42,8 @@ class WorkingCopies:
         copies = list(network.parameters())
         self.of: Mapping[nn.Parameter, nn.Parameter] = dict(zip(parameters, copies, strict=True))
         """The copy of each fp32 parameter."""
+        self.operands: Mapping[nn.Parameter, Operands] = {}
+        """What copies are cast to where they multiply in fp8: once a step instead of in every pass."""
         if micro_batches > 1:
             for copy in filter(lambda copy: copy.requires_grad, copies):
                 copy.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
@@ -60,6 +66,15 @@ class WorkingCopies:
         gradients = [gradient for parameter in self.of if (gradient := self.gradient(parameter)) is not None]
         return square_sum(gradients).sqrt()
 
+    def hold(self, operands: Mapping[nn.Parameter, Operands]) -> None:
+        """Keep these of copies, by copy, from step to step."""
+        self.operands = operands
+
+    def renew(self) -> None:
+        """Cast copies to their operands again: they have changed."""
+        for copy, operands in self.operands.items():
+            operands.renew(copy.detach())
+
     def clear(self) -> None:
         """Drop the gradients."""
         self._sums.clear()
@@ -70,3 +85,9 @@ class WorkingCopies:
         """Make the fp32 parameters the network's own, as checkpoints want them; the next pass copies them again."""
         for module in self._modules:
             module.reshard()
+
+    def unfold(self) -> None:
+        """Copy them now, with what copies are cast to: they were changed."""
+        for module in self._modules:
+            module.unshard()
+        self.renew()

@@ -124,8 +124,10 @@ class Experts(nn.Module):
 
     spread: Spread | None = None
     """Set where this process holds only some of the experts."""
-    fp8: Callable[[Tensor, Tensor, Dispatch, Tensor, Tensor], Tensor] | None = None
-    """Set where they multiply in fp8: as `through_experts`, with w13 and w2."""
+    fp8: Callable[[Tensor, Tensor, Dispatch, Tensor, Tensor, tuple[Tensor, ...]], Tensor] | None = None
+    """Set where they multiply in fp8: as `through_experts`, with w13, w2 and what follows."""
+    fp8_operands: tuple[Tensor, ...] = ()
+    """Of w13 and w2, where they are kept from step to step."""
 
     def __init__(self, experts: int, width: int, intermediate: int) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
         x_ND = x_ND.to(dtype or x_ND.dtype)
         if self.fp8 is not None and self.spread is None:
-            return self.fp8(x_ND, weight_NK, dispatch, *self._weights(x_ND.dtype))
+            return self.fp8(x_ND, weight_NK, dispatch, *self._weights(x_ND.dtype), self.fp8_operands)
         spread = self.spread or through_experts
         return spread(self.run, x_ND, weight_NK, dispatch)
 
@@ -151,7 +153,8 @@ class Experts(nn.Module):
         """Each row through its expert: grouped matmuls where the device has them, else one expert at a time."""
         w13_EFD, w2_EDF = self._weights(rows_RD.dtype)
         if self.fp8 is not None:
-            return self.fp8(rows_RD, weight_R[:, None], in_order(counts_E, rows_RD.shape[0]), w13_EFD, w2_EDF)
+            in_place = in_order(counts_E, rows_RD.shape[0])
+            return self.fp8(rows_RD, weight_R[:, None], in_place, w13_EFD, w2_EDF, self.fp8_operands)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
         return self.loop(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)

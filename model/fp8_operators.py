@@ -62,6 +62,18 @@ def cast_weight(weight_EXD: Tensor, turned: bool) -> tuple[Tensor, ...]:
     return triton_fp8.cast_weight(weight_EXD, turned=turned)
 
 
+def cast_both_(weight_EXD: Tensor, values_EXD: Tensor, scale: Tensor, turned_EDX: Tensor, turned_scale: Tensor) -> None:
+    """What `cast_weight` makes both ways, into tensors that are there; no operator."""
+    if weight_EXD.is_cuda:
+        from model import triton_fp8
+
+        triton_fp8.cast_both_(weight_EXD, values_EXD, scale, turned_EDX, turned_scale)
+        return
+    for turned, kept in ((False, (values_EXD, scale)), (True, (turned_EDX, turned_scale))):
+        for old, new in zip(kept, fp8_reference.cast_weight(weight_EXD, turned), strict=True):
+            old.copy_(new)
+
+
 def _blocks(weight_EXD: Tensor) -> tuple[int, int]:
     return -(-weight_EXD.shape[1] // BLOCK), -(-weight_EXD.shape[2] // BLOCK)
 

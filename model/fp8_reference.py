@@ -20,13 +20,17 @@ BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 
 
+def _scale(largest: Tensor) -> Tensor:
+    """Where all numbers are as good as zero it is 1: no 0 / 0."""
+    return torch.where(largest > 1e-30, largest / 448, 1)
+
+
 def cast_rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers [R, D] and scales [ceil(D / 128), 128 T]."""
     rows, width = x_RD.shape
     padded = F.pad(x_RD.float(), (0, -width % BLOCK, 0, -rows % BLOCK))
     groups = padded.view(padded.shape[0], -1, BLOCK)
-    scale = groups.abs().amax(-1) / 448
-    scale[scale == 0] = 1
+    scale = _scale(groups.abs().amax(-1))
     values = (groups / scale[..., None]).to(E4M3).flatten(1)
     return values[:rows, :width].contiguous(), scale.t().contiguous()
 
@@ -53,8 +57,7 @@ def cast_weight(weight_EXD: Tensor, turned: bool) -> tuple[Tensor, ...]:
     experts, height, width = weight_EXD.shape
     padded = F.pad(weight_EXD.float(), (0, -width % BLOCK, 0, -height % BLOCK))
     blocks = padded.view(experts, padded.shape[1] // BLOCK, BLOCK, -1, BLOCK)
-    scale = blocks.abs().amax((2, 4)) / 448
-    scale[scale == 0] = 1
+    scale = _scale(blocks.abs().amax((2, 4)))
     values = (blocks / scale[:, :, None, :, None]).flatten(3).flatten(1, 2)[:, :height, :width]
     if turned:
         values, scale = values.transpose(1, 2), scale.transpose(1, 2)

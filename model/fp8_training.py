@@ -17,20 +17,48 @@ import torch
 from torch import Tensor, nn
 
 from model.experts import Dispatch, Experts
-from model.fp8_operators import cast_weight, experts_backward, experts_forward, linear_backward, linear_forward
+from model.fp8_operators import (
+    cast_both_,
+    cast_weight,
+    experts_backward,
+    experts_forward,
+    linear_backward,
+    linear_forward,
+)
 from model.fp8_reference import BLOCK
 from model.transformer import Block
 
 _ALIGNED = 16
 
 
+class Operands(NamedTuple):
+    """A weight [E, X, D] in fp8, as it is and turned round, with their scales."""
+
+    values_EXD: Tensor
+    scale: Tensor
+    turned_EDX: Tensor
+    turned_scale: Tensor
+
+    @classmethod
+    def of(cls, weight_EXD: Tensor) -> Operands:
+        """Cast a bf16 weight."""
+        return cls(*cast_weight(weight_EXD, False), *cast_weight(weight_EXD, True))
+
+    def renew(self, weight: Tensor) -> None:
+        """Cast it again, in place; [X, D] will do for one of [1, X, D]."""
+        cast_both_(weight.view(self.values_EXD.shape), *self)
+
+
 class Fp8Linear(nn.Linear):
     """A projection without a bias, in fp8."""
+
+    operands: Operands | None = None
+    """Set where they are kept from step to step; else each pass casts the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Project each row; bf16 in and out."""
         x_NI = input.flatten(0, -2)
-        return fp8_linear(x_NI, self.weight).view(*input.shape[:-1], -1)
+        return fp8_linear(x_NI, self.weight, self.operands).view(*input.shape[:-1], -1)
 
 
 class PaddedRows(NamedTuple):
@@ -62,6 +90,20 @@ def use_fp8(model: nn.Module) -> int:
     return taken
 
 
+def hold_operands(model: nn.Module) -> dict[nn.Parameter, Operands]:
+    """Make each fp8 weight's operands once and keep them; by weight. Who changes a weight changes its operands."""
+    held: dict[nn.Parameter, Operands] = {}
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            held |= {weight: Operands.of(weight.data[None]) for weight in module.parameters()}
+            module.operands = held[cast(nn.Parameter, module.weight)]
+        elif isinstance(module, Experts) and module.fp8 is not None:
+            weights = module.w13_EFD, module.w2_EDF
+            held |= {weight: Operands.of(weight.data) for weight in weights}
+            module.fp8_operands = *held[weights[0]], *held[weights[1]]
+    return held
+
+
 def _takes(linear: nn.Linear) -> bool:
     """TMA wants rows of a multiple of 16 bytes. A width below a block's would leave nothing for a scale to do."""
     widths, bias = (linear.in_features, linear.out_features), getattr(linear, "bias", None)
@@ -86,30 +128,47 @@ def pad_rows(dispatch: Dispatch) -> PaddedRows:
     return PaddedRows(token_P, place_NK, expert_T, torch.cat([ends_E.new_zeros(1), ends_E]).to(torch.int32))
 
 
-def fp8_linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x times the transposed weight, bf16 [N, O]."""
-    return cast(Tensor, _Linear.apply(x_NI, weight_OI))  # type: ignore[no-untyped-call]
+def fp8_linear(x_NI: Tensor, weight_OI: Tensor, operands: Operands | None = None) -> Tensor:
+    """x times the transposed weight, bf16 [N, O].
+
+    Args:
+        operands: the weight's; without them it is cast in each pass. Kept in fp8 from one pass to the other, it would
+            outlive what FSDP gathers.
+    """
+    return cast(Tensor, _Linear.apply(x_NI, weight_OI, *(operands or ())))  # type: ignore[no-untyped-call]
 
 
-def fp8_experts(x_ND: Tensor, weight_NK: Tensor, dispatch: Dispatch, w13_EXD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """As `model.experts.through_experts` through SwiGLUs: the sum of weight * expert(x) over a token's choices."""
+def fp8_experts(
+    x_ND: Tensor,
+    weight_NK: Tensor,
+    dispatch: Dispatch,
+    w13_EXD: Tensor,
+    w2_EDF: Tensor,
+    operands: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """As `model.experts.through_experts` through SwiGLUs: the sum of weight * expert(x) over a token's choices.
+
+    Args:
+        operands: w13's, then w2's; without them weights are cast in each pass.
+    """
     rows = pad_rows(dispatch)
-    return cast(Tensor, _Experts.apply(x_ND, weight_NK, *rows, w13_EXD, w2_EDF))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Experts.apply(x_ND, weight_NK, *rows, w13_EXD, w2_EDF, *operands))  # type: ignore[no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
-    """The weight is cast in each pass: kept in fp8 from one to the other, it would outlive what FSDP gathers."""
-
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-        made = linear_forward(x_NI, *_straight(weight_OI[None]))
-        ctx.save_for_backward(weight_OI, *made[1:])
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, *operands: Tensor) -> Tensor:
+        made = linear_forward(x_NI, *(operands[:2] or cast_weight(weight_OI[None], False)))
+        ctx.held = len(operands)
+        ctx.save_for_backward(*(operands[2:] or (weight_OI,)), *made[1:])
         return made[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        weight_OI, *turned = ctx.saved_tensors
-        return linear_backward(grads[0].contiguous(), *_turned(weight_OI[None]), *turned)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *weights, x_IN, x_scale = ctx.saved_tensors
+        turned = weights if ctx.held else cast_weight(weights[0][None], True)
+        made = linear_backward(grads[0].contiguous(), *turned, x_IN, x_scale)
+        return *made, *[None] * ctx.held
 
 
 class _Experts(torch.autograd.Function):
@@ -124,29 +183,28 @@ class _Experts(torch.autograd.Function):
         starts_E: Tensor,
         w13_EXD: Tensor,
         w2_EDF: Tensor,
+        *operands: Tensor,
     ) -> Tensor:
         weight_P = weight_NK.new_zeros(token_P.shape[0] + 1, dtype=torch.float32)
         weight_P = weight_P.scatter(0, place_NK.flatten(), weight_NK.flatten().float())[:-1]
-        weights = *_straight(w13_EXD), *_straight(w2_EDF)
+        straight, turned = (*operands[:2], *operands[4:6]), (*operands[2:4], *operands[6:])
+        weights = straight or _cast(w13_EXD, w2_EDF, False)
         made = experts_forward(x_ND, weight_P, token_P, place_NK, expert_T, *weights)
-        ctx.weight_dtype = weight_NK.dtype
-        ctx.save_for_backward(w13_EXD, w2_EDF, weight_P, token_P, place_NK, expert_T, starts_E, *made[1:])
+        ctx.weight_dtype, ctx.held = weight_NK.dtype, len(operands)
+        rows = weight_P, token_P, place_NK, expert_T, starts_E
+        ctx.save_for_backward(*rows, *made[1:], *(turned or (w13_EXD, w2_EDF)))
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        w13_EXD, w2_EDF, *kept = ctx.saved_tensors
-        rows, made = kept[:5], kept[5:]
-        weights = *_turned(w13_EXD), *_turned(w2_EDF)
-        grad_x_ND, grad_weight_P, *grad_weights = experts_backward(grads[0].contiguous(), *rows, *weights, *made)
+        rows, made, weights = ctx.saved_tensors[:5], ctx.saved_tensors[5:8], ctx.saved_tensors[8:]
+        turned = weights if ctx.held else _cast(weights[0], weights[1], True)
+        grad_x_ND, grad_weight_P, *grad_weights = experts_backward(grads[0].contiguous(), *rows, *turned, *made)
         padded = torch.cat([grad_weight_P, grad_weight_P.new_zeros(1)])
         place_NK = rows[2]
-        return grad_x_ND, padded[place_NK].to(ctx.weight_dtype), None, None, None, None, *grad_weights
+        grad_weight_NK = padded[place_NK].to(ctx.weight_dtype)
+        return grad_x_ND, grad_weight_NK, None, None, None, None, *grad_weights, *[None] * ctx.held
 
 
-def _straight(weight_EXD: Tensor) -> tuple[Tensor, ...]:
-    return cast_weight(weight_EXD, False)
-
-
-def _turned(weight_EXD: Tensor) -> tuple[Tensor, ...]:
-    return cast_weight(weight_EXD, True)
+def _cast(w13_EXD: Tensor, w2_EDF: Tensor, turned: bool) -> tuple[Tensor, ...]:
+    return *cast_weight(w13_EXD, turned), *cast_weight(w2_EDF, turned)

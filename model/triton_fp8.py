@@ -97,7 +97,10 @@ def _cast(
 
 
 @triton.jit
-def _cast_weight(w_ptr, values_ptr, scale_ptr, height, width, TURNED: tl.constexpr):
+def _cast_weight(
+    w_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, height, width,
+    STRAIGHT: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     block_row, block_column, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, columns = block_row * 128 + tl.arange(0, 128), block_column * 128 + tl.arange(0, 128)
     inside = (rows < height)[:, None] & (columns < width)[None, :]
@@ -108,9 +111,9 @@ def _cast_weight(w_ptr, values_ptr, scale_ptr, height, width, TURNED: tl.constex
     tall, wide = tl.num_programs(0), tl.num_programs(1)
     if TURNED:
         at = columns[:, None].to(tl.int64) * height + rows[None, :]
-        tl.store(values_ptr + start + at, tl.trans(values), tl.trans(inside))
-        tl.store(scale_ptr + (expert * wide + block_column) * tall + block_row, scale)
-    else:
+        tl.store(turned_ptr + start + at, tl.trans(values), tl.trans(inside))
+        tl.store(turned_scale_ptr + (expert * wide + block_column) * tall + block_row, scale)
+    if STRAIGHT:
         tl.store(values_ptr + start + rows[:, None].to(tl.int64) * width + columns[None, :], values, inside)
         tl.store(scale_ptr + (expert * tall + block_row) * wide + block_column, scale)
 
@@ -196,8 +199,20 @@ def cast_weight(weight_EXD: Tensor, *, turned: bool = False) -> Operand:
     tall, wide = triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK)
     shape, scales = ((width, height), (wide, tall)) if turned else ((height, width), (tall, wide))
     result = _empty(weight_EXD, (experts, *shape), (experts, *scales))
-    _cast_weight[(tall, wide, experts)](weight_EXD, *result, height, width, TURNED=turned, num_warps=8)
+    _launch_cast_weight(weight_EXD, result, result, straight=not turned, turned=turned)
     return result
+
+
+def cast_both_(weight_EXD: Tensor, values_EXD: Tensor, scale: Tensor, turned_EDX: Tensor, turned_scale: Tensor) -> None:
+    """Both into tensors that are there; the weight is read once."""
+    plain, turned = Operand(values_EXD, scale), Operand(turned_EDX, turned_scale)
+    _launch_cast_weight(weight_EXD, plain, turned, straight=True, turned=True)
+
+
+def _launch_cast_weight(weight_EXD: Tensor, plain: Operand, round_: Operand, *, straight: bool, turned: bool) -> None:
+    experts, height, width = weight_EXD.shape
+    grid = triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK), experts
+    _cast_weight[grid](weight_EXD, *plain, *round_, height, width, STRAIGHT=straight, TURNED=turned, num_warps=8)
 
 
 def swiglu(h_RX: Tensor, weight_R: Tensor, group_T: Tensor) -> Operand:

@@ -91,43 +91,76 @@ def _produce(
 
 
 @gluon.jit
+def _multiply(a_ring, b_ring, ready, turn, zero, HALF: gl.constexpr):
+    """Start the product of a turn's tiles, once they are there."""
+    STAGES: gl.constexpr = a_ring.type.shape[0]
+    slot = turn % STAGES
+    mbarrier.wait(ready.index(slot), turn // STAGES & 1)
+    a_half = a_ring.index(slot).slice(HALF * 64, 64)
+    return warpgroup_mma(a_half, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _promote(
+    total, part, a_scales, b_scales, b_scale, empty, turn,
+    HALF: gl.constexpr, GRADIENT: gl.constexpr, BEHIND: gl.constexpr,
+):  # fmt: skip
+    """Add a turn's product, scaled, once no more than those behind it are under way; its tiles are free then."""
+    mma: gl.constexpr = total.type.layout
+    slot = turn % a_scales.type.shape[0]
+    a_scale = a_scales.index(slot).slice(HALF * 64, 64).load(gl.SliceLayout(1, mma))
+    if GRADIENT:
+        b_scale = b_scales.index(slot).load(gl.SliceLayout(0, mma))
+    part = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(part,))
+    mbarrier.arrive(empty.index(slot), count=1)
+    if GRADIENT:
+        total += part * a_scale[:, None] * b_scale[None, :]
+    else:
+        total += part * (a_scale * b_scale)[:, None]
+    return total
+
+
+@gluon.jit
 def _consume(
     c, a_ring, b_ring, a_scales, b_scales, c_part, ready, empty, b_scale_ptr, group_ptr, tiles, tiles_m, tiles_n,
     rows_a, blocks, HALF: gl.constexpr, GRADIENT: gl.constexpr,
 ):  # fmt: skip
-    STAGES: gl.constexpr = a_ring.type.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     zero = gl.zeros([64, 128], gl.float32, mma)
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         group, m, n, first, last = _place(tile, tiles_m, tiles_n, group_ptr, GRADIENT)
         row = m * 128 + HALF * 64
+        total = zero
         if GRADIENT:
             row += group * rows_a
+            for _ in range(first, last):
+                part = _multiply(a_ring, b_ring, ready, turn, zero, HALF)
+                total = _promote(total, part, a_scales, b_scales, 0.0, empty, turn, HALF, GRADIENT, 0)
+                turn += 1
         else:
             last = gl.where(group >= 0, blocks, 0)
             scale_ptr = b_scale_ptr + (group * tiles_n + n) * blocks
+            # Loaded two turns ahead: waiting for them here would leave the tensor cores idle half of the time.
             following = gl.load(scale_ptr, mask=last > 0, other=0.0)
-        total = zero
-        for k in range(first, last):
-            slot = turn % STAGES
-            if not GRADIENT:
-                # Loaded a turn ahead: waiting for it here would leave the tensor cores idle half of the time.
+            behind = gl.load(scale_ptr + 1, mask=last > 1, other=0.0)
+            # Two at a time, so that one's sum is promoted while the other multiplies. Gradients' scales of columns
+            # would take the registers that this needs.
+            for k in range(0, last - 1, 2):
                 b_scale = following
-                following = gl.load(scale_ptr + k + 1, mask=k + 1 < last, other=0.0)
-            mbarrier.wait(ready.index(slot), turn // STAGES & 1)
-            a_half = a_ring.index(slot).slice(HALF * 64, 64)
-            part = warpgroup_mma(a_half, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            a_scale = a_scales.index(slot).slice(HALF * 64, 64).load(gl.SliceLayout(1, mma))
-            if GRADIENT:
-                b_scale = b_scales.index(slot).load(gl.SliceLayout(0, mma))
-            part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
-            mbarrier.arrive(empty.index(slot), count=1)
-            if GRADIENT:
-                total += part * a_scale[:, None] * b_scale[None, :]
-            else:
-                total += part * (a_scale * b_scale)[:, None]
-            turn += 1
+                b_scale_behind = behind
+                following = gl.load(scale_ptr + k + 2, mask=k + 2 < last, other=0.0)
+                behind = gl.load(scale_ptr + k + 3, mask=k + 3 < last, other=0.0)
+                part = _multiply(a_ring, b_ring, ready, turn, zero, HALF)
+                part_behind = _multiply(a_ring, b_ring, ready, turn + 1, zero, HALF)
+                total = _promote(total, part, a_scales, b_scales, b_scale, empty, turn, HALF, GRADIENT, 1)
+                total = _promote(total, part_behind, a_scales, b_scales, b_scale_behind, empty, turn + 1, HALF,
+                                 GRADIENT, 0)  # fmt: skip
+                turn += 2
+            if last % 2 == 1:
+                part = _multiply(a_ring, b_ring, ready, turn, zero, HALF)
+                total = _promote(total, part, a_scales, b_scales, following, empty, turn, HALF, GRADIENT, 0)
+                turn += 1
         if GRADIENT or group >= 0:
             tma.store_wait(pendings=0)
             c_part.store(total.to(c.dtype))

@@ -15,6 +15,7 @@ from cherry.mesh import build_meshes
 from cherry.network import Network, TrainingModel
 from cherry.optimizer import build_optimizer
 from model.config import ModelConfig
+from model.fp8_training import use_fp8
 from model.transformer import DeepseekV3
 
 SMALL = {"preset": "tiny", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -28,16 +29,22 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def build(*, copies: bool, micro_batches: int) -> Network:
+# Wide enough for fp8's blocks.
+WIDE = {**SMALL, "hidden_size": 128, "moe_intermediate_size": 128}
+
+
+def build(*, copies: bool, micro_batches: int, fp8: bool = False) -> Network:
     train = TrainConfig(learning_rate=2e-3, gradient_accumulation_steps=micro_batches)
     with torch.device("meta"):
-        model = DeepseekV3(ModelConfig.model_validate(SMALL))
+        model = DeepseekV3(ModelConfig.model_validate(WIDE if fp8 else SMALL))
     module = TrainingModel(model, 64)
+    if fp8:
+        assert use_fp8(model)
     meshes = build_meshes(ParallelConfig(), torch.device("cpu"))
     sharding.shard_model(module, meshes, "bf16", ParallelConfig())
     module.to_empty(device="cpu")
     sharding.initialize(model, seed=0)
-    network = Network(model, module.train(), build_optimizer(model, train), micro_batches if copies else None)
+    network = Network(model, module.train(), build_optimizer(model, train), micro_batches if copies else None, fp8)
     network.start()
     return network
 
@@ -59,19 +66,34 @@ def train(network: Network, tokens: Tensor, *, fold_at: int | None = None) -> li
     return losses
 
 
-@pytest.mark.parametrize("micro_batches", [1, MICRO_BATCHES])
-def test_copies_change_nothing(one_rank: None, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("micro_batches", "fp8"), [(1, False), (MICRO_BATCHES, False), (1, True)])
+def test_copies_change_nothing(one_rank: None, micro_batches: int, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "_step_fused", adamw.step_reference)  # one arithmetic on both sides
     one_step = torch.randint(128, (1, micro_batches, 2, 33), generator=torch.Generator().manual_seed(0))
     tokens = one_step.expand(STEPS, -1, -1, -1)
-    plain, kept = build(copies=False, micro_batches=micro_batches), build(copies=True, micro_batches=micro_batches)
-    assert kept.copies is not None and plain.copies is None
+    plain, kept = (build(copies=copies, micro_batches=micro_batches, fp8=fp8) for copies in (False, True))
+    assert kept.copies is not None and plain.copies is None and bool(kept.copies.operands) == fp8
     expected = train(plain, tokens)
     assert expected[-1] < expected[0]
     # Folding, as a checkpoint does, leaves no trace.
     assert train(kept, tokens, fold_at=1) == expected
     for (name, one), other in zip(plain.model.named_parameters(), kept.model.parameters(), strict=True):
         assert torch.equal(one.to_local(), other.to_local()), name  # type: ignore[attr-defined]
+
+
+def test_operands_follow_parameters_that_were_restored(one_rank: None) -> None:
+    tokens = torch.randint(128, (STEPS, 1, 2, 33), generator=torch.Generator().manual_seed(0))
+    network = build(copies=True, micro_batches=1, fp8=True)
+    network.fold()
+    first = [parameter.to_local().clone() for parameter in network.model.parameters()]  # type: ignore[attr-defined]
+    losses = train(network, tokens)
+    with torch.no_grad():
+        for parameter, value in zip(network.model.parameters(), first, strict=True):
+            parameter.to_local().copy_(value)  # type: ignore[attr-defined]
+    network.start()
+    batch = tokens[0, 0]
+    again, _, _ = network.module(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+    assert again.item() == losses[0]
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(one_rank: None) -> None:
