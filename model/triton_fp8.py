@@ -1,4 +1,4 @@
-"""Owns the Triton kernels that make operands of fp8 matmuls: e4m3 numbers with a scale every 128 of them.
+"""Owns how operands of fp8 matmuls are made on a GPU: e4m3 numbers with a scale every 128 of them.
 
 It knows nothing of matmuls (model/triton_hopper.py) or of layers, and is imported on CUDA machines only. Activations
 and gradients get a scale every 128 numbers of a row and, turned round for weight gradients, every 128 rows of a column;
@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model import triton_tiles as tiles
+
 BLOCK = 128
-# Of the strips that a tile of the gated activation is worked through in.
-_ROWS, _COLUMNS = 16, 64
+# Of a program of the gated activation.
+_ROWS = 16
 _E4M3 = torch.float8_e4m3fn
 
 
@@ -69,34 +71,6 @@ def _store_rows(x, rows, columns, block, height, width, values_ptr, scale_ptr):
 
 
 @triton.jit
-def _store_turned(x, rows, columns, block, height, width, values_ptr, scale_ptr):
-    scale, inverse = _scale(tl.max(tl.abs(x), 0))
-    values = (x * inverse[None, :]).to(tl.float8e4nv)
-    at = columns[:, None].to(tl.int64) * (tl.cdiv(height, 128) * 128) + rows[None, :]
-    tl.store(values_ptr + at, tl.trans(values), (columns < width)[:, None])
-    tl.store(scale_ptr + block * width + columns, scale, columns < width)
-
-
-@triton.jit
-def _cast(
-    x_ptr, token_ptr, group_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, height, width,
-    GATHER: tl.constexpr,
-):  # fmt: skip
-    block_row, block_column = tl.program_id(0), tl.program_id(1)
-    rows, columns = block_row * 128 + tl.arange(0, 128), block_column * 128 + tl.arange(0, 128)
-    source = rows
-    if GATHER:
-        if tl.load(group_ptr + block_row) < 0:
-            return
-        source = tl.load(token_ptr + rows)
-    here = (source >= 0) & (rows < height)
-    at = source[:, None].to(tl.int64) * width + columns[None, :]
-    x = tl.load(x_ptr + at, here[:, None] & (columns < width)[None, :], 0.0).to(tl.float32)
-    _store_rows(x, rows, columns, block_column, height, width, values_ptr, scale_ptr)
-    _store_turned(x, rows, columns, block_row, height, width, turned_ptr, turned_scale_ptr)
-
-
-@triton.jit
 def _cast_weight(
     w_ptr, values_ptr, scale_ptr, turned_ptr, turned_scale_ptr, height, width,
     STRAIGHT: tl.constexpr, TURNED: tl.constexpr,
@@ -133,47 +107,6 @@ def _swiglu(h_ptr, weight_ptr, group_ptr, values_ptr, scale_ptr, height, width, 
                 scale_ptr)  # fmt: skip
 
 
-@triton.jit
-def _gradients(h_ptr, grad_ptr, weight_ptr, rows, columns, width):
-    """Of a piece: the activation, its gradient by gate and by up, and each number's part of the gradient by weight."""
-    inside = columns[None, :] < width
-    at = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
-    gate = tl.load(h_ptr + at, inside, 0.0).to(tl.float32)
-    up = tl.load(h_ptr + at + width, inside, 0.0).to(tl.float32)
-    narrow = rows[:, None].to(tl.int64) * width + columns[None, :]
-    grad = tl.load(grad_ptr + narrow, inside, 0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + rows)[:, None]
-    share = _sigmoid(gate)
-    silu = gate * share
-    weighted = grad * weight
-    return silu * up * weight, weighted * up * share * (1.0 + gate * (1.0 - share)), weighted * silu, grad * silu * up
-
-
-@triton.jit
-def _swiglu_backward(
-    h_ptr, weight_ptr, group_ptr, grad_ptr, act_ptr, act_scale_ptr, dh_ptr, dh_scale_ptr, dh_turned_ptr,
-    dh_turned_scale_ptr, grad_weight_ptr, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    block_row, block_column, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    if tl.load(group_ptr + block_row) < 0:
-        return
-    # Twice over the tile, which is in cache the second time: strips of rows have whole rows' scales, strips of columns
-    # whole columns'. At once it would not fit into registers.
-    rows, columns = block_row * 128 + tl.arange(0, 128), block_column * 128 + tl.arange(0, 128)
-    for strip in range(128 // ROWS):
-        few = block_row * 128 + strip * ROWS + tl.arange(0, ROWS)
-        _, gate, up, share = _gradients(h_ptr, grad_ptr, weight_ptr, few, columns, width)
-        tl.store(grad_weight_ptr + block_column * height + few, tl.sum(share, 1))
-        _store_rows(gate, few, columns, block_column, height, 2 * width, dh_ptr, dh_scale_ptr)
-        _store_rows(up, few, columns + width, block_column + tiles, height, 2 * width, dh_ptr, dh_scale_ptr)
-    for strip in range(128 // COLUMNS):
-        narrow = block_column * 128 + strip * COLUMNS + tl.arange(0, COLUMNS)
-        act, gate, up, _ = _gradients(h_ptr, grad_ptr, weight_ptr, rows, narrow, width)
-        _store_turned(act, rows, narrow, block_row, height, width, act_ptr, act_scale_ptr)
-        _store_turned(gate, rows, narrow, block_row, height, 2 * width, dh_turned_ptr, dh_turned_scale_ptr)
-        _store_turned(up, rows, narrow + width, block_row, height, 2 * width, dh_turned_ptr, dh_turned_scale_ptr)
-
-
 def cast(x_ND: Tensor, token_R: Tensor | None = None, group_T: Tensor | None = None) -> tuple[Operand, Operand]:
     """Rows as they are, and turned round (with zeros up to a whole block).
 
@@ -189,7 +122,10 @@ def cast(x_ND: Tensor, token_R: Tensor | None = None, group_T: Tensor | None = N
     )
     if rows:
         token, group = (x_ND, x_ND) if token_R is None or group_T is None else (token_R, group_T)
-        _cast[(tall, wide)](x_ND, token, group, *plain, *turned, rows, width, GATHER=token_R is not None, num_warps=4)
+        places = rows, width
+        tiles._cast[(tall, wide)](
+            x_ND, token, group, *plain, *turned, *places, GATHER=token_R is not None, num_warps=tiles.WARPS
+        )
     return plain, turned
 
 
@@ -218,9 +154,9 @@ def _launch_cast_weight(weight_EXD: Tensor, plain: Operand, round_: Operand, *, 
 def swiglu(h_RX: Tensor, weight_R: Tensor, group_T: Tensor) -> Operand:
     """silu(gate) * up * weight of rows that hold gate, then up. F is a multiple of 128, R too."""
     rows, width = h_RX.shape[0], h_RX.shape[1] // 2
-    tiles = triton.cdiv(width, BLOCK)
-    act = _empty(h_RX, (rows, width), (tiles, rows))
-    _swiglu[(rows // _ROWS, tiles)](h_RX, weight_R, group_T, *act, rows, width, ROWS=_ROWS, num_warps=4)
+    wide = triton.cdiv(width, BLOCK)
+    act = _empty(h_RX, (rows, width), (wide, rows))
+    _swiglu[(rows // _ROWS, wide)](h_RX, weight_R, group_T, *act, rows, width, ROWS=_ROWS, num_warps=4)
     return act
 
 
@@ -229,27 +165,16 @@ def swiglu_backward(
 ) -> tuple[Operand, Operand, Operand, Tensor]:
     """From the gradient of `swiglu`: its result turned round, h's gradient and that turned round, and the weights'."""
     rows, width = grad_RF.shape
-    tall, tiles = rows // BLOCK, triton.cdiv(width, BLOCK)
+    tall, wide = rows // BLOCK, triton.cdiv(width, BLOCK)
     act = _empty(h_RX, (width, rows), (tall, width))
     dh, dh_turned = (
-        _empty(h_RX, (rows, 2 * width), (2 * tiles, rows)),
+        _empty(h_RX, (rows, 2 * width), (2 * wide, rows)),
         _empty(h_RX, (2 * width, rows), (tall, 2 * width)),
     )
-    parts = weight_R.new_empty(tiles, rows)
-    _swiglu_backward[(tall, tiles)](
-        h_RX,
-        weight_R,
-        group_T,
-        grad_RF,
-        *act,
-        *dh,
-        *dh_turned,
-        parts,
-        rows,
-        width,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        num_warps=4,
+    parts = weight_R.new_empty(wide, rows)
+    results = *act, *dh, *dh_turned, parts
+    tiles._swiglu_backward[(3, wide, tall)](
+        h_RX, weight_R, group_T, grad_RF, *results, rows, width, num_warps=tiles.WARPS
     )
     return act, dh, dh_turned, parts.sum(0)
 
