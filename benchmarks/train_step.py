@@ -80,10 +80,11 @@ def build_cherry(
         mean = loss / tokens.numel()
         (mean + job.train.balance_loss_weight * balance).backward()
         norm = network.gradient_norm()
+        take = network.ready_step(norm, CLIP)
         # The trainer judges loss and norm before it takes a step: that wait belongs into the time.
         figures = torch.stack([mean.detach(), norm.to(mean.device)]).tolist()
         assert all(map(math.isfinite, figures))
-        network.step(norm, CLIP)
+        take()
         update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
         network.clear()
         return mean.detach()

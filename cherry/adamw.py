@@ -34,6 +34,14 @@ class Shards(NamedTuple):
     """Working copies of the parameters, which take the new values too."""
 
 
+class Part(NamedTuple):
+    """Of a step: parameters of one group on one device."""
+
+    shards: Shards
+    group: dict[str, Any]
+    clip_coefficient: Tensor | None
+
+
 class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay (arXiv 1711.05101) on fp32 parameters.
 
@@ -66,26 +74,40 @@ class AdamW(torch.optim.Optimizer):
         a DTensor costs the host tens of microseconds, four a parameter, for which the GPU would wait at every step."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, clip_coefficient: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        clip_coefficient: Tensor | None = None,
+        parts: list[Part] | None = None,
+    ) -> None:
         """One step on the gradients that are there.
 
         Args:
             closure: not taken; torch's checkpoints name it, as None.
             clip_coefficient: 0-dim fp32, what every gradient is multiplied with on the way.
+            parts: what `parts` made of these gradients; then their coefficient counts.
         """
         assert closure is None, "this optimizer takes no closure"
+        for shards, group, coefficient in self.parts(clip_coefficient) if parts is None else parts:
+            if shards.parameters[0].is_cuda:
+                _step_triton(shards, group, coefficient)
+            elif self.state_dtype == torch.float32 and self.copies is None:
+                _step_fused(shards, group, coefficient)
+            else:
+                step_reference(shards, group, coefficient)
+        if self.copies is not None:
+            self.copies.renew()
+
+    @torch.no_grad()
+    def parts(self, clip_coefficient: Tensor | None = None) -> list[Part]:
+        """What a step is made of, for the host to gather while the device still computes gradients."""
+        found = []
         for group in self.param_groups:
             for device, parameters in self._by_device(group["params"]).items():
                 coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
-                shards = self._shards(parameters)
-                if device.type == "cuda":
-                    _step_triton(shards, group, coefficient)
-                elif self.state_dtype == torch.float32 and self.copies is None:
-                    _step_fused(shards, group, coefficient)
-                else:
-                    step_reference(shards, group, coefficient)
-        if self.copies is not None:
-            self.copies.renew()
+                found.append(Part(self._shards(parameters), group, coefficient))
+        return found
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad if self.copies is None else self.copies.gradient(parameter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,16 @@ class Network:
             return self.copies.gradient_norm()
         return gradient_norm(self.module)
 
+    def ready_step(self, norm: Tensor, max_norm: float) -> Callable[[], None]:
+        """One optimizer step on the gradients, scaled down to a norm of at most `max_norm` on the way.
+
+        All that the host has to find for it is found here, before anything waits for the device: it would idle.
+        """
+        return partial(self.optimizer.step, parts=self.optimizer.parts(clip_coefficient(norm, max_norm)))
+
     def step(self, norm: Tensor, max_norm: float) -> None:
-        """One optimizer step on the gradients, scaled down to a norm of at most `max_norm` on the way."""
-        self.optimizer.step(clip_coefficient=clip_coefficient(norm, max_norm))
+        """`ready_step`, taken at once."""
+        self.ready_step(norm, max_norm)()
 
     def clear(self) -> None:
         """Drop the gradients."""

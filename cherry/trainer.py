@@ -179,6 +179,7 @@ class Trainer:
         parts = len(micro_batches) * self.share.ranks
         sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
         norm = self.network.gradient_norm()
+        take_step = self.network.ready_step(norm, train.max_grad_norm)
         layers = self.model.moe_layers()
         counts_LE = expert_counts(layers).to(sums.device)
         # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
@@ -188,7 +189,7 @@ class Trainer:
         figures = Figures(float(sums[0]) / tokens, float(sums[3]))
         skipped = self.guard.judge(figures)
         if skipped is None:
-            self.network.step(norm, train.max_grad_norm)
+            take_step()
         else:
             self.communication.forget()
         # Behind the optimizer's step, which takes the GPU long enough to queue this and the next pass.
