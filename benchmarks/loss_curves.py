@@ -11,7 +11,7 @@ in fp8 and has bf16 moments; it needs a Hopper GPU.
 The rate warms up over all steps, or `--warmup`. The text is drawn from a fixed random chain over at most 4,096 tokens,
 so that there is something to learn. Prints one JSON row: the curves, and each one's largest and mean relative
 difference from the first, step by step, and that of the means of the last fifth of the steps. While the loss falls by
-percents a step, a curve that is a tenth of a step behind differs by tenths of a percent; the last is what remains of it.
+percents a step, a curve that is a tenth of a step behind differs by tenths of a percent; the last one is what remains.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m benchmarks.step_parts [--size 3b] [--output FILE]
 
 Profiles a few steps of what `benchmarks.train_step --impl cherry` runs, and sorts its kernels into parts. A part's
-floor is its arithmetic at the rate of an 8192 x 8192 x 8192 bf16 matmul, or its bytes at the rate of a large copy, both
-measured on this device in the same run. Prints a table, and one JSON row a part.
+floor is its arithmetic at the rate of an 8192 x 8192 x 8192 bf16 matmul (twice that in fp8), or its bytes at the rate
+of a large copy, both measured on this device in the same run. Prints a table, and one JSON row a part.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.plan_cases import benchmark_workload
 from benchmarks.train_step import SIZES, build_cherry
+from cherry.planner.matmuls import layer_matmuls
 from model.config import ModelConfig
 
 STEPS = 3
@@ -32,11 +34,11 @@ PARTS = {
     "AdamW with clip": r"^_adamw",
     "gradient norm": r"_square_sums",
     "loss from logits": r"_softmax_gradient",
-    "gated activation of experts": r"^_swiglu_(for|back)ward$",
+    "gated activation of experts": r"^_swiglu",
     "rows to experts and back": r"_sum_choices|index_?[sS]elect|gather",
-    "operands of fp8 matmuls": r"^_cast|^_swiglu",
+    "operands of fp8 matmuls": r"^_cast",
     "attention": r"sdpa|flash|fmha|cudnn::fusion",
-    "grouped matmuls of experts": r"[gG]roup|GroupProblemShape|_grouped",
+    "grouped matmuls of experts": r"GroupProblemShape|_grouped",
     "fp8 matmuls": r"^_matmul$",
     "matmuls": r"nvjet|gemm|cutlass|xmma",
     "fused elementwise": r"^triton_",
@@ -64,7 +66,9 @@ def _seconds(run: Callable[[], object]) -> float:
     return statistics.median(times[3:])
 
 
-def floors(config: ModelConfig, tokens: int, length: int, flops: float, bandwidth: float) -> dict[str, float]:
+def floors(
+    config: ModelConfig, tokens: int, length: int, flops: float, bandwidth: float, *, moment_bytes: int
+) -> dict[str, float]:
     """Milliseconds that each part needs at least; forward and backward."""
     width, rows = config.hidden_size, tokens * config.num_experts_per_tok
     layers = config.num_hidden_layers - config.first_k_dense_replace
@@ -82,7 +86,8 @@ def floors(config: ModelConfig, tokens: int, length: int, flops: float, bandwidt
         "attention": 3.5 * tokens * length * per_pair * config.num_hidden_layers,
     }
     moved = {
-        "AdamW with clip": 28 * parameters,  # parameter and moments read and written, gradient read, copy written
+        # Parameter and moments read and written, gradient read, copy written.
+        "AdamW with clip": (12 + 4 * moment_bytes) * parameters,
         "gradient norm": 2 * parameters,
         "loss from logits": 2 * 2 * tokens * config.vocab_size,
         "gated activation of experts": layers * (3 * wide + 3 * narrow),
@@ -90,6 +95,27 @@ def floors(config: ModelConfig, tokens: int, length: int, flops: float, bandwidt
     }
     times = {name: 1000 * count / flops for name, count in work.items()}
     return times | {name: 1000 * count / bandwidth for name, count in moved.items()}
+
+
+def fp8_floors(row: dict, flops: float, bandwidth: float) -> dict[str, float]:
+    """What is not bf16's in fp8. Each pass reads what it casts in bf16, and writes it both ways round."""
+    work = benchmark_workload(row)
+    model = work.model
+    mixture = model.num_hidden_layers - model.first_k_dense_replace
+    count, moved, activation = 0.0, 0.0, 0.0
+    for layers, moe in ((model.first_k_dense_replace, False), (mixture, True)):
+        for one in (matmul for matmul in layer_matmuls(work, moe=moe) if matmul.precision == "fp8"):
+            count += layers * 3 * one.flops
+            # Between the experts' two matmuls the activation and its gradient make the operands.
+            sides = {"experts_gate_up": one.into, "experts_down": one.out}.get(one.name, one.into + one.out)
+            moved += layers * 4 * one.count * (one.rows * sides + one.into * one.out)
+            if one.name == "experts_down":  # gate and up read, then with the gradient too; one written, then five
+                activation += layers * one.count * (5 + 11) * one.rows * one.into
+    return {
+        "fp8 matmuls": 1000 * count / (2 * flops),
+        "operands of fp8 matmuls": 1000 * moved / bandwidth,
+        "gated activation of experts": 1000 * activation / bandwidth,
+    }
 
 
 def measured(step: Callable[[], object], config: ModelConfig) -> tuple[dict[str, float], Counter[str]]:
@@ -135,8 +161,12 @@ def main() -> None:
         step(tokens, targets)
     whole_ms = 1000 * _seconds(lambda: step(tokens, targets))
     parts, unknown = measured(lambda: step(tokens, targets), config)
-    least = floors(config, batch * length, length, flops, bandwidth)
-    gpu = torch.cuda.get_device_name()
+    gpu, moment_bytes = torch.cuda.get_device_name(), 2 if options.moments == "bf16" else 4
+    least = floors(config, batch * length, length, flops, bandwidth, moment_bytes=moment_bytes)
+    if options.precision == "fp8":
+        kept = {"impl": "", "size": options.size, "gpu": gpu, "batch": batch, "length": length, "precision": "fp8"}
+        least |= fp8_floors({**kept, "experts": config.n_routed_experts}, flops, bandwidth)
+        del least["grouped matmuls of experts"], least["other matmuls"]
     print(f"{gpu}: matmul {flops / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s; a step {whole_ms:.1f} ms")
     print(f"{'part':32}{'ms':>8}{'floor':>8}")
     rows = []

@@ -40,16 +40,16 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     """
     resolved = load(config, RunConfig, overrides)
     directory = Path(run_directory(resolved))
-    if "PREFECT_API_URL" not in os.environ:
-        # Importing mlflow and making its database takes six seconds, Prefect's temporary server ten: at one time.
-        connect(resolved.tracking, resolved.runs_directory).connect_early()
     console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
-    logs = f"  logs:     {directory}/train/, {directory}/events.jsonl\n"
-    hints = f"{logs}  resume:   the same command; finished steps are found"
-    with _hinting(console, hints), RunProgress(console, directory):
+
+    def flow() -> Any:
+        _start_servers(resolved)
         from flows.train_flow import train_flow
 
-        _result(lambda: train_flow(config, overrides_from(overrides), return_state=True))
+        return train_flow(config, overrides_from(overrides), return_state=True)
+
+    with _hinting(console, lambda: _after_failure(directory)), RunProgress(console, directory):
+        _result(flow)
     summary = summarize(directory)
     console.print(_table(summary))
     _next(console, resolved, f"cherry deploy {' '.join([config, *overrides])}")
@@ -64,12 +64,14 @@ def deploy(console: Console, config: str, overrides: list[str], *, version: int 
     """
     resolved = load(config, RunConfig, overrides)
     logs = f"{Path(resolved.runs_directory) / 'serving'}/*.log"
-    with _hinting(console, f"  logs:  {logs}"), RunProgress(console, Path(run_directory(resolved))):
+
+    def flow() -> Any:
         from flows.deploy_flow import deploy_flow
 
-        released: dict[str, Any] = _result(
-            lambda: deploy_flow(config, overrides_from(overrides), version, return_state=True)
-        )
+        return deploy_flow(config, overrides_from(overrides), version, return_state=True)
+
+    with _hinting(console, lambda: f"  logs:  {logs}"), RunProgress(console, Path(run_directory(resolved))):
+        released: dict[str, Any] = _result(flow)
     console.print(f"[bold]{released['version']}[/] answers at {released['url']}", highlight=False)
     body = '{"prompt": "def main(", "max_tokens": 32}'
     console.print(
@@ -100,13 +102,37 @@ def demo(console: Console) -> None:
 
 
 @contextmanager
-def _hinting(console: Console, hints: str) -> Iterator[None]:
+def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
     """After a failure, where to look and how to go on; the error itself is told last."""
     try:
         yield
     except CherryError:
-        console.print(hints, highlight=False, markup=False, soft_wrap=True)
+        console.print(hints(), highlight=False, markup=False, soft_wrap=True)
         raise
+
+
+def _start_servers(config: RunConfig) -> None:
+    """Where there is no Prefect server, start the temporary one that Prefect would, and MLflow's client meanwhile.
+
+    Each imports for seconds, and makes a database for as long the first time: side by side, before anything else takes
+    the processor.
+    """
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url is not None or not settings.server.ephemeral.enabled:
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    connect(config.tracking, config.runs_directory).connect_early()
+    SubprocessASGIServer().start()
+
+
+def _after_failure(directory: Path) -> str:
+    """Only what is there: a run may have failed before it trained, or before it began."""
+    logs = [str(path) for path in (directory / "events.jsonl", directory / "train") if path.exists()]
+    told = [f"  logs:     {', '.join(logs)}"] if logs else []
+    return "\n".join([*told, "  resume:   the same command; finished steps are found"])
 
 
 def _result(flow: Callable[[], Any]) -> Any:

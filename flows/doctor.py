@@ -31,7 +31,10 @@ OLDEST = {
     "tokenizers": (0, 22),
     "safetensors": (0, 6),
     "fsspec": (2026, 2),
+    "sqlalchemy": (2, 0),
 }
+# And the first release that something does not work with.
+TOO_NEW = {"sqlalchemy": ((2, 1), "Prefect's scheduler makes no runs with it")}
 # A tiny run writes about 0.2 GiB; below this a run of any size ends in the middle of a checkpoint.
 MIN_FREE_DISK_GIB = 2.0
 MIN_FREE_MEMORY_GIB = 2.0
@@ -74,8 +77,12 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "fail", "not installed", f"Run `make install`, or install {name}>={wanted}.")
             continue
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+        limit, reason = TOO_NEW.get(name, ((sys.maxsize,), ""))
         if numbers < oldest:
             yield Check(name, "fail", version, f"{name}>={wanted} is needed.")
+        elif numbers >= limit:
+            below = ".".join(map(str, limit))
+            yield Check(name, "fail", version, f"{reason}: {name}<{below} is needed.")
         else:
             yield Check(name, "ok", version)
 

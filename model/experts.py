@@ -199,14 +199,15 @@ class _Grouped(torch.autograd.Function):
         return torch._grouped_mm(act_RF, w2_EDF.transpose(-2, -1), offs=ends_E)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, weight_R, ends_E, w13_EFD, w2_EDF, h_RX = ctx.saved_tensors
+        trained = ctx.needs_input_grad[3]  # or adapters are, elsewhere
         grad_RD = grads[0].contiguous()
         grad_act_RF = torch._grouped_mm(grad_RD, w2_EDF, offs=ends_E)
         act_RF, grad_h_RX, grad_weight_R = _gated_backward(h_RX, weight_R, grad_act_RF)
-        grad_w2_EDF = torch._grouped_mm(grad_RD.t(), act_RF, offs=ends_E)
+        grad_w2_EDF = torch._grouped_mm(grad_RD.t(), act_RF, offs=ends_E) if trained else None
         grad_rows_RD = torch._grouped_mm(grad_h_RX, w13_EFD, offs=ends_E)
-        grad_w13_EFD = torch._grouped_mm(grad_h_RX.t(), rows_RD, offs=ends_E)
+        grad_w13_EFD = torch._grouped_mm(grad_h_RX.t(), rows_RD, offs=ends_E) if trained else None
         return grad_rows_RD, grad_weight_R.to(weight_R.dtype), None, grad_w13_EFD, grad_w2_EDF
 
 

@@ -92,21 +92,24 @@ def linear_forward(x_NI: Tensor, weight_1OI: Tensor, scale: Tensor) -> tuple[Ten
 
 
 @_operator(
-    "fp8_linear_backward(Tensor grad, Tensor weight, Tensor scale, Tensor x, Tensor x_scale) -> (Tensor, Tensor)",
-    lambda grad, weight, *_: (
+    "fp8_linear_backward(Tensor grad, Tensor weight, Tensor scale, Tensor x, Tensor x_scale, bool trained)"
+    " -> (Tensor, Tensor)",
+    lambda grad, weight, scale, x, x_scale, trained: (
         grad.new_empty(grad.shape[0], weight.shape[1]),
-        grad.new_empty(weight.shape[2], weight.shape[1]),
+        grad.new_empty(weight.shape[2], weight.shape[1]) if trained else grad.new_empty(0),
     ),
 )
 def linear_backward(
-    grad_NO: Tensor, weight_1IO: Tensor, scale: Tensor, x_IN: Tensor, x_scale: Tensor
+    grad_NO: Tensor, weight_1IO: Tensor, scale: Tensor, x_IN: Tensor, x_scale: Tensor, trained: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients of x and of the weight."""
+    """The gradients of x and of the weight, or nothing where that is not trained."""
     from model import triton_fp8, triton_hopper
 
     plain, turned = triton_fp8.cast(grad_NO)
     one = x_scale.shape[0], x_IN.device
     grad_x_NI = triton_hopper.multiply_rows(*plain, weight_1IO, scale, _one_group(*one))
+    if not trained:
+        return grad_x_NI, grad_NO.new_empty(0)
     return grad_x_NI, triton_hopper.weight_gradients(*turned, x_IN, x_scale, _one_start(*one))[0]
 
 
@@ -142,13 +145,13 @@ def experts_forward(
 
 @_operator(
     "fp8_experts_backward(Tensor grad, Tensor weight, Tensor token, Tensor place, Tensor expert, Tensor starts,"
-    " Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, Tensor x, Tensor x_scale, Tensor h)"
+    " Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, Tensor x, Tensor x_scale, Tensor h, bool trained)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, weight, token, place, expert, starts, w13, w13_scale, w2, *_: (
+    lambda grad, weight, token, place, expert, starts, w13, w13_scale, w2, w2_scale, x, x_scale, h, trained: (
         torch.empty_like(grad),
         torch.empty_like(weight),
-        grad.new_empty(w13.shape[0], w13.shape[2], w13.shape[1]),
-        grad.new_empty(w2.shape[0], w2.shape[2], w2.shape[1]),
+        grad.new_empty(w13.shape[0], w13.shape[2], w13.shape[1]) if trained else grad.new_empty(0),
+        grad.new_empty(w2.shape[0], w2.shape[2], w2.shape[1]) if trained else grad.new_empty(0),
     ),
 )
 def experts_backward(
@@ -165,15 +168,19 @@ def experts_backward(
     x_DP: Tensor,
     x_scale: Tensor,
     h_PX: Tensor,
+    trained: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, of each row's weight (rows of no choice: anything), of w13 and of w2."""
+    """The gradients of x, of each row's weight (rows of no choice: anything), of w13 and of w2; of these two nothing
+    where they are not trained."""
     from model import triton_experts, triton_fp8, triton_hopper
 
     rows, turned = triton_fp8.cast(grad_ND, token_P, expert_T)
     grad_act_PF = triton_hopper.multiply_rows(*rows, w2_EFD, w2_scale, expert_T)
     act, grad_h, grad_h_turned, grad_weight_P = triton_fp8.swiglu_backward(h_PX, weight_P, expert_T, grad_act_PF)
-    grad_w2_EDF = triton_hopper.weight_gradients(*turned, *act, starts_E)
-    grad_w13_EXD = triton_hopper.weight_gradients(*grad_h_turned, x_DP, x_scale, starts_E)
+    grad_w13_EXD, grad_w2_EDF = grad_ND.new_empty(0), grad_ND.new_empty(0)
+    if trained:
+        grad_w2_EDF = triton_hopper.weight_gradients(*turned, *act, starts_E)
+        grad_w13_EXD = triton_hopper.weight_gradients(*grad_h_turned, x_DP, x_scale, starts_E)
     grad_rows_PD = triton_hopper.multiply_rows(*grad_h, w13_EDX, w13_scale, expert_T)
     return triton_experts.sum_choices(grad_rows_PD, place_NK), grad_weight_P, grad_w13_EXD, grad_w2_EDF
 

@@ -69,10 +69,14 @@ def linear_forward(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ..
     return (rows_of(*cast_rows(x)) @ weights_of(weight, scale)[0].t()).bfloat16(), *cast_turned(x)
 
 
-def linear_backward(grad: Tensor, weight: Tensor, scale: Tensor, x: Tensor, x_scale: Tensor) -> tuple[Tensor, ...]:
+def linear_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, x: Tensor, x_scale: Tensor, trained: bool
+) -> tuple[Tensor, ...]:
     """As `fp8_operators.linear_backward`."""
-    grad_x = rows_of(*cast_rows(grad)) @ weights_of(weight, scale)[0].t()
-    return grad_x.bfloat16(), (rows_of(*cast_turned(grad)) @ rows_of(x, x_scale).t()).bfloat16()
+    grad_x = (rows_of(*cast_rows(grad)) @ weights_of(weight, scale)[0].t()).bfloat16()
+    if not trained:
+        return grad_x, grad.new_empty(0)
+    return grad_x, (rows_of(*cast_turned(grad)) @ rows_of(x, x_scale).t()).bfloat16()
 
 
 def _multiply(rows: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, expert_T: Tensor) -> Tensor:
@@ -125,6 +129,7 @@ def experts_backward(
     x: Tensor,
     x_scale: Tensor,
     h: Tensor,
+    trained: bool,
 ) -> tuple[Tensor, ...]:
     """As `fp8_operators.experts_backward`."""
     rows = _rows(grad, token)
@@ -135,7 +140,9 @@ def experts_backward(
         act = F.silu(gate) * up * scale[:, None]
     grad_gate, grad_up, grad_weight = torch.autograd.grad(act, [gate, up, scale], grad_act)
     grad_h = torch.cat([grad_gate, grad_up], dim=1)
-    grad_w2 = _gradients(cast_turned(rows), cast_turned(act.detach()), starts)
-    grad_w13 = _gradients(cast_turned(grad_h), (x, x_scale), starts)
+    grad_w13, grad_w2 = grad.new_empty(0), grad.new_empty(0)
+    if trained:
+        grad_w2 = _gradients(cast_turned(rows), cast_turned(act.detach()), starts)
+        grad_w13 = _gradients(cast_turned(grad_h), (x, x_scale), starts)
     grad_x = _multiply(cast_rows(grad_h), w13, w13_scale, expert)
     return _sum_choices(F.pad(grad_x, (0, 0, 0, 1)), place), grad_weight, grad_w13, grad_w2

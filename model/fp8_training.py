@@ -167,8 +167,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *weights, x_IN, x_scale = ctx.saved_tensors
         turned = weights if ctx.held else cast_weight(weights[0][None], True)
-        made = linear_backward(grads[0].contiguous(), *turned, x_IN, x_scale)
-        return *made, *[None] * ctx.held
+        trained = ctx.needs_input_grad[1]
+        grad_x_NI, grad_OI = linear_backward(grads[0].contiguous(), *turned, x_IN, x_scale, trained)
+        return grad_x_NI, grad_OI if trained else None, *[None] * ctx.held
 
 
 class _Experts(torch.autograd.Function):
@@ -199,11 +200,22 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, made, weights = ctx.saved_tensors[:5], ctx.saved_tensors[5:8], ctx.saved_tensors[8:]
         turned = weights if ctx.held else _cast(weights[0], weights[1], True)
-        grad_x_ND, grad_weight_P, *grad_weights = experts_backward(grads[0].contiguous(), *rows, *turned, *made)
+        trained = ctx.needs_input_grad[6]
+        backward = grads[0].contiguous(), *rows, *turned, *made, trained
+        grad_x_ND, grad_weight_P, *grad_weights = experts_backward(*backward)
         padded = torch.cat([grad_weight_P, grad_weight_P.new_zeros(1)])
         place_NK = rows[2]
         grad_weight_NK = padded[place_NK].to(ctx.weight_dtype)
-        return grad_x_ND, grad_weight_NK, None, None, None, None, *grad_weights, *[None] * ctx.held
+        return (
+            grad_x_ND,
+            grad_weight_NK,
+            None,
+            None,
+            None,
+            None,
+            *(grad_weights if trained else [None] * 2),
+            *[None] * ctx.held,
+        )
 
 
 def _cast(w13_EXD: Tensor, w2_EDF: Tensor, turned: bool) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from cherry.planner.matmuls import (
     compute_precision,
     forward_seconds,
     head_matmul,
+    held_seconds,
     layer_matmuls,
     memory_seconds,
     mtp_matmul,
@@ -150,12 +151,12 @@ def mtp_passes(work: Workload) -> Passes:
 
 
 def optimizer_seconds(work: Workload) -> float:
-    """AdamW with the clip in one pass, and the norm's pass before it."""
+    """AdamW with the clip in one pass, the norm's pass before it, and what is cast again behind it."""
     trained = network_of(work).total("trained_elements" if work.unsharded else "padded_trained")
     gradient = work.type_bytes if work.alone and work.accumulation == 1 else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.
     each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.alone else 0)
-    seconds = memory_seconds(work, each * trained)
+    seconds = memory_seconds(work, each * trained) + held_seconds(work)
     if work.cpu_offload:  # parameters' copies and gradients travel, and the CPU's memory is the slower one
         seconds = max(seconds, 4 * trained / work.gpu.host_rate) + each * trained / work.gpu.host_rate
     return seconds

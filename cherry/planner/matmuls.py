@@ -1,8 +1,8 @@
 """Owns the matrix products of a step, by sizes and precision, and how long each takes.
 
 It knows nothing of what lies between them (cherry/planner/compute.py). In fp8 the projections of blocks and their
-experts multiply in e4m3, both ways and for weights' gradients; the head, the MTP module's projection and the router
-stay as they are, like attention itself (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
+experts multiply in e4m3, both ways and for weights' gradients; the head and the MTP module's projection stay as they
+are, like attention itself (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from cherry.planner.workload import Workload
 FP8_BLOCK = 128
 """Numbers that share a scale (section 3.3.2); what is narrower stays in bf16."""
 # What fp8 operands cost, bytes an element. Activations and gradients: a read in bf16, a write in fp8, and one more
-# turned round, whose scales run along the other dimension, for the weight's gradient. Weights: a read and a write.
+# turned round, whose scales run along the other dimension, for the weight's gradient. Weights: a read and a write in
+# each pass, or once a step both ways where working copies stay (model/fp8_training.py, `hold_operands`).
 _ROWS_CAST_BYTES = 2 + 1 + 1
 _WEIGHT_CAST_BYTES = 2 + 1
+_HELD_CAST_BYTES = 2 + 1 + 1
+HELD_BYTES = 1 + 1
+"""Of a weight's operands, both ways round, without their scales."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,15 @@ def layer_matmuls(work: Workload, *, moe: bool) -> list[Matmul]:
 
 
 def _mixture_matmuls(work: Workload) -> list[Matmul]:
-    """The router, in fp32 on CUDA cores (model/moe.py; torch leaves tf32 off), and the experts of the busiest rank."""
+    """The router, in fp32 or TensorFloat32 (cherry/network.py), whose narrow product takes as long as in bf16, and the
+    experts of the busiest rank."""
     model = work.model
     inner, width, own = model.moe_intermediate_size, model.hidden_size, model.n_routed_experts / work.expert
     rows = work.tokens * model.num_experts_per_tok * work.imbalance / own
     in_blocks = width % FP8_BLOCK == 0 and inner % FP8_BLOCK == 0
     precision = work.precision if in_blocks else compute_precision(work)
     return [
-        Matmul("router", work.tokens, width, model.n_routed_experts, "fp32"),
+        Matmul("router", work.tokens, width, model.n_routed_experts, compute_precision(work)),
         Matmul("experts_gate_up", rows, width, 2 * inner, precision, own),
         Matmul("experts_down", rows, inner, width, precision, own),
     ]
@@ -131,8 +136,27 @@ def _cast_seconds(work: Workload, matmul: Matmul, width: int) -> float:
     """Operands of a pass whose rows are so wide."""
     if matmul.precision != "fp8":
         return 0.0
-    moved = _ROWS_CAST_BYTES * matmul.rows * width + _WEIGHT_CAST_BYTES * matmul.into * matmul.out
+    weight = 0 if work.alone else _WEIGHT_CAST_BYTES
+    moved = _ROWS_CAST_BYTES * matmul.rows * width + weight * matmul.into * matmul.out
     return memory_seconds(work, matmul.count * moved)
+
+
+def held_elements(work: Workload) -> float:
+    """Weights whose fp8 operands stay from step to step."""
+    if not work.alone:
+        return 0.0
+    model = work.model
+    dense = min(model.first_k_dense_replace, model.num_hidden_layers)
+    mixture = model.num_hidden_layers - dense + model.num_nextn_predict_layers
+    layers = (dense, layer_matmuls(work, moe=False)), (mixture, layer_matmuls(work, moe=True))
+    return sum(
+        count * one.count * one.into * one.out for count, found in layers for one in found if one.precision == "fp8"
+    )
+
+
+def held_seconds(work: Workload) -> float:
+    """Casting them again, once a step."""
+    return memory_seconds(work, _HELD_CAST_BYTES * held_elements(work))
 
 
 def memory_seconds(work: Workload, moved_bytes: float) -> float:

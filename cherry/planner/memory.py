@@ -12,6 +12,7 @@ from functools import cached_property
 
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
 from cherry.planner.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
+from cherry.planner.matmuls import HELD_BYTES, held_elements
 from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
 
@@ -168,10 +169,11 @@ class _Stages:
         work, network = self.work, self.network
         here = 0 if work.cpu_offload else 1
         moments = 2 * work.moment_bytes * network.total("trained_elements" if work.unsharded else "padded_trained")
+        copies = work.type_bytes * network.total("elements") + int(HELD_BYTES * held_elements(work))
         always = {
             "parameters": here * _FP32 * network.total("padded"),
             "optimizer states": here * moments,
-            "gathered layers": work.type_bytes * network.total("elements") if work.alone else 0,
+            "gathered layers": copies if work.alone else 0,
         }
         workspace = {"activations": 0 if work.gpu.shared_memory else WORKSPACE_BYTES}
         return dict.fromkeys(COMPONENTS[:-2], 0) | always | workspace

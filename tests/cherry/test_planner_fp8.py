@@ -51,10 +51,10 @@ def released(**keys: object) -> Workload:
 
 
 def test_blocks_multiply_in_fp8_and_nothing_else_does() -> None:
-    """DeepSeek-V3, section 3.3.1; the router is fp32 in bf16 too."""
+    """DeepSeek-V3, section 3.3.1; the router takes TensorFloat32, which its narrow product does not gain from."""
     work = released()
     found = {one.name: one.precision for moe in (True, False) for one in layer_matmuls(work, moe=moe)}
-    assert found.pop("router") == "fp32"
+    assert found.pop("router") == "bf16"
     assert set(found.values()) == {"fp8"}
     assert {"kv_b_proj", "o_proj", "dense_down", "shared_gate_up", "experts_gate_up", "experts_down"} <= set(found)
     assert (head_matmul(work).precision, mtp_matmul(work).precision) == ("bf16", "bf16")
@@ -70,10 +70,10 @@ def test_what_is_narrower_than_a_scales_block_stays_in_bf16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "teraflops"), [((1536, 2048, 2816), 808), ((1536, 1408, 2048), 767), ((4255, 4255, 4255), 985)]
+    ("sizes", "teraflops"), [((1536, 2048, 2816), 1033), ((1536, 1408, 2048), 990), ((3500, 3500, 3500), 1066)]
 )
 def test_products_go_at_the_measured_rates(sizes: tuple[int, int, int], teraflops: int) -> None:
-    """On an H200: gate and up, and down, of V2-Lite's experts, and dense ones of a size where bf16 reaches 721."""
+    """On an H200: gate and up, and down, of V2-Lite's experts, and dense ones of a size where bf16 reaches 769."""
     work = released(gpu=GPUS["H200"])
     matmul = Matmul("one", *sizes, "fp8")
     # The difference of passes is one product, where rows and results are as wide.

@@ -48,6 +48,7 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
     assert not (tmp_path / "runs" / "broken" / "steps" / "data.json").exists()
     told = ended.stdout.replace("\n", "")
     assert f"{Path('runs/broken')}/events.jsonl" in told
+    assert f"{Path('runs/broken')}/train" not in told
     assert "resume:   the same command" in told
 
 

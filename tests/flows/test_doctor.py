@@ -59,15 +59,16 @@ def test_this_machine_which_runs_the_suite_has_what_is_needed(tmp_path: Path) ->
     assert all(one.advice for one in checks if one.state == "fail")
 
 
-def test_a_package_that_is_missing_or_too_old_fails_with_what_to_do(
+def test_a_package_that_is_missing_too_old_or_too_new_fails_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "OLDEST", {"no-such-package": (1, 2), "httpx": (99, 0), "pydantic": (2, 11)})
-    missing, old, fine = (check(name, tmp_path) for name in ("no-such-package", "httpx", "pydantic"))
+    monkeypatch.setattr(doctor, "TOO_NEW", {"pydantic": ((2, 11), "It is another")})
+    missing, old, new = (check(name, tmp_path) for name in ("no-such-package", "httpx", "pydantic"))
     assert (missing.state, missing.found) == ("fail", "not installed")
     assert "no-such-package>=1.2" in missing.advice
     assert (old.state, old.advice) == ("fail", "httpx>=99.0 is needed.")
-    assert fine.state == "ok"
+    assert (new.state, new.advice) == ("fail", "It is another: pydantic<2.11 is needed.")
 
 
 def test_a_listening_port_is_noted_and_a_free_one_is_free(tmp_path: Path) -> None:

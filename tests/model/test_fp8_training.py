@@ -143,6 +143,34 @@ def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, 
         assert gradient[idle].eq(0).all(), "an expert without tokens has no gradient"
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(compiled: bool, device: str) -> None:
+    """Adapters train beside them."""
+    experts_NK = chosen(COUNTS[0], 4, device)
+    dispatch = plan_dispatch(experts_NK, torch.tensor(COUNTS[0], device=device))
+    weights = [numbers(8, 256, 256, seed=1, device=device) / 16, numbers(8, 256, 128, seed=2, device=device) / 12]
+    layer = numbers(256, 256, seed=5, device=device)
+
+    def gradients(*, trained: bool) -> list[Tensor]:
+        x = numbers(len(experts_NK), 256, device=device).requires_grad_()
+        weight = torch.full(experts_NK.shape, 0.5, device=device).requires_grad_()
+        w13, w2, linear = (tensor.clone().requires_grad_(trained) for tensor in (*weights, layer))
+
+        def layers(x: Tensor, weight: Tensor) -> Tensor:
+            return fp8_experts(fp8_linear(x, linear), weight, dispatch, w13, w2)
+
+        run = torch.compile(layers, backend=COMPILERS[device]) if compiled else layers
+        run(x, weight).float().square().sum().backward()
+        assert all((tensor.grad is not None) == trained for tensor in (w13, w2, linear))
+        assert x.grad is not None and weight.grad is not None
+        return [x.grad, weight.grad]
+
+    for frozen, trained in zip(gradients(trained=False), gradients(trained=True), strict=True):
+        assert torch.equal(frozen, trained)
+
+
 def close(got: Tensor, wanted: Tensor) -> bool:
     """Equal, but for numbers between two of e4m3's that a scale's last bit sends the other way."""
     off = (got - wanted).abs() > 1e-6 * wanted.abs()  # a scale's last bit is no difference
@@ -178,7 +206,7 @@ class TestKernels:
         straight, turned = (fp8_operators.cast_weight(weight, wanted) for wanted in (False, True))
         out, *x_turned = fp8_operators.linear_forward(x, *straight)
         assert relative(out, fp8_reference.linear_forward(x, *straight)[0]) < 5e-3
-        backward = grad, *turned, *x_turned
+        backward = grad, *turned, *x_turned, True
         wanted = fp8_reference.linear_backward(*backward)
         for got, expected in zip(fp8_operators.linear_backward(*backward), wanted, strict=True):
             assert got.shape == expected.shape and relative(got, expected) < 5e-3
@@ -198,7 +226,7 @@ class TestKernels:
         out, *x_turned, h = fp8_operators.experts_forward(*forward)
         expected = fp8_reference.experts_forward(*forward)
         assert relative(out, expected[0]) < 2e-2 and relative(h[live], expected[3][live]) < 5e-3
-        backward = grad, weight, *rows, *turned, *x_turned, h
+        backward = grad, weight, *rows, *turned, *x_turned, h, True
         wanted = fp8_reference.experts_backward(*backward)
         for place, (got, other) in enumerate(zip(fp8_operators.experts_backward(*backward), wanted, strict=True)):
             kept = live if place == 1 else slice(None)
