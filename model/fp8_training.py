@@ -198,7 +198,8 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, made, weights = ctx.saved_tensors[:5], ctx.saved_tensors[5:8], ctx.saved_tensors[8:]
+        kept = ctx.saved_tensors  # asked for once: recomputed blocks hand them out once
+        rows, made, weights = kept[:5], kept[5:8], kept[8:]
         turned = weights if ctx.held else _cast(weights[0], weights[1], True)
         trained = ctx.needs_input_grad[6]
         backward = grads[0].contiguous(), *rows, *turned, *made, trained
