@@ -56,7 +56,8 @@ def test_matmuls_by_size_add_up_to_the_steps() -> None:
     rows = told(plan_for(), "matmuls")
     assert next(iter(rows)) == "experts_gate_up", "the largest first"
     assert "7,168 x 4,096, bf16" in rows["experts_gate_up"].note
-    assert "fp32" in rows["router"].note
+    narrow = told(plan_for("train.precision=fp8"), "matmuls")
+    assert "fp8" in narrow["experts_gate_up"].note and "bf16" in narrow["lm_head"].note
 
 
 def test_each_collective_is_told_with_what_hides_it() -> None:
