@@ -4,9 +4,10 @@
 
 Both do the same work in the same order in fresh processes, in turns. The flow's side pays for a temporary Prefect
 server, tasks, MLflow runs, system metrics and plots; the first run of all also makes both databases, which later ones
-find, so it has a figure of its own. A step's share is measured twice: as the time that the trainer
-itself spends on its metrics stream (all that it knows of tracking), and as the ratio of the median step times, which on
-a machine whose every core trains has in it what the temporary server needs to live.
+find, so it has a figure of its own. A step's share is measured twice: as the time that the trainer itself spends on its
+metrics stream (all that it knows of tracking), and as the ratio of step times while the flow and its temporary server
+run to those while both are stopped (SIGSTOP), in turns of 20 steps of one training: on a machine whose every core
+trains, that has in it what they need to live.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
 from base import storage
 from base.config import dump, load
 from cherry.data import prepare
@@ -30,6 +33,7 @@ from tasks.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("train.steps=200", "train.evaluate_every_steps=200", "data.max_documents=200", "evaluate.documents=20")
 _WARM_STEPS = 60  # the flow still sets itself up beside the first ones
+_PAIRED_STEPS, _TURN_STEPS = 900, 20
 LIMIT_S, LIMIT_STEP = 30.0, 0.01
 
 
@@ -79,6 +83,42 @@ def _module(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", name, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
+def step_ratio(folder: Path) -> tuple[float, int]:
+    """A step's time beside the flow and its server over that while both are stopped; median of so many pairs."""
+    overrides = [*SMALL, f"runs_directory={folder}", "name=paired", f"train.steps={_PAIRED_STEPS}"]
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.cli", "run", "configs/tiny.yaml", *overrides]
+    run = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    metrics = folder / "paired" / "train" / "metrics.jsonl"
+    turns: list[tuple[int, int]] = []  # the first step of a turn that is stopped, and of the next that is not
+    steps = _wait_for_steps(metrics, _WARM_STEPS)
+    beside = [run, *(child for child in run.children() if "uvicorn" in child.cmdline())]
+    while steps + 2 * _TURN_STEPS < _PAIRED_STEPS:
+        for process in beside:
+            process.suspend()
+        middle = _wait_for_steps(metrics, steps + _TURN_STEPS)
+        for process in beside:
+            process.resume()
+        turns.append((steps, middle))
+        steps = _wait_for_steps(metrics, middle + _TURN_STEPS)
+    run.wait()
+    seconds = [json.loads(line)["step_seconds"] for line in metrics.read_text().splitlines()]
+    ratios = [
+        # The step in which they were stopped or went on belongs to neither.
+        statistics.fmean(seconds[middle + 1 : middle + _TURN_STEPS])
+        / statistics.fmean(seconds[start + 1 : start + _TURN_STEPS])
+        for start, middle in turns
+    ]
+    return statistics.median(ratios), len(ratios)
+
+
+def _wait_for_steps(metrics: Path, count: int) -> int:
+    """Steps that are written, at least so many."""
+    while (found := metrics.read_bytes().count(b"\n") if metrics.exists() else 0) < count:
+        time.sleep(0.05)
+    return found
+
+
 def _timed(command: list[str], environment: dict[str, str]) -> float:
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
@@ -105,14 +145,13 @@ def _seconds_per_write(folder: Path) -> float:
 def measure(rounds: int) -> list[dict]:
     flow_s: list[float] = []
     hand_s: list[float] = []
-    flow_steps: list[float] = []
     hand_steps: list[float] = []
+    ratio, pairs = 0.0, 0
     with tempfile.TemporaryDirectory() as home:
 
         def flow(number: int) -> None:
             name = f"bench-{number}"
             flow_s.append(by_flow(Path(home), name))
-            flow_steps.extend(_steps(Path(home) / name))
 
         def hand(number: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
@@ -123,6 +162,7 @@ def measure(rounds: int) -> list[dict]:
             for side in (flow, hand) if number % 2 == 0 else (hand, flow):
                 side(number)
         write_s = _seconds_per_write(Path(home) / "bench-0")
+        ratio, pairs = step_ratio(Path(home))
     step_s, hand_whole_s = statistics.median(hand_steps), statistics.median(hand_s)
     return [
         {
@@ -139,7 +179,8 @@ def measure(rounds: int) -> list[dict]:
             "limit": LIMIT_STEP,
             "step_ms": round(1000 * step_s, 2),
             "metrics_write_ms": round(1000 * write_s, 4),
-            "step_time_ratio_flow_to_hand": round(statistics.median(flow_steps) / step_s, 4),
+            "step_time_ratio_beside_the_flow": round(ratio, 4),
+            "pairs": pairs,
         },
     ]
 
