@@ -91,16 +91,20 @@ def step_ratio(folder: Path) -> tuple[float, int]:
     run = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
     metrics = folder / "paired" / "train" / "metrics.jsonl"
     turns: list[tuple[int, int]] = []  # the first step of a turn that is stopped, and of the next that is not
-    steps = _wait_for_steps(metrics, _WARM_STEPS)
+    steps = _wait_for_steps(run, metrics, _WARM_STEPS)
     beside = [run, *(child for child in run.children() if "uvicorn" in child.cmdline())]
-    while steps + 2 * _TURN_STEPS < _PAIRED_STEPS:
-        for process in beside:
-            process.suspend()
-        middle = _wait_for_steps(metrics, steps + _TURN_STEPS)
-        for process in beside:
+    try:
+        while steps + 2 * _TURN_STEPS < _PAIRED_STEPS:
+            for process in beside:
+                process.suspend()
+            middle = _wait_for_steps(run, metrics, steps + _TURN_STEPS)
+            for process in beside:
+                process.resume()
+            turns.append((steps, middle))
+            steps = _wait_for_steps(run, metrics, middle + _TURN_STEPS)
+    finally:  # nothing stays stopped where this is interrupted
+        for process in filter(psutil.Process.is_running, beside):
             process.resume()
-        turns.append((steps, middle))
-        steps = _wait_for_steps(metrics, middle + _TURN_STEPS)
     run.wait()
     seconds = [json.loads(line)["step_seconds"] for line in metrics.read_text().splitlines()]
     ratios = [
@@ -112,9 +116,15 @@ def step_ratio(folder: Path) -> tuple[float, int]:
     return statistics.median(ratios), len(ratios)
 
 
-def _wait_for_steps(metrics: Path, count: int) -> int:
-    """Steps that are written, at least so many."""
+def _wait_for_steps(run: psutil.Popen, metrics: Path, count: int) -> int:
+    """Steps that are written, at least so many.
+
+    Raises:
+        SystemExit: the run ended before.
+    """
     while (found := metrics.read_bytes().count(b"\n") if metrics.exists() else 0) < count:
+        if run.poll() is not None:
+            raise SystemExit(f"the run ended with {run.returncode} after {found} of {count} steps")
         time.sleep(0.05)
     return found
 
