@@ -6,8 +6,9 @@
 in torch's own words: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the mean of a
 token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. On a GPU
 `reference-again` is the reference once more, whose sums the GPU adds up in another order each time, and
-`reference-compiled` the same with its blocks compiled: what rounding alone does to the curve. `cherry-fp8` multiplies
-in fp8 and has bf16 moments; it needs a Hopper GPU.
+`reference-compiled` the same with its blocks compiled: what rounding alone does to the curve. `cherry-bf16-moments`
+keeps AdamW's moments in bf16; `cherry-fp8` does too and multiplies in fp8, `cherry-fp8-fp32-moments` multiplies so
+only. fp8 needs a Hopper GPU.
 The rate warms up over all steps, or `--warmup`. The text is drawn from a fixed random chain over at most 4,096 tokens,
 so that there is something to learn. Prints one JSON row: the curves, and each one's largest and mean relative
 difference from the first, step by step, and that of the means of the last fifth of the steps. While the loss falls by
@@ -23,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from unittest.mock import patch
@@ -39,6 +41,11 @@ from cherry.optimizer import set_learning_rate, update_expert_bias
 from model.config import ModelConfig
 
 CHAIN_TOKENS, CHAIN_CHOICES = 4096, 4
+_VARIANTS = {
+    "cherry-bf16-moments": ("bf16", "bf16"),
+    "cherry-fp8": ("fp8", "bf16"),
+    "cherry-fp8-fp32-moments": ("fp8", "fp32"),
+}
 
 
 def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool, warmup_steps: int) -> Step:
@@ -129,15 +136,23 @@ def main() -> None:
         "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk, warmup_steps=warmup),
     }
     if cuda:
-        made["cherry-fp8"] = lambda c, d: build_cherry(
-            c, d, compiled=True, chunk=chunk, warmup_steps=warmup, precision="fp8", optimizer_state_dtype="bf16"
-        )
+        for name, (precision, moments) in _VARIANTS.items():
+            made[name] = partial(
+                build_cherry,
+                compiled=True,
+                chunk=chunk,
+                warmup_steps=warmup,
+                precision=precision,
+                optimizer_state_dtype=moments,
+            )
         made["reference-again"] = made["reference"]
         made["reference-compiled"] = lambda c, d: build_reference(c, d, compiled=True, warmup_steps=warmup)
-    curves = {name: curve(made[name], config, tokens) for name in options.curves or made}
+    curves, last = {}, max(1, steps // 5)
+    for name in options.curves or made:
+        curves[name] = curve(made[name], config, tokens)
+        print(f"{name}: {fmean(curves[name][-last:]):.5f} at the end", file=sys.stderr, flush=True)
     base = next(iter(curves))
     expected = curves.pop(base)
-    last = max(1, steps // 5)
     row = {
         "size": options.size,
         "precision": "bf16" if cuda else "fp32",
