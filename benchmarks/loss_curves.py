@@ -113,6 +113,27 @@ def curve(make: Callable[[ModelConfig, torch.device], Step], config: ModelConfig
     return result
 
 
+def _makers(cuda: bool, chunk: int, warmup: int) -> dict[str, Callable[[ModelConfig, torch.device], Step]]:
+    """What trains each curve, in the order in which they are measured."""
+    made: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
+        "reference": partial(build_reference, compiled=False, warmup_steps=warmup),
+        "cherry": partial(build_cherry, compiled=cuda, chunk=chunk, warmup_steps=warmup),
+    }
+    if cuda:
+        for name, (precision, moments) in _VARIANTS.items():
+            made[name] = partial(
+                build_cherry,
+                compiled=True,
+                chunk=chunk,
+                warmup_steps=warmup,
+                precision=precision,
+                optimizer_state_dtype=moments,
+            )
+        made["reference-again"] = made["reference"]
+        made["reference-compiled"] = partial(build_reference, compiled=True, warmup_steps=warmup)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -129,25 +150,8 @@ def main() -> None:
     config = ModelConfig.model_validate(SIZES[options.size][0])
     tokens = chain(config.vocab_size, options.steps, options.batch, options.length, device)
     chunk = options.batch * options.length
-    steps = options.steps
-    warmup = options.warmup or steps
-    made: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
-        "reference": lambda c, d: build_reference(c, d, compiled=False, warmup_steps=warmup),
-        "cherry": lambda c, d: build_cherry(c, d, compiled=cuda, chunk=chunk, warmup_steps=warmup),
-    }
-    if cuda:
-        for name, (precision, moments) in _VARIANTS.items():
-            made[name] = partial(
-                build_cherry,
-                compiled=True,
-                chunk=chunk,
-                warmup_steps=warmup,
-                precision=precision,
-                optimizer_state_dtype=moments,
-            )
-        made["reference-again"] = made["reference"]
-        made["reference-compiled"] = lambda c, d: build_reference(c, d, compiled=True, warmup_steps=warmup)
-    curves, last = {}, max(1, steps // 5)
+    made = _makers(cuda, chunk, options.warmup or options.steps)
+    curves, last = {}, max(1, options.steps // 5)
     for name in options.curves or made:
         curves[name] = curve(made[name], config, tokens)
         print(f"{name}: {fmean(curves[name][-last:]):.5f} at the end", file=sys.stderr, flush=True)
