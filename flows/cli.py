@@ -12,9 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from base.config import load
 from base.errors import CherryError, run_program
 from cherry import __version__
 from flows.offline import set_offline_defaults
+from flows.server import TemporaryServer
+from tasks.config import RunConfig
 
 _STATE_STYLE = {"ok": "green", "note": "yellow", "fail": "bold red"}
 # Where the pages and the gateway listen unless a person says otherwise: each tool's own default port.
@@ -112,14 +115,18 @@ def _dispatch(options: argparse.Namespace) -> None:
         stopped = stop_serving(str(options.runs_directory))
         console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
     else:
-        from flows.commands import demo, deploy, run
+        if options.command != "demo":
+            load(options.config, RunConfig, options.overrides)  # a mistake in it is told before anything starts
+        server = TemporaryServer()
+        server.start()
+        from flows.commands import demo, deploy, run  # which imports Prefect for a second, as the server does
 
         if options.command == "run":
-            run(console, options.config, options.overrides)
+            run(console, server, options.config, options.overrides)
         elif options.command == "deploy":
-            deploy(console, options.config, options.overrides, version=options.model_version)
+            deploy(console, server, options.config, options.overrides, version=options.model_version)
         else:
-            demo(console)
+            demo(console, server)
 
 
 def _doctor(console: Console, runs_directory: Path) -> None:

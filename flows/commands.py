@@ -21,6 +21,7 @@ from base import storage
 from base.config import load
 from base.errors import CherryError, OperationalError
 from flows.progress import RunProgress
+from flows.server import TemporaryServer
 from tasks.config import RunConfig
 from tasks.parameters import overrides_from, run_directory
 from tasks.report import summarize
@@ -32,7 +33,7 @@ DEMO_PROMPT = "def main(argv):\n    "
 DEMO_TOKENS = 48
 
 
-def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
+def run(console: Console, server: TemporaryServer, config: str, overrides: list[str]) -> dict[str, Any]:
     """The training flow, with its progress in the terminal; its summary.
 
     Raises:
@@ -43,10 +44,12 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
 
     def flow() -> Any:
-        _start_servers(resolved)
+        if server.starting:  # MLflow's import and database take seconds too
+            connect(resolved.tracking, resolved.runs_directory).connect_early()
         from flows.train_flow import train_flow
 
-        return train_flow(config, overrides_from(overrides), return_state=True)
+        with server.answering():
+            return train_flow(config, overrides_from(overrides), return_state=True)
 
     with _hinting(console, lambda: _after_failure(directory)), RunProgress(console, directory):
         _result(flow)
@@ -56,7 +59,9 @@ def run(console: Console, config: str, overrides: list[str]) -> dict[str, Any]:
     return summary
 
 
-def deploy(console: Console, config: str, overrides: list[str], *, version: int | None = None) -> dict[str, Any]:
+def deploy(
+    console: Console, server: TemporaryServer, config: str, overrides: list[str], *, version: int | None = None
+) -> dict[str, Any]:
     """The deployment flow; where the release answers.
 
     Raises:
@@ -68,7 +73,8 @@ def deploy(console: Console, config: str, overrides: list[str], *, version: int 
     def flow() -> Any:
         from flows.deploy_flow import deploy_flow
 
-        return deploy_flow(config, overrides_from(overrides), version, return_state=True)
+        with server.answering():
+            return deploy_flow(config, overrides_from(overrides), version, return_state=True)
 
     with _hinting(console, lambda: f"  logs:  {logs}"), RunProgress(console, Path(run_directory(resolved))):
         released: dict[str, Any] = _result(flow)
@@ -86,11 +92,11 @@ def deploy(console: Console, config: str, overrides: list[str], *, version: int 
     return released
 
 
-def demo(console: Console) -> None:
+def demo(console: Console, server: TemporaryServer) -> None:
     """Text to a served release: run, deploy, and ask it with the README's client."""
     overrides = list(DEMO_OVERRIDES)
-    summary = run(console, DEMO_CONFIG, overrides)
-    released = deploy(console, DEMO_CONFIG, overrides)
+    summary = run(console, server, DEMO_CONFIG, overrides)
+    released = deploy(console, server, DEMO_CONFIG, overrides)
     with Client(released["url"], read_key_file(released["key_file"])) as client:
         output = client.infer(DEMO_PROMPT, max_tokens=DEMO_TOKENS)
     directory = Path(run_directory(load(DEMO_CONFIG, RunConfig, overrides)))
@@ -109,23 +115,6 @@ def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
     except CherryError:
         console.print(hints(), highlight=False, markup=False, soft_wrap=True)
         raise
-
-
-def _start_servers(config: RunConfig) -> None:
-    """Where there is no Prefect server, start the temporary one that Prefect would, and MLflow's client meanwhile.
-
-    Each imports for seconds, and makes a database for as long the first time: side by side, before anything else takes
-    the processor.
-    """
-    from prefect.settings import get_current_settings
-
-    settings = get_current_settings()
-    if settings.api.url is not None or not settings.server.ephemeral.enabled:
-        return
-    from prefect.server.api.server import SubprocessASGIServer
-
-    connect(config.tracking, config.runs_directory).connect_early()
-    SubprocessASGIServer().start()
 
 
 def _after_failure(directory: Path) -> str:
