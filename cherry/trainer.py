@@ -39,6 +39,8 @@ from cherry.run_directory import checkpoints_of, identity
 logger = get_logger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
+# Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has every step.
+_SAY_EVERY_S = 1.0
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Trainer:
         self._good_before: int | None = None  # after a rollback, until something new is saved
         self._save_owed, self._group = False, group
         self._heldout: Heldout | None = None
+        self._say_from = 0.0  # by the monotonic clock
         self._resume(resume_from, directory)
         self.network.start()
         self.metrics = self._open_metrics()
@@ -306,9 +309,12 @@ class Trainer:
         if self.metrics is None:
             return
         due = self.progress.step % self.config.train.log_every_steps == 0
-        if last or due or not record.keys().isdisjoint(("heldout_loss", "failed_saves", "skipped")):
+        marked = last or not record.keys().isdisjoint(("heldout_loss", "failed_saves", "skipped"))
+        if due or marked:
             self.metrics.write(record)
-            self._say(format_line(record))
+            if marked or time.monotonic() >= self._say_from:
+                self._say(format_line(record))
+                self._say_from = time.monotonic() + _SAY_EVERY_S
         if "skipped" in record:
             self._say(f"step {self.progress.step} skipped: {record['skipped']}")
         if failure := self.metrics.new_failure():

@@ -35,6 +35,10 @@ SERIES = (
 )
 PARENT_SERIES = ("loss", "heldout_loss", "learning_rate", "grad_norm", "expert_load_max_over_mean")
 """What the flow's own run gets too: enough to see in a comparison of two runs why one is better."""
+EVERY_STEP = ("loss", "heldout_loss")
+"""What each step sends. Of the others one point a second is enough to see: a point costs more than a line of
+metrics.jsonl, and a small model takes ten steps in that time, on the same cores."""
+_PLACE = ("step", "time", "rollbacks")
 # The trainer scores windows of some held-out documents, the evaluate step the documents: two figures, two names.
 _TRACKED_NAMES = {"heldout_loss": "heldout_window_loss", "heldout_bits_per_byte": "heldout_window_bits_per_byte"}
 _POLL_S = 10.0
@@ -69,6 +73,7 @@ class MetricsRelay:
         self._run_id = run_id
         self._series = series
         self._offset = 0
+        self._second = 0  # of the last line that was read
         self._waiting: list[dict[str, Any]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics-relay", daemon=True)
@@ -114,10 +119,18 @@ class MetricsRelay:
         except ValueError:  # the offset lies within a line: the file was cut and has grown again
             lines = None
         if lines is None or (lines and self._waiting and _place(lines[0]) <= _place(self._waiting[-1])):
-            self._offset, self._waiting = 0, []
+            self._offset, self._second, self._waiting = 0, 0, []
             lines = self._lines_from_offset() or []
         sent = (0, 0, *map(int, self._mark.read_text().split() if self._mark.exists() else ()))[-2:]
-        self._waiting += [line for line in lines if _place(line) > sent]
+        self._waiting += [line for line in self._thinned(lines) if _place(line) > sent]
+
+    def _thinned(self, lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The lines, of which the first one of each second and the last step's are whole."""
+        for line in lines:
+            second = int(line["time"])
+            whole = second != self._second or line["step"] == line.get("steps")
+            self._second = second
+            yield line if whole else {key: line[key] for key in (*EVERY_STEP, *_PLACE) if key in line}
 
     def _lines_from_offset(self) -> list[dict[str, Any]] | None:
         """Whole lines behind the offset, which then moves; `None` when the file is shorter than that."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.stream import PARENT_SERIES, MetricsRelay, read_metrics
+from tasks.stream import EVERY_STEP, PARENT_SERIES, MetricsRelay, read_metrics
 
 
 class UnreliableTracker:
@@ -141,3 +141,23 @@ def test_the_flows_run_gets_its_own_series_from_the_first_step_on_under_the_name
     assert parent.send_new()
     assert parent.send_new()
     assert steps(relay.sink) == [*wanted(4), ("heldout_window_loss", 3, 0.5)]
+
+
+def test_of_steps_within_a_second_each_sends_its_loss_and_the_first_and_the_last_one_everything(relay, tmp_path):
+    times = {1: 1000.2, 2: 1000.6, 3: 1000.9, 4: 1001.0, 5: 1001.8, 6: 1001.9}
+    records = [
+        {"step": step, "steps": 6, "loss": step / 7, "grad_norm": 0.1 * step, "time": time}
+        for step, time in times.items()
+    ]
+    records[1]["heldout_loss"] = 0.25
+    append(relay.file, records[:2])
+    assert relay.send_new()
+    append(relay.file, records[2:3])
+    relay = MetricsRelay(tmp_path, sink := relay.sink, "run")  # a later one tells the same steps apart
+    assert relay.send_new()
+    append(tmp_path / "metrics.jsonl", records[3:])
+    assert relay.send_new()
+    assert EVERY_STEP == ("loss", "heldout_loss")
+    assert [point for point in steps(sink) if point[0] == "loss"] == wanted(7)
+    assert ("heldout_window_loss", 2, 0.25) in steps(sink)
+    assert [step for key, step, _ in steps(sink) if key == "grad_norm"] == [1, 4, 6]
