@@ -4,10 +4,12 @@
 
 Both do the same work in the same order in fresh processes, in turns. The flow's side pays for a temporary Prefect
 server, tasks, MLflow runs, system metrics and plots; the first run of all also makes both databases, which later ones
-find, so it has a figure of its own. A step's share is measured twice: as the time that the trainer itself spends on its
-metrics stream (all that it knows of tracking), and as the ratio of step times while the flow and its temporary server
-run to those while both are stopped (SIGSTOP), in turns of 20 steps of one training: on a machine whose every core
-trains, that has in it what they need to live.
+find, so it has a figure of its own. A step's share is measured three times: as the time that the trainer itself spends
+on its metrics stream (all that it knows of tracking); as the processor time of the flow and its server while a small
+model trains on every core, over the trainer's own; and as the ratio of step times beside them to those while both are
+stopped (SIGSTOP), in turns of 8 steps of one training. What they put off while stopped they do in 8 steps between,
+and a turn beside them is held against the stopped ones before and after it, so that a machine that slows down counts
+for nothing.
 """
 
 import argparse
@@ -33,7 +35,8 @@ from tasks.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("train.steps=200", "train.evaluate_every_steps=200", "data.max_documents=200", "evaluate.documents=20")
 _WARM_STEPS = 60  # the flow still sets itself up beside the first ones
-_PAIRED_STEPS, _TURN_STEPS = 900, 20
+_PAIRED_STEPS, _TURN_STEPS = 2000, 8
+_STEADY_STEPS = 400  # over which processor time is read, before anything is stopped
 LIMIT_S, LIMIT_STEP = 30.0, 0.01
 
 
@@ -83,37 +86,67 @@ def _module(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", name, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
-def step_ratio(folder: Path) -> tuple[float, int]:
-    """A step's time beside the flow and its server over that while both are stopped; median of so many pairs."""
-    overrides = [*SMALL, f"runs_directory={folder}", "name=paired", f"train.steps={_PAIRED_STEPS}"]
+def beside_training(folder: Path) -> dict[str, float]:
+    """What a step costs beside the flow and its server: their processor time over its own, and the ratio of times."""
+    never = 100 * _PAIRED_STEPS  # saves and evaluations would fall into some turns and not into others
+    own = [f"train.steps={_PAIRED_STEPS}", f"train.evaluate_every_steps={never}", f"checkpoint.every_steps={never}"]
+    overrides = [*SMALL, f"runs_directory={folder}", "name=paired", *own]
     environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "flows.cli", "run", "configs/tiny.yaml", *overrides]
     run = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
     metrics = folder / "paired" / "train" / "metrics.jsonl"
-    turns: list[tuple[int, int]] = []  # the first step of a turn that is stopped, and of the next that is not
-    steps = _wait_for_steps(run, metrics, _WARM_STEPS)
-    beside = [run, *(child for child in run.children() if "uvicorn" in child.cmdline())]
     try:
-        while steps + 2 * _TURN_STEPS < _PAIRED_STEPS:
+        steps = _wait_for_steps(run, metrics, _WARM_STEPS)
+        beside = [run, *_children(run, "flows.server")]
+        trainers = _children(run, str(ROOT / "train.py"), but="cherry.launcher")
+        before = _processor_s(beside), _processor_s(trainers)
+        steps = _wait_for_steps(run, metrics, steps + _STEADY_STEPS)
+        share = (_processor_s(beside) - before[0]) / (_processor_s(trainers) - before[1])
+        turns = _take_turns(run, metrics, beside, steps)
+    finally:
+        everything = [run, *run.children(recursive=True)]
+        run.terminate()
+        psutil.wait_procs(everything, timeout=30)  # the others end with it
+    seconds = [json.loads(line)["step_seconds"] for line in metrics.read_text().splitlines()]
+    # The step in which they were stopped or went on belongs to neither.
+    alone = [statistics.fmean(seconds[start + 1 : start + _TURN_STEPS]) for start, _ in turns]
+    together = [statistics.fmean(seconds[start + 1 : start + _TURN_STEPS]) for _, start in turns]
+    ratios = [2 * t / (a + b) for t, a, b in zip(together, alone, alone[1:], strict=False)]
+    return {
+        "processor_time_over_the_trainers": round(share, 5),
+        "step_time_ratio_beside_the_flow": round(statistics.fmean(ratios), 4),
+        "standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4),
+        "turns": len(ratios),
+    }
+
+
+def _take_turns(run: psutil.Popen, metrics: Path, beside: list[psutil.Process], steps: int) -> list[tuple[int, int]]:
+    """The first steps of turns while these processes are stopped, and of the turns beside them that followed."""
+    turns = []
+    try:
+        while steps + 3 * _TURN_STEPS < _PAIRED_STEPS:
             for process in beside:
                 process.suspend()
-            middle = _wait_for_steps(run, metrics, steps + _TURN_STEPS)
+            resumed = _wait_for_steps(run, metrics, steps + _TURN_STEPS)
             for process in beside:
                 process.resume()
-            turns.append((steps, middle))
-            steps = _wait_for_steps(run, metrics, middle + _TURN_STEPS)
+            caught_up = _wait_for_steps(run, metrics, resumed + _TURN_STEPS)
+            turns.append((steps, caught_up))
+            steps = _wait_for_steps(run, metrics, caught_up + _TURN_STEPS)
     finally:  # nothing stays stopped where this is interrupted
         for process in filter(psutil.Process.is_running, beside):
             process.resume()
-    run.wait()
-    seconds = [json.loads(line)["step_seconds"] for line in metrics.read_text().splitlines()]
-    ratios = [
-        # The step in which they were stopped or went on belongs to neither.
-        statistics.fmean(seconds[middle + 1 : middle + _TURN_STEPS])
-        / statistics.fmean(seconds[start + 1 : start + _TURN_STEPS])
-        for start, middle in turns
-    ]
-    return statistics.median(ratios), len(ratios)
+    return turns
+
+
+def _children(run: psutil.Popen, word: str, but: str = "") -> list[psutil.Process]:
+    """Descendants with this word in their command lines, and without the other one."""
+    found = [(child, child.cmdline()) for child in run.children(recursive=True)]
+    return [child for child, words in found if word in words and but not in words]
+
+
+def _processor_s(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def _wait_for_steps(run: psutil.Popen, metrics: Path, count: int) -> int:
@@ -156,7 +189,6 @@ def measure(rounds: int) -> list[dict]:
     flow_s: list[float] = []
     hand_s: list[float] = []
     hand_steps: list[float] = []
-    ratio, pairs = 0.0, 0
     with tempfile.TemporaryDirectory() as home:
 
         def flow(number: int) -> None:
@@ -172,7 +204,7 @@ def measure(rounds: int) -> list[dict]:
             for side in (flow, hand) if number % 2 == 0 else (hand, flow):
                 side(number)
         write_s = _seconds_per_write(Path(home) / "bench-0")
-        ratio, pairs = step_ratio(Path(home))
+        beside = beside_training(Path(home))
     step_s, hand_whole_s = statistics.median(hand_steps), statistics.median(hand_s)
     return [
         {
@@ -189,8 +221,7 @@ def measure(rounds: int) -> list[dict]:
             "limit": LIMIT_STEP,
             "step_ms": round(1000 * step_s, 2),
             "metrics_write_ms": round(1000 * write_s, 4),
-            "step_time_ratio_beside_the_flow": round(ratio, 4),
-            "pairs": pairs,
+            **beside,
         },
     ]
 

@@ -1,6 +1,6 @@
 """Owns programs that a task starts: their lines, their exit codes as errors, and that nothing of them stays behind.
 
-It knows nothing of what the programs do.
+It knows nothing of what the programs do; `in_background` is for what goes on beside them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -85,6 +86,25 @@ def run_module(
             record_file.unlink(missing_ok=True)
     if code:
         raise error_of(code, lines, module)
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Threads that are started inside, and what this one does, wait for a core and take none from a training step.
+
+    Linux has a policy for it: the usual share, but a thread that wakes up does not preempt (SCHED_BATCH, sched(7)).
+    """
+    policy = getattr(os, "SCHED_BATCH", None)
+    changed = False
+    if policy is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, policy, os.sched_param(0))
+            changed = True
+    try:
+        yield
+    finally:
+        if changed:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def append_whole(path: Path, line: str) -> None:

@@ -5,11 +5,12 @@ It knows the run directory and exit codes; the training is cherry's. A retry is 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from prefect import task
@@ -19,15 +20,14 @@ from base import storage
 from tasks.artifacts import ProgressArtifact
 from tasks.plan import compared
 from tasks.plots import plot_training
-from tasks.process import PROJECT_ROOT
+from tasks.process import PROJECT_ROOT, in_background
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
 from tasks.stream import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
 
 # Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run goes on from its
 # checkpoint on another number of ranks.
 _IDENTITY = ["seed", "init_from", "model", "data", "train", "lora"]
-# How often a line of a training step goes to the terminal (a file), and to Prefect's log (a request to its server).
-_SHOW_EVERY_S = 1.0
+# How often a line of a training step goes to Prefect's log too, which is a request to its server.
 _SAY_EVERY_S = 10.0
 
 
@@ -42,21 +42,24 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
         relay = MetricsRelay(folder, step.tracker, step.run_id)
         parent = MetricsRelay(folder, step.tracker, context.parent_run_id, PARENT_SERIES)
         artifact = ProgressArtifact(f"train-{context.config.name}", "Training")
-        said = shown = -math.inf
+        said = -math.inf
 
         def on_line(line: str) -> None:
-            nonlocal said, shown
+            nonlocal said
             fraction, now = _fraction(line), time.monotonic()
-            # Fast steps would cost as much to tell of as to take; launcher.log and metrics.jsonl have every one.
             if fraction is None or fraction == 1.0 or now - said >= _SAY_EVERY_S:
                 step.say(line, fraction)
-                said, shown = (said, shown) if fraction is None else (now, now)
-            elif now - shown >= _SHOW_EVERY_S:
+                said = said if fraction is None else now
+            else:
                 step.show(line, fraction)
-                shown = now
             artifact.reached(fraction)
 
-        with relay, parent, _system_metrics(context, step):
+        # What is imported stays: looking through it for garbage would take a core from training for longer than a step.
+        gc.freeze()
+        with ExitStack() as beside:
+            with in_background():
+                for follower in (relay, parent, _system_metrics(context, step)):
+                    beside.enter_context(follower)
             arguments = _arguments(context, step.fingerprint)
             step.run("cherry.launcher", arguments, on_line=on_line, log_file=folder / "launcher.log")
         return _conclude(context, step, folder)

@@ -1,12 +1,15 @@
 """Programs that tasks start: their lines and errors arrive, and nothing of them stays behind."""
 
+import os
+import sys
+import threading
 import time
 
 import psutil
 import pytest
 
 from base.errors import CherryError, ConfigError, DataError, OperationalError, WorkerLostError
-from tasks.process import run_module
+from tasks.process import in_background, run_module
 
 _DEADLINE_S = 30.0
 
@@ -78,3 +81,23 @@ def test_a_grandchild_in_a_session_of_its_own_ends_with_the_task(program, tmp_pa
     deadline = time.monotonic() + _DEADLINE_S
     while found[0].is_running() and found[0].status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the grandchild still runs"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has scheduling policies")
+def test_threads_from_the_background_stay_in_it_and_programs_started_after_it_do_not(program):
+    found: dict[str, int] = {}
+    go_on = threading.Event()
+
+    def follow():
+        go_on.wait()
+        found["thread"] = os.sched_getscheduler(0)
+
+    thread = threading.Thread(target=follow)
+    with in_background():
+        thread.start()
+    lines: list[str] = []
+    run_module(program("import os; print(os.sched_getscheduler(0))"), [], on_line=lines.append)
+    go_on.set()
+    thread.join()
+    assert found == {"thread": os.SCHED_BATCH}
+    assert (lines, os.sched_getscheduler(0)) == ([str(os.SCHED_OTHER)], os.SCHED_OTHER)
