@@ -60,7 +60,7 @@ class TemporaryServer:
         """Prefect talks to this server inside, unless its settings name one or allow none.
 
         Raises:
-            RuntimeError: it did not answer within PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.
+            RuntimeError: it ended, or did not answer within PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.
         """
         if not self.starting or not _wanted():
             yield
@@ -78,7 +78,8 @@ class TemporaryServer:
             httpx.get(f"{self._url}/health", timeout=timeout_s, trust_env=False).raise_for_status()
         except httpx.HTTPError as error:
             self._end()
-            raise RuntimeError(f"no answer within {timeout_s:g} s: {error}") from error
+            late = isinstance(error, httpx.TimeoutException)
+            raise RuntimeError(f"no answer within {timeout_s:g} s" if late else f"it ended: {error}") from error
 
     def _end(self) -> None:
         if self._process is None:
