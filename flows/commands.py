@@ -109,10 +109,10 @@ def demo(console: Console, server: TemporaryServer) -> None:
 
 @contextmanager
 def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
-    """After a failure, where to look and how to go on; the error itself is told last."""
+    """After a failure or Ctrl-C, where to look and how to go on; the error itself is told last."""
     try:
         yield
-    except CherryError:
+    except (CherryError, KeyboardInterrupt):
         console.print(hints(), highlight=False, markup=False, soft_wrap=True)
         raise
 

@@ -57,17 +57,21 @@ class TemporaryServer:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Prefect talks to this server inside, unless its settings name one or allow none.
+        """Prefect talks to this server inside, unless its settings name another one.
 
         Raises:
-            RuntimeError: it ended, or did not answer within PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.
+            RuntimeError: its settings name none and forbid this one, or it ended, or it did not answer within
+                PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.
         """
-        if not self.starting or not _wanted():
+        if not self.starting or _named():
             yield
             return
         from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-        self._wait(get_current_settings().server.ephemeral.startup_timeout_seconds)
+        settings = get_current_settings().server.ephemeral
+        if not settings.enabled:
+            raise RuntimeError("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one")
+        self._wait(settings.startup_timeout_seconds)
         with temporary_settings({PREFECT_API_URL: self._url}):
             yield
 
@@ -93,17 +97,16 @@ class TemporaryServer:
         self._process = None
 
 
-def _wanted() -> bool:
-    """Whether Prefect's settings, its profile's too, name no server and allow a temporary one."""
+def _named() -> bool:
+    """Whether Prefect's settings, its profile's too, name a server."""
     from prefect.settings import get_current_settings
 
-    settings = get_current_settings()
-    return settings.api.url is None and settings.server.ephemeral.enabled
+    return get_current_settings().api.url is not None
 
 
 def serve(listener: socket.socket) -> None:
-    """Prefect's API on this listener until a signal ends it; it returns at once where none is wanted."""
-    if not _wanted():
+    """Prefect's API on this listener until a signal ends it; it returns at once where another server is named."""
+    if _named():
         return
     import uvicorn
     from prefect.server.api import server

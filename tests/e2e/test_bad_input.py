@@ -66,6 +66,11 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
             {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "0"},
             "Prefect's temporary server did not start",
         ),
+        (
+            "deploy",
+            {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"},
+            "Prefect's temporary server did not start (PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one)",
+        ),
     ],
 )
 def test_a_prefect_server_that_does_not_answer_is_named(command, variables, text, tmp_path):
