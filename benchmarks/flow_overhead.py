@@ -8,8 +8,8 @@ find, so it has a figure of its own. A step's share is measured three times: as 
 on its metrics stream (all that it knows of tracking); as the processor time of the flow and its server while a small
 model trains on every core, over the trainer's own; and as the ratio of step times beside them to those while both are
 stopped (SIGSTOP), in turns of 8 steps of one training. What they put off while stopped they do in 8 steps between,
-and a turn beside them is held against the stopped ones before and after it, so that a machine that slows down counts
-for nothing.
+and a turn beside them is held against the stopped ones before and after it, so that a machine that slows down evenly
+counts for nothing.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -104,18 +105,22 @@ def beside_training(folder: Path) -> dict[str, float]:
         share = (_processor_s(beside) - before[0]) / (_processor_s(trainers) - before[1])
         turns = _take_turns(run, metrics, beside, steps)
     finally:
-        everything = [run, *run.children(recursive=True)]
-        run.terminate()
-        psutil.wait_procs(everything, timeout=30)  # the others end with it
+        with suppress(psutil.NoSuchProcess):  # it ended by itself, which has its own error
+            everything = [run, *run.children(recursive=True)]
+            run.terminate()
+            psutil.wait_procs(everything, timeout=30)  # the others end with it
     seconds = [json.loads(line)["step_seconds"] for line in metrics.read_text().splitlines()]
     # The step in which they were stopped or went on belongs to neither.
     alone = [statistics.fmean(seconds[start + 1 : start + _TURN_STEPS]) for start, _ in turns]
     together = [statistics.fmean(seconds[start + 1 : start + _TURN_STEPS]) for _, start in turns]
-    ratios = [2 * t / (a + b) for t, a, b in zip(together, alone, alone[1:], strict=False)]
+    # The middle of a turn beside them lies 16 steps behind that of the stopped one before, and 8 before the next one's.
+    ratios = [t / (a / 3 + 2 * b / 3) for t, a, b in zip(together, alone, alone[1:], strict=False)]
+    shared = max(0.0, statistics.covariance(ratios[:-1], ratios[1:]))  # neighbours have a stopped turn in common
+    variance = (statistics.variance(ratios) + 2 * shared) / len(ratios)
     return {
         "processor_time_over_the_trainers": round(share, 5),
         "step_time_ratio_beside_the_flow": round(statistics.fmean(ratios), 4),
-        "standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4),
+        "standard_error": round(variance**0.5, 4),
         "turns": len(ratios),
     }
 
@@ -205,12 +210,13 @@ def measure(rounds: int) -> list[dict]:
                 side(number)
         write_s = _seconds_per_write(Path(home) / "bench-0")
         beside = beside_training(Path(home))
-    step_s, hand_whole_s = statistics.median(hand_steps), statistics.median(hand_s)
+    step_s = statistics.median(hand_steps)
+    overhead_s = [whole - bare for whole, bare in zip(flow_s, hand_s, strict=True)]  # of one round each
     return [
         {
             "what": "flow overhead of a run",
-            "overhead_s": round(statistics.median(flow_s[1:]) - hand_whole_s, 2),
-            "first_overhead_s": round(flow_s[0] - hand_whole_s, 2),
+            "overhead_s": round(statistics.median(overhead_s[1:]), 2),
+            "first_overhead_s": round(overhead_s[0], 2),
             "limit_s": LIMIT_S,
             "flow_s": [round(s, 2) for s in flow_s],
             "by_hand_s": [round(s, 2) for s in hand_s],

@@ -39,7 +39,7 @@ from cherry.run_directory import checkpoints_of, identity
 logger = get_logger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
-# Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has every step.
+# Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has them all.
 _SAY_EVERY_S = 1.0
 
 

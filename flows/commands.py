@@ -133,6 +133,8 @@ def _result(flow: Callable[[], Any]) -> Any:
     """
     try:
         state = flow()
+    except CherryError:
+        raise
     except (RuntimeError, httpx.HTTPError) as error:  # not the flow's, whose errors are in its state
         raise OperationalError(_no_server(error)) from error
     if state.is_completed():
@@ -154,7 +156,7 @@ def _no_server(error: Exception) -> str:
         address = httpx.URL(url).copy_with(userinfo=b"")
         return f"Prefect's server at {address} does not answer ({error}). Start it, or unset PREFECT_API_URL."
     return (
-        f"Prefect's temporary server did not start ({error}). Try again when the machine is less busy, or start one "
+        f"Prefect's temporary server answers no more ({error}). Start the same command again, or start a server "
         "(prefect server start) and set PREFECT_API_URL."
     )
 

@@ -2,12 +2,13 @@
 
 It knows nothing of flows. Prefect would start a server of its own (`SubprocessASGIServer`) once a flow runs: after
 importing all of it in the flow's process too, to outlive a command that is killed, and with a worker that looks for
-background work many times a second.
+background work many times a second as long as it lives.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import atexit
 import gc
 import os
@@ -16,12 +17,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 
+from base.errors import OperationalError
 from cherry.launcher import die_with_parent
-from tasks.process import in_background
+from tasks.process import PROJECT_ROOT, in_background
 
 _STOP_GRACE_S = 5.0
+_WORKER_S = 10.0
 # What Prefect tells its own temporary server.
 _SERVER_VARIABLES = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
@@ -41,13 +44,15 @@ class TemporaryServer:
             # Connections wait in the listener's queue from here on: there is no port to lose to another process.
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             own = [f"--fd={listener.fileno()}", f"--parent={os.getpid()}"]
+            path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server", *own],
-                env={**os.environ, **_SERVER_VARIABLES},
+                # Without -P, a package called flows in the working directory would be taken for this one.
+                [sys.executable, "-P", "-m", "flows.server", *own],
+                env={**os.environ, **_SERVER_VARIABLES, "PYTHONPATH": path},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C is for the flow, which tells its server how it ended
             )
-        # Before Prefect's own, which send the last log lines: they run in the opposite order.
+        # Prefect has sent its last lines by then: it does so as threading shuts down, before what atexit calls.
         atexit.register(self._end)
 
     @property
@@ -60,7 +65,7 @@ class TemporaryServer:
         """Prefect talks to this server inside, unless its settings name another one.
 
         Raises:
-            RuntimeError: its settings name none and forbid this one, or it ended, or it did not answer within
+            OperationalError: its settings name none and forbid this one, or it ended, or it did not answer within
                 PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.
         """
         if not self.starting or _named():
@@ -70,7 +75,7 @@ class TemporaryServer:
 
         settings = get_current_settings().server.ephemeral
         if not settings.enabled:
-            raise RuntimeError("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one")
+            raise _not_started("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one")
         self._wait(settings.startup_timeout_seconds)
         with temporary_settings({PREFECT_API_URL: self._url}):
             yield
@@ -81,9 +86,10 @@ class TemporaryServer:
         try:
             httpx.get(f"{self._url}/health", timeout=timeout_s, trust_env=False).raise_for_status()
         except httpx.HTTPError as error:
+            code = None if self._process is None else self._process.poll()
             self._end()
-            late = isinstance(error, httpx.TimeoutException)
-            raise RuntimeError(f"no answer within {timeout_s:g} s" if late else f"it ended: {error}") from error
+            why = f"no answer in at most {timeout_s:g} s: {error}" if code is None else f"it ended with code {code}"
+            raise _not_started(why) from error
 
     def _end(self) -> None:
         if self._process is None:
@@ -104,16 +110,28 @@ def _named() -> bool:
     return get_current_settings().api.url is not None
 
 
+def _not_started(why: str) -> OperationalError:
+    return OperationalError(
+        f"Prefect's temporary server did not start ({why}). Try again when the machine is less busy, or start one "
+        "(prefect server start) and set PREFECT_API_URL."
+    )
+
+
 def serve(listener: socket.socket) -> None:
-    """Prefect's API on this listener until a signal ends it; it returns at once where another server is named."""
-    if _named():
+    """Prefect's API on this listener until a signal ends it; it returns at once where another is named or none allowed.
+
+    Its worker for background work leaves after a while: it has removed old events from the database by then, and the
+    loops in which it looks for more take more of a core than everything else here.
+    """
+    from prefect.settings import get_current_settings
+
+    if _named() or not get_current_settings().server.ephemeral.enabled:
         return
     import uvicorn
     from prefect.server.api import server
 
-    # Deletions of logs, clean-up after cancellations and such: a temporary server is gone before they matter, and
-    # the loops that look for them take more of a core than everything else in it.
-    server.background_worker = _no_worker  # type: ignore[attr-defined]
+    whole = server.background_worker  # type: ignore[attr-defined]
+    server.background_worker = lambda *given, **named: _for_a_while(whole(*given, **named))  # type: ignore[attr-defined]
     config = uvicorn.Config(server.create_app(), log_level="error", lifespan="on")
     gc.freeze()  # what is imported stays: looking through it for garbage takes a third of a second each time
     with in_background():
@@ -121,8 +139,18 @@ def serve(listener: socket.socket) -> None:
 
 
 @asynccontextmanager
-async def _no_worker(*_: object, **__: object) -> AsyncIterator[None]:
-    yield
+async def _for_a_while(worker: AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
+    async def work() -> None:
+        async with worker:
+            await asyncio.sleep(_WORKER_S)
+
+    working = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        working.cancel()
+        with suppress(asyncio.CancelledError):
+            await working
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -90,15 +90,14 @@ def run_module(
 
 @contextmanager
 def in_background() -> Iterator[None]:
-    """Threads that are started inside, and what this one does, wait for a core and take none from a training step.
+    """Threads that are started inside, and what this one does, do not preempt a training step when they wake up.
 
-    Linux has a policy for it: the usual share, but a thread that wakes up does not preempt (SCHED_BATCH, sched(7)).
+    Linux has a policy for it, which keeps their usual share of a core (SCHED_BATCH, sched(7)).
     """
-    policy = getattr(os, "SCHED_BATCH", None)
     changed = False
-    if policy is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with suppress(OSError):  # a container may forbid it
-            os.sched_setscheduler(0, policy, os.sched_param(0))
+    with suppress(AttributeError, OSError):  # another system has none; a container may forbid it
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             changed = True
     try:
         yield

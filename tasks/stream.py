@@ -1,7 +1,7 @@
 """Owns the way of training's metrics from the disk to the tracker: from a thread, each step once.
 
 It knows nothing of what trains or of who tracks. An outage or a slow server costs training nothing: metrics.jsonl
-has every step, and what could not be sent is sent by a later call.
+has all that was logged, and what could not be sent is sent by a later call.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ PARENT_SERIES = ("loss", "heldout_loss", "learning_rate", "grad_norm", "expert_l
 EVERY_STEP = ("loss", "heldout_loss")
 """What each step sends. Of the others one point a second is enough to see: a point costs more than a line of
 metrics.jsonl, and a small model takes ten steps in that time, on the same cores."""
-_PLACE = ("step", "time", "rollbacks")
+# A step that has one of these is one that a person looks for.
+_MARKED = ("heldout_loss", "skipped", "failed_saves")
 # The trainer scores windows of some held-out documents, the evaluate step the documents: two figures, two names.
 _TRACKED_NAMES = {"heldout_loss": "heldout_window_loss", "heldout_bits_per_byte": "heldout_window_bits_per_byte"}
 _POLL_S = 10.0
@@ -74,7 +75,7 @@ class MetricsRelay:
         self._series = series
         self._offset = 0
         self._second = 0  # of the last line that was read
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[tuple[dict[str, Any], Sequence[str]]] = []  # lines, each with what of it is sent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics-relay", daemon=True)
 
@@ -100,14 +101,14 @@ class MetricsRelay:
             batch = self._waiting[:_BATCH_STEPS]
             points = [
                 (tracked_name(key), float(line[key]), int(line["step"]), int(line["time"] * 1000))
-                for line in batch
-                for key in self._series
+                for line, keys in batch
+                for key in keys
                 if line.get(key) is not None
             ]
             if not self._tracker.points(self._run_id, points):
                 return False
             del self._waiting[: len(batch)]
-            storage.write_bytes(str(self._mark), "{} {}".format(*_place(batch[-1])).encode())
+            storage.write_bytes(str(self._mark), "{} {}".format(*_place(batch[-1][0])).encode())
         return True
 
     def _read_new(self) -> None:
@@ -118,19 +119,21 @@ class MetricsRelay:
             lines = self._lines_from_offset()
         except ValueError:  # the offset lies within a line: the file was cut and has grown again
             lines = None
-        if lines is None or (lines and self._waiting and _place(lines[0]) <= _place(self._waiting[-1])):
+        if lines is None or (lines and self._waiting and _place(lines[0]) <= _place(self._waiting[-1][0])):
             self._offset, self._second, self._waiting = 0, 0, []
             lines = self._lines_from_offset() or []
         sent = (0, 0, *map(int, self._mark.read_text().split() if self._mark.exists() else ()))[-2:]
-        self._waiting += [line for line in self._thinned(lines) if _place(line) > sent]
+        self._waiting += [(line, keys) for line, keys in self._with_keys(lines) if _place(line) > sent]
 
-    def _thinned(self, lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The lines, of which the first one of each second and the last step's are whole."""
+    def _with_keys(self, lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Sequence[str]]]:
+        """Each line with what of it is sent: all of a second's first one, of the last step's and of marked ones."""
+        always = [key for key in self._series if key in EVERY_STEP]
         for line in lines:
             second = int(line["time"])
-            whole = second != self._second or line["step"] == line.get("steps")
+            last = line["step"] == line.get("steps")
+            whole = second != self._second or last or not line.keys().isdisjoint(_MARKED)
             self._second = second
-            yield line if whole else {key: line[key] for key in (*EVERY_STEP, *_PLACE) if key in line}
+            yield line, self._series if whole else always
 
     def _lines_from_offset(self) -> list[dict[str, Any]] | None:
         """Whole lines behind the offset, which then moves; `None` when the file is shorter than that."""

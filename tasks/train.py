@@ -54,9 +54,11 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
                 step.show(line, fraction)
             artifact.reached(fraction)
 
-        # What is imported stays: looking through it for garbage would take a core from training for longer than a step.
-        gc.freeze()
         with ExitStack() as beside:
+            # Looking for garbage in what stays would take a core from training for longer than a step.
+            gc.collect()
+            gc.freeze()
+            beside.callback(gc.unfreeze)
             with in_background():
                 for follower in (relay, parent, _system_metrics(context, step)):
                     beside.enter_context(follower)

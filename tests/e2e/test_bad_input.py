@@ -81,3 +81,5 @@ def test_a_prefect_server_that_does_not_answer_is_named(command, variables, text
     assert "Traceback" not in ended.stderr
     assert "secret" not in ended.stdout + ended.stderr
     assert not (tmp_path / "runs").exists()
+    if "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE" in variables:
+        assert not (tmp_path / "prefect" / "prefect.db").exists()

@@ -51,6 +51,8 @@ def test_a_command_that_is_stopped_leaves_nothing_running_or_held(project, sent)
     running.send_signal(sent)
     assert running.wait() != 0
     assert not project.processes(name)
+    if sent == signal.SIGINT:
+        assert "resume:   the same command" in (project.home / f"{name}.log").read_text()
     assert not (project.runs / name / "lease.json").exists()
     assert not (project.runs / name / "program.json").exists()
     runs = project.mlflow_runs(name)

@@ -1,13 +1,17 @@
 """The Prefect server of a command that has none: who starts one, who it answers, and when it ends."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+
+from flows.server import _for_a_while
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS = """
@@ -121,3 +125,26 @@ def test_a_server_that_a_profile_names_is_the_one(environment, tmp_path):
 @pytest.mark.slow
 def test_prefect_takes_its_background_worker_from_where_ours_replaces_it(environment, tmp_path):
     assert ended(WORKER, environment, tmp_path) == "asked"
+
+
+@pytest.mark.parametrize(("seconds", "before", "after"), [(0.0, ["came", "left"], []), (3600.0, ["came"], ["left"])])
+def test_the_background_worker_leaves_after_a_while_or_with_the_server(monkeypatch, seconds, before, after):
+    monkeypatch.setattr("flows.server._WORKER_S", seconds)
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def worker():
+        events.append("came")
+        try:
+            yield
+        finally:
+            events.append("left")
+
+    async def live():
+        async with _for_a_while(worker()):
+            while len(events) < len(before):
+                await asyncio.sleep(0)
+            events.append("the server ends")
+
+    asyncio.run(live())
+    assert events == [*before, "the server ends", *after]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.stream import EVERY_STEP, PARENT_SERIES, MetricsRelay, read_metrics
+from tasks.stream import PARENT_SERIES, MetricsRelay, read_metrics
 
 
 class UnreliableTracker:
@@ -22,9 +22,10 @@ class UnreliableTracker:
         return self.up
 
 
-def lines(start, stop):
+def lines(start, stop, apart_s=1.0):
     return [
-        {"step": step, "loss": step / 7, "time": 1000.0 + step, "expert_load": [[0.5]]} for step in range(start, stop)
+        {"step": step, "loss": step / 7, "time": 1000.0 + step * apart_s, "expert_load": [[0.5]]}
+        for step in range(start, stop)
     ]
 
 
@@ -90,18 +91,18 @@ ACTIONS = st.sampled_from(["train", "resume", "send", "down", "up", "new relay"]
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(ACTIONS, st.integers(0, 12)), max_size=30))
-def test_each_step_is_sent_once_whatever_happens(tmp_path_factory, actions):
+@given(st.lists(st.tuples(ACTIONS, st.integers(0, 12)), max_size=30), st.sampled_from([0.3, 1.0]))
+def test_each_step_is_sent_once_whatever_happens(tmp_path_factory, actions, apart_s):
     folder = tmp_path_factory.mktemp("stream")
     file, tracker = folder / "metrics.jsonl", UnreliableTracker()
     relay, written = MetricsRelay(folder, tracker, "run"), 0
     for action, size in actions:
         if action == "train":
-            append(file, lines(written + 1, written + 1 + size))
+            append(file, lines(written + 1, written + 1 + size, apart_s))
             written += size
         elif action == "resume":  # as the trainer does: lines past the checkpoint go, the file stays the same one
             written = max(0, written - size)
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines(1, written + 1)))
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines(1, written + 1, apart_s)))
         elif action == "send":
             relay.send_new()
         elif action == "new relay":
@@ -146,10 +147,9 @@ def test_the_flows_run_gets_its_own_series_from_the_first_step_on_under_the_name
 def test_of_steps_within_a_second_each_sends_its_loss_and_the_first_and_the_last_one_everything(relay, tmp_path):
     times = {1: 1000.2, 2: 1000.6, 3: 1000.9, 4: 1001.0, 5: 1001.8, 6: 1001.9}
     records = [
-        {"step": step, "steps": 6, "loss": step / 7, "grad_norm": 0.1 * step, "time": time}
+        {"step": step, "steps": 6, "loss": step / 7, "grad_norm": 0.1 * step, "rollbacks": 0, "time": time}
         for step, time in times.items()
     ]
-    records[1]["heldout_loss"] = 0.25
     append(relay.file, records[:2])
     assert relay.send_new()
     append(relay.file, records[2:3])
@@ -157,7 +157,15 @@ def test_of_steps_within_a_second_each_sends_its_loss_and_the_first_and_the_last
     assert relay.send_new()
     append(tmp_path / "metrics.jsonl", records[3:])
     assert relay.send_new()
-    assert EVERY_STEP == ("loss", "heldout_loss")
     assert [point for point in steps(sink) if point[0] == "loss"] == wanted(7)
-    assert ("heldout_window_loss", 2, 0.25) in steps(sink)
-    assert [step for key, step, _ in steps(sink) if key == "grad_norm"] == [1, 4, 6]
+    for key in ("grad_norm", "rollbacks"):
+        assert [step for name, step, _ in steps(sink) if name == key] == [1, 4, 6]
+
+
+@pytest.mark.parametrize("mark", [{"heldout_loss": 0.25}, {"skipped": "grad_norm inf"}, {"failed_saves": ["full"]}])
+def test_a_step_that_a_person_looks_for_sends_everything_whenever_it_is(relay, mark):
+    records = [{"step": step, "steps": 9, "grad_norm": 0.1 * step, "time": 1000.5} for step in (1, 2, 3)]
+    records[1] |= mark
+    append(relay.file, records)
+    assert relay.send_new()
+    assert [step for key, step, _ in steps(relay.sink) if key == "grad_norm"] == [1, 2]
