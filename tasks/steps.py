@@ -20,7 +20,7 @@ from base import storage
 from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
 from tasks.config import RunConfig
-from tasks.process import append_whole, run_module
+from tasks.process import append_whole, in_background, run_module
 from tasks.tracker import Tracker
 from tasks.tracking import MlflowTracker, connect
 
@@ -145,7 +145,7 @@ def perform(
     run_id = tracker.start(name, parent=context.parent_run_id, step=step, identity=identity, run_key=context.key)
     running = StepRun(context, step, identity, run_id, tracker)
     started = time.time() if began is None else began
-    with _watched(running):
+    with _watched(running), _system_metrics(running):
         tracker.log(run_id, params=flatten(inputs))
         outputs = dict(work(running))
     record = StepRecord(
@@ -170,6 +170,20 @@ def _watched(running: StepRun) -> Iterator[None]:
         raise
     finally:
         running.tracker.finish(running.run_id, status)
+
+
+@contextmanager
+def _system_metrics(running: StepRun) -> Iterator[None]:
+    """Follow this node beside the step: its processors, memory, disk and GPUs."""
+    stop = None
+    if running.context.config.tracking.system_metrics:
+        with in_background():
+            stop = running.context.tracker().system_metrics(running.run_id)
+    try:
+        yield
+    finally:
+        if stop is not None:
+            stop()
 
 
 def write_record(run_directory: Path, record: StepRecord) -> None:

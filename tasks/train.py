@@ -9,8 +9,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from prefect import task
@@ -60,8 +59,8 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
             gc.freeze()
             beside.callback(gc.unfreeze)
             with in_background():
-                for follower in (relay, parent, _system_metrics(context, step)):
-                    beside.enter_context(follower)
+                beside.enter_context(relay)
+                beside.enter_context(parent)
             arguments = _arguments(context, step.fingerprint)
             step.run("cherry.launcher", arguments, on_line=on_line, log_file=folder / "launcher.log")
         return _conclude(context, step, folder)
@@ -82,16 +81,6 @@ def _arguments(context: RunContext, identity: str) -> list[str]:
         own = storage.join(directory, f"{context.config.name}-{identity[:8]}")
         arguments += ["--set", f"checkpoint.directory={json.dumps(own)}"]
     return arguments
-
-
-@contextmanager
-def _system_metrics(context: RunContext, step: StepRun) -> Iterator[None]:
-    stop = context.tracker().system_metrics(step.run_id) if context.config.tracking.system_metrics else None
-    try:
-        yield
-    finally:
-        if stop is not None:
-            stop()
 
 
 def _conclude(context: RunContext, step: StepRun, folder: Path) -> dict[str, str]:

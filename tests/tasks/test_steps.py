@@ -1,6 +1,7 @@
 """Steps without any server: what is found finished, what is done again, what is put aside, and what retries."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,22 @@ def test_the_same_inputs_find_the_finished_output(context):
     assert found.reused
     assert (found.outputs, found.fingerprint, found.finished_at) == (done.outputs, done.fingerprint, done.finished_at)
     assert events(context) == ["started", "finished", "reused"]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_each_step_is_followed_by_system_metrics_as_long_as_it_works(tmp_path, wanted):
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "system_metrics": wanted}
+    config = resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), "tracking": tracking})
+    followed = []
+
+    def work(_):
+        followed.extend(thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor")
+        return {}
+
+    with disable_run_logger():
+        perform(RunContext(str(tmp_path / "tiny"), config), "export", {"a": 1}, work)
+    assert len(followed) == wanted
+    assert not any(thread.is_alive() for thread in followed)
 
 
 def test_a_step_of_several_tasks_begins_where_the_first_one_said_so(context):
