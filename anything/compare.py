@@ -79,12 +79,7 @@ def compare(
             or another cut: not comparable), a loss that is not finite, or an argument out of its range.
     """
     _check_arguments(margin, confidence, bootstrap_samples)
-    ids = sorted(baseline.keys() & candidate.keys())
-    if len(ids) < 2:
-        raise InvalidInputError(
-            f"a comparison needs at least 2 documents that both models scored, got {len(ids)} (baseline "
-            f"{len(baseline)}, candidate {len(candidate)}). Score both on the same held-out documents."
-        )
+    ids = _in_common(baseline, candidate)
     tokens = _tokens(ids, baseline, candidate)
     nll_baseline, nll_candidate = _nlls(ids, baseline, "baseline"), _nlls(ids, candidate, "candidate")
     delta = nll_candidate - nll_baseline
@@ -114,6 +109,17 @@ def compare(
         baseline_loss=float(nll_baseline.sum() / total),
         candidate_loss=float(nll_candidate.sum() / total),
     )
+
+
+def _in_common(baseline: Losses, candidate: Losses) -> list[str]:
+    """The documents that both scored, in one order."""
+    ids = sorted(baseline.keys() & candidate.keys())
+    if len(ids) < 2:
+        raise InvalidInputError(
+            f"a comparison needs at least 2 documents that both models scored, got {len(ids)} (baseline "
+            f"{len(baseline)}, candidate {len(candidate)}). Score both on the same held-out documents."
+        )
+    return ids
 
 
 def _check_arguments(margin: float, confidence: float, bootstrap_samples: int) -> None:
