@@ -1,6 +1,6 @@
-"""Owns nothing: the program that `cherry-launch` and the flow start on every rank; see cherry/entry.py."""
+"""Owns nothing: the program that `cherry-launch` and the flow start on every rank; see cherry/rank_main.py."""
 
-from cherry.entry import main
+from cherry.rank_main import main
 
 if __name__ == "__main__":
     main()

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from anything.client import client_from_environment
-from anything.config import ServeConfig
-from anything.gateway import create_app
+from anything.http.app import create_app
+from anything.http.serve import DrainingServer, bind, freeze_heap
 from anything.keys import KEY_ENVIRONMENT, create_key, list_keys, load_keys, revoke_key
 from anything.protocol import Engine
-from anything.routing import Router, read_routes
-from anything.server import DrainingServer, bind, freeze_heap
+from anything.router.routing import Router, read_routes
+from anything.serve_config import ServeConfig
 from base import storage
 from base.config import Section, load, validate
 from base.errors import ArgumentParser, MissingFileError, run_program
@@ -103,7 +103,7 @@ def _engine(arguments: argparse.Namespace, config: ServeConfig) -> Engine:
             f"{uri} holds no model: there is no config.json. --model_path takes a folder in Hugging Face's layout, "
             "like a run's export/ or quantized/."
         )
-    from anything.engine import EmbeddedEngine
+    from anything.engine.embedded import EmbeddedEngine
 
     return EmbeddedEngine(uri, config.engine, version=arguments.model_version or uri.rstrip("/"))
 

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from cherry.checkpoint import Checkpointer
-from cherry.config import JobConfig
-from cherry.network import build
-from cherry.optimizer import update_expert_bias
-from model.config import PRESETS
+from cherry.checkpoint.checkpointer import Checkpointer
+from cherry.job_config import JobConfig
+from cherry.optim.expert_bias import update_expert_bias
+from cherry.training_model import build
+from model.model_config import PRESETS
 
 SIZES = {
     "31m": ({**PRESETS["tiny"], "vocab_size": 16384, "hidden_size": 640, "num_hidden_layers": 6}, 2, 128),

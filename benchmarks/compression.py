@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from base.config import load
-from cherry.config import JobConfig
-from cherry.data import prepare
+from cherry.data.prepare import prepare
+from cherry.job_config import JobConfig
 
 SHAPE = {
     "model.hidden_size": 64,

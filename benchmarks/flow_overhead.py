@@ -29,9 +29,9 @@ import psutil
 
 from base import storage
 from base.config import dump, load
-from cherry.data import prepare
+from cherry.data.prepare import prepare
 from cherry.metrics import MetricsWriter
-from tasks.config import RunConfig
+from tasks.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("train.steps=200", "train.evaluate_every_steps=200", "data.max_documents=200", "evaluate.documents=20")
@@ -98,7 +98,7 @@ def beside_training(folder: Path) -> dict[str, float]:
     metrics = folder / "paired" / "train" / "metrics.jsonl"
     try:
         steps = _wait_for_steps(run, metrics, _WARM_STEPS)
-        beside = [run, *_children(run, "flows.server")]
+        beside = [run, *_children(run, "flows.prefect_server")]
         trainers = _children(run, str(ROOT / "train.py"), but="cherry.launcher")
         before = _processor_s(beside), _processor_s(trainers)
         steps = _wait_for_steps(run, metrics, steps + _STEADY_STEPS)

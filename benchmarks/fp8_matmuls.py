@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import triton_fp8, triton_hopper
 from model.experts import plan_dispatch
-from model.fp8_training import pad_rows
+from model.fp8 import cast_kernels, gemm_hopper
+from model.fp8.linear import pad_rows
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INTERMEDIATE = 16_384, 6, 64, 2048, 1408
 DENSE = {
@@ -71,17 +71,15 @@ def grouped() -> list[dict]:
     found = []
     for name, width, columns in (("gate and up", WIDTH, 2 * INTERMEDIATE), ("down", INTERMEDIATE, WIDTH)):
         x, grad, weight = random(TOKENS, width), random(TOKENS, columns), random(EXPERTS, columns, width)
-        rows, turned = triton_fp8.cast(x, padded.token_P, padded.expert_T)
-        _, grad_turned = triton_fp8.cast(grad, padded.token_P, padded.expert_T)
-        operand = triton_fp8.cast_weight(weight)
+        rows, turned = cast_kernels.cast(x, padded.token_P, padded.expert_T)
+        _, grad_turned = cast_kernels.cast(grad, padded.token_P, padded.expert_T)
+        operand = cast_kernels.cast_weight(weight)
         x_R, grad_R = x[dispatch.token_R], grad[dispatch.token_R]
         flops = 2 * TOKENS * CHOICES * width * columns
         runs = {
-            ("rows", "fp8"): lambda r=rows, o=operand: triton_hopper.multiply_rows(*r, *o, padded.expert_T),
+            ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, padded.expert_T),
             ("rows", "bf16"): lambda r=x_R, w=weight: torch._grouped_mm(r, w.transpose(1, 2), offs=ends_E),
-            ("gradient", "fp8"): lambda g=grad_turned, t=turned: triton_hopper.weight_gradients(
-                *g, *t, padded.starts_E
-            ),
+            ("gradient", "fp8"): lambda g=grad_turned, t=turned: gemm_hopper.weight_gradients(*g, *t, padded.starts_E),
             ("gradient", "bf16"): lambda g=grad_R, r=x_R: torch._grouped_mm(g.t(), r, offs=ends_E),
         }
         found += [_row(f"experts' {name}", kind, precision, run, flops) for (kind, precision), run in runs.items()]
@@ -95,13 +93,13 @@ def dense() -> list[dict]:
     starts = torch.tensor([0, TOKENS // 128], dtype=torch.int32, device="cuda")
     for name, (columns, width) in DENSE.items():
         x, grad, weight = random(TOKENS, width), random(TOKENS, columns), random(columns, width)
-        (rows, turned), (_, grad_turned) = triton_fp8.cast(x), triton_fp8.cast(grad)
-        operand = triton_fp8.cast_weight(weight[None])
+        (rows, turned), (_, grad_turned) = cast_kernels.cast(x), cast_kernels.cast(grad)
+        operand = cast_kernels.cast_weight(weight[None])
         flops = 2 * TOKENS * width * columns
         runs = {
-            ("rows", "fp8"): lambda r=rows, o=operand: triton_hopper.multiply_rows(*r, *o, zeros),
+            ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, zeros),
             ("rows", "bf16"): lambda r=x, w=weight: r @ w.t(),
-            ("gradient", "fp8"): lambda g=grad_turned, t=turned: triton_hopper.weight_gradients(*g, *t, starts),
+            ("gradient", "fp8"): lambda g=grad_turned, t=turned: gemm_hopper.weight_gradients(*g, *t, starts),
             ("gradient", "bf16"): lambda g=grad, r=x: g.t() @ r,
         }
         found += [_row(name, kind, precision, run, flops) for (kind, precision), run in runs.items()]
@@ -117,12 +115,12 @@ def casts() -> list[dict]:
     h, grad, scale = random(places, 2 * INTERMEDIATE), random(places, INTERMEDIATE), torch.rand(places, device="cuda")
     routed = TOKENS * CHOICES * INTERMEDIATE
     runs = {
-        "tokens": (lambda: triton_fp8.cast(x), 4 * x.numel()),
-        "tokens to experts": (lambda: triton_fp8.cast(x, padded.token_P, padded.expert_T), 4 * CHOICES * x.numel()),
-        "weights": (lambda: triton_fp8.cast_weight(weight), 3 * weight.numel()),
-        "weights turned round": (lambda: triton_fp8.cast_weight(weight, turned=True), 3 * weight.numel()),
-        "gated activation": (lambda: triton_fp8.swiglu(h, scale, padded.expert_T), 5 * routed),
-        "its gradient": (lambda: triton_fp8.swiglu_backward(h, scale, padded.expert_T, grad), 11 * routed),
+        "tokens": (lambda: cast_kernels.cast(x), 4 * x.numel()),
+        "tokens to experts": (lambda: cast_kernels.cast(x, padded.token_P, padded.expert_T), 4 * CHOICES * x.numel()),
+        "weights": (lambda: cast_kernels.cast_weight(weight), 3 * weight.numel()),
+        "weights turned round": (lambda: cast_kernels.cast_weight(weight, turned=True), 3 * weight.numel()),
+        "gated activation": (lambda: cast_kernels.swiglu(h, scale, padded.expert_T), 5 * routed),
+        "its gradient": (lambda: cast_kernels.swiglu_backward(h, scale, padded.expert_T, grad), 11 * routed),
     }
     rows = []
     for name, (run, moved) in runs.items():

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from base.config import validate
-from cherry.config import JobConfig
-from cherry.data import prepare
+from cherry.data.prepare import prepare
+from cherry.job_config import JobConfig
 from cherry.trainer import Trainer
 
 WORDS, PHRASES, DOCUMENTS = 400, 60, 400

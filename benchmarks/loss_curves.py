@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step
 from benchmarks.train_step import SIZES, build_cherry, job_of, warm_rates
-from cherry.network import build
-from cherry.optimizer import set_learning_rate, update_expert_bias
-from model.config import ModelConfig
+from cherry.optim.build import set_learning_rate
+from cherry.optim.expert_bias import update_expert_bias
+from cherry.training_model import build
+from model.model_config import ModelConfig
 
 CHAIN_TOKENS, CHAIN_CHOICES = 4096, 4
 _VARIANTS = {

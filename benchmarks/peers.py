@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 
 Step = Callable[[Tensor, Tensor], Tensor]
 _BACKENDS = [

@@ -5,7 +5,7 @@
 One row a figure: `case, kind, predicted, measured, ratio, source`; where the two do not describe the same thing, the
 source ends with a sentence that says so. Kinds: `memory` (GiB) and `time` (ms) of steps on one GPU, from the other
 files of results/; `published` (tokens a second and GPU) of others' clusters, on which nothing is calibrated;
-`simulated` (bytes of a rank) from benchmarks.simulated_step; `goodput` from cherry/planner/simulation.py.
+`simulated` (bytes of a rank) from benchmarks.simulated_step; `goodput` from benchmarks/goodput_simulation.py.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from benchmarks.goodput_simulation import simulate as simulate_life
 from benchmarks.plan_cases import benchmark_workload, gpu_of
-from cherry.config import ParallelConfig, TrainConfig
+from cherry.hardware import GIB, GPUS
+from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.planner.goodput import DAY_S, Reliability, goodput
-from cherry.planner.hardware import GIB, GPUS
 from cherry.planner.memory import gathering_of, memory_of
-from cherry.planner.simulation import simulate as simulate_life
-from cherry.planner.step import step_time
+from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
-from model.config import PRESETS, ModelConfig
+from model.model_config import PRESETS, ModelConfig
 
 RESULTS = Path(__file__).with_name("results")
 # Failures a day, seconds of restart, stall and writing, of a step, steps between saves.
@@ -170,7 +170,7 @@ def lives() -> Iterator[dict[str, object]]:
     for case, (daily, restart, stall, write, step, interval) in LIVES.items():
         costs = Reliability(daily / DAY_S, restart, stall, write)
         found = [simulate_life(costs, step, interval, LIFE_STEPS, seed).goodput for seed in range(LIFE_SEEDS)]
-        source = f"cherry/planner/simulation.py, {LIFE_SEEDS} lives of {LIFE_STEPS:,} steps"
+        source = f"benchmarks/goodput_simulation.py, {LIFE_SEEDS} lives of {LIFE_STEPS:,} steps"
         yield row(case, "goodput", goodput(costs, interval * step), round(sum(found) / len(found), 4), source)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cherry.planner.hardware import GPUS, Gpu
+from cherry.hardware import GPUS, Gpu
 from cherry.planner.workload import Workload
-from model.config import PRESETS, ModelConfig
+from model.model_config import PRESETS, ModelConfig
 
 # The sizes of benchmarks.train_step, which needs torch.
 _SLICE_3B = {

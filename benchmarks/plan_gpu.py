@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.plan_cases import SIZES, benchmark_workload
-from cherry.config import JobConfig
-from cherry.network import Network, build
-from cherry.optimizer import update_expert_bias
-from cherry.planner.hardware import GIB
+from cherry.hardware import GIB
+from cherry.job_config import JobConfig
+from cherry.optim.expert_bias import update_expert_bias
 from cherry.planner.memory import memory_of
-from cherry.planner.step import step_time
+from cherry.planner.step_time import step_time
+from cherry.training_model import Network, build
 
 BASE = {
     "impl": "cherry",

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.train_step import SIZES
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 
 RESULTS = Path(__file__).with_name("results")
 TOKENS = 16_384

@@ -37,12 +37,12 @@ def serve(kind: str, key_file: str, port_file: str, routes: str) -> None:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
-    from anything.config import ServeConfig
-    from anything.fake import EchoEngine
-    from anything.gateway import create_app
+    from anything.http.app import create_app
+    from anything.http.serve import DrainingServer, bind, freeze_heap
     from anything.keys import load_keys
-    from anything.routing import Router
-    from anything.server import DrainingServer, bind, freeze_heap
+    from anything.router.routing import Router
+    from anything.serve_config import ServeConfig
+    from anything.testing import EchoEngine
 
     config, keys = ServeConfig(port=0), load_keys(key_file)
     app = create_app(Router(routes) if kind == "front" else EchoEngine(), config, keys)
@@ -129,9 +129,9 @@ def _tiny_folder(folder: str) -> str:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from model.config import ModelConfig
+    from model.model_config import ModelConfig
     from model.transformer import DeepseekV3
-    from model.weights import save_pretrained, state_to_hf
+    from model.weights.pretrained import save_pretrained, state_to_hf
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters, 2)}, merges=[]))
@@ -149,8 +149,8 @@ def _tiny_folder(folder: str) -> str:
 
 @asynccontextmanager
 async def _engine(uri: str) -> AsyncIterator[Any]:
-    from anything.config import EngineConfig
-    from anything.engine import EmbeddedEngine
+    from anything.engine.embedded import EmbeddedEngine
+    from anything.serve_config import EngineConfig
 
     engine = EmbeddedEngine(uri, EngineConfig(), version="tiny")
     await engine.start()
@@ -186,7 +186,7 @@ def _transformers(uri: str, prompts: list[str]) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from anything.tokenizer import Tokenizer
+    from anything.engine.detokenizer import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -2,7 +2,8 @@
 
     python -m benchmarks.simulated_step --ranks 256 --expert 64
 
-The sharding is the engine's own (`cherry.sharding`), the ranks are a fake process group's, tensors have shapes and no
+The sharding is the engine's own (`cherry.distributed.fsdp`), the ranks are a fake process group's, tensors have
+shapes and no
 values, and torch's FSDPMemTracker counts their bytes. The model is a slice of the 671B one. What needs values is given
 balanced ones: every rank sends every other as many rows as it gets. `fully_shard` runs outside of fake tensors, which
 is 20 times faster, and a first step is not counted: it makes the optimizer's states.
@@ -26,12 +27,12 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cherry import sharding
-from cherry.config import ParallelConfig, TrainConfig
-from cherry.dispatch import ExpertDispatch, RowPlan
-from cherry.network import TrainingModel, _wrap_blocks
-from cherry.optimizer import build_optimizer
-from model.config import PRESETS, ModelConfig
+from cherry.distributed import fsdp
+from cherry.distributed.expert_parallel import ExpertDispatch, RowPlan
+from cherry.job_config import ParallelConfig, TrainConfig
+from cherry.optim.build import build_optimizer
+from cherry.training_model import TrainingModel, _wrap_blocks
+from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
 
@@ -67,10 +68,10 @@ def simulate(
         network = TrainingModel(model, train.loss_chunk_tokens)
         if train.activation_checkpointing == "full":
             _wrap_blocks(model)
-        meshes = sharding.build_mesh(parallel, torch.device("cpu"))
-        sharding.shard_model(network, meshes, train.precision, parallel)
+        meshes = fsdp.build_mesh(parallel, torch.device("cpu"))
+        fsdp.shard_model(network, meshes, train.precision, parallel)
         with FakeTensorMode(allow_non_fake_inputs=True), _balanced():
-            sharding.materialize(network, torch.device("cpu"))
+            fsdp.materialize(network, torch.device("cpu"))
             network.train()
             optimizer = build_optimizer(model, train)
             tokens = torch.zeros(sequences, length, dtype=torch.int64)

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.plan_cases import benchmark_workload
 from benchmarks.train_step import SIZES, build_cherry
 from cherry.planner.matmuls import layer_matmuls
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 
 STEPS = 3
 # The first pattern that a kernel's name holds says what it belongs to.

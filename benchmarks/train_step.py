@@ -29,11 +29,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step, build_torchtitan, build_transformers
-from cherry.config import JobConfig
+from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, peak_flops
-from cherry.network import build
-from cherry.optimizer import set_learning_rate, update_expert_bias
-from model.config import PRESETS, ModelConfig
+from cherry.optim.build import set_learning_rate
+from cherry.optim.expert_bias import update_expert_bias
+from cherry.training_model import build
+from model.model_config import PRESETS, ModelConfig
 
 SLICE_3B = {**PRESETS["16b"], "num_hidden_layers": 6, "rope_scaling": None, "max_position_embeddings": 4096}
 SIZES = {

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from base.config import Problem, Section, load
-from cherry.planner.hardware import GPUS
+from cherry.hardware import GPUS
 
 LOCAL = "local"
 # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, section 3.3.4).
@@ -27,7 +27,7 @@ class ClusterSpec(Section):
     slots: PositiveInt | None = None
     """Ranks that a host may hold at one time; `None` leaves it to its GPUs."""
     gpu: str | None = None
-    """A name of cherry/planner/hardware.py; `None` for `local` is a laptop without a GPU."""
+    """A name of cherry/hardware.py; `None` for `local` is a laptop without a GPU."""
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 1
     hosts: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class ClusterSpec(Section):
 
     @property
     def hardware(self) -> str:
-        """The name under which cherry/planner/hardware.py knows a rank's device."""
+        """The name under which cherry/hardware.py knows a rank's device."""
         return self.gpu or "laptop"
 
     def problems(self) -> Iterator[Problem]:

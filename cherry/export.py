@@ -13,15 +13,15 @@ from torch import Tensor
 from base import storage
 from base.config import load
 from base.errors import ArgumentParser, CheckpointError, MissingFileError, run_program
-from cherry.checkpoint import read_state, reader_of
-from cherry.committed import newest_checkpoint
-from cherry.config import JobConfig
-from cherry.integrity import verify
+from cherry.checkpoint.checkpointer import read_state, reader_of
+from cherry.checkpoint.digests import verify
+from cherry.checkpoint.naming import newest_checkpoint
+from cherry.checkpoint.resume_rules import checkpoints_of
+from cherry.job_config import JobConfig
 from cherry.lora import add_adapters, merged
-from cherry.run_directory import checkpoints_of
-from model.layout import state_to_hf
 from model.transformer import DeepseekV3
-from model.weights import save_pretrained
+from model.weights.hf_names import state_to_hf
+from model.weights.pretrained import save_pretrained
 
 # fp8 is DeepSeek's own format: blocks with scales for projections, bf16 for the rest.
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from base import storage
-from cherry.config import JobConfig
-from cherry.data import HeldoutDocument, iterate_heldout
+from cherry.data.prepare import HeldoutDocument, iterate_heldout
+from cherry.distributed.mesh import DataShare
+from cherry.job_config import JobConfig
 from cherry.loss import IGNORE_INDEX
-from cherry.mesh import DataShare
 from model.transformer import DeepseekV3
 
 _WINDOWS_PER_BATCH = 16

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from base import storage
 from base.errors import MissingFileError, WeightsError
-from model.reader import Source, WeightsReader
-from model.safetensors_file import Box, whole_box
-from model.streaming import Progress
+from cherry.distributed.local_part import local_part
 from model.transformer import DeepseekV3
-from model.weights import Part, load_parts
+from model.weights.pretrained import Part, load_parts
+from model.weights.ranged_read import Progress
+from model.weights.reader import Source, WeightsReader
+from model.weights.safetensors_file import Box
 
 
 def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
@@ -75,15 +74,6 @@ class PickledWeights:
     def read_box(self, name: str, box: Box) -> Tensor:
         """A part of one tensor; its pages are read when it is copied."""
         return self._tensors[name][tuple(slice(*bounds) for bounds in box)]
-
-
-def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """This rank's part of a tensor, sharded over any axes and dimensions, and where it lies in the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor, whole_box(tensor.shape)
-    local = tensor.to_local()
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return local, tuple((first, first + size) for first, size in zip(offset, local.shape, strict=True))
 
 
 def _persistent_buffers(model: DeepseekV3) -> list[tuple[str, Tensor]]:

@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from cherry.config import LoraConfig
+from cherry.distributed.local_part import local_part
+from cherry.job_config import LoraConfig
 from model.attention import Attention
-from model.layout import ADAPTER_SUFFIXES
 from model.moe import MoE
 from model.transformer import DeepseekV3, initial_values
+from model.weights.hf_names import ADAPTER_SUFFIXES
 
 _SHARED = {"shared_gate_up": "gate_up_proj", "shared_down": "down_proj"}
 _A, _B = ADAPTER_SUFFIXES
@@ -84,14 +83,8 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
         elif name.endswith(_A):
             std = 1.0 / math.sqrt(3 * parameter.shape[1])
             whole_RD = initial_values(name, parameter.shape, seed=seed, std=std)
-            if isinstance(parameter, DTensor):
-                shape, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-                own = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-                parameter.to_local().copy_(whole_RD[own])
-            else:
-                parameter.copy_(whole_RD)
+            local, box = local_part(parameter)
+            local.copy_(whole_RD[tuple(slice(*bounds) for bounds in box)])
 
 
 def merged(tensors: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:

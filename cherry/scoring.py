@@ -16,11 +16,11 @@ import torch
 from base import storage
 from base.config import load
 from base.errors import ArgumentParser, ConfigError, run_program
-from cherry.config import JobConfig
-from cherry.data import iterate_heldout, zlib_bits_per_byte
+from cherry.data.prepare import iterate_heldout, zlib_bits_per_byte
 from cherry.heldout import model_score, score_documents
+from cherry.job_config import JobConfig
 from model.transformer import DeepseekV3
-from model.weights import load_pretrained
+from model.weights.pretrained import load_pretrained
 
 
 def load_model(model_path: str | None, config_path: str | None) -> DeepseekV3:

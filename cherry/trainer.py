@@ -21,20 +21,21 @@ from torch import Tensor
 
 from base import storage
 from base.errors import NonFiniteLossError
-from cherry import communication
-from cherry.batches import MicroBatch, check_fits, micro_batch
-from cherry.checkpoint import Checkpointer, restore
-from cherry.committed import newest_checkpoint
-from cherry.config import JobConfig
-from cherry.data import Sampler, TokenDataset
-from cherry.divergence import Figures, StepGuard
-from cherry.fence import Fence
+from cherry.checkpoint.checkpointer import Checkpointer, restore
+from cherry.checkpoint.fence import Fence
+from cherry.checkpoint.naming import newest_checkpoint
+from cherry.checkpoint.resume_rules import checkpoints_of, identity
+from cherry.data.collate import MicroBatch, check_fits, micro_batch
+from cherry.data.prepare import Sampler, TokenDataset
+from cherry.distributed import fsdp_hooks
+from cherry.distributed.mesh import data_share
 from cherry.heldout import Heldout, evaluate_heldout
-from cherry.mesh import data_share
+from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops, peak_memory_bytes
-from cherry.network import build
-from cherry.optimizer import expert_counts, learning_rate, set_learning_rate, update_expert_bias
-from cherry.run_directory import checkpoints_of, identity
+from cherry.optim.build import learning_rate, set_learning_rate
+from cherry.optim.expert_bias import expert_counts, update_expert_bias
+from cherry.spike_guard import Figures, StepGuard
+from cherry.training_model import build
 
 logger = get_logger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
@@ -77,7 +78,7 @@ class Trainer:
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
         self.network = build(config, self.device, self._say)
         self.model = self.network.model
-        self.communication = communication.install(self.network.module, config.communication)
+        self.communication = fsdp_hooks.install(self.network.module, config.communication)
         self.optimizer = self.accelerator.prepare_optimizer(self.network.optimizer)
         group = dist.new_group(backend="gloo")
         fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None

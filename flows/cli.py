@@ -16,8 +16,8 @@ from base.config import load
 from base.errors import CherryError, run_program
 from cherry import __version__
 from flows.offline import set_offline_defaults
-from flows.server import TemporaryServer
-from tasks.config import RunConfig
+from flows.prefect_server import TemporaryServer
+from tasks.run_config import RunConfig
 
 _STATE_STYLE = {"ok": "green", "note": "yellow", "fail": "bold red"}
 # Where the pages and the gateway listen unless a person says otherwise: each tool's own default port.
@@ -94,7 +94,7 @@ def _dispatch(options: argparse.Namespace) -> None:
     console = Console()
     set_offline_defaults(verbose=getattr(options, "verbose", False))  # before what imports prefect
     if options.command == "plan":
-        from flows.plan import plan
+        from flows.plan_command import plan
 
         plan(
             console,
@@ -110,7 +110,7 @@ def _dispatch(options: argparse.Namespace) -> None:
     elif options.command == "status":
         _status(console, options.runs_directory)
     elif options.command == "stop":
-        from tasks.serving import stop_serving
+        from tasks.replicas import stop_serving
 
         stopped = stop_serving(str(options.runs_directory))
         console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
@@ -148,7 +148,7 @@ def _doctor(console: Console, runs_directory: Path) -> None:
 
 def _status(console: Console, runs_directory: Path) -> None:
     from flows.status import read_runs
-    from tasks.report import STEPS
+    from tasks.lifecycle import STEPS
 
     runs = read_runs(runs_directory, list(STEPS))
     if not runs:
@@ -167,7 +167,7 @@ def _status(console: Console, runs_directory: Path) -> None:
 
 
 def _status_of_serving(console: Console, runs_directory: Path) -> None:
-    from tasks.serving import ServingDirectory
+    from tasks.replicas import ServingDirectory
 
     serving = ServingDirectory(str(runs_directory))
     weights, servers = serving.weights(), serving.servers()

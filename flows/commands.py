@@ -20,12 +20,12 @@ from anything.keys import read_key_file
 from base import storage
 from base.config import load
 from base.errors import CherryError, OperationalError
+from flows.prefect_server import TemporaryServer
 from flows.progress import RunProgress
-from flows.server import TemporaryServer
-from tasks.config import RunConfig
-from tasks.parameters import overrides_from, run_directory
-from tasks.report import summarize
-from tasks.tracking import connect, page_of, tracking_uri
+from tasks.lifecycle import summarize
+from tasks.overrides import overrides_from, run_directory
+from tasks.run_config import RunConfig
+from tasks.tracking.mlflow_tracker import connect, page_of, tracking_uri
 
 DEMO_CONFIG = "configs/tiny.yaml"
 DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")

@@ -11,8 +11,8 @@ from prefect import flow
 
 from flows.train_flow import NO_OVERRIDES
 from tasks.deploy import record, resolve_version, shift, smoke, start
-from tasks.parameters import Overrides
-from tasks.report import begin_release, run_name
+from tasks.lifecycle import begin_release, run_name
+from tasks.overrides import Overrides
 
 
 @flow(name="deploy-flow", flow_run_name=run_name, validate_parameters=True)

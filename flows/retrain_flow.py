@@ -11,8 +11,8 @@ from prefect import flow, runtime
 
 from flows.deploy_flow import deploy_flow
 from flows.train_flow import NO_OVERRIDES, train_flow
-from tasks.parameters import Overrides, dated
-from tasks.report import run_name
+from tasks.lifecycle import run_name
+from tasks.overrides import Overrides, dated
 
 
 @flow(name="retrain-flow", flow_run_name=run_name, validate_parameters=True)

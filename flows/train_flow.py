@@ -12,11 +12,11 @@ from prefect import flow
 from tasks.data import prepare_data
 from tasks.evaluate import evaluate
 from tasks.export import export
-from tasks.parameters import Overrides
+from tasks.lifecycle import begin, conclude, run_name, teardown
+from tasks.overrides import Overrides
 from tasks.provision import provision, release
 from tasks.quantize import quantize
 from tasks.register import register
-from tasks.report import begin, conclude, run_name, teardown
 from tasks.train import train
 
 NO_OVERRIDES = Overrides()

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.config import ModelConfig
-from model.documents import Documents, attend_within, has_kernel
+from model.document_mask import Documents, attend_within, has_kernel
 from model.layers import RMSNorm
+from model.model_config import ModelConfig
 from model.rope import RotaryTables, rotate
 
 # Fastest first for 192/128-wide heads (measured on an H200, torch 2.11, 2026-11-24: cuDNN 0.64 ms forward against

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig
 from model.experts import Experts, plan_dispatch
 from model.layers import Fp32Buffers, SwiGLU
+from model.model_config import ModelConfig
 
 # Added to the sum of the chosen scores before dividing, as in the released code.
 _NORM_EPS = 1e-20

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from base import storage
 from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
-from model.layout import is_projection
-from model.safetensors_file import write_file
-from model.weights import WeightsReader, read_model_config, write_index
+from model.weights.hf_names import is_projection
+from model.weights.pretrained import WeightsReader, read_model_config, write_index
+from model.weights.safetensors_file import write_file
 
 REPORT_NAME = "quantization.json"
 # What compressed-tensors must leave alone among the linear layers.

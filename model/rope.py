@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, YarnConfig, yarn_mscale
+from model.model_config import ModelConfig, YarnConfig, yarn_mscale
 
 
 class RotaryTables:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
-from model.config import ModelConfig
-from model.documents import Documents
+from model.document_mask import Documents
 from model.layers import RMSNorm, SwiGLU
+from model.model_config import ModelConfig
 from model.moe import MoE
 from model.rope import RotaryTables, rotary_tables
 

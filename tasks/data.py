@@ -1,6 +1,6 @@
 """Owns the data step: documents become token shards, and the dataset is recorded by reference.
 
-It knows nothing of how they are packed; that is cherry/data.py's.
+It knows nothing of how they are packed; that is cherry/data/prepare.py's.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cherry.data import prepare, source_version
+from cherry.data.prepare import prepare, source_version
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
 

@@ -1,6 +1,6 @@
 """Owns a release: which version, its replica, the smoke test, the shift of traffic in steps, and the way back.
 
-It knows the registry and the gateway's routes; processes are tasks/serving.py's.
+It knows the registry and the gateway's routes; processes are tasks/replicas.py's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from anything.keys import read_key_file
 from base import storage
 from base.errors import CherryError, ConfigError, MissingFileError, ServiceError, without_credentials
 from tasks.artifacts import show_table
-from tasks.report import RELEASE_CONFIG
-from tasks.serving import GATEWAY, Server, ServingDirectory
+from tasks.lifecycle import RELEASE_CONFIG
+from tasks.replicas import GATEWAY, Server, ServingDirectory
 from tasks.steps import (
     REGISTRY_DELAYS_S,
     RunContext,
@@ -30,7 +30,7 @@ from tasks.steps import (
     worth_retrying,
     write_event,
 )
-from tasks.tracker import ModelVersion
+from tasks.tracking.protocol import ModelVersion
 
 _PROMPT_CHARACTERS = 60
 # Times the requests that a share of traffic needs on average: subjects are dealt out by a hash.

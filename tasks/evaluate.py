@@ -1,6 +1,6 @@
 """Owns the evaluate step: candidate, quantized candidate and champion on the same held-out documents, and a verdict.
 
-It knows nothing of models or statistics; cherry/scoring.py and anything/compare.py do.
+It knows nothing of models or statistics; cherry/scoring.py and anything/statistics/compare.py do.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from anything.compare import Comparison, compare
+from anything.statistics.compare import Comparison, compare
 from base import storage
 from tasks.artifacts import show_table
-from tasks.config import EvaluateConfig, RunConfig
 from tasks.plots import plot_comparison
+from tasks.run_config import EvaluateConfig, RunConfig
 from tasks.steps import (
     REGISTRY_DELAYS_S,
     RunContext,
@@ -29,7 +29,7 @@ from tasks.steps import (
     sections,
     worth_retrying,
 )
-from tasks.tracker import ModelVersion
+from tasks.tracking.protocol import ModelVersion
 
 UNTRAINED = "untrained"
 

@@ -27,8 +27,8 @@ from base.errors import CherryError, ConfigError, MissingFileError, OperationalE
 from cherry.cluster import LOCAL, read_cluster
 from cherry.planner.local import local_gpus
 from cherry.planner.plan import Plan
-from tasks.config import RunConfig
-from tasks.plan import predict, refuse, tell
+from tasks.plan_record import predict, refuse, tell
+from tasks.run_config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
 # fp32 parameter, gradient and two AdamW moments.

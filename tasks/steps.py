@@ -19,10 +19,10 @@ from prefect import get_run_logger
 from base import storage
 from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
-from tasks.config import RunConfig
 from tasks.process import append_whole, in_background, run_module
-from tasks.tracker import Tracker
-from tasks.tracking import MlflowTracker, connect
+from tasks.run_config import RunConfig
+from tasks.tracking.mlflow_tracker import MlflowTracker, connect
+from tasks.tracking.protocol import Tracker
 
 # Steps that need the model registry wait for a server that is started again; the others do without it.
 REGISTRY_DELAYS_S = [2.0, 10.0, 30.0]

@@ -17,11 +17,11 @@ from prefect.cache_policies import NO_CACHE
 
 from base import storage
 from tasks.artifacts import ProgressArtifact
-from tasks.plan import compared
+from tasks.plan_record import compared
 from tasks.plots import plot_training
 from tasks.process import PROJECT_ROOT, in_background
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
-from tasks.stream import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
+from tasks.tracking.metrics_relay import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
 
 # Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run goes on from its
 # checkpoint on another number of ranks.

@@ -139,8 +139,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of 60 small documents, made once."""
-    from cherry.config import DataConfig
-    from cherry.data import prepare
+    from cherry.data.prepare import prepare
+    from cherry.job_config import DataConfig
 
     root = tmp_path_factory.mktemp("corpus")
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]

@@ -35,7 +35,8 @@ def goodput(reliability: Reliability, interval_s: float) -> float:
     A cycle takes 1/f of uptime, and a restart that is itself interrupted begins anew: together e^(f restart) / f.
     """
     rate = reliability.failures_per_s
-    # A save that comes due before the last one is written waits for it, and training with it (cherry/checkpoint.py).
+    # A save that comes due before the last one is written waits for it, and training with it
+    # (cherry/checkpoint/checkpointer.py).
     period = max(interval_s, reliability.write_s) + reliability.stall_s
     if rate * (period + reliability.restart_s + reliability.write_s) < 1e-12:
         return interval_s / period

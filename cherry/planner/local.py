@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from base.errors import ConfigError
-from cherry.planner.hardware import GPUS, Gpu
+from cherry.hardware import GPUS, Gpu
 
 _GPU_ROOT = Path("/proc/driver/nvidia/gpus")
 

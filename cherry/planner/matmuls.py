@@ -16,7 +16,7 @@ FP8_BLOCK = 128
 """Numbers that share a scale (section 3.3.2); what is narrower stays in bf16."""
 # What fp8 operands cost, bytes an element. Activations and gradients: a read in bf16, a write in fp8, and one more
 # turned round, whose scales run along the other dimension, for the weight's gradient. Weights: a read and a write in
-# each pass, or once a step both ways where working copies stay (model/fp8_training.py, `hold_operands`).
+# each pass, or once a step both ways where working copies stay (model/fp8/linear.py, `hold_operands`).
 _ROWS_CAST_BYTES = 2 + 1 + 1
 _WEIGHT_CAST_BYTES = 2 + 1
 _HELD_CAST_BYTES = 2 + 1 + 1
@@ -77,8 +77,8 @@ def layer_matmuls(work: Workload, *, moe: bool) -> list[Matmul]:
 
 
 def _mixture_matmuls(work: Workload) -> list[Matmul]:
-    """The router, in fp32 or TensorFloat32 (cherry/network.py), whose narrow product takes as long as in bf16, and the
-    experts of the busiest rank."""
+    """The router, in fp32 or TensorFloat32 (cherry/training_model.py), whose narrow product takes as long as in bf16,
+    and the experts of the busiest rank."""
     model = work.model
     inner, width, own = model.moe_intermediate_size, model.hidden_size, model.n_routed_experts / work.expert
     rows = work.tokens * model.num_experts_per_tok * work.imbalance / own

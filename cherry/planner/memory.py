@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from cherry.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
-from cherry.planner.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.matmuls import HELD_BYTES, held_elements
 from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
@@ -200,7 +200,7 @@ class _Stages:
         return 0 if apart else self.work.type_bytes * layer.elements
 
     def _kept(self, dense: int, mixture: int) -> int:
-        """What stays gathered of so many layers; of experts only where all of it does (cherry/sharding.py)."""
+        """What stays gathered of so many layers; of experts only where all of it does (cherry/distributed/fsdp.py)."""
         work = self.work
         if work.alone or work.unsharded or not work.kept_share:
             return 0

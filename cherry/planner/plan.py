@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cherry.cluster import ClusterSpec
-from cherry.config import JobConfig
+from cherry.hardware import GIB, PROCESS_BYTES, Gpu
+from cherry.job_config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
-from cherry.planner.hardware import GIB, PROCESS_BYTES, Gpu
 from cherry.planner.memory import RankMemory, memory_of
-from cherry.planner.step import StepTime, step_time
+from cherry.planner.step_time import StepTime, step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload, workload_of
 

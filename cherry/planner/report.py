@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cherry.planner.hardware import GIB
+from cherry.hardware import GIB
 from cherry.planner.plan import Plan
 from cherry.planner.search import Layout
 

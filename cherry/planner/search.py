@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from cherry.cluster import ClusterSpec
-from cherry.config import TrainConfig
-from cherry.planner.hardware import GPUS, Gpu
+from cherry.hardware import GPUS, Gpu
+from cherry.job_config import TrainConfig
 from cherry.planner.memory import busiest_of
 from cherry.planner.plan import Plan, layout_of
-from cherry.planner.step import step_time
+from cherry.planner.step_time import step_time
 from cherry.planner.workload import Workload
 
 # What the configuration takes; a precision that only hardware has is no layout.

@@ -1,6 +1,6 @@
 """Owns which parameters FSDP2 gathers and reduces together, and how large a rank's shards of them are.
 
-It knows nothing of time. The units are those of cherry/sharding.py: each block by itself, a block's experts by
+It knows nothing of time. The units are those of cherry/distributed/fsdp.py: each block by itself, a block's experts by
 themselves where an expert axis deals them out, and the root with embedding, head and the MTP module's own parts.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from cherry.config import LoraConfig
+from cherry.job_config import LoraConfig
 from cherry.planner.workload import Workload
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 
 Shape = tuple[int, ...]
 EXPERTS = "experts"

@@ -1,7 +1,7 @@
 """Owns what is planned: one model on one layout of ranks, and where the members of each group of ranks sit.
 
 It knows nothing of memory or time. A rank's number is ((replicate * shard + s) * context + c) * expert + e, as in
-cherry/mesh.py.
+cherry/distributed/mesh.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import cached_property
 from base.config import Problem
 from base.errors import ConfigError
 from cherry.cluster import ClusterSpec
-from cherry.config import JobConfig, LoraConfig
-from cherry.planner.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Gpu, Reach, reach_of
-from model.config import ModelConfig
+from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Gpu, Reach, reach_of
+from cherry.job_config import JobConfig, LoraConfig
+from model.model_config import ModelConfig
 
 _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Bytes of a parameter's gathered copy and of an activation; with fp8, matmuls alone take narrower operands."""
@@ -71,8 +71,8 @@ class Workload:
     """Of buffers in one direction of one communicator."""
     lora: LoraConfig | None = None
     expert_ranks_per_node: int | None = None
-    """Where experts lie on several nodes: ranks of each, to which a token goes once (cherry/node_dispatch.py). `None`
-    sends it once for each expert."""
+    """Where experts lie on several nodes: ranks of each, to which a token goes once
+    (cherry/distributed/expert_parallel_nodes.py). `None` sends it once for each expert."""
     fused_exchange: bool = False
     """By kernels like DeepEP's, which reach more of the adapters than NCCL's all-to-all; for comparison with what
     others have measured."""
@@ -122,7 +122,7 @@ class Workload:
 
     @cached_property
     def alone(self) -> bool:
-        """Whether working copies of the parameters stay between passes (cherry/sharding.py, `keeps_copies`)."""
+        """Whether working copies of the parameters stay between passes (cherry/distributed/fsdp.py, `keeps_copies`)."""
         on_gpu = not self.gpu.shared_memory
         return on_gpu and self.ranks == 1 and self.precision != "fp32" and not self.cpu_offload
 

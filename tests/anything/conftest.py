@@ -13,10 +13,10 @@ import httpx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from anything.config import ServeConfig
 from anything.keys import create_key, load_keys
 from anything.protocol import Engine
-from model.config import ModelConfig
+from anything.serve_config import ServeConfig
+from model.model_config import ModelConfig
 
 EOS = 1
 
@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     from model.transformer import DeepseekV3
-    from model.weights import save_pretrained, state_to_hf
+    from model.weights.pretrained import save_pretrained, state_to_hf
 
     folder = tmp_path_factory.mktemp("model")
     config = tiny_config()
@@ -122,8 +122,8 @@ def key_file(tmp_path: Path) -> tuple[str, str]:
 def serving(engine: Engine, key_file: str, config: ServeConfig | None = None) -> Iterator[str]:
     """A real server in a thread; its URL, once it is ready."""
     # Here, because the engine's own tests run on GPU machines without a web framework.
-    from anything.gateway import create_app
-    from anything.server import DrainingServer, bind, url_of
+    from anything.http.app import create_app
+    from anything.http.serve import DrainingServer, bind, url_of
 
     config = config or ServeConfig(port=0)
     listener = bind(config.host, 0)

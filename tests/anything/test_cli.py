@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from anything.cli import main
-from anything.fake import EchoEngine
 from anything.keys import KeyStore, create_key, list_keys, load_keys, read_key_file, revoke_key
+from anything.testing import EchoEngine
 from base.errors import AuthenticationError, ConfigError, MissingFileError
 
 

@@ -12,10 +12,10 @@ import pytest
 
 import anything
 from anything.client import Client, infer
-from anything.config import ServeConfig
-from anything.fake import EchoEngine
 from anything.protocol import UnavailableError
-from anything.routing import Router
+from anything.router.routing import Router
+from anything.serve_config import ServeConfig
+from anything.testing import EchoEngine
 from base.errors import AuthenticationError, ConfigError, RequestError, ServiceError
 
 Serve = Callable[..., str]
@@ -107,7 +107,9 @@ def test_a_stream_that_breaks_off_is_no_answer(breaking_server: str) -> None:
             next(stream)
 
 
-@pytest.mark.parametrize("module", ["anything", "anything.client", "anything.gateway", "anything.cli", "anything.fake"])
+@pytest.mark.parametrize(
+    "module", ["anything", "anything.client", "anything.http.app", "anything.cli", "anything.testing"]
+)
 def test_importing_needs_no_torch(module: str) -> None:
     program = (
         f"import sys, {module}; {module}.__dict__; import anything; anything.Client; print('torch' in sys.modules)"

@@ -10,8 +10,8 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from base.config import Problem, Section, apply_overrides, dump, load, parse_yaml, read_yaml, validate
 from base.errors import ConfigError, MissingFileError
-from tasks.config import RunConfig
-from tasks.parameters import resolve
+from tasks.overrides import resolve
+from tasks.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from base import storage
 from base.errors import CheckpointError, MissingFileError, StorageError
-from cherry.checkpoint import Checkpointer, restore
-from cherry.committed import committed_steps, newest_checkpoint
-from cherry.config import DataConfig
-from cherry.data import Sampler, TokenDataset, prepare
-from model.config import ModelConfig
+from cherry.checkpoint.checkpointer import Checkpointer, restore
+from cherry.checkpoint.naming import committed_steps, newest_checkpoint
+from cherry.data.prepare import Sampler, TokenDataset, prepare
+from cherry.job_config import DataConfig
+from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
-from model.weights import load_pretrained, save_pretrained, state_to_hf
+from model.weights.pretrained import load_pretrained, save_pretrained, state_to_hf
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then does so again. "
 

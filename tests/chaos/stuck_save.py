@@ -8,9 +8,9 @@ from pathlib import Path
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import cherry.trainer
-from cherry import entry
-from cherry.checkpoint import Checkpointer
-from cherry.committed import step_name
+from cherry import rank_main
+from cherry.checkpoint.checkpointer import Checkpointer
+from cherry.checkpoint.naming import step_name
 
 PLACE, STEP, SIGN = os.environ["STUCK_PLACE"], int(os.environ["STUCK_STEP"]), Path(os.environ["STUCK_SIGN"])
 
@@ -45,4 +45,4 @@ class StuckCheckpointer(Checkpointer):
 
 if __name__ == "__main__":
     cherry.trainer.Checkpointer = StuckCheckpointer
-    entry.main(sys.argv[1:])
+    rank_main.main(sys.argv[1:])

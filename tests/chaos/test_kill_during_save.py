@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cherry.committed import newest_checkpoint
+from cherry.checkpoint.naming import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from base.config import load
-from cherry.config import JobConfig
+from cherry.job_config import JobConfig
 
 
 @pytest.fixture

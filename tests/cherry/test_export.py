@@ -10,7 +10,7 @@ from base.config import dump
 from base.errors import CheckpointError, MissingFileError
 from cherry import export, scoring
 from cherry.trainer import Trainer
-from model.weights import load_pretrained
+from model.weights.pretrained import load_pretrained
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from base.config import dump
-from cherry.data import load_heldout, prepare
+from cherry.data.prepare import load_heldout, prepare
 from cherry.export import export
 from cherry.heldout import model_score, score_documents
 from cherry.trainer import Trainer
-from model.weights import load_pretrained
+from model.weights.pretrained import load_pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ def test_adapters_alone_are_trained_and_their_export_is_a_plain_model_that_trans
     for name, value in trainer.model.state_dict().items():
         if name in frozen and "e_score_correction_bias" not in name:
             assert torch.equal(value, frozen[name]), name
-    from cherry.checkpoint import reader_of
+    from cherry.checkpoint.checkpointer import reader_of
 
     stored = reader_of(trainer.checkpointer.last_saved).read_metadata().state_dict_metadata
     states = [name for name in stored if name.startswith("optimizer.state")]

@@ -33,7 +33,7 @@ def test_loss_and_gradients_equal_float64(dtype: torch.dtype, tolerance: float, 
 
 
 def test_one_pass_clips_steps_and_copies_as_torch_does() -> None:
-    from cherry.triton_adamw import adamw_, square_sum
+    from cherry.optim.triton_adamw import adamw_, square_sum
 
     torch.manual_seed(0)
     param = torch.randn(70_001, device="cuda")

@@ -13,12 +13,12 @@ import torch
 
 from base.errors import ConfigError, MissingFileError, WeightsError
 from cherry import loading
-from cherry.entry import build_parser, resolve
 from cherry.launcher import _cause
-from model.config import PRESETS, ModelConfig
-from model.layout import state_to_hf
+from cherry.rank_main import build_parser, resolve
+from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
-from model.weights import save_pretrained
+from model.weights.hf_names import state_to_hf
+from model.weights.pretrained import save_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -26,14 +26,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LONELY = """
 import sys, torch.distributed as dist
 from base.errors import WeightsError
-from cherry import entry
+from cherry import rank_main
 def fail(options, rank):
     dist.init_process_group("gloo")
     if rank == 1:
         raise WeightsError("the shard that only rank 1 reads is broken")
     dist.barrier()
-entry._train = fail
-entry.main([])
+rank_main._train = fail
+rank_main.main([])
 """
 
 
@@ -201,7 +201,7 @@ def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(weights):
 
 
 def _shape(folder):
-    from model.weights import read_model_config
+    from model.weights.pretrained import read_model_config
 
     return read_model_config(str(folder))[0].model_dump(exclude={"preset"})
 

@@ -17,12 +17,13 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from base.errors import WeightsError
-from cherry.loading import PickledWeights, load_weights, local_part
-from model.config import PRESETS, ModelConfig
-from model.fp8 import quantize_blocks
-from model.layout import is_projection, state_to_hf
+from cherry.distributed.local_part import local_part
+from cherry.loading import PickledWeights, load_weights
+from model.model_config import PRESETS, ModelConfig
+from model.numerics.fp8_blocks import quantize_blocks
 from model.transformer import DeepseekV3
-from model.weights import load_pretrained, save_pretrained
+from model.weights.hf_names import is_projection, state_to_hf
+from model.weights.pretrained import load_pretrained, save_pretrained
 
 RANKS = 4
 

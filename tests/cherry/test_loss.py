@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cherry.batches import mtp_targets
+from cherry.data.collate import mtp_targets
 from cherry.loss import IGNORE_INDEX, cross_entropy_sum
 
 TOKENS, WIDTH, VOCAB = 37, 16, 101

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from base.errors import SupersededError
-from cherry.fence import Fence
+from cherry.checkpoint.fence import Fence
 from cherry.metrics import MetricsWriter, format_line, peak_flops
 
 

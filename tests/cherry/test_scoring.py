@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cherry.data import load_heldout, prepare
+from cherry.data.prepare import load_heldout, prepare
 from cherry.scoring import score
 from model.transformer import DeepseekV3
 

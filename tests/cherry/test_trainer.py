@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import CheckpointError, ConfigError, SupersededError
-from cherry.batches import mtp_targets
-from cherry.fence import Fence
+from cherry.checkpoint.fence import Fence
+from cherry.data.collate import mtp_targets
 from cherry.trainer import Trainer
 from model.transformer import DeepseekV3
 

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cherry import communication
-from cherry.compression import CODECS, all_reduce
-from cherry.config import CommunicationConfig
+from cherry.distributed import fsdp_hooks
+from cherry.distributed.compression import CODECS, all_reduce
+from cherry.job_config import CommunicationConfig
 
 SIZES = (1, 700, 4 * 256 * 3)
 STEPS = 16
@@ -102,7 +102,7 @@ def build(mesh, settings):
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    return network, communication.install(network, CommunicationConfig(**settings))
+    return network, fsdp_hooks.install(network, CommunicationConfig(**settings))
 
 
 def gradients(network, hooked, micro_batches):

@@ -11,11 +11,11 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from base.config import load
-from cherry.config import JobConfig
+from cherry.job_config import JobConfig
 from cherry.export import export
-from model.layout import state_to_hf
+from model.weights.hf_names import state_to_hf
 from model.transformer import DeepseekV3
-from model.weights import load_pretrained, save_pretrained
+from model.weights.pretrained import load_pretrained, save_pretrained
 
 pytestmark = pytest.mark.slow
 

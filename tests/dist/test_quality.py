@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from base.config import dump, load
-from cherry.checkpoint import reader_of
-from cherry.config import JobConfig
+from cherry.checkpoint.checkpointer import reader_of
+from cherry.job_config import JobConfig
 from cherry.export import export
-from model.weights import load_pretrained
+from model.weights.pretrained import load_pretrained
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cherry.export import export
-from model.weights import load_pretrained
+from model.weights.pretrained import load_pretrained
 
 pytestmark = pytest.mark.slow
 

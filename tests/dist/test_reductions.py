@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cherry.compression import CODECS, padded_chunk
+from cherry.distributed.compression import CODECS, padded_chunk
 
 pytestmark = pytest.mark.slow
 

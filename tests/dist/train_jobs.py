@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from base.config import dump, load
-from cherry.config import JobConfig
-from cherry.network import Network, build
+from cherry.job_config import JobConfig
+from cherry.training_model import Network, build
 from cherry.trainer import Trainer
 
 
@@ -85,4 +85,4 @@ def main(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
-    os._exit(0)  # as cherry/entry.py does
+    os._exit(0)  # as cherry/rank_main.py does

@@ -12,8 +12,8 @@ from anything.client import Client
 from anything.keys import read_key_file
 from base.errors import ServiceError
 from tasks.deploy import Release, shift, start
-from tasks.parameters import resolve
-from tasks.serving import ServingDirectory, stop_serving
+from tasks.overrides import resolve
+from tasks.replicas import ServingDirectory, stop_serving
 from tasks.steps import RunContext
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import PRESETS, ModelConfig
+from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
 # Small enough that a forward pass takes milliseconds.

@@ -6,8 +6,8 @@ from torch import nn
 
 from base.errors import ConfigError
 from model.attention import Attention
-from model.config import PRESETS, ModelConfig
 from model.experts import Experts
+from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
 

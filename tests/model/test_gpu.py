@@ -10,10 +10,10 @@ from torch import Tensor
 
 import model.experts as experts_module
 from model.attention import scaled_dot_product
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 from model.quantize import quantize_folder
 from model.transformer import DeepseekV3
-from model.weights import load_pretrained, save_pretrained, state_to_hf
+from model.weights.pretrained import load_pretrained, save_pretrained, state_to_hf
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 from model.moe import MoE, route, sequence_balance_loss
 from model.transformer import DeepseekV3
 

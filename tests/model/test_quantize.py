@@ -17,12 +17,12 @@ from torch import Tensor
 
 from base import storage
 from base.errors import InvalidInputError, MissingFileError, WeightsError
-from model.config import ModelConfig
-from model.int8 import Int8Experts, Int8Linear, dequantize
+from model.model_config import ModelConfig
+from model.numerics.int8_layers import Int8Experts, Int8Linear, dequantize
 from model.quantize import is_quantized, quantize, quantize_folder
-from model.safetensors_file import Box
 from model.transformer import DeepseekV3
-from model.weights import WeightsReader, load_into, load_pretrained, save_pretrained, state_to_hf
+from model.weights.pretrained import WeightsReader, load_into, load_pretrained, save_pretrained, state_to_hf
+from model.weights.safetensors_file import Box
 
 MakeConfig = Callable[..., ModelConfig]
 MakeModel = Callable[..., DeepseekV3]

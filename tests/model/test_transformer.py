@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 from model.rope import inverse_frequencies, rotary_tables
 from model.transformer import Block, DeepseekV3, initial_values
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import ModelConfig
+from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
-from model.weights import save_pretrained, state_to_hf
+from model.weights.pretrained import save_pretrained, state_to_hf
 
 transformers = pytest.importorskip("transformers")
 

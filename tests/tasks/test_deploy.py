@@ -10,7 +10,7 @@ from prefect.logging import disable_run_logger
 from base import storage
 from base.errors import ConfigError
 from tasks.deploy import resolve_version
-from tasks.parameters import resolve
+from tasks.overrides import resolve
 from tasks.register import register
 from tasks.steps import RunContext, StepRecord, find_finished
 

@@ -7,10 +7,10 @@ from prefect.logging import disable_run_logger
 
 from base import storage
 from tasks.evaluate import find_champion, judge, shortfall
-from tasks.parameters import resolve
+from tasks.overrides import resolve
 from tasks.steps import RunContext
-from tasks.tracker import ModelVersion
-from tasks.tracking import MlflowTracker
+from tasks.tracking.mlflow_tracker import MlflowTracker
+from tasks.tracking.protocol import ModelVersion
 
 TOKENS = 100
 

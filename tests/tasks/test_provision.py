@@ -14,9 +14,9 @@ import pytest
 from base import storage
 from base.errors import ConfigError, DoesNotFitError, OperationalError
 from cherry.cluster import read_cluster
-from tasks.parameters import resolve
+from tasks.lifecycle import end_leftovers
+from tasks.overrides import resolve
 from tasks.provision import is_alive, preflight, release, take_lease
-from tasks.report import end_leftovers
 from tasks.steps import RunContext
 
 ROOT = Path(__file__).resolve().parents[2]

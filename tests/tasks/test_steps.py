@@ -9,10 +9,10 @@ from prefect.logging import disable_run_logger
 
 from base import storage
 from base.errors import ConfigError, MissingFileError, OperationalError, SupersededError, WorkerLostError
-from tasks.parameters import resolve
+from tasks.overrides import resolve
 from tasks.process import error_of
 from tasks.steps import RunContext, find_finished, find_output, make_room, perform, worth_retrying
-from tasks.tracking import MlflowTracker
+from tasks.tracking.mlflow_tracker import MlflowTracker
 from tasks.train import _claim
 
 # Nothing listens on the discard port: every test here runs with the tracking server down.

@@ -1,0 +1,1 @@
+"""The embedded inference engine: scheduler, model runner, detokenizer."""

@@ -1,0 +1,341 @@
+"""Owns the HTTP API: who may ask, what a request may say, how answers and errors look, readiness and draining.
+
+It knows nothing of models: any engine behind the protocol will do, in this process or behind another server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from anything import sse
+from anything.http.request import Call, DisconnectedError
+from anything.keys import KeyRecord, KeyStore
+from anything.prometheus import ServerMetrics
+from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError, UnavailableError
+from anything.router.routing import Router
+from anything.serve_config import ServeConfig
+from base.errors import AuthenticationError, CherryError, RequestError, ServiceError
+
+logger = logging.getLogger(__name__)
+
+VERSION_HEADER = "x-anything-version"
+SUBJECT_HEADER = "x-subject"
+# Seconds a caller is asked to stay away from a server that drains: another one has taken over by then.
+_DRAIN_RETRY_AFTER_S = 5
+# Seconds in which interrupted requests can tell their clients.
+_INTERRUPT_TIMEOUT_S = 1.0
+# Some twenty lines of text: an answer that a default timeout leaves time for.
+DEFAULT_MAX_TOKENS = 256
+
+
+class InferRequest(BaseModel):
+    """The body of POST /v1/anything/infer; a key that is not here is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    prompt: Annotated[str, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] = DEFAULT_MAX_TOKENS
+    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 0.0
+    stream: bool = False
+
+
+class Gateway:
+    """The state of one server: its engine, its keys, the requests in flight, and whether it drains."""
+
+    def __init__(self, engine: Engine, config: ServeConfig, keys: KeyStore) -> None:
+        self.engine = engine
+        self.config = config
+        self.keys = keys
+        self.metrics = ServerMetrics()
+        self.draining = False
+        self._calls: set[Call] = set()
+        self._started = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are admitted and not answered yet."""
+        return len(self._calls)
+
+    async def start(self) -> None:
+        """Start the engine; the server is not ready before this returns."""
+        await self.engine.start()
+        self._started = True
+
+    async def ready(self) -> bool:
+        """Whether the engine is loaded and this server admits requests."""
+        return self._started and not self.draining and await self.engine.ready()
+
+    async def drain(self) -> None:
+        """Admit nothing more, let what is in flight finish until shutdown_timeout_s, then cancel the rest."""
+        self.draining = True
+        if self._calls:
+            logger.info("draining: %d requests in flight, %g s", len(self._calls), self.config.shutdown_timeout_s)
+        try:
+            await asyncio.wait_for(self._idle.wait(), self.config.shutdown_timeout_s)
+        except TimeoutError:
+            self.interrupt_all()
+            # A client that does not read its answer cannot hold the server.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), _INTERRUPT_TIMEOUT_S)
+
+    def interrupt_all(self) -> None:
+        """End every request in flight with a 503."""
+        for call in list(self._calls):
+            call.interrupt(_draining_error())
+
+    async def infer(self, request: Request) -> Response:
+        """Answer one POST /v1/anything/infer."""
+        key = self.authorize(request)
+        if self.draining:
+            raise _draining_error()
+        if not self._started:
+            raise UnavailableError("the model is still loading", status=503, code="loading", retry_after_s=1)
+        deadline = Deadline(self.config.timeout_s)
+        call = Call(deadline)
+        # In flight from here on: a drain waits for bodies that are still arriving, too, and tells their senders.
+        self._calls.add(call)
+        self._idle.clear()
+        try:
+            return await self._answer(call, request, key, deadline)
+        except BaseException:
+            await self._finish(call)
+            raise
+
+    async def _answer(self, call: Call, request: Request, key: KeyRecord, deadline: Deadline) -> Response:
+        """Read the request and begin its generation; `call` is finished once the response is sent."""
+        started = time.monotonic()
+        body = _parse(await call.read_body(request, self.config.max_request_bytes))
+        if self.draining:
+            raise _draining_error()
+        if body.max_tokens > self.config.max_tokens_without_stream and not body.stream:
+            raise RefusedError(
+                f"max_tokens: more than {self.config.max_tokens_without_stream} tokens need stream: true "
+                f"(got {body.max_tokens} without it)"
+            )
+        generation = Generation(
+            prompt=body.prompt,
+            max_tokens=body.max_tokens,
+            temperature=body.temperature,
+            subject=request.headers.get(SUBJECT_HEADER) or f"{key.key_id}/{body.prompt}",
+            deadline=deadline,
+        )
+        call.begin(self.engine, generation)
+        call.watch(request)
+
+        def record(chunk: Chunk) -> None:
+            self.metrics.latency.observe(time.monotonic() - started)
+            if chunk.usage is not None:
+                self.metrics.prompt_tokens += chunk.usage.prompt_tokens
+                self.metrics.completion_tokens += chunk.usage.completion_tokens
+
+        if body.stream:
+            return EventStream(call, await call.next(), deadline, record, lambda: self._finish(call))
+        response = await _whole_answer(call, record)
+        await self._finish(call)
+        return response
+
+    async def routes(self, request: Request) -> Response:
+        """Answer one GET /v1/anything/routes."""
+        self.authorize(request)
+        if not isinstance(self.engine, Router):
+            text = "this server has a model of its own and no routes. Ask the gateway that was started with --routes."
+            raise RefusedError(text, status=404, code="no_routes")
+        await self.engine.refresh()
+        return JSONResponse(self.engine.describe())
+
+    def exposition(self) -> str:
+        """The metrics of this server and its engine in Prometheus' text format."""
+        gauges = {**self.engine.gauges(), "in_flight": self.in_flight, "draining": self.draining}
+        return self.metrics.exposition(gauges, self.engine.versions if isinstance(self.engine, Router) else {})
+
+    async def _finish(self, call: Call) -> None:
+        try:
+            await call.close()
+        finally:
+            self._calls.discard(call)
+            if not self._calls:
+                self._idle.set()
+
+    def authorize(self, request: Request) -> KeyRecord:
+        """The key of a request's bearer token.
+
+        Raises:
+            AuthenticationError: no token, or not a key of this server (401).
+            RefusedError: the key is revoked (403).
+        """
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise AuthenticationError("a bearer token is needed: send the header `Authorization: Bearer <key>`.")
+        key = self.keys.find(token.strip())
+        if key.revoked:
+            raise RefusedError(f"the key {key.key_id} is revoked", status=403, code="key_revoked")
+        return key
+
+
+class EventStream(Response):
+    """A streamed answer: one event a chunk, the last one with finish_reason and usage, then [DONE].
+
+    A client that reads nothing for as long as a gap may last counts as gone.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        first: Chunk,
+        deadline: Deadline,
+        record: Callable[[Chunk], None],
+        finish: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(media_type="text/event-stream")
+        self.headers[VERSION_HEADER] = first.version
+        self.headers["cache-control"] = "no-store"
+        del self.headers["content-length"]
+        self._call, self._first, self._deadline = call, first, deadline
+        self._record, self._finish = record, finish
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; a failure after the first byte is an `error` event without [DONE]."""
+
+        async def write(data: bytes, *, more: bool = True) -> None:
+            async with asyncio.timeout(self._deadline.timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for data in self._events():
+                    await write(data)
+                    self._deadline.restart()
+            except (RequestError, ServiceError) as error:
+                if not isinstance(error, DisconnectedError):
+                    await write(sse.event(error_body(error)))
+            await write(b"", more=False)
+        except TimeoutError:
+            logger.info("a client stopped reading its stream; its generation was cancelled")
+        finally:
+            await self._finish()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        chunk = self._first
+        while chunk.finish_reason is None:
+            yield sse.event({"text": chunk.text})
+            chunk = await self._call.next()
+        yield sse.event({"text": chunk.text, "finish_reason": chunk.finish_reason, **_usage(chunk)})
+        self._record(chunk)
+        yield sse.DONE
+
+
+async def _whole_answer(call: Call, record: Callable[[Chunk], None]) -> Response:
+    parts: list[str] = []
+    async for chunk in call.chunks():
+        parts.append(chunk.text)
+    record(chunk)
+    content = {"output": "".join(parts), "finish_reason": chunk.finish_reason, "model": chunk.version, **_usage(chunk)}
+    return JSONResponse(content, headers={VERSION_HEADER: chunk.version})
+
+
+def _usage(chunk: Chunk) -> dict[str, Any]:
+    return {} if chunk.usage is None else {"usage": vars(chunk.usage)}
+
+
+def _parse(body: bytes) -> InferRequest:
+    try:
+        return InferRequest.model_validate_json(body)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False)
+        ]
+        raise RefusedError("; ".join(problems)) from None
+
+
+def _draining_error() -> UnavailableError:
+    text = "the server is shutting down; try again, another one may answer"
+    return UnavailableError(text, status=503, code="draining", retry_after_s=_DRAIN_RETRY_AFTER_S)
+
+
+def error_body(error: CherryError) -> dict[str, Any]:
+    """The JSON that an error is told in: {"error": {"code", "message"}}."""
+    code = getattr(error, "code", "authentication" if isinstance(error, AuthenticationError) else "error")
+    return {"error": {"code": code, "message": str(error)}}
+
+
+def error_response(error: CherryError) -> Response:
+    """The answer to a request that failed before its first byte."""
+    if isinstance(error, AuthenticationError):
+        return JSONResponse(error_body(error), 401, headers={"www-authenticate": "Bearer"})
+    status = getattr(error, "status", 422 if isinstance(error, RequestError) else 503)
+    retry_after_s = getattr(error, "retry_after_s", None)
+    headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
+    if status in (408, 413) or getattr(error, "code", "") == "draining":
+        # The rest of the body may still be on its way, or the server is about to end: the connection is of no more use.
+        headers["connection"] = "close"
+    return JSONResponse(error_body(error), status, headers=headers)
+
+
+def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
+    """The application for one server. Whoever runs it awaits `app.state.gateway.start()` (see anything.http.serve).
+
+    Must be called on a running event loop's thread or before it starts; the engine is closed when the app ends.
+    """
+    gateway = Gateway(engine, config, keys)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await engine.close()
+
+    app = FastAPI(title="Anything", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.gateway = gateway
+
+    schema = {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}, "required": True}
+
+    @app.post("/v1/anything/infer", openapi_extra={"requestBody": schema})
+    async def infer(request: Request) -> Response:
+        return await _answer(gateway, request, gateway.infer)
+
+    @app.get("/v1/anything/routes")
+    async def routes(request: Request) -> Response:
+        return await _answer(gateway, request, gateway.routes)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        ready = await gateway.ready()
+        status = "ready" if ready else "draining" if gateway.draining else "not ready"
+        return JSONResponse({"status": status}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(gateway.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+async def _answer(gateway: Gateway, request: Request, work: Callable[[Request], Awaitable[Response]]) -> Response:
+    """The response of `work`, or of the error that it raised; counted either way."""
+    try:
+        response = await work(request)
+    except (RequestError, ServiceError, AuthenticationError) as error:
+        gateway.metrics.disconnects += isinstance(error, DisconnectedError)
+        response = error_response(error)
+    gateway.metrics.responses[response.status_code] += 1
+    return response

@@ -1,0 +1,1 @@
+"""Routing over replicas: weights, stickiness, and the engine that forwards over HTTP."""

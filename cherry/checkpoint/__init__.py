@@ -1,0 +1,1 @@
+"""Distributed checkpoints: background saves, digests, fencing, and what a resume may change."""

@@ -1,0 +1,389 @@
+"""Owns training checkpoints: written in the background, committed by a marker, pruned, and checked when read back.
+
+It knows nothing of training but the names of what a resume needs. One directory a step, never overwritten; a directory
+without its marker does not exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from base import storage
+from base.errors import CheckpointError, CherryError, SupersededError
+from cherry.checkpoint.digests import as_storage_error, digest_own, verify
+from cherry.checkpoint.fence import Fence
+from cherry.checkpoint.naming import committed_steps, step_name, step_of
+from cherry.checkpoint.staging import Staging
+
+logger = logging.getLogger(__name__)
+# What a preset is called, and weights' first values, change nothing once training goes on.
+_NOT_ARCHITECTURE = {"preset", "initializer_range"}
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class Checkpointer:
+    """Saves and restores one job's state. Every method is called by every rank, in the same order.
+
+    Args:
+        directory: where the step directories go, as a path or URI.
+        keep_last: so many of the newest are kept.
+        keep_every_steps: those of steps that it divides are kept too, for good.
+        group: a process group with a CPU backend that nothing else uses.
+        fence: refuses the commit of an attempt that was superseded; rank 0's.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep_last: int,
+        asynchronous: bool,
+        group: dist.ProcessGroup,
+        fence: Fence | None,
+        keep_every_steps: int | None = None,
+    ) -> None:
+        self.directory = directory
+        self.failures: list[CherryError] = []
+        """Saves that failed, on this rank; training went on."""
+        self.last_saved: str | None = None
+        self.stalled_seconds = 0.0
+        """How long the training thread has waited here, over all saves."""
+        self._keep_last = keep_last
+        self._keep_every_steps = keep_every_steps
+        self._asynchronous = asynchronous
+        self._group = group
+        self._fence = fence
+        self._pending: Future[None] | None = None
+        self._staging = Staging()
+        self._copying = False
+        self._hooked: torch.optim.Optimizer | None = None
+        self._told = 0
+
+    @property
+    def last_saved_step(self) -> int | None:
+        """The step of `last_saved`."""
+        return step_of(self.last_saved) if self.last_saved is not None else None
+
+    def new_failures(self) -> list[CherryError]:
+        """Failed saves that were not returned before, the one in flight included; for a person's eyes, nothing else.
+
+        When a save ends differs between ranks: nothing that they do together may depend on it.
+        """
+        known: list[CherryError] = list(self.failures)
+        if self._pending is not None and self._pending.done():
+            error = self._pending.exception()
+            known += [error] if isinstance(error, CherryError) else []
+        new, self._told = known[self._told :], len(known)
+        return new
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        record: dict[str, Any],
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save the state as it is now, in the background; waits first for a save that is still going on.
+
+        The copy is made while training goes on. The optimizer's next step waits for it by itself; whoever changes
+        parameters, optimizer states or large buffers in another way calls `wait_until_copied` first.
+
+        Args:
+            record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
+            extra: more tensors, by a name of their owner's, who reads them back with `read_state`.
+        """
+        with self._stalling():
+            self._finish()
+            state = _state(model, optimizer, _random_states(dist.get_rank(self._group))) | dict(extra or {})
+            snapshot = self._staging.begin(state)
+            self._copying = True
+            if self._hooked is not optimizer:
+                optimizer.register_step_pre_hook(lambda *_: self.wait_until_copied())
+                self._hooked = optimizer
+            # A thread a save, because one that stays keeps its OpenMP threads; see `_lone`.
+            thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._pending = thread.submit(self._write, step, snapshot, record)
+            thread.shutdown(wait=False)
+            if not self._asynchronous:
+                self._finish()
+
+    def wait_until_copied(self) -> None:
+        """Until the state may change without changing what is being saved."""
+        if self._copying:
+            with self._stalling():
+                self._staging.wait_until_copied()
+            self._copying = False
+
+    def wait(self) -> None:
+        """Until the save in flight is committed or has failed. A failure is kept in `failures`, not raised.
+
+        Raises:
+            SupersededError: a newer attempt owns the run directory.
+        """
+        with self._stalling():
+            self._finish()
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stalled_seconds += time.perf_counter() - started
+
+    def _finish(self) -> None:
+        self._copying = False
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except SupersededError:
+            raise
+        except CherryError as error:
+            logger.error("checkpoint not saved: %s", error)
+            self.failures.append(error)
+
+    def close(self) -> None:
+        """Finish the save in flight."""
+        self.wait()
+
+    def _write(self, step: int, snapshot: dict[str, Any], record: dict[str, Any]) -> None:
+        """On the background thread of every rank: copy, clear, write, agree that all have, commit, prune."""
+        target = storage.join(self.directory, step_name(step))
+        rank = dist.get_rank(self._group)
+        files: dict[str, list[Any]] = {}
+        error: CherryError | None = None
+        try:
+            state = self._staging.copy(snapshot)
+        except Exception as failure:  # no memory for the buffers
+            error = as_storage_error(failure, target)
+        del snapshot
+        failed, _ = self._agree(error, files)
+        failed = failed or self._clear(target)
+        if failed is None:
+            try:
+                with _lone(self._group) as lone:
+                    writer = self._writer(target)
+                    save_state(state, storage_writer=writer, process_group=self._group, no_dist=lone)
+            except (Exception, CheckpointException) as failure:
+                error = as_storage_error(failure, target)
+            failed, files = self._digest(target, error)
+        verdict: list[CherryError | None] = [failed]
+        if rank == 0:
+            try:
+                self._check_fence()
+                if failed is None:
+                    self._commit(step, record, files)
+                else:
+                    storage.remove_tree(target)
+            except Exception as failure:  # whatever it is, the other ranks wait to hear of it
+                verdict = [as_storage_error(failure, target)]
+        dist.broadcast_object_list(verdict, group=self._group, group_src=0)
+        if verdict[0] is not None:
+            raise verdict[0]
+        self.last_saved = target
+
+    def _agree(
+        self, error: CherryError | None, files: dict[str, list[Any]]
+    ) -> tuple[CherryError | None, dict[str, list[Any]]]:
+        """What any rank failed with, and the files of all of them."""
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(outcomes, (error, files), group=self._group)
+        failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
+        return failed, {name: digest for outcome in outcomes for name, digest in outcome[1].items()}
+
+    def _digest(self, target: str, error: CherryError | None) -> tuple[CherryError | None, dict[str, list[Any]]]:
+        """What any rank failed with; else the files of all of them. Rank 0 lists them: a store is not asked by all."""
+        names: list[Any] = [[]]
+        files: dict[str, list[Any]] = {}
+        try:
+            if dist.get_rank(self._group) == 0 and error is None:
+                names = [storage.list_names(target)]
+        except CherryError as failure:
+            error = failure
+        dist.broadcast_object_list(names, group=self._group, group_src=0)
+        try:
+            if error is None:
+                files = digest_own(target, names[0], dist.get_rank(self._group))
+        except CherryError as failure:
+            error = failure
+        return self._agree(error, files)
+
+    def _writer(self, target: str) -> FileSystemWriter:
+        if storage.is_local(target):
+            return FileSystemWriter(storage.local_path(target), sync_files=True)
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        writer: FileSystemWriter = FsspecWriter(target)
+        return writer
+
+    def _clear(self, target: str) -> CherryError | None:
+        """Rank 0 removes what an attempt before this one may have left; every rank hears whether it could."""
+        verdict: list[CherryError | None] = [None]
+        if dist.get_rank(self._group) == 0:
+            try:
+                self._check_fence()  # a newer attempt may have committed this very step
+                storage.remove_tree(target)
+                storage.make_directory(target)
+            except Exception as failure:  # as above
+                verdict = [as_storage_error(failure, target)]
+        dist.broadcast_object_list(verdict, group=self._group, group_src=0)
+        return verdict[0]
+
+    def _check_fence(self) -> None:
+        if self._fence is not None:
+            self._fence.check()
+
+    def _commit(self, step: int, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
+        target = storage.join(self.directory, step_name(step))
+        storage.write_json(storage.join(target, "state.json"), record)
+        storage.commit(target, {**record, "files": files})
+        try:
+            self._check_fence()  # what a newer attempt goes on from is not this one's to remove
+            for outdated in self._outdated(step):
+                storage.remove_tree(storage.join(self.directory, step_name(outdated)))
+        except CherryError as error:
+            logger.warning("an old checkpoint was not removed: %s", error)  # the new one is committed all the same
+
+    def _outdated(self, saved: int) -> list[int]:
+        """Steps that a save of step `saved` replaces: those before the last ones, and those after it.
+
+        A run's steps only grow, so a later one is of a branch that was left by resuming from an older checkpoint. It
+        must not pass for the newest, nor push this branch's own saves out.
+        """
+        steps = committed_steps(self.directory)
+        every = self._keep_every_steps
+        older = [step for step in steps if step <= saved][: -self._keep_last]
+        return [step for step in steps if step > saved] + [step for step in older if every is None or step % every]
+
+
+def restore(
+    uri: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup,
+    *,
+    expected_model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Load a committed checkpoint into a model and optimizer of any world size; its record.
+
+    Args:
+        expected_model: the architecture that the record's `model` must equal.
+
+    Raises:
+        MissingFileError: the directory was never committed.
+        CheckpointError: a file is corrupt, truncated or missing, or the checkpoint is of another model.
+    """
+    record = storage.read_commit(uri)
+    check_model(uri, record, expected_model)
+    verify(uri, record, group)
+    try:
+        reader = reader_of(uri)
+        state = _state(model, optimizer, _stored_random_states(reader, dist.get_rank(group)))
+        read_state(state, reader, group)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(
+            f"{uri} does not fit the configured model, or cannot be read: {str(error).strip().splitlines()[-1]}. "
+            "Resume with the config it was made with, or start in another run directory."
+        ) from error
+    set_model_state_dict(model, state["model"], options=_OPTIONS)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+    for kind, value in next(iter(state["random"].values()), {}).items():
+        torch.cuda.set_rng_state(value) if kind == "cuda" else torch.set_rng_state(value)
+    return record
+
+
+def read_state(state: dict[str, Any], reader: FileSystemReader, group: dist.ProcessGroup | None) -> None:
+    """Fill `state` in place from a checkpoint; without a group, this process reads by itself."""
+    with _lone(group) as lone:
+        load_state(state, storage_reader=reader, process_group=group, no_dist=lone)
+
+
+@contextmanager
+def _lone(group: dist.ProcessGroup | None) -> Iterator[bool]:
+    """Whether one process works by itself, which then asks torch for no collectives.
+
+    Gloo's threads copy what they send with an OpenMP team each, and stay. While a process has more OpenMP threads than
+    cores libgomp does not spin between parallel regions: on 2 cores every step after the first save took 1.7 times as
+    long (torch 2.13, 2026-11-24).
+    """
+    lone = group is None or dist.get_world_size(group) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be then
+        yield lone
+
+
+def reader_of(uri: str) -> FileSystemReader:
+    """A reader of the checkpoint at a path or URI."""
+    if storage.is_local(uri):
+        return FileSystemReader(storage.local_path(uri))
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    reader: FileSystemReader = FsspecReader(uri)
+    return reader
+
+
+def check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    """Compare the architecture in a checkpoint's record with the configured one.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
+    if expected is None or "model" not in record:
+        return
+    stored = record["model"]
+    wrong = [
+        f"  model.{key}: the checkpoint has {stored.get(key)!r}, the config {expected.get(key)!r}"
+        for key in sorted(stored.keys() | expected.keys())
+        if key not in _NOT_ARCHITECTURE and stored.get(key) != expected.get(key)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{uri} is of another model:\n" + "\n".join(wrong) + "\nResume with the config it was made with, or start "
+            "in another run directory."
+        )
+
+
+def _random_states(rank: int) -> dict[str, Any]:
+    """This rank's random number generators, by a name that no other rank has."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {f"rank_{rank}": states}
+
+
+def _stored_random_states(reader: FileSystemReader, rank: int) -> dict[str, Any]:
+    """Those of `_random_states` that a checkpoint has: at another world size, or device, some are missing."""
+    stored = reader.read_metadata().state_dict_metadata
+    return {
+        name: {kind: state for kind, state in states.items() if f"random.{name}.{kind}" in stored}
+        for name, states in _random_states(rank).items()
+    }
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, random: dict[str, Any]) -> dict[str, Any]:
+    # Also makes the optimizer's states exist, with zeros, when no step was taken yet.
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    return {"model": model_state, "optimizer": optimizer_state, "random": random}

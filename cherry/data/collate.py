@@ -1,0 +1,89 @@
+"""Owns how packed sequences become a micro-batch: tokens, targets, and which targets bear no loss.
+
+It knows nothing of the order in which sequences are read, or of losses.
+
+Shapes: B sequences of a micro-batch, T position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from base.errors import ConfigError
+from cherry.data.shards import Manifest, TokenDataset
+from cherry.job_config import JobConfig
+from cherry.loss import IGNORE_INDEX
+from model.document_mask import Documents
+
+
+def check_fits(manifest: Manifest, config: JobConfig, run_directory: str) -> None:
+    """Refuse prepared data that is not what the configuration says.
+
+    Raises:
+        ConfigError: another sequence length, or more tokens than the model has.
+    """
+    if manifest.sequence_length != config.data.sequence_length:
+        raise ConfigError(
+            f"data.sequence_length is {config.data.sequence_length}, the prepared data in "
+            f"{run_directory}/data has {manifest.sequence_length}. Prepare the data again."
+        )
+    if manifest.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size}, the prepared data has {manifest.vocab_size} tokens. "
+            "Prepare the data again, or raise model.vocab_size."
+        )
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass reads, on the CPU."""
+
+    tokens_BT: Tensor
+    """int64."""
+    targets_BT: Tensor
+    """int64; those that bear no loss are IGNORE_INDEX."""
+    documents: Documents | None
+    """Set where documents are kept apart."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device; the documents are moved."""
+        documents = self.documents.to(device) if self.documents is not None else None
+        return MicroBatch(self.tokens_BT.to(device), self.targets_BT.to(device), documents)
+
+    def valid(self) -> tuple[int, int]:
+        """Targets that bear loss: the model's, and the MTP module's."""
+        further_BT = mtp_targets(self.targets_BT, self.documents)
+        return int((self.targets_BT != IGNORE_INDEX).sum()), int((further_BT != IGNORE_INDEX).sum())
+
+
+def micro_batch(dataset: TokenDataset, indices: Iterable[int], *, keep_apart: bool) -> MicroBatch:
+    """Some sequences of the dataset as one micro-batch.
+
+    Args:
+        keep_apart: attention is to stay within documents. Nothing then predicts a document's first token, as the
+            tokens before it are another document's.
+    """
+    rows = [dataset.sequence(int(index)) for index in indices]
+    tokens = torch.stack([torch.from_numpy(row[0]) for row in rows])
+    bears = torch.stack([torch.from_numpy(row[1]) for row in rows])[:, 1:]
+    tokens_BT, next_BT = tokens[:, :-1].contiguous(), tokens[:, 1:]
+    if not keep_apart:
+        return MicroBatch(tokens_BT, torch.where(bears, next_BT, IGNORE_INDEX), None)
+    bos_id = dataset.manifest.bos_id
+    targets_BT = torch.where(bears & (next_BT != bos_id), next_BT, IGNORE_INDEX)
+    return MicroBatch(tokens_BT, targets_BT, Documents(tokens_BT, bos_id))
+
+
+def mtp_targets(targets_BT: Tensor, documents: Documents | None = None) -> Tensor:
+    """What the MTP module predicts: one token further; the last position of each row has none.
+
+    With `documents`, neither has the last position of each of them, which would see the next one's first token.
+    """
+    further_BT = torch.cat([targets_BT[:, 1:], torch.full_like(targets_BT[:, :1], IGNORE_INDEX)], dim=1)
+    if documents is None:
+        return further_BT
+    last_BT = documents.position_BT.roll(-1, dims=1) == 0
+    return further_BT.masked_fill(last_BT, IGNORE_INDEX)

@@ -1,0 +1,1 @@
+"""Parallelism: the device mesh, FSDP2, expert and context parallelism, compressed gradient reduction."""

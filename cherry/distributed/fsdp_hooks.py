@@ -1,0 +1,340 @@
+"""Owns what travels between ranks during a step: gradients in fewer bits where asked for, and every byte counted.
+
+It knows nothing of losses, optimizers or where parameters live: it hooks into modules that are sharded already, whose
+gradients are summed (not averaged) in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultAllocMixin,
+    DefaultReduceScatter,
+)
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo, HSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from cherry.checkpoint.checkpointer import read_state, reader_of
+from cherry.distributed.compression import CODECS, Codec, all_reduce, reduce_scatter_bf16
+from cherry.distributed.expert_parallel import ExpertDispatch
+from cherry.distributed.expert_parallel_nodes import NodeDispatch
+from cherry.job_config import CommunicationConfig
+from model.experts import Experts
+
+
+class Traffic:
+    """Bytes that this rank sends, by axis and kind of collective, since the last `clear`.
+
+    Counted as nccl-tests counts bus bandwidth: of N bytes over R ranks, all-gather, reduce-scatter and all-to-all send
+    N (R - 1) / R, an all-reduce twice that. The few numbers of a loss, a norm or a count are left out.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[str, int] = {}
+        self._reduced = 0
+        self._reduced_fp32 = 0
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self._sent.clear()
+        self._reduced = self._reduced_fp32 = 0
+
+    def add(self, axis: str, kind: str, sent: int, fp32: int | None = None) -> None:
+        """Count one collective.
+
+        Args:
+            axis: of the mesh: `shard`, `replicate`, `expert`, ...
+            kind: `all_gather`, `reduce_scatter`, `all_reduce` or `all_to_all`.
+            sent: bytes.
+            fp32: for a part of the gradients' reduction, the bytes that it would send in fp32.
+        """
+        key = f"{axis}.{kind}"
+        self._sent[key] = self._sent.get(key, 0) + sent
+        if fp32 is not None:
+            self._reduced += sent
+            self._reduced_fp32 += fp32
+
+    def figures(self) -> dict[str, Any]:
+        """For the metrics stream: bytes by `axis.kind`, their total, and the reduction's ratio to one in fp32."""
+        return {
+            "bytes_on_wire": dict(sorted(self._sent.items())),
+            "bytes_on_wire_total": sum(self._sent.values()),
+            "reduction_bytes_over_fp32": self._reduced / self._reduced_fp32 if self._reduced_fp32 else 1.0,
+        }
+
+
+class Communication:
+    """What one model's sharded modules share: the counter, and gradients' parts that wait for a later reduction."""
+
+    def __init__(self, network: nn.Module, config: CommunicationConfig) -> None:
+        self.traffic = Traffic()
+        self.overlap = config.overlap
+        self.last = True
+        """Whether the micro-batch that runs now is its step's last: only then do replicas add up."""
+        self._network = network
+        self.reductions: list[_CompressedReduction] = []
+
+    def micro_batch(self, *, last: bool) -> None:
+        """Say before each micro-batch whether it is the last of its optimizer step."""
+        if last != self.last and isinstance(self._network, FSDPModule):
+            self._network.set_requires_all_reduce(last)
+        self.last = last
+
+    def forget(self) -> None:
+        """Drop what is left to send: after a step that was skipped, its error belongs to no step to come."""
+        for reduction in self.reductions:
+            reduction.carry_N = None
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What is left to send, for a checkpoint; empty when there is never anything left.
+
+        By parameter: [replicas, *shape], sharded like the parameter.
+        """
+        # torch's staging cannot copy a DTensor on the CPU that begins within a storage.
+        parts = {name: part.clone() if part.is_cpu else part for name, part in self._unsent().items()}
+        return {"unsent": parts} if parts else {}
+
+    def restore(self, uri: str, group: dist.ProcessGroup) -> None:
+        """Take over what a checkpoint's run had left to send, so that this one goes on bit for bit.
+
+        What the checkpoint lacks, or has for another number of replicas, is left out: one step's rounding error.
+        """
+        if not (unsent := self._unsent()):
+            return
+        reader = reader_of(uri)
+        stored = reader.read_metadata().state_dict_metadata
+        fitting = {
+            name: part
+            for name, part in unsent.items()
+            if getattr(stored.get(f"unsent.{name}"), "size", None) == part.shape
+        }
+        if fitting:
+            read_state({"unsent": fitting}, reader, group)
+
+    def _unsent(self) -> dict[str, Tensor]:
+        return {name: part for reduction in self.reductions for name, part in reduction.views().items()}
+
+    @contextmanager
+    def exposed(self, device: torch.device) -> Iterator[None]:
+        """Around a collective; without `overlap`, nothing else runs on the device meanwhile."""
+        alone = device.type == "cuda" and not self.overlap
+        if alone:
+            torch.cuda.synchronize(device)
+        yield
+        if alone:
+            torch.cuda.synchronize(device)
+
+
+def install(network: nn.Module, config: CommunicationConfig) -> Communication:
+    """Hook into a sharded model, once, before its first step and before its state is restored.
+
+    Args:
+        network: the root that was sharded, of FSDPModules; where nothing is sharded, nothing is hooked.
+    """
+    communication = Communication(network, config)
+    for part in network.modules():
+        if isinstance(part, Experts) and isinstance(part.spread, ExpertDispatch | NodeDispatch):
+            part.spread.count_bytes(partial(communication.traffic.add, "expert", "all_to_all"))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for module, group in _param_groups(network):
+        module.set_custom_all_gather(_AllGather(communication))
+        if config.reduce_dtype == "bf16" and _shards(group) > 1:  # alone, it would round what travels nowhere
+            module.set_custom_reduce_scatter(_Bf16ReduceScatter(communication))
+        else:
+            module.set_custom_reduce_scatter(_ReduceScatter(communication))
+        if not isinstance(group.mesh_info, DDPMeshInfo):
+            continue
+        replicas = group.mesh_info.replicate_process_group
+        if config.replicate == "fp32" or replicas.size() == 1:
+            module.set_all_reduce_hook(_CountAllReduce(communication, replicas))
+        else:
+            layout = _layout(group, names)
+            hook = _CompressedReduction(communication, CODECS[config.replicate], replicas, layout)
+            communication.reductions += [hook] if layout and hook.keeps_error else []
+            _leave_out_all_reduce(group)
+            module.set_all_reduce_hook(hook)
+    return communication
+
+
+class _AllGather(DefaultAllGather):
+    """FSDP's all-gather of parameters, counted."""
+
+    def __init__(self, communication: Communication) -> None:
+        self._communication = communication
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        self._communication.traffic.add("shard", "all_gather", (group.size() - 1) * input_tensor.nbytes)
+        with self._communication.exposed(input_tensor.device):
+            return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _ReduceScatter(DefaultReduceScatter):
+    """FSDP's reduce-scatter of gradients, counted."""
+
+    def __init__(self, communication: Communication) -> None:
+        self._communication = communication
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work:
+        sent = (group.size() - 1) * output_tensor.nbytes
+        self._communication.traffic.add("shard", "reduce_scatter", sent, fp32=sent)
+        with self._communication.exposed(input_tensor.device):
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+
+class _Bf16ReduceScatter(DefaultAllocMixin, ReduceScatter):
+    """Gradients travel as bf16, are summed in fp32, and stay fp32 from there on.
+
+    FSDP allocates a reduction's input and then its output, both of the policy's reduce_dtype (fp32). The input is made
+    bf16 here: FSDP rounds while it copies gradients in, which costs neither a pass nor a second buffer.
+    """
+
+    def __init__(self, communication: Communication) -> None:
+        self._communication = communication
+        self._input_given = False
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        assert dtype == torch.float32, "the policy's reduce_dtype must be fp32"
+        wanted = torch.float32 if self._input_given else torch.bfloat16
+        self._input_given = not self._input_given
+        return super().allocate(size, dtype=wanted, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        assert (input_tensor.dtype, output_tensor.dtype) == (torch.bfloat16, torch.float32)
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+
+        def count(kind: str, sent: int, fp32: int) -> None:
+            self._communication.traffic.add("shard", kind, sent, fp32)
+
+        with self._communication.exposed(input_tensor.device):
+            reduce_scatter_bf16(output_tensor, input_tensor, group, count)
+
+
+class _CountAllReduce:
+    """Runs after FSDP's own all-reduce over replicas, which it counts."""
+
+    def __init__(self, communication: Communication, group: dist.ProcessGroup) -> None:
+        self._communication = communication
+        self._ranks = group.size()
+
+    def __call__(self, gradient_N: Tensor) -> None:
+        sent = 2 * gradient_N.nbytes * (self._ranks - 1) // self._ranks
+        with self._communication.exposed(gradient_N.device):
+            self._communication.traffic.add("replicate", "all_reduce", sent, fp32=sent)
+
+
+class _CompressedReduction:
+    """One FSDP group's sum over replicas, once an optimizer step, in fewer bits.
+
+    What a step could not send is carried to the next (error feedback, as in arXiv 1901.09847), so that rounding does
+    not add up over steps. The gradients of earlier micro-batches wait in the same place.
+    """
+
+    def __init__(
+        self, communication: Communication, codec: Codec, group: dist.ProcessGroup, layout: list[tuple[str, Any]]
+    ) -> None:
+        self.carry_N: Tensor | None = None
+        self.keeps_error = codec.limit is not None
+        """bf16's error is far below the gradient's own noise: it is dropped, and there is no state."""
+        self._communication = communication
+        self._codec = codec
+        self._group = group
+        self._layout = layout
+
+    def __call__(self, gradient_N: Tensor) -> None:
+        if gradient_N.is_cuda:
+            # FSDP frees it on the reduce-scatter's stream; the next block's may not take its place while this runs.
+            gradient_N.record_stream(torch.cuda.current_stream())
+        if self.carry_N is not None:
+            gradient_N += self.carry_N
+        if not self._communication.last:
+            self.carry_N = gradient_N.clone()
+            gradient_N.zero_()
+            return
+        with self._communication.exposed(gradient_N.device):
+            left_N = all_reduce(gradient_N, self._codec, self._group, self._count)
+        self.carry_N = left_N if self.keeps_error else None
+
+    def _count(self, kind: str, sent: int, fp32: int) -> None:
+        self._communication.traffic.add("replicate", kind, sent, fp32)
+
+    def views(self) -> dict[str, Tensor]:
+        """The carry by parameter. It is laid out as FSDP lays out a reduce-scatter's output."""
+        if self.carry_N is None:
+            values = sum(param.padded_sharded_param_size.numel() for _, param in self._layout)
+            self.carry_N = torch.zeros(values, device=self._layout[0][1].device)
+        parts: dict[str, Tensor] = {}
+        offset = 0
+        for name, param in self._layout:
+            size = param.sharded_size
+            local = self.carry_N[offset : offset + size.numel()].view(1, *size)
+            parts[name] = _per_replica(local, param.sharded_param, self._group.size())
+            offset += param.padded_sharded_param_size.numel()
+        assert offset == self.carry_N.numel(), "a parameter had no gradient, so that its group is laid out otherwise"
+        return parts
+
+
+def _per_replica(local: Tensor, parameter: DTensor, replicas: int) -> DTensor:
+    """A tensor [replicas, *shape] of which each replica holds its own row, sharded like the parameter."""
+    mesh = parameter.device_mesh
+    shape = torch.Size([replicas, *parameter.shape])
+    placements: list[Placement] = []
+    for axis, placement in zip(mesh.mesh_dim_names or (), parameter.placements, strict=True):
+        if axis == "replicate":
+            placements.append(Shard(0))
+        elif isinstance(placement, _StridedShard):
+            placements.append(_StridedShard(placement.dim + 1, split_factor=placement.split_factor))
+        else:
+            placements.append(Shard(placement.dim + 1) if isinstance(placement, Shard) else placement)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _param_groups(network: nn.Module) -> Iterator[tuple[FSDPModule, FSDPParamGroup]]:
+    """Every sharded module that has parameters of its own, with FSDP's group of them."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            yield module, group
+
+
+def _shards(group: FSDPParamGroup) -> int:
+    return group.mesh_info.shard_mesh_size if isinstance(group.mesh_info, FSDPMeshInfo) else 1
+
+
+def _layout(group: FSDPParamGroup, names: dict[int, str]) -> list[tuple[str, Any]]:
+    """The group's trained parameters by name, in the order of its flat gradient."""
+    trained = [param for param in group.fsdp_params if param.sharded_param.requires_grad]
+    return [(names[id(param.sharded_param)], param) for param in trained]
+
+
+def _leave_out_all_reduce(group: FSDPParamGroup) -> None:
+    """Let FSDP reduce over the shard axis only: its hook, which then follows, adds up the replicas.
+
+    FSDP has no switch for that. The group goes by the class of `mesh_info`, of which parameters have their own.
+    """
+    info = group.mesh_info
+    assert isinstance(info, HSDPMeshInfo)
+    kept = {field.name: getattr(info, field.name) for field in fields(info) if field.init}
+    sharded = FSDPMeshInfo(**{**kept, "replicate_mesh_dim": None})
+    if group.post_forward_mesh_info == info:  # equal means: reshard to the same mesh
+        group.post_forward_mesh_info = sharded
+    group.mesh_info = sharded

@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedule, gradient norm and clipping, expert-bias load balancing."""

@@ -1,0 +1,118 @@
+"""Owns `cherry plan`: what a person reads of a plan and of a search, and the error when a job does not fit.
+
+It knows the planner; what memory and time are made of is its.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from base.config import load
+from base.errors import ConfigError, DoesNotFitError, storage_errors
+from cherry.cluster import LOCAL, read_cluster
+from cherry.hardware import GIB
+from cherry.planner.local import local_device
+from cherry.planner.plan import NOT_MODELLED, Plan, make_plan
+from cherry.planner.report import advice, headline, memory_title, sections_of, unused
+from cherry.planner.search import Layout, nearest_that_fit, search
+from tasks.run_config import RunConfig
+
+_BAR_CHARACTERS = 20
+_SHOWN_LAYOUTS = 15
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def plan(
+    console: Console,
+    config: str,
+    cluster: str | None,
+    overrides: Sequence[str],
+    *,
+    as_json: bool,
+    with_search: bool,
+    plot: Path | None = None,
+) -> None:
+    """Print the plan of a config on a cluster.
+
+    Args:
+        plot: a PNG, SVG or PDF to draw its memory in.
+
+    Raises:
+        StorageError: the picture cannot be written.
+        MissingFileError, ConfigError: a file that is not there or breaks rules; a job that does not go on the cluster.
+        DoesNotFitError: it was told, and there is no room for it.
+    """
+    resolved = load(config, RunConfig, overrides)
+    spec = read_cluster(cluster or resolved.cluster)
+    device = local_device() if spec.kind == LOCAL and spec.gpu is None else None
+    made = make_plan(resolved, spec, device)
+    layouts = search(made) if with_search else None
+    nearest = [] if made.fits else nearest_that_fit(made)
+    if plot is not None:
+        _draw(made, plot)
+    if as_json:
+        told = made.as_dict() | {"nearest": [_plain(one) for one in nearest]}
+        told |= {} if layouts is None else {"layouts": [_plain(one) for one in layouts]}
+        console.print_json(json.dumps(told))
+    else:
+        _show(console, made)
+        if layouts is not None:
+            _show_layouts(console, layouts)
+    if not made.fits:
+        raise DoesNotFitError(f"{made.why_not()} {advice(nearest)}")
+
+
+def _draw(made: Plan, path: Path) -> None:
+    from tasks.plots import plot_memory
+
+    if path.suffix not in _PICTURES:
+        raise ConfigError(f"--plot: must end with {', '.join(_PICTURES)} (got {str(path)!r})")
+    with storage_errors(str(path)):
+        plot_memory(made.worst.stages, made.worst.usable, path, title=memory_title(made))
+
+
+def _plain(layout: Layout) -> dict[str, object]:
+    return {
+        "changes": layout.changes,
+        "total_bytes": layout.total_bytes,
+        "tokens_per_s_gpu": layout.tokens_per_s_gpu,
+    }
+
+
+def _show(console: Console, made: Plan) -> None:
+    console.print(f"[bold]{made.job}[/] on {headline(made)}", highlight=False)
+    if idle := unused(made):
+        console.print(f"[yellow]{idle}[/]", highlight=False)
+    for title, rows in sections_of(made):
+        console.print(f"\n[bold]{title}[/]", highlight=False)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(min_width=24)
+        table.add_column(justify="right", min_width=9)
+        table.add_column(style="dim")
+        for row in rows:
+            bar = "" if row.share is None else f"{'█' * round(_BAR_CHARACTERS * row.share):<{_BAR_CHARACTERS}} "
+            table.add_row(row.name, row.value, (bar + row.note).rstrip())
+        console.print(table)
+    verdict = "[green]fits[/]" if made.fits else "[bold red]does not fit[/]"
+    room = (made.worst.usable - made.worst.total) / GIB
+    console.print(f"\n{verdict}: {room:+.1f} GiB of room. Not in the plan: {'; '.join(NOT_MODELLED)}.", highlight=False)
+
+
+def _show_layouts(console: Console, layouts: Sequence[Layout]) -> None:
+    if not layouts:
+        console.print("\nno layout of these ranks fits")
+        return
+    fastest = f", the fastest {_SHOWN_LAYOUTS}" if len(layouts) > _SHOWN_LAYOUTS else ""
+    console.print(f"\n[bold]{len(layouts)} layouts fit{fastest}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tokens/s/GPU", "GiB", "changes"):
+        table.add_column(heading, justify="left" if heading == "changes" else "right", overflow="fold")
+    for one in layouts[:_SHOWN_LAYOUTS]:
+        changes = one.overrides or "(as configured)"
+        table.add_row(f"{one.tokens_per_s_gpu:,.0f}", f"{one.total_bytes / GIB:.1f}", changes)
+    console.print(table)

@@ -1,0 +1,1 @@
+"""Number formats of weights: FP8 block scales, int8."""

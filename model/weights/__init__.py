@@ -1,0 +1,1 @@
+"""Weights on disk: released names, safetensors files, ranged reads, import and export."""

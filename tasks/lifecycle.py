@@ -1,0 +1,273 @@
+"""Owns the beginning and the end of a flow's run: its MLflow parent run, its summary, and cleaning up after a death.
+
+It knows the files that the steps leave, not how they are made.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prefect import get_run_logger, runtime
+from pydantic import BaseModel
+
+from base import storage
+from base.config import dump
+from base.errors import CherryError, without_credentials
+from tasks.artifacts import show_markdown, show_table
+from tasks.overrides import resolve, run_directory, write_resolved
+from tasks.process import end_tree
+from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
+from tasks.run_config import RunConfig
+from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_event, write_record
+from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay
+from tasks.tracking.mlflow_tracker import connect, page_of
+
+logger = logging.getLogger(__name__)
+TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
+STEPS = (*TRAIN_STEPS, "deploy")
+RELEASE_CONFIG = "release.yaml"
+"""What a deployment was told, beside the config.yaml that the run was trained with."""
+
+
+def run_name() -> str:
+    """What Prefect calls a run: the run's name when it was overridden, else the config's."""
+    parameters = runtime.flow_run.parameters
+    overrides = parameters.get("overrides")
+    given = overrides.get("name") if isinstance(overrides, dict) else getattr(overrides, "name", None)
+    return str(given or Path(str(parameters.get("config", ""))).stem)
+
+
+def begin(config: str, overrides: BaseModel) -> RunContext:
+    """Resolve the config once, write it into the run directory, and open the flow's MLflow run.
+
+    Raises:
+        MissingFileError, ConfigError: see `tasks.overrides.resolve`.
+        OperationalError: a live process is working on the same run.
+    """
+    resolved = resolve(config, overrides)
+    end_leftovers(resolved)
+    # Before anything is written: a live run's trainer reads config.yaml when it is started again.
+    take_lease(RunContext(run_directory(resolved), resolved))
+    context = _open(RunContext(write_resolved(resolved), resolved), "flow")
+    context.tracker().log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
+    return context
+
+
+def begin_release(config: str, overrides: BaseModel) -> RunContext:
+    """The same for a deployment, which finds its run directory, and its MLflow run, as training left them."""
+    resolved = resolve(config, overrides)
+    directory = run_directory(resolved)
+    if not Path(directory, "config.yaml").exists():
+        write_resolved(resolved)
+    storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
+    write_event(Path(directory), "deploy", "started")
+    registered = find_finished(Path(directory), "register")
+    if registered is not None and registered.mlflow_parent_run_id is not None:
+        return RunContext(directory, resolved, registered.mlflow_parent_run_id)
+    context = _open(RunContext(directory, resolved), "flow")
+    context.tracker().finish(context.parent_run_id, "FINISHED")  # a parent only: the release is a step's run
+    return context
+
+
+def _open(context: RunContext, step: str) -> RunContext:
+    tracker = context.tracker()
+    identity = storage.fingerprint(_lasting(context))
+    parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
+    tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
+    where = without_credentials(tracker.uri)
+    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, where)
+    return RunContext(context.directory, context.config, parent, context.began)
+
+
+def _lasting(context: RunContext) -> dict[str, Any]:
+    """The config without what may change between two looks at one run: how it is retried, served and tracked."""
+    values = context.config.model_dump(mode="json")
+    return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
+
+
+def conclude(context: RunContext, status: str) -> dict[str, Any]:
+    """Close the flow's MLflow run as FINISHED, FAILED or KILLED; its summary, which is empty unless it finished.
+
+    Also shows the steps in Prefect, and writes summary.json when all are done.
+    """
+    tracker, parent = context.tracker(), context.parent_run_id
+    records = [record for step in TRAIN_STEPS if (record := find_finished(context.path, step)) is not None]
+    summary: dict[str, Any] = {}
+    text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
+    # A failed run may stand beside the steps of another config's.
+    figures = {f"seconds_{one.step}": one.seconds for one in records if one.mlflow_parent_run_id == parent}
+    if status == "FINISHED":
+        summary = summarize(context.path)
+        text = _describe(summary)
+        storage.write_json(str(context.path / "summary.json"), summary)
+        records = _catch_up(context, records)
+        figures = _headline(summary)
+        tracker.log(parent, tags={"mlflow.note.content": text, **_reused(context, records)})
+        for name in ("summary.json", "config.yaml"):
+            tracker.artifact(parent, context.path / name)
+        show_markdown(f"links-{context.config.name}", _links(context, records), "Where to look")
+    tracker.log(parent, metrics=figures)
+    show_table(f"run-{context.config.name}", _rows(context, records), text)
+    tracker.finish(parent, status)
+    return summary
+
+
+def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord]:
+    """Tell MLflow what an outage kept from it: runs that could not be made, training's metrics, how runs ended."""
+    tracker, told = context.tracker(), []
+    for record in records:
+        if record.mlflow_run_id is None:
+            name = f"{context.config.name}-{record.step}"
+            run_id = tracker.start(
+                name,
+                parent=context.parent_run_id,
+                step=record.step,
+                identity=record.fingerprint,
+                run_key=context.key,
+            )
+            tracker.log(run_id, metrics=record.figures)
+            record = replace(record, mlflow_run_id=run_id, mlflow_parent_run_id=context.parent_run_id, reused=False)
+            write_record(context.path, record)
+        if record.step == "train":
+            MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
+            MetricsRelay(context.path / "train", tracker, context.parent_run_id, PARENT_SERIES).send_new()
+        told.append(record)
+    tracker.finish_family(context.parent_run_id, "FINISHED")
+    return told
+
+
+def _headline(summary: dict[str, Any]) -> dict[str, float]:
+    """What two runs are compared by; the page shows first what is told first."""
+    first = {"heldout_bits_per_byte": summary["heldout_bits_per_byte"]}
+    figures = first | {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
+    return figures | {f"seconds_{step}": float(seconds) for step, seconds in summary["seconds"].items()}
+
+
+def _is_reused(context: RunContext, record: StepRecord) -> bool:
+    return record.finished_at < context.began
+
+
+def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
+    """Tags that lead to the MLflow runs of the steps that another flow run did."""
+    return {
+        f"cherry.reused.{record.step}": record.mlflow_run_id
+        for record in records
+        if record.mlflow_run_id is not None and record.mlflow_parent_run_id != context.parent_run_id
+    }
+
+
+def summarize(directory: Path) -> dict[str, Any]:
+    """The headline figures of a run whose training flow finished, from its files.
+
+    Raises:
+        MissingFileError: a step has not finished; the text names the file that it would have written.
+    """
+    train, data, evaluation, quantization = (
+        storage.read_json(str(directory / name))
+        for name in (
+            "train/result.json",
+            "data/manifest.json",
+            "evaluate/evaluation.json",
+            "quantized/quantization.json",
+        )
+    )
+    records = {step: record for step in STEPS if (record := find_finished(directory, step)) is not None}
+    return {
+        "name": directory.name,
+        "loss_first": train["loss_first"],
+        "loss_last": train["loss_last"],
+        "heldout_loss": evaluation["heldout_loss"],
+        "heldout_bits_per_byte": evaluation["bits_per_byte"],
+        "zlib_bits_per_byte": evaluation["zlib_bits_per_byte"],
+        "tokens": train["tokens"],
+        "parameters": train["parameters"],
+        "tokens_per_second": train["tokens_per_second"],
+        "documents": data["documents"],
+        "data_bytes": data["bytes"],
+        "data_digest": data["digest"],
+        "quantized_bytes_ratio": quantization["bytes_after"] / quantization["bytes_before"],
+        "quantized_dnll": evaluation["quantized_dnll"],
+        "verdict": evaluation["verdict"],
+        "reason": evaluation["reason"],
+        "compared_with": evaluation["baseline"],
+        "mlflow_run_id": records["register"].mlflow_parent_run_id if "register" in records else None,
+        "seconds": {step: round(record.seconds, 3) for step, record in records.items()},
+    }
+
+
+def _rows(context: RunContext, records: list[StepRecord]) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": record.step,
+            "seconds": round(record.seconds, 1),
+            "reused": "found finished" if _is_reused(context, record) else "",
+            "figures": ", ".join(f"{key} {_readable(value)}" for key, value in list(record.figures.items())[:6]),
+            "output": ", ".join(record.outputs.values()),
+        }
+        for record in records
+    ]
+
+
+def _readable(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _links(context: RunContext, records: list[StepRecord]) -> str:
+    """The MLflow runs, as links when there is a page, and the files."""
+    tracker = context.tracker()
+    runs = {"flow": context.parent_run_id, **{record.step: record.mlflow_run_id for record in records}}
+    lines = [f"- {step}: {tracker.page(run)}" for step, run in runs.items() if run is not None]
+    return "\n".join(
+        [
+            f"# {context.config.name}",
+            f"Files: `{context.path.absolute()}`; the metrics stream is `train/metrics.jsonl`.",
+            "MLflow runs:" if tracker.uri.startswith("http") else f"MLflow runs, shown by `{page_of(tracker.uri)}`:",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    return (
+        f"**{summary['verdict']}** than {summary['compared_with']}: {summary['reason']}\n\n"
+        f"Held-out {summary['heldout_bits_per_byte']:.3f} bits per byte (zlib {summary['zlib_bits_per_byte']:.3f}), "
+        f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f}, int8 at "
+        f"{summary['quantized_bytes_ratio']:.2f} of the bytes for {summary['quantized_dnll']:+.4f} nats per token."
+    )
+
+
+def teardown(flow: Any, flow_run: Any, state: Any) -> None:
+    """Prefect's hook after a cancellation or a crash: it runs in another process, so it works from disk alone.
+
+    What the flow's process could not end itself (it was killed outright) is ended here.
+    """
+    try:
+        config = flow_run.parameters.get("config", "configs/tiny.yaml")
+        end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
+    except CherryError as error:
+        logger.warning("nothing to tear down: %s", error)
+
+
+def end_leftovers(config: RunConfig) -> None:
+    """End what a flow left that was killed outright: its program, its lease, and its runs in MLflow."""
+    directory = Path(run_directory(config))
+    if not directory.is_dir():
+        return
+    # Under the lock to the end: whoever takes the lease next goes on in the MLflow runs that are ended here.
+    with locked(directory):
+        if is_held(directory):
+            return  # the process still works, or cleans up by itself
+        program, lease = directory / PROGRAM, read_lease(directory)
+        if program.exists():
+            record = storage.read_json(str(program))
+            if is_alive(record["pid"], record["created"]):
+                end_tree(psutil.Process(record["pid"]))
+            program.unlink(missing_ok=True)
+        if lease is not None:
+            connect(config.tracking, config.runs_directory).finish_family(lease.get("mlflow_run_id"), "KILLED")
+            drop_lease(directory)

@@ -1,0 +1,94 @@
+"""Owns what a run does with its plan: made for this machine, held against its memory, shown, and logged.
+
+It knows the planner's figures, not how they come about.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from base import storage
+from base.errors import ConfigError, DoesNotFitError, MissingFileError
+from cherry.cluster import LOCAL, ClusterSpec
+from cherry.planner.local import local_device
+from cherry.planner.plan import Plan, make_plan
+from cherry.planner.report import advice, headline, memory_title, sections_of
+from cherry.planner.search import nearest_that_fit
+from tasks.artifacts import show_table
+from tasks.plots import plot_memory
+from tasks.run_config import RunConfig
+from tasks.steps import RunContext, StepRun
+
+logger = logging.getLogger(__name__)
+PLAN_FILE = "plan.json"
+# What a run measured, by the prediction that it is held against.
+_MEASURED = {
+    "predicted_step_seconds": "step_seconds_mean",
+    "predicted_tokens_per_second": "tokens_per_second",
+    "predicted_peak_memory_gib": "peak_memory_gib",
+}
+
+
+def predict(config: RunConfig, cluster: ClusterSpec) -> Plan | None:
+    """The run's plan; `None` on a local device, or for a use of it, that the planner does not know."""
+    if cluster.kind != LOCAL:
+        return make_plan(config, cluster)
+    try:
+        return make_plan(config, cluster, local_device() if cluster.gpu is None else None)
+    except ConfigError as error:  # another GPU, or bf16 on CPUs, which train in it, slowly
+        logger.warning("no plan: %s", error)
+        return None
+
+
+def refuse(plan: Plan | None, config: RunConfig) -> None:
+    """Stop before any host is taken when there is no room.
+
+    Raises:
+        DoesNotFitError: and `plan.refuse` is not false.
+    """
+    if plan is None or plan.fits:
+        return
+    told = f"{plan.why_not()} {advice(nearest_that_fit(plan))}"
+    if config.plan.refuse:
+        raise DoesNotFitError(f"{told} plan.refuse=false goes on all the same.")
+    logger.warning("%s Going on: plan.refuse is false.", told)
+
+
+def tell(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
+    """Write plan.json, draw it, and show it in Prefect and MLflow; the outputs of the step."""
+    target = context.path / PLAN_FILE
+    storage.write_json(str(target), plan.as_dict())
+    path = context.path / "plots" / "plan_memory.png"
+    picture = plot_memory(plan.worst.stages, plan.worst.usable, path, title=memory_title(plan))
+    step.say(f"plan: {headline(plan)}; {plan.step.tokens_per_s:,.0f} tokens/s, {plan.worst.total / 2**30:.2f} GiB")
+    step.metrics(**plan.predictions())
+    for run_id in (step.run_id, context.parent_run_id):
+        step.tracker.artifact(run_id, target)
+        step.tracker.artifact(run_id, picture, "plots")
+    rows = [
+        {"section": title, "what": row.name, "value": row.value, "note": row.note}
+        for title, section in sections_of(plan)
+        for row in section
+    ]
+    show_table(f"plan-{context.config.name}", rows, headline(plan))
+    return {"plan": str(target)}
+
+
+def compared(run_directory: Path, result: dict[str, float]) -> dict[str, float]:
+    """What the run measured over what its plan said, by name; empty without a plan.
+
+    Args:
+        result: the figures of train/result.json.
+    """
+    try:
+        plan = storage.read_json(str(run_directory / PLAN_FILE))
+    except MissingFileError:
+        return {}
+    pairs = {key: (plan.get(key), result.get(measured)) for key, measured in _MEASURED.items()}
+    ratios = {
+        key.replace("predicted_", "") + "_over_plan": measured / predicted
+        for key, (predicted, measured) in pairs.items()
+        if predicted and measured
+    }
+    return {key: plan[key] for key in _MEASURED if key in plan} | ratios

@@ -1,0 +1,73 @@
+"""Growing text is whole characters, and all of it is what decoding at once gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from anything.engine.detokenizer import GrowingText, Tokenizer
+from base.errors import MissingFileError, WeightsError
+
+TEXTS = ["naïve café — “quoted”", "日本語のテキスト", "👩‍👩‍👧‍👦 family 🇳🇴", "plain ascii\n\ttext"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Byte-level BPE with merges that end in the middle of characters."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<eos>"])
+    library.train_from_iterator([*TEXTS, "日日日 本本 éé"] * 20, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    library.save(str(folder / "tokenizer.json"))
+    return Tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_piece_is_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    growing = GrowingText(tokenizer)
+    pieces = [growing.push(token) for token in tokenizer.encode(text * 8)]
+    assert "".join(pieces) == text * 8
+    assert growing.finish() == ""
+    assert "\ufffd" not in "".join(pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 299), max_size=120))
+def test_any_tokens_give_what_decoding_at_once_gives(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    growing = GrowingText(tokenizer)
+    text = "".join(growing.push(token) for token in tokens) + growing.finish()
+    assert text == tokenizer.decode(tokens)
+
+
+def test_a_long_run_of_broken_bytes_still_comes_out(tokenizer: Tokenizer) -> None:
+    broken = next(token for token in range(300) if tokenizer.decode([token]) == "\ufffd")
+    growing = GrowingText(tokenizer)
+    text = "".join(growing.push(broken) for _ in range(50))
+    assert len(text) >= 47
+
+
+def test_a_folder_that_asks_for_a_first_token_gets_it_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    library = Library.from_str(json.dumps(json.loads(tokenizer._tokenizer.to_str())))
+    library.save(str(tmp_path / "tokenizer.json"))
+    described = {"add_bos_token": True, "bos_token": {"content": "<eos>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    plain, first = tokenizer.encode("ab"), Tokenizer(str(tmp_path))
+    assert first.encode("ab") == [0, *plain]
+    assert first.encode("<eos>ab") == [0, *plain]
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"tokenizer\.json does not exist"):
+        Tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"is no tokenizer\.json"):
+        Tokenizer(str(tmp_path))

@@ -1,0 +1,347 @@
+"""The API over a real server: every status, streams, deadlines, disconnects and draining."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from typing import Any
+
+import httpx
+import pytest
+from starlette.requests import Request
+
+from anything.http.app import EventStream, Gateway, create_app
+from anything.http.request import Call
+from anything.http.serve import DrainingServer, bind, url_of
+from anything.keys import create_key, list_keys, load_keys, revoke_key
+from anything.protocol import Chunk, Deadline, Generation, UnavailableError
+from anything.serve_config import ServeConfig
+from anything.testing import EchoEngine
+
+Serve = Callable[..., str]
+PATH = "/v1/anything/infer"
+
+
+def body(prompt: str = "one two three", **more: object) -> dict[str, object]:
+    return {"prompt": prompt, **more}
+
+
+def events(response: httpx.Response) -> list[object]:
+    """The JSON of each event, and `None` for [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [None if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_an_answer(serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine("v7"))
+    answer = ask.post(url + PATH, json=body(max_tokens=2, temperature=0.5, stream=False))
+    assert (answer.status_code, answer.headers["x-anything-version"]) == (200, "v7")
+    assert answer.json() == {
+        "output": "one two ",
+        "finish_reason": "length",
+        "model": "v7",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    }
+    assert ask.post(url + PATH, json=body()).json()["finish_reason"] == "stop"
+
+
+def test_a_stream(serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine("v7"))
+    # More tokens than an answer in one piece may have.
+    answer = ask.post(url + PATH, json=body(stream=True, max_tokens=100_000))
+    assert (answer.status_code, answer.headers["x-anything-version"]) == (200, "v7")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    usage = {"prompt_tokens": 3, "completion_tokens": 3}
+    assert events(answer) == [
+        {"text": "one "},
+        {"text": "two "},
+        {"text": "three", "finish_reason": "stop", "usage": usage},
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer wrong", "Basic {key}", "{key}", "Bearer {key}x", "Bearer  any-é"]
+)
+def test_a_missing_or_wrong_token_is_401_before_the_body_is_looked_at(
+    header: str | None, serve: Serve, key_file: tuple[str, str]
+) -> None:
+    url = serve(EchoEngine())
+    value = None if header is None else header.format(key=key_file[1]).encode()
+    headers = {} if value is None else {"authorization": value}
+    answer = httpx.post(url + PATH, content=b"not json", headers=headers, trust_env=False)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert answer.json()["error"]["code"] == "authentication"
+
+
+def test_a_revoked_key_is_403(serve: Serve, key_file: tuple[str, str]) -> None:
+    path, key = key_file
+    create_key(path)
+    revoke_key(path, list_keys(path)[0].key_id)
+    url = serve(EchoEngine())
+    answer = httpx.post(url + PATH, json=body(), headers={"authorization": f"Bearer {key}"}, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "key_revoked")
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"{", "JSON"),
+        (b"[]", "object"),
+        (b"{}", "prompt"),
+        (b'{"prompt": ""}', "prompt"),
+        (b'{"prompt": 5}', "prompt"),
+        (b'{"prompt": "a", "max_token": 5}', "max_token"),
+        (b'{"prompt": "a", "max_tokens": "5"}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 2049}', "stream"),
+        (b'{"prompt": "a", "temperature": -0.1}', "temperature"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "a", "stream": "yes"}', "stream"),
+        (b'{"prompt": "\\ud800"}', "JSON"),
+        (b'{"prompt": "\xff"}', "JSON"),
+    ],
+)
+def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, told: str, serve: Serve, ask: httpx.Client) -> None:
+    engine = EchoEngine()
+    answer = ask.post(serve(engine) + PATH, content=sent)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
+    assert told in answer.json()["error"]["message"]
+    assert engine.started == 0
+
+
+def test_too_large_a_body_is_413_declared_or_not(serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine(), ServeConfig(port=0, max_request_bytes=1000))
+    assert ask.post(url + PATH, json=body("x" * 900)).status_code == 200
+    declared = ask.post(url + PATH, json=body("x" * 1000))
+    chunked = ask.post(url + PATH, content=iter([b"x" * 600, b"x" * 600]))
+    for answer in (declared, chunked):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_a_body_that_does_not_arrive_is_408(
+    serve: Serve, key_file: tuple[str, str], connect: Callable[..., socket.socket]
+) -> None:
+    url = serve(EchoEngine(), ServeConfig(port=0, timeout_s=0.2))
+    with connect(url, key_file[1], body(), missing_bytes=1) as connection:
+        assert b" 408 " in connection.makefile("rb").readline()
+
+
+def test_a_body_that_arrives_slowly_leaves_less_time_for_the_answer(
+    key_file: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    left: list[float] = []
+
+    class Recording(EchoEngine):
+        def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+            assert generation.deadline is not None
+            left.append(generation.deadline.remaining_s())
+            return super().generate(generation)
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal now
+        if now:
+            await asyncio.Event().wait()  # the client waits for its answer
+        now += 20.0
+        return {"type": "http.request", "body": json.dumps(body()).encode()}
+
+    async def main() -> None:
+        gateway = Gateway(Recording(), ServeConfig(timeout_s=30.0), load_keys(key_file[0]))
+        await gateway.start()
+        headers = [(b"authorization", f"Bearer {key_file[1]}".encode())]
+        await gateway.infer(Request({"type": "http", "method": "POST", "headers": headers}, receive))
+
+    monkeypatch.setattr("anything.http.app.Deadline", lambda timeout_s: Deadline(timeout_s, clock=lambda: now))
+    asyncio.run(main())
+    assert left == [10.0]
+
+
+def test_overload_is_429_with_retry_after(serve: Serve, ask: httpx.Client) -> None:
+    engine = EchoEngine(tokens=1, limit=1)
+    url = serve(engine)
+    with ask.stream("POST", url + PATH, json=body(stream=True)) as first:
+        assert engine.wait_for("started", 1)
+        second = ask.post(url + PATH, json=body())
+        assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+        engine.let(None)
+        first.read()
+    assert events(first)[-1] is None
+
+
+def test_an_answer_that_takes_too_long_is_504_and_cancelled(serve: Serve, ask: httpx.Client) -> None:
+    engine = EchoEngine(tokens=1)
+    url = serve(engine, ServeConfig(port=0, timeout_s=0.2))
+    answer = ask.post(url + PATH, json=body())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert engine.wait_for("cancelled", 1)
+    engine.let(None)
+    assert ask.post(url + PATH, json=body()).status_code == 200
+
+
+def test_a_stream_is_bounded_at_the_first_token_and_at_every_gap(serve: Serve, ask: httpx.Client) -> None:
+    engine = EchoEngine(tokens=0)
+    url = serve(engine, ServeConfig(port=0, timeout_s=0.3))
+    first = ask.post(url + PATH, json=body(stream=True))
+    assert (first.status_code, first.json()["error"]["code"]) == (504, "timeout")
+    engine.let(2)
+    gap = ask.post(url + PATH, json=body(stream=True))
+    assert gap.status_code == 200
+    *texts, error = events(gap)
+    assert texts == [{"text": "one "}, {"text": "two "}]
+    assert isinstance(error, dict)
+    assert error["error"]["code"] == "timeout"
+    assert engine.wait_for("cancelled", 2)
+
+
+def test_every_token_of_a_stream_starts_the_time_anew() -> None:
+    now = 0.0
+    left: list[float] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal now
+        if message.get("body"):
+            left.append(deadline.remaining_s())
+            now += 6.0
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise AssertionError("the body was read before")
+
+    async def main() -> None:
+        call = Call(deadline)
+        call.begin(EchoEngine(), Generation("1 2 3", 9))
+        stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
+        await stream({"type": "http"}, receive, send)
+
+    deadline = Deadline(10.0, clock=lambda: now)
+    asyncio.run(main())
+    assert left == [10.0] * 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_disconnects_cancels_its_generation(
+    stream: bool, serve: Serve, key_file: tuple[str, str], ask: httpx.Client, connect: Callable[..., socket.socket]
+) -> None:
+    engine = EchoEngine(tokens=1)
+    url = serve(engine)
+    with connect(url, key_file[1], body(stream=stream)) as connection:
+        if stream:
+            assert b"one" in b"".join(iter(lambda: connection.recv(1), b"}"))
+        else:
+            assert engine.wait_for("started", 1)
+    assert engine.wait_for("cancelled", 1)
+    assert engine.finished == 0
+
+
+def test_an_engine_that_fails_is_told_before_and_after_the_first_byte(serve: Serve, ask: httpx.Client) -> None:
+    engine = EchoEngine(tokens=1)
+    url = serve(engine)
+    with ask.stream("POST", url + PATH, json=body(stream=True)) as answer:
+        lines = answer.iter_lines()
+        assert json.loads(next(lines).removeprefix("data: ")) == {"text": "one "}
+        engine.fail(UnavailableError("the device is lost", status=503, code="engine_failed", retry_after_s=5))
+        rest = [line for line in lines if line]
+    assert [json.loads(line.removeprefix("data: ")) for line in rest] == [
+        {"error": {"code": "engine_failed", "message": "the device is lost"}}
+    ]
+    answer = ask.post(url + PATH, json=body())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert ask.get(url + "/readyz").status_code == 503
+    assert ask.get(url + "/healthz").status_code == 200
+
+
+def test_alive_but_not_ready_while_loading(key_file: tuple[str, str], ask: httpx.Client) -> None:
+    class Loading(EchoEngine):
+        loaded = threading.Event()
+
+        async def start(self) -> None:
+            await asyncio.to_thread(self.loaded.wait)
+
+    engine = Loading()
+    listener = bind("127.0.0.1", 0)
+    server = DrainingServer(create_app(engine, ServeConfig(), load_keys(key_file[0])), listener)
+    ready = threading.Event()
+    server.on_ready = ready.set
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = url_of(listener)
+    assert ask.get(url + "/healthz").json() == {"status": "alive"}
+    assert (ask.get(url + "/readyz").status_code, ask.get(url + "/readyz").json()) == (503, {"status": "not ready"})
+    answer = ask.post(url + PATH, json=body())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+    engine.loaded.set()
+    assert ready.wait(30)
+    assert ask.get(url + "/readyz").json() == {"status": "ready"}
+    server.exit_soon()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        # What asyncio looks at before it sets TCP_NODELAY on a connection.
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_an_engine_that_cannot_load_ends_the_server_with_its_error(key_file: tuple[str, str]) -> None:
+    class Broken(EchoEngine):
+        async def start(self) -> None:
+            raise UnavailableError("no device", status=503, code="engine_failed")
+
+    server = DrainingServer(create_app(Broken(), ServeConfig(), load_keys(key_file[0])), bind("127.0.0.1", 0))
+    with pytest.raises(UnavailableError, match="no device"):
+        server.run()
+
+
+def test_metrics_are_prometheus_text(serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine())
+    ask.post(url + PATH, json=body())
+    ask.post(url + PATH, json={})
+    text = ask.get(url + "/metrics").text
+    sample = re.compile(r'^(# TYPE [a-z_]+ (counter|gauge|summary)|[a-z_]+(\{[a-z]+="[^"]*"\})? [0-9.e+-]+)$')
+    assert all(sample.match(line) for line in text.splitlines())
+    assert 'anything_responses_total{status="200"} 1\n' in text
+    assert 'anything_responses_total{status="422"} 1\n' in text
+    assert "anything_completion_tokens_total 3\n" in text
+    assert "anything_in_flight 0\n" in text
+
+
+def test_neither_key_nor_prompt_reaches_a_log(
+    serve: Serve, ask: httpx.Client, key_file: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="anything")
+    caplog.set_level(logging.DEBUG, logger="uvicorn")
+    url = serve(EchoEngine())
+    ask.post(url + PATH, json=body("private words"))
+    ask.post(url + PATH, json=body("private words", extra="private"))
+    ask.post(url + PATH, json=body("x"), headers={"authorization": "Bearer secret-but-wrong"})
+    assert "private" not in caplog.text
+    assert "secret-but-wrong" not in caplog.text
+    assert key_file[1] not in caplog.text
+
+
+def test_a_stream_that_is_not_read_is_given_up() -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message.get("body"):
+            await asyncio.Event().wait()
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise AssertionError("the body was read before")
+
+    async def main() -> None:
+        deadline = Deadline(0.1)
+        call = Call(deadline)
+        call.begin(engine, Generation("1 2 3", 9))
+        stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
+        await stream({"type": "http"}, receive, send)
+
+    engine = EchoEngine()
+    asyncio.run(main())
+    assert (engine.finished, engine.cancelled) == (0, 1)

@@ -1,0 +1,167 @@
+"""Checkpoints when things go wrong: a disk fills up, an attempt is superseded, or a run goes back to an older step."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from base import storage
+from base.errors import DiskFullError, SupersededError
+from cherry.checkpoint.checkpointer import Checkpointer, restore
+from cherry.checkpoint.fence import Fence
+from cherry.checkpoint.naming import committed_steps, newest_checkpoint
+
+PAGE_BYTES = 4096
+Open = Callable[..., Checkpointer]
+
+
+@pytest.fixture
+def open_saver(group: dist.ProcessGroup, tmp_path: Path) -> Iterator[Open]:
+    """Makes checkpointers that are closed after the test."""
+    made: list[Checkpointer] = []
+
+    def open_one(directory: Path = tmp_path / "checkpoints", *, kind: Any = Checkpointer, **options: Any) -> Any:
+        settings: dict[str, Any] = {"keep_last": 9, "asynchronous": False, "fence": None, **options}
+        made.append(kind(str(directory), group=group, **settings))
+        return made[-1]
+
+    yield open_one
+    for saver in made:
+        saver.close()
+
+
+def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def weights(model: nn.Module) -> list[list[float]]:
+    return [value.flatten().tolist() for value in model.state_dict().values()]
+
+
+def test_a_save_begins_when_the_one_before_is_committed(open_saver: Open) -> None:
+    seen = []
+
+    class Watched(Checkpointer):
+        def _writer(self, target: str) -> Any:
+            seen.append((target[-1], committed_steps(self.directory)))
+            return super()._writer(target)
+
+    saver = open_saver(kind=Watched, asynchronous=True)
+    model, optimizer = build()
+    for step in (1, 2, 3):
+        saver.save(step, model, optimizer, {"step": step})
+    saver.wait()
+    assert seen == [("1", []), ("2", [1]), ("3", [1, 2])]
+    assert committed_steps(saver.directory) == [1, 2, 3]
+
+
+def test_the_newest_is_so_by_number_and_not_by_name(open_saver: Open) -> None:
+    saver = open_saver(keep_last=2)
+    for step in (5, 999_999, 1_000_000):
+        saver.save(step, *build(), {"step": step})
+    assert storage.list_names(saver.directory) == ["step_1000000", "step_999999"]
+    assert newest_checkpoint(saver.directory) == saver.last_saved
+    assert saver.last_saved_step == 1_000_000
+
+
+def test_going_back_to_an_older_one_gives_up_those_after_it(open_saver: Open) -> None:
+    """What was saved of the branch that was left must not pass for the newest, nor push this branch's saves out."""
+    left = open_saver(keep_last=2)
+    for step in (4, 8, 12):
+        left.save(step, *build(), {"step": step})
+    again = open_saver(keep_last=2)
+    again.save(10, *build(), {"step": 10})
+    assert newest_checkpoint(left.directory) == again.last_saved == f"{left.directory}/step_10"
+    assert committed_steps(left.directory) == [8, 10]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(directory)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount program")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def fill(path: Path, *, but_bytes: int) -> None:
+    with pytest.raises(OSError, match="No space left"), path.open("wb", buffering=0) as handle:
+        while True:
+            handle.write(bytes(PAGE_BYTES))
+    with path.open("r+b") as handle:
+        handle.truncate(path.stat().st_size - but_bytes)
+
+
+@pytest.mark.parametrize("free_pages", [0, 1, 3, 5, 7])
+def test_a_disk_that_fills_up_at_any_file_of_a_save_costs_that_save_alone(
+    group: dist.ProcessGroup, open_saver: Open, small_disk: Path, free_pages: int
+) -> None:
+    model, optimizer = build()
+    saver = open_saver(small_disk, asynchronous=True)
+    saver.save(1, model, optimizer, {"step": 1})
+    saver.wait()
+    kept, first = weights(model), saver.last_saved
+    assert first is not None
+    fill(small_disk / "filler", but_bytes=free_pages * PAGE_BYTES)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)  # type: ignore[index, union-attr]
+    saver.save(2, model, optimizer, {"step": 2})
+    saver.wait()
+    assert [type(failure) for failure in saver.failures] == [DiskFullError]
+    assert "no space left" in str(saver.failures[0])
+    assert newest_checkpoint(saver.directory) == saver.last_saved == first
+    assert storage.list_names(saver.directory) == ["filler", "step_1"], "what could be written takes no room"
+    other, other_optimizer = build(1)
+    restore(first, other, other_optimizer, group)
+    assert weights(other) == kept
+    (small_disk / "filler").unlink()
+    saver.save(3, model, optimizer, {"step": 3})
+    saver.wait()
+    assert committed_steps(saver.directory) == [1, 3]
+    assert len(saver.failures) == 1
+
+
+def test_an_attempt_that_was_superseded_leaves_the_newer_one_s_save_of_the_same_step_alone(
+    group: dist.ProcessGroup, open_saver: Open, tmp_path: Path
+) -> None:
+    old, new = (open_saver(fence=Fence(str(tmp_path))) for _ in range(2))
+    model, optimizer = build(5)
+    new.save(2, model, optimizer, {"step": 2})
+    with pytest.raises(SupersededError, match="attempt 2 took over from attempt 1"):
+        old.save(2, *build(6), {"step": 2})
+    assert newest_checkpoint(new.directory) == new.last_saved == f"{new.directory}/step_2"
+    other, other_optimizer = build(1)
+    restore(new.last_saved, other, other_optimizer, group)
+    assert weights(other) == weights(model)
+
+
+def test_an_attempt_that_is_superseded_while_it_writes_neither_commits_nor_clears(
+    open_saver: Open, tmp_path: Path
+) -> None:
+    class TakenOver(Checkpointer):
+        def _writer(self, target: str) -> Any:
+            Fence(str(tmp_path))
+            return super()._writer(target)
+
+    old = open_saver(fence=Fence(str(tmp_path)), asynchronous=True, kind=TakenOver)
+    old.save(1, *build(), {"step": 1})
+    with pytest.raises(SupersededError):
+        old.wait()
+    assert newest_checkpoint(old.directory) is None
+    assert (Path(old.directory) / "step_1" / ".metadata").exists(), "the directory is the newer attempt's now"

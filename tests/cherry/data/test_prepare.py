@@ -1,0 +1,422 @@
+"""Prepared data: what is written, what is read back, what is kept from training, and what breaks in our words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from base import storage
+from base.errors import ConfigError, DataError, DiskFullError, MissingFileError
+from cherry.data.corpus import is_heldout
+from cherry.data.prepare import Manifest, TokenDataset, load_heldout, prepare, zlib_bits_per_byte
+from cherry.data.shards import SHARD_TOKENS
+from cherry.job_config import DataConfig
+
+ROOT = Path(__file__).parents[3]
+VOCAB = 600
+WORDS = ["alpha", "beta", "gamma", "delta", "naïve", "🙂", "日本", "epsilon"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 documents of 20 to 100 words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        words = generator.choice(WORDS, size=int(generator.integers(20, 100)))
+        (folder / f"{number:02d}.txt").write_text(f"{number}: " + " ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    lines = []
+    for number in range(60):
+        question = {"role": "user", "content": f"what is number {number}? 🙂"}
+        answer = {"role": "assistant", "content": f"the number is {number}, naïve 日本 {'yes ' * (number % 7)}"}
+        lines.append(json.dumps({"messages": [question, answer, question, answer]}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def make(
+    source: object, directory: object, *, shard_tokens: int = SHARD_TOKENS, vocab: int = VOCAB, **options: Any
+) -> Manifest:
+    config = DataConfig.model_validate(
+        {"source": str(source), "sequence_length": 16, "heldout_fraction": 0.2, **options}
+    )
+    return prepare(config, vocab_size=vocab, directory=str(directory), shard_tokens=shard_tokens)
+
+
+def stream(directory: object) -> list[int]:
+    """All tokens, read through the sequences."""
+    dataset = TokenDataset(str(directory))
+    rows = [dataset.sequence(i)[0] for i in range(len(dataset))]
+    for one, two in pairwise(rows):
+        assert one[-1] == two[0]
+    return [int(token) for row in rows for token in row[:-1]] + [int(rows[-1][-1])]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_training_documents_come_back_whole_between_their_boundaries(corpus: Path, tmp_path: Path) -> None:
+    manifest = make(corpus, tmp_path / "data", sequence_length=7)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
+    tokens = stream(tmp_path / "data")
+    assert len(tokens) == manifest.sequences * 7 + 1
+    assert manifest.tokens - len(tokens) < 7
+    assert tokens[0] == manifest.bos_id
+    documents: list[list[int]] = []
+    for before, token in zip([manifest.eos_id, *tokens], tokens, strict=False):
+        if token == manifest.bos_id:
+            assert before == manifest.eos_id
+            documents.append([])
+        documents[-1].append(token)
+    whole = [document for document in documents if document[-1] == manifest.eos_id]
+    texts = [tokenizer.decode(document, skip_special_tokens=True) for document in whole]
+    files = sorted(path for path in corpus.glob("*.txt") if not is_heldout(path.name, seed=0, fraction=0.2))
+    assert texts == [path.read_text() for path in files][: len(texts)]
+    assert len(files) - len(texts) <= 1
+
+
+def test_the_manifest_counts_what_is_there(corpus: Path, tmp_path: Path) -> None:
+    manifest = make(corpus, tmp_path / "data")
+    texts = {path.name: path.read_bytes() for path in sorted(corpus.glob("*.txt"))}
+    held = [name for name in texts if is_heldout(name, seed=0, fraction=0.2)]
+    assert (manifest.documents, manifest.files, manifest.skipped_files) == (60, 60, 0)
+    assert manifest.bytes == sum(map(len, texts.values()))
+    assert manifest.heldout["documents"] == len(held)
+    joined = b"".join(texts[name] for name in held)
+    assert manifest.heldout["bytes"] == len(joined)
+    assert manifest.heldout["zlib_bits_per_byte"] == pytest.approx(8 * len(zlib.compress(joined, 9)) / len(joined))
+    assert manifest.tokens == (tmp_path / "data" / "train-00000.bin").stat().st_size // 2
+    assert storage.read_json(str(tmp_path / "data" / "manifest.json"))["digest"] == manifest.digest
+    lines = (tmp_path / "data" / "heldout.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == held
+
+
+def test_the_same_documents_give_the_same_files_in_any_place_and_process(corpus: Path, tmp_path: Path) -> None:
+    make(corpus, tmp_path / "one")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in sorted(corpus.glob("*.txt"), reverse=True):
+        (copy / path.name).write_bytes(path.read_bytes())
+    program = (
+        "import sys; from cherry.job_config import DataConfig; from cherry.data.prepare import prepare\n"
+        f"prepare(DataConfig(source=sys.argv[1], sequence_length=16, heldout_fraction=0.2), vocab_size={VOCAB},"
+        " directory=sys.argv[2])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", program, str(copy), str(tmp_path / "two")]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    for files in (one, two):
+        record = json.loads(files.pop("manifest.json"))
+        assert record.pop("source")
+        marker = json.loads(files.pop("COMMITTED"))
+        assert marker["config"].pop("source")
+        record |= marker
+        files["record"] = json.dumps(record).encode()
+    assert one == two
+
+
+def test_the_digest_knows_names_contents_and_roles(tmp_path: Path, chats: Path) -> None:
+    def digest(name: str, files: dict[str, str], **options: Any) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in files.items():
+            (folder / file).write_text(text)
+        return make(folder, tmp_path / f"{name}-data", **options).digest
+
+    texts = {f"{number}.txt": f"text {number} " * 20 for number in range(30)}
+    first = digest("first", texts)
+    assert digest("same", dict(reversed(texts.items()))) == first
+    assert digest("changed", {**texts, "3.txt": texts["3.txt"] + "."}) != first
+    renamed = {("x.txt" if name == "3.txt" else name): text for name, text in texts.items()}
+    assert digest("renamed", renamed) != first
+    content = chats.read_text()
+    swapped = content.replace('"user"', '"system"', 1)
+    assert digest("chat", {"c.jsonl": content}, format="chat") != digest("chat2", {"c.jsonl": swapped}, format="chat")
+
+
+def test_another_seed_holds_out_others_and_the_number_of_documents_does_not_move_any(
+    corpus: Path, tmp_path: Path
+) -> None:
+    def held(name: str, source: object = corpus, **options: Any) -> set[str]:
+        make(source, tmp_path / name, **options)
+        return {document.id for document in load_heldout(str(tmp_path / name), None, None)}
+
+    first = held("first")
+    assert held("other", seed=1) != first
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for path in sorted(corpus.glob("*.txt"))[::2]:
+        (fewer / path.name).write_bytes(path.read_bytes())
+    assert held("half", source=fewer) == {name for name in first if int(name[:2]) % 2 == 0}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_several_shards_read_as_one(corpus: Path, chats: Path, tmp_path: Path, masked: bool) -> None:
+    source = chats if masked else corpus
+    options: dict[str, Any] = {"format": "chat" if masked else "text", "max_documents": 12}
+    whole = make(source, tmp_path / "whole", **options)
+    # Shards of less than one sequence: a sequence may lie in several.
+    for shard_tokens in (5, 17, 64, whole.tokens, whole.tokens - 1):
+        manifest = make(source, tmp_path / "parts", shard_tokens=shard_tokens, **options)
+        assert len(manifest.shards) == -(-whole.tokens // shard_tokens)
+        one, parts = TokenDataset(str(tmp_path / "whole")), TokenDataset(str(tmp_path / "parts"))
+        assert len(one) == len(parts) == (whole.tokens - 1) // 16
+        for index in range(len(one)):
+            for ours, theirs in zip(one.sequence(index), parts.sequence(index), strict=True):
+                assert ours.tolist() == theirs.tolist()
+                assert len(ours) == 17
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(corpus: Path, tmp_path: Path) -> None:
+    make(corpus, tmp_path / "small")
+    tokenizer = json.loads((tmp_path / "small" / "tokenizer.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(tokenizer))
+    manifest = make(corpus, tmp_path / "large", vocab=100_000, tokenizer=str(tmp_path / "t.json"))
+    assert manifest.token_type == "uint32"
+    assert stream(tmp_path / "small") == stream(tmp_path / "large")
+
+
+def test_only_the_assistant_s_tokens_bear_loss_in_the_sequences(chats: Path, tmp_path: Path) -> None:
+    manifest = make(chats, tmp_path / "data", format="chat")
+    assert manifest.masked
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
+    dataset = TokenDataset(str(tmp_path / "data"))
+    rows = [dataset.sequence(i) for i in range(len(dataset))]
+    bearing = [int(t) for tokens, bears in rows for t, b in zip(tokens[:-1], bears[:-1], strict=True) if b]
+    text = tokenizer.decode(bearing, skip_special_tokens=False)
+    answers = text.split("<|end_of_text|>")[:-1]
+    assert len(answers) > 80
+    assert all(answer.startswith("the number is") for answer in answers)
+    assert "what is" not in text
+    assert "<|user|>" not in text
+
+
+def test_plain_text_bears_loss_everywhere(corpus: Path, tmp_path: Path) -> None:
+    assert not make(corpus, tmp_path / "data").masked
+    _, bears = TokenDataset(str(tmp_path / "data")).sequence(0)
+    assert bears.all()
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 7, 40])
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_held_out_tokens_spell_exactly_the_bytes_that_they_are_counted_for(
+    corpus: Path, chats: Path, tmp_path: Path, max_tokens: int | None, kind: str
+) -> None:
+    make(chats if kind == "chat" else corpus, tmp_path / "data", format=kind)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
+    documents = load_heldout(str(tmp_path / "data"), None, max_tokens)
+    assert documents
+    for document in documents:
+        assert document.tokens[0] == 0
+        assert not document.loss_mask[0]
+        assert len(document.tokens) == len(document.loss_mask)
+        if max_tokens is not None:
+            assert len(document.tokens) <= max_tokens + 1
+        scored = [t for t, bears in zip(document.tokens, document.loss_mask, strict=True) if bears]
+        assert 1 not in scored
+        assert tokenizer.decode(scored, skip_special_tokens=False) == document.text
+        assert document.bytes == len(document.text.encode())
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_cut_never_falls_inside_a_character(tmp_path: Path, kind: str) -> None:
+    """Characters that no training document has: each is three tokens of one byte."""
+    rare = "".join(map(chr, range(0x4E00, 0x4E10)))
+    source = tmp_path / "documents.jsonl"
+    message = {"messages": [{"role": "user", "content": "rare?"}, {"role": "assistant", "content": f"a{rare}"}]}
+    held = [i for i in range(1, 60) if is_heldout(f"documents.jsonl:{i}", seed=0, fraction=0.2)]
+    lines = []
+    for number in range(1, 60):
+        text = f"a{rare}" if number in held else "common words alone " * 5
+        message["messages"][1]["content"] = text
+        lines.append(json.dumps(message if kind == "chat" else {"text": text}))
+    source.write_text("\n".join(lines))
+    make(source, tmp_path / "data", format="chat" if kind == "chat" else "jsonl")
+    (whole, *_) = load_heldout(str(tmp_path / "data"), 1, None)
+    before = whole.loss_mask.index(True)
+    assert len(whole.tokens) == before + 1 + 3 * 16
+    for tokens in range(1, 3 * 16 + 2):
+        (document, *_) = load_heldout(str(tmp_path / "data"), 1, before - 1 + tokens)
+        assert document.text == f"a{rare}"[: 1 + (tokens - 1) // 3]
+        assert sum(document.loss_mask) == 1 + (tokens - 1) // 3 * 3
+        assert document.bytes == sum(document.loss_mask)
+
+
+def test_whole_held_out_documents_are_the_files(corpus: Path, tmp_path: Path) -> None:
+    manifest = make(corpus, tmp_path / "data")
+    documents = load_heldout(str(tmp_path / "data"), None, None)
+    assert [document.text for document in documents] == [(corpus / document.id).read_text() for document in documents]
+    texts = [document.text for document in documents]
+    assert zlib_bits_per_byte(texts) == manifest.heldout["zlib_bits_per_byte"]
+    assert load_heldout(str(tmp_path / "data"), 3, None) == documents[:3]
+
+
+def test_zlib_is_one_stream_at_its_hardest() -> None:
+    texts = ["the same words again and again, " * 3] * 20
+    joined = "".join(texts).encode()
+    assert zlib_bits_per_byte(texts) == 8 * len(zlib.compress(joined, 9)) / len(joined)
+    apart = 8 * sum(len(zlib.compress(text.encode(), 9)) for text in texts) / len(joined)
+    assert zlib_bits_per_byte(texts) < apart
+
+
+def test_progress_rises_to_the_end(corpus: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    config = DataConfig(source=str(corpus), sequence_length=16, heldout_fraction=0.2)
+    prepare(
+        config,
+        vocab_size=VOCAB,
+        directory=str(tmp_path / "data"),
+        on_progress=lambda line, fraction: seen.append((line, fraction)),
+    )
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    assert len(seen) >= 4
+
+
+def test_data_may_be_prepared_again_inside_its_own_source(corpus: Path, tmp_path: Path) -> None:
+    for path in corpus.glob("*.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = make(tmp_path, tmp_path / "data")
+    assert make(tmp_path, tmp_path / "data") == first
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["", " "], "no document with text in 2 files"),
+        ([b"\xff\xfe", b"\xff"], "in 2 files, 2 of which are not UTF-8"),
+        (["only one"], r"1 documents give . for training and . held out at data\.heldout_fraction 0\.2"),
+        (["a"] * 30, r"tokens do not fill one sequence of 4096 \+ 1"),
+    ],
+)
+def test_too_little_text_is_told(tmp_path: Path, texts: list[str | bytes], message: str) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=message):
+        make(folder, tmp_path / "data", sequence_length=4096)
+    assert not storage.is_committed(str(tmp_path / "data"))
+
+
+def test_a_sequence_needs_the_token_after_it_too(corpus: Path, tmp_path: Path) -> None:
+    tokens = make(corpus, tmp_path / "data").tokens
+    assert make(corpus, tmp_path / "data", sequence_length=tokens - 1).sequences == 1
+    with pytest.raises(DataError, match="do not fill one sequence"):
+        make(corpus, tmp_path / "data", sequence_length=tokens)
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 2])
+def test_two_documents_must_be_held_out_for_a_comparison(tmp_path: Path, held_out: int) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    names = [f"{number}.txt" for number in range(60)]
+    held = [name for name in names if is_heldout(name, seed=0, fraction=0.2)][:held_out]
+    for name in [name for name in names if not is_heldout(name, seed=0, fraction=0.2)] + held:
+        (folder / name).write_text("some words " * 20)
+    if held_out == 2:
+        assert make(folder, tmp_path / "data").heldout["documents"] == 2
+        return
+    with pytest.raises(DataError, match=rf"and {held_out} held out at .* and a comparison 2"):
+        make(folder, tmp_path / "data")
+
+
+def test_a_failure_leaves_nothing_that_looks_prepared(corpus: Path, tmp_path: Path) -> None:
+    make(corpus, tmp_path / "data")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"broken\.jsonl line 2"):
+        make(broken, tmp_path / "data")
+    with pytest.raises(MissingFileError, match="no finished output"):
+        TokenDataset(str(tmp_path / "data"))
+    with pytest.raises(MissingFileError, match="no finished output"):
+        load_heldout(str(tmp_path / "data"), None, None)
+
+
+def test_shards_are_mapped_from_a_local_disk_alone(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="memory-mapped"):
+        make(corpus, "memory://data")
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "odd", "empty", "gone", "mask"])
+def test_a_damaged_shard_is_refused(chats: Path, tmp_path: Path, change: str) -> None:
+    make(chats, tmp_path / "data", format="chat", shard_tokens=300)
+    shard = tmp_path / "data" / ("train-00001.mask" if change == "mask" else "train-00001.bin")
+    content = shard.read_bytes()
+    damaged = {"shorter": content[:-2], "longer": content + b"\0\0", "odd": content[:-1], "mask": content[:-1]}
+    if change == "gone":
+        shard.unlink()
+        with pytest.raises(MissingFileError, match=r"train-00001\.bin does not exist"):
+            TokenDataset(str(tmp_path / "data"))
+        return
+    shard.write_bytes(damaged.get(change, b""))
+    with pytest.raises(DataError, match=rf"{shard.name}: \d+ bytes, {len(content)} were written"):
+        TokenDataset(str(tmp_path / "data"))
+
+
+def test_a_manifest_that_is_none_is_refused(corpus: Path, tmp_path: Path) -> None:
+    make(corpus, tmp_path / "data")
+    for content in ('{"tokens": 3}', "[1]", "{"):
+        (tmp_path / "data" / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
+            TokenDataset(str(tmp_path / "data"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 KiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(directory)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount program")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("shard_tokens", [SHARD_TOKENS, 1000])
+def test_a_disk_that_fills_up_is_told_as_such(small_disk: Path, tmp_path: Path, shard_tokens: int) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        (folder / f"{number}.txt").write_text("".join(map(chr, generator.integers(33, 127, size=3000))))
+    with pytest.raises(DiskFullError, match="no space left"):
+        make(folder, small_disk / "data", shard_tokens=shard_tokens)
+    assert not storage.is_committed(str(small_disk / "data"))
+
+
+@pytest.mark.slow
+def test_the_embedded_default_is_prepared_whole(tmp_path: Path) -> None:
+    """The standard library's own sources: real text, with test files that are broken on purpose."""
+    config = DataConfig(sequence_length=256, heldout_fraction=0.05, max_documents=400)
+    manifest = prepare(config, vocab_size=2048, directory=str(tmp_path / "data"))
+    assert manifest.documents == 400
+    assert manifest.vocab_size == 2048
+    assert manifest.skipped_files > 0
+    assert 2.5 < manifest.bytes * (1 - manifest.heldout["bytes"] / manifest.bytes) / manifest.tokens < 4.5
+    assert 1.2 < manifest.heldout["zlib_bits_per_byte"] < 2.5

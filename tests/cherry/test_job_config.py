@@ -1,0 +1,81 @@
+"""The layout of the ranks is checked against their number before anything starts, every broken rule at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from base.errors import ConfigError
+from cherry.job_config import JobConfig, ParallelConfig
+
+Make = Callable[..., JobConfig]
+
+
+def axes(**sizes: int | None) -> list[str]:
+    return [f"parallel.{name}={'null' if size is None else size}" for name, size in sizes.items()]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "shard"),
+    [
+        (1, {}, 1),
+        (4, {}, 4),
+        (8, {"replicate": 2, "expert": 2}, 2),
+        (8, {"replicate": 2, "shard": 1, "expert": 2, "context": 2}, 1),
+        (8, {"shard": 8}, 8),
+    ],
+)
+def test_shard_takes_what_the_other_axes_leave(mini: Make, ranks: int, sizes: dict[str, int], shard: int) -> None:
+    config = mini(*axes(**sizes), f"launch.nproc_per_node={ranks}")
+    assert config.parallel.shard_ranks(ranks) == shard
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "problems"),
+    [
+        (4, axes(replicate=3), ["parallel.replicate: must divide the number of ranks (4) (got 3)"]),
+        (
+            8,
+            axes(expert=3, context=5),
+            ["parallel.expert: must divide the number of ranks (8)", "parallel.context: must divide the number"],
+        ),
+        (8, axes(replicate=4, expert=4), ["parallel: replicate * shard * expert * context must be"]),
+        (8, axes(shard=4, expert=4), ["parallel.shard: replicate * shard * expert * context must be the number of"]),
+        (8, [*axes(expert=8), "model.n_routed_experts=4"], ["parallel.expert: must divide model.n_routed_experts (4)"]),
+        (4, axes(shard=3), ["parallel.shard: "]),
+        (4, [*axes(context=2), "data.sequence_length=30"], ["data.sequence_length: must be divisible by 2 * parallel"]),
+        (4, ["parallel.reshard_after_forward=3"], ["parallel.reshard_after_forward: a number must divide"]),
+        (
+            8,
+            [*axes(context=2), "train.batch_size=6"],
+            ["train.batch_size: must be divisible by ranks / parallel.context * train.gradient_accumulation_steps (4"],
+        ),
+        # 3 ranks are to share 4 experts of 32 x 2 * 16: neither divides
+        (6, [*axes(expert=2), "train.batch_size=6"], ["parallel.expert: leaves 3 ranks (shard * context) to share 4"]),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(mini: Make, ranks: int, flags: list[str], problems: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        mini(*flags, f"launch.nproc_per_node={ranks}")
+    for problem in problems:
+        assert problem in str(refused.value)
+    assert str(refused.value).count("parallel.shard:") <= 1
+
+
+def test_context_ranks_share_sequences_and_no_other_ranks_do() -> None:
+    from cherry.distributed.mesh import DataShare, data_share
+
+    config = ParallelConfig(replicate=2, shard=3, expert=2, context=2)
+    shares = [data_share(config, rank, 24) for rank in range(24)]
+    assert sorted((share.rank, share.part) for share in shares) == [
+        (rank, part) for rank in range(12) for part in (0, 1)
+    ]
+    assert {(share.ranks, share.parts) for share in shares} == {(12, 2)}
+    # Neighbours hold different experts and read different sequences; the next two have the other halves of these.
+    assert shares[:4] == [
+        DataShare(0, 12, 0, 2),
+        DataShare(1, 12, 0, 2),
+        DataShare(0, 12, 1, 2),
+        DataShare(1, 12, 1, 2),
+    ]

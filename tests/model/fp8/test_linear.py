@@ -1,0 +1,243 @@
+"""Training in fp8: layers against bf16, on CPUs through plain torch and on Hopper GPUs through kernels, which are held
+against plain torch one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.experts import Experts, in_order, looped_experts, plan_dispatch, through_experts
+from model.fp8 import ops, reference
+from model.fp8.linear import Fp8Linear, fp8_experts, fp8_linear, pad_rows, use_fp8
+from model.fp8.reference import BLOCK, rows_of
+from model.model_config import PRESETS, ModelConfig
+from model.transformer import DeepseekV3
+
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU and finds none")]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_hopper)]
+# A CPU needs no kernels of the compiler's to show what becomes of the layers in its hands.
+COMPILERS = {"cpu": "aot_eager", "cuda": "inductor"}
+COUNTS = [[130, 0, 1, 128, 300, 0, 0, 81], [640, 0, 0, 0, 0, 0, 0, 0], [80] * 8]
+
+
+def chosen(counts: list[int], choices: int, device: str = "cpu") -> Tensor:
+    """Experts [N, K] with these counts, in an order without order."""
+    flat = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+    return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))].view(-1, choices).to(device)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_padded_rows_begin_each_expert_at_a_block_and_lose_no_choice(counts: list[int]) -> None:
+    experts_NK = chosen(counts, 2)
+    rows = pad_rows(plan_dispatch(experts_NK, torch.tensor(counts)))
+    blocks = [-(-count // BLOCK) for count in counts]
+    assert rows.starts_E.tolist() == [sum(blocks[:expert]) for expert in range(len(counts) + 1)]
+    owners = [expert for expert, count in enumerate(blocks) for _ in range(count)]
+    assert rows.expert_T.tolist() == owners + [-1] * (len(rows.expert_T) - len(owners))
+    assert rows.place_NK.unique().numel() == experts_NK.numel(), "no two choices share a row"
+    token_NK = torch.arange(len(experts_NK))[:, None].expand_as(experts_NK)
+    assert torch.equal(rows.token_P[rows.place_NK].long(), token_NK)
+    assert torch.equal(rows.expert_T[rows.place_NK // BLOCK].long(), experts_NK)
+    assert (rows.token_P >= 0).sum() == experts_NK.numel(), "all other rows are filling"
+
+
+def test_padded_rows_leave_out_choices_without_a_row() -> None:
+    experts_NK = torch.tensor([[0, 2], [2, 1], [2, 2], [1, 0]])  # expert 2 is elsewhere
+    rows = pad_rows(plan_dispatch(experts_NK, torch.tensor([2, 2]), rows=4))
+    size = len(rows.token_P)
+    assert rows.place_NK.tolist() == [[0, size], [size, BLOCK], [size, size], [BLOCK + 1, 1]]
+    assert rows.token_P[[0, 1, BLOCK, BLOCK + 1]].tolist() == [0, 3, 1, 3]
+
+
+def test_rows_in_order_go_through_the_experts_that_they_lie_with() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(10, 8, generator=generator), torch.rand(10, generator=generator)
+    w13, w2 = torch.randn(3, 8, 8, generator=generator), torch.randn(3, 8, 4, generator=generator)
+    counts = torch.tensor([6, 0, 4])
+
+    def run(x: Tensor, scale: Tensor, counts_E: Tensor) -> Tensor:
+        return looped_experts(x, scale, counts_E, w13, w2)
+
+    out = through_experts(run, rows, weight[:, None], in_order(counts, 10))
+    torch.testing.assert_close(out, run(rows, weight, counts))
+
+
+def test_blocks_multiply_in_fp8_and_router_and_head_do_not() -> None:
+    config = ModelConfig.model_validate({**PRESETS["16b"], "num_hidden_layers": 2})
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    assert use_fp8(model) > 0
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = [name for name, kind in kinds.items() if kind is nn.Linear]
+    assert [name.rpartition(".")[2] for name in kept] == ["gate", "lm_head"]
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    assert experts and all(module.fp8 is not None for module in experts)
+
+
+def test_a_model_narrower_than_a_block_has_nothing_in_fp8() -> None:
+    narrow = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = DeepseekV3(ModelConfig.model_validate({**PRESETS["tiny"], **narrow}))
+    assert use_fp8(model) == 0
+
+
+def numbers(*shape: int, seed: int = 0, device: str = "cuda") -> Tensor:
+    """bf16, whose rows and columns differ in size as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator)
+    for axis in range(len(shape)):
+        sizes = torch.rand(shape[axis], generator=generator).mul_(4).exp_()
+        values *= sizes.view([-1 if other == axis else 1 for other in range(len(shape))])
+    return (values / values.std()).to(device, torch.bfloat16)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own imports warn, once
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(compiled: bool, device: str) -> None:
+    layer = nn.Linear(512, 384, bias=False, device=device, dtype=torch.bfloat16)
+    x, upstream = numbers(2, 100, 512, device=device).requires_grad_(), numbers(2, 100, 384, seed=1, device=device)
+    expected = layer(x)
+    wanted = torch.autograd.grad(expected, [x, layer.weight], upstream)
+    layer.__class__ = Fp8Linear
+    out = (torch.compile(layer, backend=COMPILERS[device]) if compiled else layer)(x)
+    assert out.shape == expected.shape and 0.01 < relative(out, expected) < 0.06
+    for got, gradient in zip(torch.autograd.grad(out, [x, layer.weight], upstream), wanted, strict=True):
+        assert got.dtype == torch.bfloat16 and 0.01 < relative(got, gradient) < 0.06
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, counts: list[int], device: str) -> None:
+    experts_NK = chosen(counts, 4, device)
+    dispatch = plan_dispatch(experts_NK, torch.tensor(counts, device=device))
+    x = numbers(len(experts_NK), 256, device=device).requires_grad_()
+    weight = torch.rand(experts_NK.shape, generator=torch.Generator().manual_seed(4)).to(device).requires_grad_()
+    w13 = (numbers(8, 256, 256, seed=1, device=device) / 16).requires_grad_()
+    w2 = (numbers(8, 256, 128, seed=2, device=device) / 12).requires_grad_()
+    upstream, leaves = numbers(len(experts_NK), 256, seed=3, device=device), [x, weight, w13, w2]
+
+    def run(rows: Tensor, scale: Tensor, counts_E: Tensor) -> Tensor:
+        return looped_experts(rows, scale, counts_E, w13, w2)
+
+    expected = through_experts(run, x, weight, dispatch)
+    wanted = torch.autograd.grad(expected, leaves, upstream)
+    through = torch.compile(fp8_experts, backend=COMPILERS[device]) if compiled else fp8_experts
+    out = through(x, weight, dispatch, w13, w2)
+    assert 0.01 < relative(out, expected) < 0.1
+    gradients = torch.autograd.grad(out, leaves, upstream)
+    for got, gradient in zip(gradients, wanted, strict=True):
+        assert got.shape == gradient.shape and got.dtype == gradient.dtype and got.isfinite().all()
+        assert 0.01 < relative(got, gradient) < 0.12
+    idle = [expert for expert, count in enumerate(counts) if not count]
+    for gradient in gradients[2:]:
+        assert gradient[idle].eq(0).all(), "an expert without tokens has no gradient"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(compiled: bool, device: str) -> None:
+    """Adapters train beside them."""
+    experts_NK = chosen(COUNTS[0], 4, device)
+    dispatch = plan_dispatch(experts_NK, torch.tensor(COUNTS[0], device=device))
+    weights = [numbers(8, 256, 256, seed=1, device=device) / 16, numbers(8, 256, 128, seed=2, device=device) / 12]
+    layer = numbers(256, 256, seed=5, device=device)
+
+    def gradients(*, trained: bool) -> list[Tensor]:
+        x = numbers(len(experts_NK), 256, device=device).requires_grad_()
+        weight = torch.full(experts_NK.shape, 0.5, device=device).requires_grad_()
+        w13, w2, linear = (tensor.clone().requires_grad_(trained) for tensor in (*weights, layer))
+
+        def layers(x: Tensor, weight: Tensor) -> Tensor:
+            return fp8_experts(fp8_linear(x, linear), weight, dispatch, w13, w2)
+
+        run = torch.compile(layers, backend=COMPILERS[device]) if compiled else layers
+        run(x, weight).float().square().sum().backward()
+        assert all((tensor.grad is not None) == trained for tensor in (w13, w2, linear))
+        assert x.grad is not None and weight.grad is not None
+        return [x.grad, weight.grad]
+
+    for frozen, trained in zip(gradients(trained=False), gradients(trained=True), strict=True):
+        assert torch.equal(frozen, trained)
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    """Equal, but for numbers between two of e4m3's that a scale's last bit sends the other way."""
+    off = (got - wanted).abs() > 1e-6 * wanted.abs()  # a scale's last bit is no difference
+    step = wanted.abs() / 7 + wanted.abs().max() * 2**-17  # of normal numbers, and of denormal ones
+    return bool(off.float().mean() < 0.01 and ((got - wanted).abs() <= step)[off].all())
+
+
+class TestKernels:
+    """Against the same operators in plain torch: the same casts, and bf16's rounding of results alone."""
+
+    pytestmark = needs_hopper
+
+    @pytest.mark.parametrize(("rows", "width"), [(256, 384), (40, 576), (300, 128), (1, 144)])
+    def test_casts_are_those_of_plain_torch(self, rows: int, width: int) -> None:
+        from model.fp8 import cast_kernels
+
+        x, weight = numbers(rows, width), numbers(3, rows, width)
+        x[:, 5], weight[1] = 0, 0
+        plain, turned = cast_kernels.cast(x)
+        assert close(rows_of(*plain), rows_of(*reference.cast_rows(x)))
+        assert close(rows_of(*turned), rows_of(*reference.cast_turned(x)))
+        for wanted in (False, True):
+            made = ops.cast_weight(weight, wanted)
+            for got, expected in zip(made, reference.cast_weight(weight, wanted), strict=True):
+                assert got.shape == expected.shape and close(got.float(), expected.float())
+
+    @pytest.mark.parametrize(
+        ("rows", "width", "columns"),
+        [(512, 256, 384), (300, 576, 192), (40, 128, 576), (1, 144, 128), (200, 1408, 256)],
+    )
+    def test_products_and_weight_gradients_are_those_of_plain_torch(self, rows: int, width: int, columns: int) -> None:
+        x, weight, grad = numbers(rows, width), numbers(1, columns, width, seed=1), numbers(rows, columns, seed=2)
+        straight, turned = (ops.cast_weight(weight, wanted) for wanted in (False, True))
+        out, *x_turned = ops.linear_forward(x, *straight)
+        assert relative(out, reference.linear_forward(x, *straight)[0]) < 5e-3
+        backward = grad, *turned, *x_turned, True
+        wanted = reference.linear_backward(*backward)
+        for got, expected in zip(ops.linear_backward(*backward), wanted, strict=True):
+            assert got.shape == expected.shape and relative(got, expected) < 5e-3
+
+    @pytest.mark.parametrize("counts", COUNTS)
+    def test_the_experts_passes_are_those_of_plain_torch(self, counts: list[int]) -> None:
+        experts_NK = chosen(counts, 4, "cuda")
+        rows = pad_rows(plan_dispatch(experts_NK, torch.tensor(counts, device="cuda")))
+        live = rows.token_P >= 0
+        x, grad = numbers(len(experts_NK), 256), numbers(len(experts_NK), 256, seed=3)
+        weights = numbers(8, 256, 256, seed=1) / 16, numbers(8, 256, 128, seed=2) / 12
+        straight, turned = ([part for w in weights for part in ops.cast_weight(w, wanted)] for wanted in (False, True))
+        weight = torch.rand(len(live), device="cuda").where(live, 0)
+        forward = x, weight, *rows[:3], *straight
+        out, *x_turned, h = ops.experts_forward(*forward)
+        expected = reference.experts_forward(*forward)
+        assert relative(out, expected[0]) < 2e-2 and relative(h[live], expected[3][live]) < 5e-3
+        backward = grad, weight, *rows, *turned, *x_turned, h, True
+        wanted = reference.experts_backward(*backward)
+        for place, (got, other) in enumerate(zip(ops.experts_backward(*backward), wanted, strict=True)):
+            kept = live if place == 1 else slice(None)
+            assert relative(got[kept], other[kept]) < 2e-2
+
+    def test_the_same_operands_give_the_same_bits(self) -> None:
+        x, weight = numbers(1024, 512), numbers(768, 512, seed=1)
+        assert torch.equal(fp8_linear(x, weight), fp8_linear(x, weight))
+
+    def test_a_deep_sum_keeps_what_tensor_cores_alone_would_lose(self) -> None:
+        """8,192 products, the second half 2^-8 of the first: 14 bits of a sum would drop them one by one."""
+        x, weight = torch.full((128, 8192), 1.0), torch.full((128, 8192), 1.0)
+        x[:, 4096:] = 2**-8
+        out = fp8_linear(x.to("cuda", torch.bfloat16), weight.to("cuda", torch.bfloat16))
+        exact = F.linear(x[:1], weight[:1]).item()
+        assert relative(out, torch.full(out.shape, exact, device="cuda")) < 2**-8

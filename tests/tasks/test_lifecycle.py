@@ -1,0 +1,87 @@
+"""What is cleaned up after a flow that was killed outright, from what it left on disk."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from base import storage
+from tasks.lifecycle import _links, _rows, teardown
+from tasks.overrides import resolve
+from tasks.provision import is_alive
+from tasks.steps import PROGRAM, RunContext, StepRecord
+
+OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
+
+
+@pytest.fixture
+def left(tmp_path, monkeypatch):
+    """A run directory of a process that is gone, and a program of it that still runs."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = resolve("configs/tiny.yaml", {**OVERRIDES, "runs_directory": str(tmp_path)})
+    program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    created = psutil.Process(gone.pid).create_time()
+    gone.wait()
+    directory = tmp_path / "left"
+    lease = {"pid": gone.pid, "created": created, "mlflow_run_id": "0" * 32}
+    storage.write_json(str(directory / "lease.json"), lease)
+    record = {"pid": program.pid, "created": psutil.Process(program.pid).create_time()}
+    storage.write_json(str(directory / PROGRAM), record)
+    yield SimpleNamespace(directory=directory, program=program, lease=lease, config=config)
+    program.communicate()
+
+
+def hook(left):
+    """As Prefect calls it: with the parameters that the API keeps."""
+    overrides = {**OVERRIDES, "runs_directory": left.config.runs_directory}
+    flow_run = SimpleNamespace(parameters={"config": "configs/tiny.yaml", "overrides": overrides})
+    teardown(None, flow_run, None)
+
+
+def test_the_program_of_a_dead_flow_is_ended(left):
+    record = storage.read_json(str(left.directory / PROGRAM))
+    assert is_alive(**record)
+    hook(left)
+    assert not is_alive(**record)
+    assert not (left.directory / "lease.json").exists()
+    assert not (left.directory / PROGRAM).exists()
+    hook(left)  # nothing is left, and nothing is done
+
+
+def test_a_live_flow_is_left_alone(left):
+    storage.write_json(
+        str(left.directory / "lease.json"),
+        {**left.lease, "pid": os.getpid(), "created": psutil.Process().create_time()},
+    )
+    hook(left)
+    assert left.program.poll() is None
+    assert (left.directory / PROGRAM).exists()
+
+
+def test_a_pid_that_is_another_process_now_is_left_alone(left):
+    record = storage.read_json(str(left.directory / PROGRAM))
+    storage.write_json(str(left.directory / PROGRAM), {**record, "created": record["created"] - 50.0})
+    hook(left)
+    assert left.program.poll() is None
+
+
+def test_the_page_shows_figures_for_people_and_how_to_see_the_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = resolve("configs/tiny.yaml", {"name": "left", "runs_directory": str(tmp_path)})
+    context = RunContext(str(tmp_path / "left"), config, "a" * 32)
+    figures = {"documents": 12345, "loss_last": 2.034567, "share": 0.00001234}
+    record = StepRecord("train", "f", {"result": "r.json"}, figures, 12.34, context.began + 1, "b" * 32, "a" * 32)
+    (row,) = _rows(context, [record])
+    assert row["figures"] == "documents 12,345, loss_last 2.035, share 1.234e-05"
+    text = _links(context, [record])
+    assert f"`mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --port 5000`" in text
+    assert f"- train: `{'b' * 32}`" in text
+
+
+def test_a_hook_with_a_config_that_is_gone_says_so(caplog):
+    teardown(None, SimpleNamespace(parameters={"config": "gone.yaml"}), None)
+    assert "nothing to tear down" in caplog.text

@@ -1,0 +1,75 @@
+"""What is recorded of servers: keys for their owner alone, shares of live replicas, and errors of a failed start."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from anything.keys import read_key_file
+from base import storage
+from base.errors import CALLER_EXIT_CODES, CherryError
+from tasks.replicas import Server, ServingDirectory, stop_serving
+
+
+@pytest.fixture
+def serving(tmp_path):
+    made = ServingDirectory(str(tmp_path))
+    made.prepare()
+    return made
+
+
+@pytest.fixture
+def alive():
+    """A process that ends when it is told to, recorded as a server."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    created = psutil.Process(process.pid).create_time()
+    yield Server("net-v1", process.pid, created, "http://127.0.0.1:1", "/weights", "net-v1")
+    process.communicate(b"\n")
+
+
+def test_keys_are_for_this_user_alone_and_made_once(serving):
+    files = [serving.client_key, serving.internal_key, serving.client_keys, serving.internal_keys]
+    assert [oct(path.stat().st_mode & 0o777) for path in files] == ["0o600"] * 4
+    assert oct(serving.path.stat().st_mode & 0o777) == "0o700"
+    keys = [read_key_file(str(path)) for path in files[:2]]
+    assert keys[0] != keys[1]
+    serving.prepare()
+    assert [read_key_file(str(path)) for path in files[:2]] == keys
+    for plain, hashed in zip(keys, files[2:], strict=True):
+        assert plain not in hashed.read_text()
+
+
+def test_shares_count_for_live_replicas_only_and_the_salt_stays(serving, alive):
+    gone = replace(alive, name="net-v0", created=alive.created - 100.0)
+    for server in (alive, gone):
+        storage.write_json(str(serving.path / f"server-{server.name}.json"), vars(server))
+    serving.write_routes({"net-v0": 75.0, "net-v1": 25.0})
+    assert serving.weights() == {"net-v1": 25.0}
+    assert (serving.find("net-v1"), serving.find("net-v0"), serving.find("other")) == (alive, None, None)
+    salt = storage.read_json(str(serving.routes))["salt"]
+    serving.write_routes({"net-v1": 100.0})
+    routes = storage.read_json(str(serving.routes))
+    assert (routes["salt"], [one["name"] for one in routes["replicas"]]) == (salt, ["net-v1"])
+    assert routes["replicas"][0]["api_key_file"] == str(serving.internal_key)
+
+
+def test_a_pid_that_another_process_has_now_is_left_alone(serving, alive):
+    reused = replace(alive, created=alive.created - 100.0)
+    storage.write_json(str(serving.path / "server-net-v1.json"), vars(reused))
+    assert stop_serving(str(serving.path.parent)) == []
+    assert psutil.Process(alive.pid).is_running()
+    assert serving.servers() == []
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_leaves_its_own_error_and_no_record(serving):
+    missing = str(serving.path / "no-weights")
+    arguments = ["--model_path", missing, "--model_version", "net-v9", "--port", "0"]
+    with pytest.raises(CherryError, match="no-weights") as caught:
+        serving.start("net-v9", arguments, keys=serving.internal_keys, model=missing, version="net-v9", timeout_s=120.0)
+    assert caught.value.exit_code in CALLER_EXIT_CODES
+    assert serving.servers() == []
+    alive = [one for one in psutil.process_iter(["status", "cmdline"]) if one.info["status"] != psutil.STATUS_ZOMBIE]
+    assert not [one for one in alive if missing in (one.info["cmdline"] or [])]
