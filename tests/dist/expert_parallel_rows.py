@@ -1,6 +1,6 @@
 """One rank of a check: rows through experts that are spread over ranks, against all of them on this one.
 
-python dispatch_rows.py STORE RANK RANKS RANKS_A_NODE. An assertion that fails is the answer.
+python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE. An assertion that fails is the answer.
 """
 
 import sys
