@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.experts import plan_dispatch
+from model.experts import permutation_by_expert
 from model.fp8 import cast_kernels, gemm_hopper
 from model.fp8.linear import pad_rows
 
@@ -66,20 +66,22 @@ def grouped() -> list[dict]:
     """Rows of the routed experts' matmuls."""
     experts_NK = uneven_experts()
     counts_E = torch.bincount(experts_NK.flatten(), minlength=EXPERTS)
-    dispatch = plan_dispatch(experts_NK, counts_E)
-    padded, ends_E = pad_rows(dispatch), counts_E.cumsum(0).to(torch.int32)
+    permutation = permutation_by_expert(experts_NK, counts_E)
+    padded, ends_E = pad_rows(permutation), counts_E.cumsum(0).to(torch.int32)
     found = []
     for name, width, columns in (("gate and up", WIDTH, 2 * INTERMEDIATE), ("down", INTERMEDIATE, WIDTH)):
         x, grad, weight = random(TOKENS, width), random(TOKENS, columns), random(EXPERTS, columns, width)
-        rows, turned = cast_kernels.cast(x, padded.token_P, padded.expert_T)
-        _, grad_turned = cast_kernels.cast(grad, padded.token_P, padded.expert_T)
+        rows, transposed = cast_kernels.cast(x, padded.token_P, padded.expert_T)
+        _, grad_transposed = cast_kernels.cast(grad, padded.token_P, padded.expert_T)
         operand = cast_kernels.cast_weight(weight)
-        x_R, grad_R = x[dispatch.token_R], grad[dispatch.token_R]
+        x_R, grad_R = x[permutation.token_R], grad[permutation.token_R]
         flops = 2 * TOKENS * CHOICES * width * columns
         runs = {
             ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, padded.expert_T),
             ("rows", "bf16"): lambda r=x_R, w=weight: torch._grouped_mm(r, w.transpose(1, 2), offs=ends_E),
-            ("gradient", "fp8"): lambda g=grad_turned, t=turned: gemm_hopper.weight_gradients(*g, *t, padded.starts_E),
+            ("gradient", "fp8"): lambda g=grad_transposed, t=transposed: gemm_hopper.weight_gradients(
+                *g, *t, padded.starts_E
+            ),
             ("gradient", "bf16"): lambda g=grad_R, r=x_R: torch._grouped_mm(g.t(), r, offs=ends_E),
         }
         found += [_row(f"experts' {name}", kind, precision, run, flops) for (kind, precision), run in runs.items()]
@@ -93,13 +95,13 @@ def dense() -> list[dict]:
     starts = torch.tensor([0, TOKENS // 128], dtype=torch.int32, device="cuda")
     for name, (columns, width) in DENSE.items():
         x, grad, weight = random(TOKENS, width), random(TOKENS, columns), random(columns, width)
-        (rows, turned), (_, grad_turned) = cast_kernels.cast(x), cast_kernels.cast(grad)
+        (rows, transposed), (_, grad_transposed) = cast_kernels.cast(x), cast_kernels.cast(grad)
         operand = cast_kernels.cast_weight(weight[None])
         flops = 2 * TOKENS * width * columns
         runs = {
             ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, zeros),
             ("rows", "bf16"): lambda r=x, w=weight: r @ w.t(),
-            ("gradient", "fp8"): lambda g=grad_turned, t=turned: gemm_hopper.weight_gradients(*g, *t, starts),
+            ("gradient", "fp8"): lambda g=grad_transposed, t=transposed: gemm_hopper.weight_gradients(*g, *t, starts),
             ("gradient", "bf16"): lambda g=grad, r=x: g.t() @ r,
         }
         found += [_row(name, kind, precision, run, flops) for (kind, precision), run in runs.items()]
@@ -109,7 +111,7 @@ def dense() -> list[dict]:
 def casts() -> list[dict]:
     """Rows of the casts, by the bytes that they move."""
     experts_NK = uneven_experts()
-    padded = pad_rows(plan_dispatch(experts_NK, torch.bincount(experts_NK.flatten(), minlength=EXPERTS)))
+    padded = pad_rows(permutation_by_expert(experts_NK, torch.bincount(experts_NK.flatten(), minlength=EXPERTS)))
     x, weight = random(TOKENS, WIDTH), random(EXPERTS, 2 * INTERMEDIATE, WIDTH)
     places = len(padded.token_P)
     h, grad, scale = random(places, 2 * INTERMEDIATE), random(places, INTERMEDIATE), torch.rand(places, device="cuda")
@@ -118,7 +120,7 @@ def casts() -> list[dict]:
         "tokens": (lambda: cast_kernels.cast(x), 4 * x.numel()),
         "tokens to experts": (lambda: cast_kernels.cast(x, padded.token_P, padded.expert_T), 4 * CHOICES * x.numel()),
         "weights": (lambda: cast_kernels.cast_weight(weight), 3 * weight.numel()),
-        "weights turned round": (lambda: cast_kernels.cast_weight(weight, turned=True), 3 * weight.numel()),
+        "weights turned round": (lambda: cast_kernels.cast_weight(weight, transposed=True), 3 * weight.numel()),
         "gated activation": (lambda: cast_kernels.swiglu(h, scale, padded.expert_T), 5 * routed),
         "its gradient": (lambda: cast_kernels.swiglu_backward(h, scale, padded.expert_T, grad), 11 * routed),
     }

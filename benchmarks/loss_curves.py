@@ -65,7 +65,7 @@ def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool
             targets_BT.numel()
         )
 
-    def sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+    def sum_topk(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
         return rows_RD[inverse_NK].float().sum(1).to(rows_RD.dtype)
 
     training = next(module for module in network.module.modules() if hasattr(module, "loss_chunk_tokens"))
@@ -75,7 +75,7 @@ def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
         set_learning_rate(optimizer, next(rates))
-        plain = patch("model.experts.can_group", lambda *_: False), patch("model.experts._sum_choices", sum_choices)
+        plain = patch("model.experts.can_group", lambda *_: False), patch("model.experts.sum_topk", sum_topk)
         with plain[0], plain[1]:
             loss, _, balance = network.module(tokens, targets)
             mean = loss / tokens.numel()

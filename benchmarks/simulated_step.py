@@ -28,7 +28,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry.distributed import fsdp
-from cherry.distributed.expert_parallel import ExpertDispatch, RowPlan
+from cherry.distributed.expert_parallel import AllToAllDispatcher, DispatchPlan
 from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.optim.build import build_optimizer
 from cherry.training_model import TrainingModel, _wrap_blocks
@@ -110,21 +110,23 @@ def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tens
 def _balanced() -> Iterator[None]:
     """Replace what reads values: the plan of an exchange, and the choice of the loop over experts on a CPU."""
 
-    def plan(dispatch: ExpertDispatch, counts_E: Tensor) -> RowPlan:
-        ranks, rows = dispatch.exchange.ranks, dispatch.simulated_rows
+    def plan(permutation: AllToAllDispatcher, counts_E: Tensor) -> DispatchPlan:
+        ranks, rows = permutation.exchange.ranks, permutation.simulated_rows
         each = [rows // ranks] * ranks
         order = torch.arange(rows, device=counts_E.device)
-        return RowPlan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
+        return DispatchPlan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
 
-    call = ExpertDispatch.__call__
+    call = AllToAllDispatcher.__call__
 
-    def noting_rows(dispatch: ExpertDispatch, run: object, x_ND: Tensor, weight_NK: Tensor, places: object) -> Tensor:
-        dispatch.simulated_rows = weight_NK.numel()
-        return call(dispatch, run, x_ND, weight_NK, places)
+    def noting_rows(
+        permutation: AllToAllDispatcher, run: object, x_ND: Tensor, weight_NK: Tensor, places: object
+    ) -> Tensor:
+        permutation.simulated_rows = weight_NK.numel()
+        return call(permutation, run, x_ND, weight_NK, places)
 
     with (
-        mock.patch.object(ExpertDispatch, "plan", plan),
-        mock.patch.object(ExpertDispatch, "__call__", noting_rows),
+        mock.patch.object(AllToAllDispatcher, "plan", plan),
+        mock.patch.object(AllToAllDispatcher, "__call__", noting_rows),
         mock.patch("model.experts.can_group", lambda *_: True),
     ):
         yield

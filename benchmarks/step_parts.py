@@ -35,7 +35,7 @@ PARTS = {
     "gradient norm": r"_square_sums",
     "loss from logits": r"_softmax_gradient",
     "gated activation of experts": r"^_swiglu",
-    "rows to experts and back": r"_sum_choices|index_?[sS]elect|gather",
+    "rows to experts and back": r"_sum_topk|index_?[sS]elect|gather",
     "operands of fp8 matmuls": r"^_cast",
     "attention": r"sdpa|flash|fmha|cudnn::fusion",
     "grouped matmuls of experts": r"GroupProblemShape|_grouped",

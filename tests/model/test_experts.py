@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.experts import can_group, grouped_experts, looped_experts, plan_dispatch, through_experts
+from model.experts import can_group, grouped_experts, looped_experts, permutation_by_expert, run_permuted
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -82,13 +82,13 @@ def test_tokens_through_some_of_their_experts_at_a_time_add_up_to_those_through_
         own_NK = torch.where((own_NK >= 0) & (own_NK < count), own_NK, count)
         counts_E = own_NK.flatten().bincount(minlength=count + 1)[:count]
         rows = None if count == experts else int(counts_E.sum())
-        dispatch = plan_dispatch(own_NK.to(device), counts_E.to(device), rows)
+        permutation = permutation_by_expert(own_NK.to(device), counts_E.to(device), rows)
 
         def run(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
             factor_R = scale_E[first : first + count].repeat_interleave(counts_E) * weight_R
             return torch.tanh(rows_RD) * factor_R[:, None]
 
-        out_ND = through_experts(run, x_ND, weight_NK, dispatch)
+        out_ND = run_permuted(run, x_ND, weight_NK, permutation)
         return [out_ND.detach(), *torch.autograd.grad((out_ND * upstream_ND).sum(), [x_ND, weight_NK])]
 
     parts = zip(*(results(first, each) for first in range(0, experts, each)), strict=True)

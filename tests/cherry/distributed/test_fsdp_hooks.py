@@ -1,4 +1,4 @@
-"""What values look like on the wire, what a config may ask for, and that libraries hear of it before they connect."""
+"""Compression codecs, communication settings in a config, and environment variables of NCCL and gloo."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from cherry.distributed.compression import BLOCK, CODECS
 from cherry.job_config import CommunicationConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-# A rank that tells what C libraries read from its environment, at the moment at which it would connect.
+# A rank that writes down what C libraries read from its environment, when it would connect.
 LISTENING = """
 import ctypes, json, os, sys
 import torch.distributed as dist
@@ -24,9 +24,9 @@ def connect(backend, timeout):
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     names = [b"NCCL_BUFFSIZE", b"NCCL_MAX_NCHANNELS", b"NCCL_SOCKET_IFNAME", b"GLOO_SOCKET_IFNAME", b"NCCL_IB_TC"]
-    told = {name.decode(): (getenv(name) or b"").decode() for name in names}
+    read = {name.decode(): (getenv(name) or b"").decode() for name in names}
     with open(f"{sys.argv.pop()}-{os.environ['RANK']}.json", "w") as handle:
-        json.dump({**told, "timeout_s": timeout.total_seconds()}, handle)
+        json.dump({**read, "timeout_s": timeout.total_seconds()}, handle)
     os._exit(0)
 dist.init_process_group = connect
 rank_main.main(sys.argv[1:-1])
@@ -47,7 +47,7 @@ def values(kind):
 
 @pytest.mark.parametrize("kind", ["tiny", "huge", "decades", "zeros"])
 @pytest.mark.parametrize("name", CODECS)
-def test_values_come_back_within_half_a_step_of_their_block(name, kind):
+def test_quantization_error_is_within_half_a_step_of_the_block(name, kind):
     x, codec = values(kind), CODECS[name]
     wire = codec.pack(x)
     assert (wire.shape, wire.dtype) == ((2, codec.wire_bytes(x.shape[1])), torch.uint8)
@@ -81,7 +81,7 @@ def test_a_buffer_s_size(size, expected):
     assert CommunicationConfig(buffer_size=size).variables() == {"NCCL_BUFFSIZE": str(expected)}
 
 
-def test_what_cannot_be_asked_for(mini):
+def test_invalid_settings_are_refused(mini):
     for wrong in ({"buffer_size": "8MB"}, {"buffer_size": 0}, {"environment": {"PATH": "/"}}, {"replicate": "int4"}):
         with pytest.raises(ValidationError):
             CommunicationConfig(**wrong)
@@ -91,17 +91,17 @@ def test_what_cannot_be_asked_for(mini):
 
 
 @pytest.mark.slow
-def test_the_values_reach_the_libraries_of_every_rank_unless_the_person_has_set_them(job_config, tmp_path):
+def test_settings_reach_the_libraries_of_every_rank_unless_the_environment_has_them(job_config, tmp_path):
     (tmp_path / "listening.py").write_text(LISTENING)
     settings = {"buffer_size": "8MiB", "max_channels": 8, "interface": "lo", "timeout_s": 90.0}
     settings["environment"] = {"NCCL_IB_TC": "106"}
-    flags = [part for key, value in settings.items() for part in ("--set", f"communication.{key}={json.dumps(value)}")]
+    flags = [flag for key, value in settings.items() for flag in ("--set", f"communication.{key}={json.dumps(value)}")]
     program = [str(tmp_path / "listening.py"), f"--config={job_config}", f"--run_dir={tmp_path}", *flags]
-    command = [sys.executable, "-m", "cherry.launcher", "--nproc_per_node=2", *program, str(tmp_path / "told")]
+    command = [sys.executable, "-m", "cherry.launcher", "--nproc_per_node=2", *program, str(tmp_path / "read")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NCCL_MAX_NCHANNELS": "2"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     expected = {"NCCL_BUFFSIZE": "8388608", "NCCL_MAX_NCHANNELS": "2", "NCCL_IB_TC": "106", "timeout_s": 90.0}
     expected |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     for rank in range(2):
-        assert json.loads((tmp_path / f"told-{rank}.json").read_text()) == expected
+        assert json.loads((tmp_path / f"read-{rank}.json").read_text()) == expected
