@@ -27,19 +27,19 @@ def _run_together(commands: list[list[str]], environment: dict[str, str]) -> Non
     started = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
 
     def wait(process: subprocess.Popen[str]) -> str:
-        told = process.communicate()[0]
+        output = process.communicate()[0]
         if process.returncode:
             for other in started:
                 other.kill()
-        return told
+        return output
 
     try:
         with ThreadPoolExecutor(len(started)) as pool:
-            told = list(pool.map(wait, started))
+            output = list(pool.map(wait, started))
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(told)
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(output)
 
 
 @pytest.fixture(scope="session")
