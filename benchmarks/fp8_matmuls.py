@@ -1,11 +1,11 @@
-"""Measures the matmuls that training in fp8 is made of, beside bf16's, on a Hopper GPU.
+"""Measures the matmuls of fp8 training against bf16 on a Hopper GPU.
 
     python -m benchmarks.fp8_matmuls [--output FILE]
 
-Grouped ones have the sizes of a DeepSeek-V2-Lite layer: 64 experts, 16,384 tokens of 6 choices each, dealt out unevenly
-(half to one and a half of the mean). `rows` is the forward pass, `gradient` that of the weights; the one to the rows is
-`rows` by the other matrix. Each figure is the median of repeats that were queued together, without casts, which have a
-row of their own with the bytes that they read and write. Prints one JSON row each.
+Grouped matmuls have the sizes of a DeepSeek-V2-Lite layer: 64 experts, 16,384 tokens with 6 top-k slots each, routed
+unevenly (0.5 to 1.5 times the mean). `rows` is the forward pass, `gradient` the weight gradient; the input gradient is
+`rows` by the other matrix. Each figure is the median of repeats that were queued together, without quantization casts,
+which have rows of their own with the bytes that they read and write. Prints one JSON row each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REPEATS, _QUEUED = 5, 6
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Of one call, by the device's clock, with the host ahead of it."""
+    """Milliseconds of one call by the device's clock, with the host ahead of the device."""
     for _ in range(2):
         run()
     times = []
@@ -57,13 +57,13 @@ def random(*shape: int) -> Tensor:
 
 
 def uneven_experts() -> Tensor:
-    """Experts [N, K], the busiest of which have three times the tokens of the idlest."""
+    """Experts of each token [N, K]; the most loaded expert has three times the tokens of the least loaded."""
     share_E = torch.rand(EXPERTS, device="cuda") + 0.5
     return torch.multinomial((share_E / share_E.sum()).expand(TOKENS, EXPERTS), CHOICES)
 
 
 def grouped() -> list[dict]:
-    """Rows of the routed experts' matmuls."""
+    """JSON rows of the routed experts' grouped matmuls."""
     experts_NK = uneven_experts()
     counts_E = torch.bincount(experts_NK.flatten(), minlength=EXPERTS)
     permutation = permutation_by_expert(experts_NK, counts_E)
@@ -89,7 +89,7 @@ def grouped() -> list[dict]:
 
 
 def dense() -> list[dict]:
-    """Rows of some projections' matmuls."""
+    """JSON rows of some projections' matmuls."""
     found = []
     zeros = torch.zeros(TOKENS // 128, dtype=torch.int32, device="cuda")
     starts = torch.tensor([0, TOKENS // 128], dtype=torch.int32, device="cuda")
@@ -109,7 +109,7 @@ def dense() -> list[dict]:
 
 
 def casts() -> list[dict]:
-    """Rows of the casts, by the bytes that they move."""
+    """JSON rows of the quantization casts, with the bytes that they move."""
     experts_NK = uneven_experts()
     padded = pad_rows(permutation_by_expert(experts_NK, torch.bincount(experts_NK.flatten(), minlength=EXPERTS)))
     x, weight = random(TOKENS, WIDTH), random(EXPERTS, 2 * INTERMEDIATE, WIDTH)

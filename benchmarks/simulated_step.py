@@ -1,12 +1,11 @@
-"""Runs a training step of a sharded model on ranks that do not exist, and says what one of them held.
+"""Memory of one rank in a simulated training step: the real sharding on a fake process group and fake tensors.
 
     python -m benchmarks.simulated_step --ranks 256 --expert 64
 
-The sharding is the engine's own (`cherry.distributed.fsdp`), the ranks are a fake process group's, tensors have
-shapes and no
-values, and torch's FSDPMemTracker counts their bytes. The model is a slice of the 671B one. What needs values is given
-balanced ones: every rank sends every other as many rows as it gets. `fully_shard` runs outside of fake tensors, which
-is 20 times faster, and a first step is not counted: it makes the optimizer's states.
+The sharding is that of training (`cherry.distributed.fsdp`), tensors have shapes and no values, and torch's
+FSDPMemTracker counts their bytes. The model is a slice of the 671B one. Expert parallel dispatch is balanced: every
+rank sends every other as many rows as it gets. `fully_shard` runs outside of fake tensor mode, which is 20 times
+faster, and a first step is not counted: it allocates the optimizer states.
 """
 
 from __future__ import annotations
@@ -44,23 +43,23 @@ def slice_of_671b(dense: int = 1, mixtures: int = 3) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank, the largest of each kind in a step."""
+    """Bytes of one rank, the maximum of each kind in a step."""
 
     parameters: int
     gradients: int
     states: int
     unsharded: int
-    """Parameters that are gathered and in use."""
+    """Unsharded (all-gathered) parameters in use."""
     all_gather: int
     reduce_scatter: int
     peak: int
-    """Of everything at one time; on a CPU norms and experts make fp32 copies that a GPU's kernels do not."""
+    """Peak of all kinds together; on a CPU norms and experts make fp32 copies that a GPU's kernels do not."""
 
 
 def simulate(
     config: ModelConfig, ranks: int, parallel: ParallelConfig, train: TrainConfig, sequences: int, length: int
 ) -> Held:
-    """What rank 0 of `ranks` holds in a step over `sequences` of `length`."""
+    """Bytes that rank 0 of `ranks` holds in a step over `sequences` of `length`."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
@@ -108,10 +107,10 @@ def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tens
 
 @contextmanager
 def _balanced() -> Iterator[None]:
-    """Replace what reads values: the plan of an exchange, and the choice of the loop over experts on a CPU."""
+    """Replace code that reads tensor values: the dispatch plan, and the choice of the loop over experts on a CPU."""
 
-    def plan(permutation: AllToAllDispatcher, counts_E: Tensor) -> DispatchPlan:
-        ranks, rows = permutation.exchange.ranks, permutation.simulated_rows
+    def plan(dispatcher: AllToAllDispatcher, counts_E: Tensor) -> DispatchPlan:
+        ranks, rows = dispatcher.all_to_all.ranks, dispatcher.simulated_rows
         each = [rows // ranks] * ranks
         order = torch.arange(rows, device=counts_E.device)
         return DispatchPlan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
@@ -119,10 +118,10 @@ def _balanced() -> Iterator[None]:
     call = AllToAllDispatcher.__call__
 
     def noting_rows(
-        permutation: AllToAllDispatcher, run: object, x_ND: Tensor, weight_NK: Tensor, places: object
+        dispatcher: AllToAllDispatcher, run: object, x_ND: Tensor, weight_NK: Tensor, permutation: object
     ) -> Tensor:
-        permutation.simulated_rows = weight_NK.numel()
-        return call(permutation, run, x_ND, weight_NK, places)
+        dispatcher.simulated_rows = weight_NK.numel()
+        return call(dispatcher, run, x_ND, weight_NK, permutation)
 
     with (
         mock.patch.object(AllToAllDispatcher, "plan", plan),
