@@ -206,7 +206,7 @@ class _ReduceScatter(DefaultReduceScatter):
 
 
 class _Bf16ReduceScatter(DefaultAllocMixin, ReduceScatter):
-    """Gradients travel as bf16, are summed in fp32, and stay fp32 from there on.
+    """Reduce-scatter that sends gradients in bf16, sums them in fp32, and returns fp32.
 
     FSDP allocates a reduction's input and then its output, both of the policy's reduce_dtype (fp32). The input is made
     bf16 here: FSDP rounds while it copies gradients in, which costs neither a pass nor a second buffer.

@@ -1,4 +1,4 @@
-"""Device meshes: the data, context and expert parallel axes of the configuration, and the data shard of each rank.
+"""Device meshes of the data parallel, context parallel and expert parallel axes, and the data shard of each rank.
 
 A rank's number is ((r * shard + s) * context + c) * expert + e, for the replicate (HSDP), shard (FSDP), context
 parallel and expert parallel axes: those with the most traffic are innermost, so that they stay inside a node.
@@ -18,7 +18,7 @@ from cherry.job_config import ParallelConfig
 
 @dataclass(frozen=True)
 class DataShard:
-    """Shard of a batch that a rank reads: every `data_ranks`-th sequence from `data_rank` on, its positions of each."""
+    """Shard of a batch that a rank reads: every `data_ranks`-th sequence from `data_rank` on, its context positions."""
 
     data_rank: int = 0
     data_ranks: int = 1

@@ -55,7 +55,7 @@ class Fp8Linear(nn.Linear):
     """Quantized weight that is cached across steps; `None`: every pass quantizes the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Project each row; bf16 in and out."""
+        """Projection of each row, bf16 [..., O]."""
         x_NI = input.flatten(0, -2)
         return fp8_linear(x_NI, self.weight, self.operands).view(*input.shape[:-1], -1)
 
@@ -74,7 +74,11 @@ class PaddedRows(NamedTuple):
 
 
 def use_fp8(model: nn.Module) -> int:
-    """Number of modules switched to fp8, in place: those in blocks that are wide enough and have no adapter."""
+    """Switch a model's blocks to fp8, in place: the modules that are wide enough and have no adapter.
+
+    Returns:
+        Number of modules in fp8.
+    """
     switched = 0
     for block in (module for module in model.modules() if isinstance(module, Block)):
         routers = {module.gate for module in block.modules() if hasattr(module, "gate")}
@@ -118,8 +122,8 @@ def pad_rows(permutation: Permutation) -> PaddedRows:
     shift_E = BLOCK * (ends_E - blocks_E) - (permutation.counts_E.cumsum(0) - permutation.counts_E)
     shift_E = torch.cat([shift_E, shift_E.new_full((1,), BLOCK * blocks - rows)])
     place_NK = permutation.inverse_NK + shift_E[permutation.experts_NK]
-    tokens, choices = place_NK.shape
-    token_NK = torch.arange(tokens, device=place_NK.device, dtype=torch.int32)[:, None].expand(tokens, choices)
+    tokens, slots = place_NK.shape
+    token_NK = torch.arange(tokens, device=place_NK.device, dtype=torch.int32)[:, None].expand(tokens, slots)
     token_P = torch.full((BLOCK * blocks + 1,), -1, device=place_NK.device, dtype=torch.int32)
     token_P = token_P.scatter(0, place_NK.flatten(), token_NK.flatten())[:-1]
     expert_T = torch.searchsorted(ends_E, torch.arange(blocks, device=ends_E.device), right=True)

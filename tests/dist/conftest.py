@@ -1,4 +1,4 @@
-"""What tests with several ranks share: many small runs for the price of one start."""
+"""Fixtures of tests with several ranks: many small training jobs in one start of the processes."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def train_jobs(
 
     def train(wanted: list[Any]) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("ranks")
-        jobs = {one.name: new_job(folder / str(number)) for number, one in enumerate(wanted)}
+        jobs = {job.name: new_job(folder / str(number)) for number, job in enumerate(wanted)}
         lines = []
-        for one in wanted:
-            line = {**asdict(one), "set": one.flags, "config": str(jobs[one.name].config)}
-            source = str(jobs[one.resume_from[0]].checkpoint(one.resume_from[1])) if one.resume_from else None
-            lines.append({**line, "directory": str(jobs[one.name].directory), "resume_from": source})
+        for job in wanted:
+            line = {**asdict(job), "set": job.flags, "config": str(jobs[job.name].config)}
+            source = str(jobs[job.resume_from[0]].checkpoint(job.resume_from[1])) if job.resume_from else None
+            lines.append({**line, "directory": str(jobs[job.name].directory), "resume_from": source})
         (folder / "jobs.json").write_text(json.dumps(lines))
-        ranks = max(one.ranks for one in wanted)
+        ranks = max(job.ranks for job in wanted)
         commands = [[sys.executable, str(PROGRAM), str(folder), str(rank)] for rank in range(ranks)]
         run_together(commands)
         return jobs

@@ -66,8 +66,8 @@ def test_grouped_experts_in_fp32_have_the_gradients_of_finite_differences() -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tokens_through_some_of_their_experts_at_a_time_add_up_to_those_through_all(device: str) -> None:
-    """A choice without a row gives nothing and gets a gradient of zero; a token may have none at all."""
+def test_outputs_of_subsets_of_experts_add_up_to_those_of_all(device: str) -> None:
+    """A slot routed off-rank adds nothing and gets a gradient of zero; a token may have no slot at all."""
     torch.manual_seed(0)
     tokens, choices, experts, each = 40, 3, 12, 4
     experts_NK = torch.rand(tokens, experts).topk(choices).indices

@@ -1,5 +1,5 @@
-"""Training in fp8: layers against bf16, on CPUs through plain torch and on Hopper GPUs through kernels, which are held
-against plain torch one by one."""
+"""FP8 training layers against bf16, on CPUs by the torch reference and on Hopper GPUs by kernels; and each kernel
+against the reference."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ COUNTS = [[130, 0, 1, 128, 300, 0, 0, 81], [640, 0, 0, 0, 0, 0, 0, 0], [80] * 8]
 
 
 def chosen(counts: list[int], choices: int, device: str = "cpu") -> Tensor:
-    """Experts [N, K] with these counts, in an order without order."""
+    """Experts of each token [N, K] with these counts, in random order."""
     flat = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
     return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))].view(-1, choices).to(device)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_padded_rows_begin_each_expert_at_a_block_and_lose_no_choice(counts: list[int]) -> None:
+def test_padded_rows_begin_each_expert_at_a_block_and_drop_no_slot(counts: list[int]) -> None:
     experts_NK = chosen(counts, 2)
     rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor(counts)))
     blocks = [-(-count // BLOCK) for count in counts]
     assert rows.starts_E.tolist() == [sum(blocks[:expert]) for expert in range(len(counts) + 1)]
     owners = [expert for expert, count in enumerate(blocks) for _ in range(count)]
     assert rows.expert_T.tolist() == owners + [-1] * (len(rows.expert_T) - len(owners))
-    assert rows.place_NK.unique().numel() == experts_NK.numel(), "no two choices share a row"
+    assert rows.place_NK.unique().numel() == experts_NK.numel(), "no two slots share a row"
     token_NK = torch.arange(len(experts_NK))[:, None].expand_as(experts_NK)
     assert torch.equal(rows.token_P[rows.place_NK].long(), token_NK)
     assert torch.equal(rows.expert_T[rows.place_NK // BLOCK].long(), experts_NK)
-    assert (rows.token_P >= 0).sum() == experts_NK.numel(), "all other rows are filling"
+    assert (rows.token_P >= 0).sum() == experts_NK.numel(), "all other rows are padding"
 
 
-def test_padded_rows_leave_out_choices_without_a_row() -> None:
-    experts_NK = torch.tensor([[0, 2], [2, 1], [2, 2], [1, 0]])  # expert 2 is elsewhere
+def test_padded_rows_leave_out_slots_routed_off_rank() -> None:
+    experts_NK = torch.tensor([[0, 2], [2, 1], [2, 2], [1, 0]])  # 2 is off-rank
     rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor([2, 2]), rows=4))
     size = len(rows.token_P)
     assert rows.place_NK.tolist() == [[0, size], [size, BLOCK], [size, size], [BLOCK + 1, 1]]
     assert rows.token_P[[0, 1, BLOCK, BLOCK + 1]].tolist() == [0, 3, 1, 3]
 
 
-def test_rows_in_order_go_through_the_experts_that_they_lie_with() -> None:
+def test_the_identity_permutation_runs_rows_in_expert_order_as_they_are() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(10, 8, generator=generator), torch.rand(10, generator=generator)
     w13, w2 = torch.randn(3, 8, 8, generator=generator), torch.randn(3, 8, 4, generator=generator)
