@@ -25,7 +25,7 @@ from model.experts import permutation_by_expert
 from model.fp8 import cast_kernels, gemm_hopper
 from model.fp8.linear import pad_rows
 
-TOKENS, CHOICES, EXPERTS, WIDTH, INTERMEDIATE = 16_384, 6, 64, 2048, 1408
+TOKENS, TOP_K, EXPERTS, WIDTH, INTERMEDIATE = 16_384, 6, 64, 2048, 1408
 DENSE = {
     "shared gate and up": (5632, 2048),
     "shared down": (2048, 2816),
@@ -59,7 +59,7 @@ def random(*shape: int) -> Tensor:
 def uneven_experts() -> Tensor:
     """Experts of each token [N, K]; the most loaded expert has three times the tokens of the least loaded."""
     share_E = torch.rand(EXPERTS, device="cuda") + 0.5
-    return torch.multinomial((share_E / share_E.sum()).expand(TOKENS, EXPERTS), CHOICES)
+    return torch.multinomial((share_E / share_E.sum()).expand(TOKENS, EXPERTS), TOP_K)
 
 
 def grouped() -> list[dict]:
@@ -75,7 +75,7 @@ def grouped() -> list[dict]:
         _, grad_transposed = cast_kernels.cast(grad, padded.token_P, padded.expert_T)
         operand = cast_kernels.cast_weight(weight)
         x_R, grad_R = x[permutation.token_R], grad[permutation.token_R]
-        flops = 2 * TOKENS * CHOICES * width * columns
+        flops = 2 * TOKENS * TOP_K * width * columns
         runs = {
             ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, padded.expert_T),
             ("rows", "bf16"): lambda r=x_R, w=weight: torch._grouped_mm(r, w.transpose(1, 2), offs=ends_E),
@@ -115,10 +115,10 @@ def casts() -> list[dict]:
     x, weight = random(TOKENS, WIDTH), random(EXPERTS, 2 * INTERMEDIATE, WIDTH)
     places = len(padded.token_P)
     h, grad, scale = random(places, 2 * INTERMEDIATE), random(places, INTERMEDIATE), torch.rand(places, device="cuda")
-    routed = TOKENS * CHOICES * INTERMEDIATE
+    routed = TOKENS * TOP_K * INTERMEDIATE
     runs = {
         "tokens": (lambda: cast_kernels.cast(x), 4 * x.numel()),
-        "tokens to experts": (lambda: cast_kernels.cast(x, padded.token_P, padded.expert_T), 4 * CHOICES * x.numel()),
+        "tokens to experts": (lambda: cast_kernels.cast(x, padded.token_P, padded.expert_T), 4 * TOP_K * x.numel()),
         "weights": (lambda: cast_kernels.cast_weight(weight), 3 * weight.numel()),
         "weights turned round": (lambda: cast_kernels.cast_weight(weight, transposed=True), 3 * weight.numel()),
         "gated activation": (lambda: cast_kernels.swiglu(h, scale, padded.expert_T), 5 * routed),

@@ -17,17 +17,17 @@ from cherry.distributed.expert_parallel import AllToAllDispatcher
 from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
 from model.experts import Experts, permutation_by_expert
 
-TOKENS, CHOICES, WIDTH, EXPERTS_A_RANK = 24, 2, 16, 2
+TOKENS, TOP_K, WIDTH, EXPERTS_A_RANK = 24, 2, 16, 2
 
 
 def chosen(case: str, rank: int, experts: int) -> torch.Tensor:
     """The experts [N, K] of each token of a rank."""
     generator = torch.Generator().manual_seed(rank)
-    any_NK = torch.rand(TOKENS, experts, generator=generator).topk(CHOICES).indices
+    any_NK = torch.rand(TOKENS, experts, generator=generator).topk(TOP_K).indices
     if case == "any":
         return any_NK
     if case == "the last rank's alone":  # all others receive nothing, and every token meets two experts of one rank
-        return torch.tensor([experts - 1, experts - 2]).expand(TOKENS, CHOICES)
+        return torch.tensor([experts - 1, experts - 2]).expand(TOKENS, TOP_K)
     if case == "one busy, one without any":
         return torch.where(any_NK == 0, 0, torch.where(any_NK % 3 == 1, 2, any_NK))
     assert case == "one rank has few tokens"
@@ -56,7 +56,7 @@ def bytes_away(case: str, rank: int, ranks: int, on_node: int) -> int:
         else:
             rows += int((home_NK == rank).sum())
     # A token or row one way with its weights, its result back, and the gradients of both.
-    return 4 * (crossing * (2 * WIDTH + 2 * CHOICES) + rows * (2 * WIDTH + 1))
+    return 4 * (crossing * (2 * WIDTH + 2 * TOP_K) + rows * (2 * WIDTH + 1))
 
 
 def main(store: str, rank: int, ranks: int, on_node: int) -> None:
