@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -26,6 +26,9 @@ _BLOCK_BYTES = 1 << 20
 _WILDCARDS = "*?["
 # What file systems call the sign that a file's content changed: object stores, local disks, memory.
 _VERSION_KEYS = ("ETag", "mtime", "LastModified", "created")
+
+Progress = Callable[[str, float], None]
+"""Callback of long reads and writes: called with a line for people and the fraction done, 0 to 1."""
 
 
 @dataclass(frozen=True)

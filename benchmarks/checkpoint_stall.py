@@ -1,11 +1,11 @@
-"""Measures how long a save holds training up: in background, in foreground, and with torch's own async_save beside.
+"""Measures how long a checkpoint save stalls training: in background, in foreground, and with torch's async_save.
 
     python -m benchmarks.checkpoint_stall [--size 31m|1b] [--saves N] [--directory DIR] [--output FILE]
 
 Every save is of parameters, AdamW's two moments and random states, written with fsync and digests. `stall_ms` is what
-the training thread waits inside a save and before the optimizer's next step; `slowdown_ms` is by how much the steps
-that run beside a save are longer than steps without one (they share cores and memory with it). The first save is
-apart, because it makes the buffers. Medians over the other saves; one JSON row.
+the training thread waits inside a save and before the optimizer's next step; `slowdown_ms` is how much longer steps
+during a save are than steps without one (they share cores and memory with it). The first save is reported separately,
+because it allocates the buffers. Medians over the other saves; one JSON row.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from model.model_config import PRESETS
 
 SIZES = {
     "31m": ({**PRESETS["tiny"], "vocab_size": 16384, "hidden_size": 640, "num_hidden_layers": 6}, 2, 128),
-    # DeepSeek-V2-Lite's widths, one dense and one mixture layer.
+    # DeepSeek-V2-Lite's widths, one dense and one MoE layer.
     "1b": (
         {**PRESETS["16b"], "num_hidden_layers": 2, "rope_scaling": None, "max_position_embeddings": 4096},
         4,
@@ -59,7 +59,7 @@ class Training:
         self.tokens = torch.randint(self.config.vocab_size, (self.batch, self.length + 1)).to(device)
 
     def step(self) -> float:
-        """Seconds of one step, the device's work included."""
+        """Seconds of one step, device work included."""
         started = time.perf_counter()
         loss, _, _ = self.network.module(self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous())
         (loss / self.tokens.numel()).backward()
@@ -92,7 +92,7 @@ def in_foreground(training: Training, directory: str, group: dist.ProcessGroup, 
 def in_background(
     training: Training, directory: str, group: dist.ProcessGroup, saves: int, step_s: float
 ) -> tuple[list[float], list[float], list[int]]:
-    """Of each save: seconds that training waited, seconds that it lost in all, and steps that ran beside it."""
+    """For each save: seconds that training waited, seconds that it lost in all, and steps that ran during it."""
     saver = saver_of(directory, group, asynchronous=True)
     stalls, losses, beside = [], [], []
     for number in range(saves + 1):
@@ -111,7 +111,7 @@ def in_background(
 
 
 def by_torch(training: Training, directory: str, group: dist.ProcessGroup, saves: int) -> list[float]:
-    """Seconds that torch's own async_save holds its caller."""
+    """Seconds that torch's async_save blocks its caller."""
     seconds = []
     for number in range(saves + 1):
         started = time.perf_counter()

@@ -1,12 +1,12 @@
-"""Measures what compressed gradient reduction saves on the wire and what it costs in loss, against fp32 reduction.
+"""Measures compressed gradient reduction against fp32: bytes on the wire, and loss.
 
     python -m benchmarks.compression [--ranks 2|4|...] [--steps 300] [--output FILE]
 
 The launcher starts the ranks once; there every variant is a training job of its own with the same seed and data: two
 layers of the tiny preset's architecture, on the Python standard library. One JSON row each: bytes that a rank sends per
 step, by axis and kind, and the held-out loss and the mean loss of the last 20 steps, relative to fp32 on the same mesh.
-The second fp32 row is relative to the first, from which only the order of its sums differs: so much do two equal runs
-differ. On GPUs it is NCCL, else gloo.
+The second fp32 row is relative to the first, from which it differs in the order of sums only: the noise between equal
+runs. The backend is NCCL on GPUs, else gloo.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SHAPE = {
     "train.batch_size": 8,
     "train.heldout_sequences": 128,
 }
-# Name, replicas, and what differs from fp32.
+# Name: replicas, and `communication` keys that differ from fp32.
 VARIANTS = {
     "fp32": (1, {}),
     "shard bf16": (1, {"reduce_dtype": "bf16"}),
@@ -69,7 +69,7 @@ def config_of(name: str, steps: int) -> JobConfig:
 
 
 def train(scratch: Path, names: list[str], steps: int) -> None:
-    """One rank: every variant, one after the other."""
+    """Run every variant on this rank, one after the other."""
     from cherry.trainer import Trainer
 
     cuda = torch.cuda.is_available()

@@ -1,15 +1,15 @@
-"""Measures what Prefect and MLflow together cost: a small run through the flow, against the same programs by hand.
+"""Measures the overhead of Prefect and MLflow: a small run through the flow, against the same programs without it.
 
     python -m benchmarks.flow_overhead [--rounds N] [--output FILE]
 
-Both do the same work in the same order in fresh processes, in turns. The flow's side pays for a temporary Prefect
-server, tasks, MLflow runs, system metrics and plots; the first run of all also makes both databases, which later ones
-find, so it has a figure of its own. A step's share is measured three times: as the time that the trainer itself spends
-on its metrics stream (all that it knows of tracking); as the processor time of the flow and its server while a small
-model trains on every core, over the trainer's own; and as the ratio of step times beside them to those while both are
-stopped (SIGSTOP), in turns of 8 steps of one training. What they put off while stopped they do in 8 steps between,
-and a turn beside them is held against the stopped ones before and after it, so that a machine that slows down evenly
-counts for nothing.
+Both do the same work in the same order in fresh processes, alternating. The flow also pays for a temporary Prefect
+server, tasks, MLflow runs, system metrics and plots; the very first run also creates both databases, so it is reported
+separately. The overhead of an optimizer step is measured in three ways: the time that the trainer spends on its metrics
+stream (its only part in tracking); the processor time of the flow and its server while a small model trains on every
+core, over the trainer's own; and the ratio of step times with them running to step times with both stopped (SIGSTOP),
+in alternating turns of 8 steps of one training. They catch up in the 8 steps after each stop, which are left out, and a
+turn with them running is compared with the stopped turns before and after it, so that a linear drift of the machine
+cancels.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LIMIT_S, LIMIT_STEP = 30.0, 0.01
 
 
 def by_flow(folder: Path, name: str) -> float:
-    """Seconds of the run through the flow, as a person starts it."""
+    """Seconds of the run through the flow, as the command line starts it."""
     overrides = [*SMALL, f"runs_directory={folder}", f"name={name}"]
     environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "flows.cli", "run", "configs/tiny.yaml", *overrides]
@@ -55,7 +55,7 @@ def by_hand(folder: Path) -> float:
 
 
 def work(folder: Path) -> None:
-    """What the flow's steps do, without the flow."""
+    """Run the programs of the flow's steps without the flow."""
     config = load("configs/tiny.yaml", RunConfig, [*SMALL, f"runs_directory={folder}", "name=bench"])
     run = folder / "bench"
     storage.write_bytes(str(run / "config.yaml"), dump(config).encode())
@@ -88,7 +88,7 @@ def _module(name: str, *arguments: str) -> None:
 
 
 def beside_training(folder: Path) -> dict[str, float]:
-    """What a step costs beside the flow and its server: their processor time over its own, and the ratio of times."""
+    """Overhead of the flow and its server on a step: their processor time over its own, and the ratio of step times."""
     never = 100 * _PAIRED_STEPS  # saves and evaluations would fall into some turns and not into others
     own = [f"train.steps={_PAIRED_STEPS}", f"train.evaluate_every_steps={never}", f"checkpoint.every_steps={never}"]
     overrides = [*SMALL, f"runs_directory={folder}", "name=paired", *own]
@@ -113,7 +113,7 @@ def beside_training(folder: Path) -> dict[str, float]:
     # The step in which they were stopped or went on belongs to neither.
     alone = [statistics.fmean(seconds[start + 1 : start + _TURN_STEPS]) for start, _ in turns]
     together = [statistics.fmean(seconds[start + 1 : start + _TURN_STEPS]) for _, start in turns]
-    # The middle of a turn beside them lies 16 steps behind that of the stopped one before, and 8 before the next one's.
+    # The middle of a running turn is 16 steps after that of the stopped turn before, and 8 before the next one's.
     ratios = [t / (a / 3 + 2 * b / 3) for t, a, b in zip(together, alone, alone[1:], strict=False)]
     shared = max(0.0, statistics.covariance(ratios[:-1], ratios[1:]))  # neighbours have a stopped turn in common
     variance = (statistics.variance(ratios) + 2 * shared) / len(ratios)
@@ -126,7 +126,7 @@ def beside_training(folder: Path) -> dict[str, float]:
 
 
 def _take_turns(run: psutil.Popen, metrics: Path, beside: list[psutil.Process], steps: int) -> list[tuple[int, int]]:
-    """The first steps of turns while these processes are stopped, and of the turns beside them that followed."""
+    """First steps of the turns with these processes stopped, and of the turns after them with the processes running."""
     turns = []
     try:
         while steps + 3 * _TURN_STEPS < _PAIRED_STEPS:
@@ -145,7 +145,7 @@ def _take_turns(run: psutil.Popen, metrics: Path, beside: list[psutil.Process], 
 
 
 def _children(run: psutil.Popen, word: str, but: str = "") -> list[psutil.Process]:
-    """Descendants with this word in their command lines, and without the other one."""
+    """Descendant processes with this word in their command lines, and without the other word."""
     found = [(child, child.cmdline()) for child in run.children(recursive=True)]
     return [child for child, words in found if word in words and but not in words]
 
@@ -155,7 +155,7 @@ def _processor_s(processes: list[psutil.Process]) -> float:
 
 
 def _wait_for_steps(run: psutil.Popen, metrics: Path, count: int) -> int:
-    """Steps that are written, at least so many.
+    """Step records of the metrics stream, once there are at least so many.
 
     Raises:
         SystemExit: the run ended before.
@@ -179,7 +179,7 @@ def _steps(folder: Path) -> list[float]:
 
 
 def _seconds_per_write(folder: Path) -> float:
-    """What the trainer spends on one line of its metrics stream."""
+    """Seconds that the trainer spends on one line of its metrics stream."""
     lines = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
     writer = MetricsWriter(folder / "again.jsonl", resume_step=0)
     started = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Measures the matmuls that training in fp8 is made of, beside bf16's, on a Hopper GPU.
+"""Measures the matmuls of fp8 training against bf16 on a Hopper GPU.
 
     python -m benchmarks.fp8_matmuls [--output FILE]
 
-Grouped ones have the sizes of a DeepSeek-V2-Lite layer: 64 experts, 16,384 tokens of 6 choices each, dealt out unevenly
-(half to one and a half of the mean). `rows` is the forward pass, `gradient` that of the weights; the one to the rows is
-`rows` by the other matrix. Each figure is the median of repeats that were queued together, without casts, which have a
-row of their own with the bytes that they read and write. Prints one JSON row each.
+Grouped matmuls have the sizes of a DeepSeek-V2-Lite layer: 64 experts, 16,384 tokens with 6 top-k slots each, routed
+unevenly (0.5 to 1.5 times the mean). `rows` is the forward pass, `gradient` the weight gradient; the input gradient is
+`rows` by the other matrix. Each figure is the median of repeats that were queued together, without quantization casts,
+which have rows of their own with the bytes that they read and write. Prints one JSON row each.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.experts import plan_dispatch
+from model.experts import permutation_by_expert
 from model.fp8 import cast_kernels, gemm_hopper
 from model.fp8.linear import pad_rows
 
-TOKENS, CHOICES, EXPERTS, WIDTH, INTERMEDIATE = 16_384, 6, 64, 2048, 1408
+TOKENS, TOP_K, EXPERTS, WIDTH, INTERMEDIATE = 16_384, 6, 64, 2048, 1408
 DENSE = {
     "shared gate and up": (5632, 2048),
     "shared down": (2048, 2816),
@@ -36,7 +36,7 @@ _REPEATS, _QUEUED = 5, 6
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Of one call, by the device's clock, with the host ahead of it."""
+    """Milliseconds of one call by the device's clock, with the host ahead of the device."""
     for _ in range(2):
         run()
     times = []
@@ -57,29 +57,31 @@ def random(*shape: int) -> Tensor:
 
 
 def uneven_experts() -> Tensor:
-    """Experts [N, K], the busiest of which have three times the tokens of the idlest."""
+    """Experts of each token [N, K]; the most loaded expert has three times the tokens of the least loaded."""
     share_E = torch.rand(EXPERTS, device="cuda") + 0.5
-    return torch.multinomial((share_E / share_E.sum()).expand(TOKENS, EXPERTS), CHOICES)
+    return torch.multinomial((share_E / share_E.sum()).expand(TOKENS, EXPERTS), TOP_K)
 
 
 def grouped() -> list[dict]:
-    """Rows of the routed experts' matmuls."""
+    """JSON rows of the routed experts' grouped matmuls."""
     experts_NK = uneven_experts()
     counts_E = torch.bincount(experts_NK.flatten(), minlength=EXPERTS)
-    dispatch = plan_dispatch(experts_NK, counts_E)
-    padded, ends_E = pad_rows(dispatch), counts_E.cumsum(0).to(torch.int32)
+    permutation = permutation_by_expert(experts_NK, counts_E)
+    padded, ends_E = pad_rows(permutation), counts_E.cumsum(0).to(torch.int32)
     found = []
     for name, width, columns in (("gate and up", WIDTH, 2 * INTERMEDIATE), ("down", INTERMEDIATE, WIDTH)):
         x, grad, weight = random(TOKENS, width), random(TOKENS, columns), random(EXPERTS, columns, width)
-        rows, turned = cast_kernels.cast(x, padded.token_P, padded.expert_T)
-        _, grad_turned = cast_kernels.cast(grad, padded.token_P, padded.expert_T)
+        rows, transposed = cast_kernels.cast(x, padded.token_P, padded.expert_T)
+        _, grad_transposed = cast_kernels.cast(grad, padded.token_P, padded.expert_T)
         operand = cast_kernels.cast_weight(weight)
-        x_R, grad_R = x[dispatch.token_R], grad[dispatch.token_R]
-        flops = 2 * TOKENS * CHOICES * width * columns
+        x_R, grad_R = x[permutation.token_R], grad[permutation.token_R]
+        flops = 2 * TOKENS * TOP_K * width * columns
         runs = {
             ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, padded.expert_T),
             ("rows", "bf16"): lambda r=x_R, w=weight: torch._grouped_mm(r, w.transpose(1, 2), offs=ends_E),
-            ("gradient", "fp8"): lambda g=grad_turned, t=turned: gemm_hopper.weight_gradients(*g, *t, padded.starts_E),
+            ("gradient", "fp8"): lambda g=grad_transposed, t=transposed: gemm_hopper.weight_gradients(
+                *g, *t, padded.starts_E
+            ),
             ("gradient", "bf16"): lambda g=grad_R, r=x_R: torch._grouped_mm(g.t(), r, offs=ends_E),
         }
         found += [_row(f"experts' {name}", kind, precision, run, flops) for (kind, precision), run in runs.items()]
@@ -87,19 +89,19 @@ def grouped() -> list[dict]:
 
 
 def dense() -> list[dict]:
-    """Rows of some projections' matmuls."""
+    """JSON rows of some projections' matmuls."""
     found = []
     zeros = torch.zeros(TOKENS // 128, dtype=torch.int32, device="cuda")
     starts = torch.tensor([0, TOKENS // 128], dtype=torch.int32, device="cuda")
     for name, (columns, width) in DENSE.items():
         x, grad, weight = random(TOKENS, width), random(TOKENS, columns), random(columns, width)
-        (rows, turned), (_, grad_turned) = cast_kernels.cast(x), cast_kernels.cast(grad)
+        (rows, transposed), (_, grad_transposed) = cast_kernels.cast(x), cast_kernels.cast(grad)
         operand = cast_kernels.cast_weight(weight[None])
         flops = 2 * TOKENS * width * columns
         runs = {
             ("rows", "fp8"): lambda r=rows, o=operand: gemm_hopper.multiply_rows(*r, *o, zeros),
             ("rows", "bf16"): lambda r=x, w=weight: r @ w.t(),
-            ("gradient", "fp8"): lambda g=grad_turned, t=turned: gemm_hopper.weight_gradients(*g, *t, starts),
+            ("gradient", "fp8"): lambda g=grad_transposed, t=transposed: gemm_hopper.weight_gradients(*g, *t, starts),
             ("gradient", "bf16"): lambda g=grad, r=x: g.t() @ r,
         }
         found += [_row(name, kind, precision, run, flops) for (kind, precision), run in runs.items()]
@@ -107,18 +109,18 @@ def dense() -> list[dict]:
 
 
 def casts() -> list[dict]:
-    """Rows of the casts, by the bytes that they move."""
+    """JSON rows of the quantization casts, with the bytes that they move."""
     experts_NK = uneven_experts()
-    padded = pad_rows(plan_dispatch(experts_NK, torch.bincount(experts_NK.flatten(), minlength=EXPERTS)))
+    padded = pad_rows(permutation_by_expert(experts_NK, torch.bincount(experts_NK.flatten(), minlength=EXPERTS)))
     x, weight = random(TOKENS, WIDTH), random(EXPERTS, 2 * INTERMEDIATE, WIDTH)
     places = len(padded.token_P)
     h, grad, scale = random(places, 2 * INTERMEDIATE), random(places, INTERMEDIATE), torch.rand(places, device="cuda")
-    routed = TOKENS * CHOICES * INTERMEDIATE
+    routed = TOKENS * TOP_K * INTERMEDIATE
     runs = {
         "tokens": (lambda: cast_kernels.cast(x), 4 * x.numel()),
-        "tokens to experts": (lambda: cast_kernels.cast(x, padded.token_P, padded.expert_T), 4 * CHOICES * x.numel()),
+        "tokens to experts": (lambda: cast_kernels.cast(x, padded.token_P, padded.expert_T), 4 * TOP_K * x.numel()),
         "weights": (lambda: cast_kernels.cast_weight(weight), 3 * weight.numel()),
-        "weights turned round": (lambda: cast_kernels.cast_weight(weight, turned=True), 3 * weight.numel()),
+        "weights turned round": (lambda: cast_kernels.cast_weight(weight, transposed=True), 3 * weight.numel()),
         "gated activation": (lambda: cast_kernels.swiglu(h, scale, padded.expert_T), 5 * routed),
         "its gradient": (lambda: cast_kernels.swiglu_backward(h, scale, padded.expert_T, grad), 11 * routed),
     }

@@ -1,6 +1,6 @@
-"""Owns a job's life event by event: steps, saves, failures, detection and restarts, from a seed.
+"""Event simulation of a training job's goodput: steps, saves, failures, detection and restarts, from a seed.
 
-It knows nothing of the closed form in cherry/planner/goodput.py, which is held against it.
+It shares no code with the closed form in cherry/planner/goodput.py, which is compared with it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from cherry.planner.goodput import Reliability
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated run took."""
+    """Outcome of a simulated run."""
 
     wall_s: float
     failures: int
     saves: int
     goodput: float
-    """Training time that was needed over wall-clock time."""
+    """Training time without failures or saves, over wall-clock time."""
 
 
 def simulate(reliability: Reliability, step_s: float, interval_steps: int, steps: int, seed: int) -> Outcome:
-    """Run `steps` optimizer steps through failures, saving after every `interval_steps`.
+    """Outcome of `steps` optimizer steps through failures, with a save after every `interval_steps`.
 
     A save stalls training, then is written while steps go on; a save that comes due while one is being written waits
     for it, as cherry/checkpoint/checkpointer.py does. A failure, also one during a save or a restart, throws the job
@@ -42,11 +42,11 @@ class _Job:
         self._draws = draws
         self._kept = 0
         self._writing: tuple[float, int] | None = None
-        """When the save in flight counts, and of which step it is."""
+        """Time at which the save in flight is complete, and its step."""
         self._next_failure = self._draw()
 
     def step(self) -> None:
-        """One step, and the save that is due after it; or the failure that comes before its end."""
+        """Simulate one step and the save that is due after it, or the failure before its end."""
         if not self._pass(self._step_s):
             return
         self.done += 1
@@ -59,7 +59,7 @@ class _Job:
             self._writing = (self.now + self._reliability.write_s, self.done)
 
     def _pass(self, seconds: float) -> bool:
-        """Let time go by; False when a failure came first, after which the job stands at its last save again."""
+        """True after `seconds` without a failure; False after a failure and the rollback to the last complete save."""
         if self.now + seconds < self._next_failure:
             self.now += seconds
             self._settle()
@@ -70,13 +70,13 @@ class _Job:
         return False
 
     def _settle(self) -> None:
-        """Let a save that has been written count."""
+        """Commit a save that has been written."""
         if self._writing is not None and self._writing[0] <= self.now:
             self._kept, self._writing = self._writing[1], None
             self.saves += 1
 
     def _fail(self) -> None:
-        """Start again until a restart lives to its end."""
+        """Restart until a restart completes without a failure."""
         self._writing, self.done = None, self._kept
         while True:
             self.failures += 1

@@ -1,9 +1,9 @@
-"""Measures what the selection bias does for a router that a corpus skews: max/mean expert load, with and without it.
+"""Measures expert load balance on a skewed corpus: max over mean expert load, with and without the router bias.
 
     python -m benchmarks.load_balance [--steps N] [--rate R] [--output FILE]
 
-The corpus is written on the spot: words by Zipf's law in a few fixed phrases, so that few kinds of tokens make up most
-of it and a fresh router sends them to few experts. A small model of the `tiny` architecture trains on it twice, through
+The corpus is generated: words by Zipf's law in a few fixed phrases, so that few distinct tokens make up most of it and
+an untrained router sends them to few experts. A small model of the `tiny` architecture trains on it twice, through
 the trainer, with everything equal but `train.expert_bias_update_rate`. One JSON row each; `load` is the worst layer's
 max over mean load (8 experts, 2 a token: 4.0 is the most there can be), a mean over the last tenth of the steps.
 """
@@ -39,7 +39,7 @@ MODEL = {
 
 
 def write_corpus(folder: Path, seed: int = 0) -> None:
-    """Documents of phrases that follow Zipf's law, of words that do."""
+    """Write documents of phrases drawn by Zipf's law, whose words are too."""
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(WORDS)]

@@ -1,18 +1,18 @@
-"""Measures how far the fast path's loss strays from that of the same model in plain torch.
+"""Measures the difference between the loss curve of the optimized training path and that of plain torch.
 
     python -m benchmarks.loss_curves [--size tiny|3b] [--steps N] [--curves NAME ...] [--output FILE]
 
-`cherry` is what the trainer runs. `reference` has the same first weights, data, precision and schedule, but every part
-in torch's own words: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the mean of a
-token's experts by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. On a GPU
-`reference-again` is the reference once more, whose sums the GPU adds up in another order each time, and
-`reference-compiled` the same with its blocks compiled: what rounding alone does to the curve. `cherry-bf16-moments`
-keeps AdamW's moments in bf16; `cherry-fp8` does too and multiplies in fp8, `cherry-fp8-fp32-moments` multiplies so
-only. fp8 needs a Hopper GPU.
-The rate warms up over all steps, or `--warmup`. The text is drawn from a fixed random chain over at most 4,096 tokens,
-so that there is something to learn. Prints one JSON row: the curves, and each one's largest and mean relative
-difference from the first, step by step, and that of the means of the last fifth of the steps. While the loss falls by
-percents a step, a curve that is a tenth of a step behind differs by tenths of a percent; the last one is what remains.
+`cherry` is what the trainer runs. `reference` has the same initial weights, data, precision and schedule, but torch's
+own operators throughout: experts one after the other by autograd, the cross-entropy of whole fp32 logits, the combine
+by index and sum, FSDP2's own copies and casts, torch.optim.AdamW after clip_grad_norm_. On a GPU `reference-again` is
+the reference repeated, as the GPU sums in another order each time, and `reference-compiled` the same with its blocks
+compiled: the effect of rounding alone. `cherry-bf16-moments` keeps AdamW's moments in bf16; `cherry-fp8` does too and
+multiplies in fp8, `cherry-fp8-fp32-moments` has fp8 matmuls and fp32 moments. fp8 needs a Hopper GPU.
+The learning rate warms up over all steps, or `--warmup`. The text is drawn from a fixed Markov chain over at most 4,096
+tokens, so that there is something to learn. Prints one JSON row: the curves, and the largest and mean relative
+difference of each from the first, step by step, and that of the means of the last fifth of the steps. While the loss
+falls by percents a step, a curve that is a tenth of a step behind differs by tenths of a percent; the figure of the
+last fifth has no such lag.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _VARIANTS = {
 
 
 def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool, warmup_steps: int) -> Step:
-    """The same job without any kernel of ours."""
+    """Training step of the same job without this project's kernels."""
     job = job_of(config, device, compiled=compiled, chunk=1)
     network = build(job, device)
     weights = list(network.model.parameters())
@@ -65,7 +65,7 @@ def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool
             targets_BT.numel()
         )
 
-    def sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+    def sum_topk(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
         return rows_RD[inverse_NK].float().sum(1).to(rows_RD.dtype)
 
     training = next(module for module in network.module.modules() if hasattr(module, "loss_chunk_tokens"))
@@ -75,7 +75,7 @@ def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
         set_learning_rate(optimizer, next(rates))
-        plain = patch("model.experts.can_group", lambda *_: False), patch("model.experts._sum_choices", sum_choices)
+        plain = patch("model.experts.can_group", lambda *_: False), patch("model.experts.sum_topk", sum_topk)
         with plain[0], plain[1]:
             loss, _, balance = network.module(tokens, targets)
             mean = loss / tokens.numel()
@@ -90,7 +90,7 @@ def build_reference(config: ModelConfig, device: torch.device, *, compiled: bool
 
 
 def chain(vocab: int, steps: int, batch: int, length: int, device: torch.device) -> Tensor:
-    """Token ids [steps, batch, length + 1]: each token is followed by one of four, the same four everywhere."""
+    """Token ids [steps, batch, length + 1] of a Markov chain: each token has four possible successors."""
     generator, count = torch.Generator().manual_seed(0), min(vocab, CHAIN_TOKENS)
     followers = torch.randint(count, (count, CHAIN_CHOICES), generator=generator)
     choice = torch.randint(CHAIN_CHOICES, (length + 1, steps * batch), generator=generator)
@@ -101,10 +101,10 @@ def chain(vocab: int, steps: int, batch: int, length: int, device: torch.device)
 
 
 def curve(make: Callable[[ModelConfig, torch.device], Step], config: ModelConfig, tokens: Tensor) -> list[float]:
-    """The loss of every step, in nats."""
+    """Loss of every step, in nats."""
     torch.manual_seed(0)
     step = make(config, tokens.device)
-    losses = [step(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens]
+    losses = [step(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens]
     result = [float(loss) for loss in losses]
     del step
     gc.collect()
@@ -115,7 +115,7 @@ def curve(make: Callable[[ModelConfig, torch.device], Step], config: ModelConfig
 
 
 def _makers(cuda: bool, chunk: int, warmup: int) -> dict[str, Callable[[ModelConfig, torch.device], Step]]:
-    """What trains each curve, in the order in which they are measured."""
+    """Training step of each curve, in the order in which they are measured."""
     made: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
         "reference": partial(build_reference, compiled=False, warmup_steps=warmup),
         "cherry": partial(build_cherry, compiled=cuda, chunk=chunk, warmup_steps=warmup),

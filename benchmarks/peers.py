@@ -1,7 +1,7 @@
-"""The same training step by transformers and by torchtitan: a model of the same sizes, FSDP2 on a mesh of one, fp32
-parameters with bf16 compute on a GPU, fused AdamW, clip 1.0, blocks compiled where asked.
+"""Training steps of transformers and torchtitan for comparison: a model of the same sizes, FSDP2 on a mesh of one rank,
+fp32 parameters with bf16 compute on a GPU, fused AdamW, clip 1.0, blocks compiled on request.
 
-Each `build_*` returns a function from tokens [B, T] and targets [B, T] to the mean loss, which has then taken a step.
+Each `build_*` returns a function that takes one training step on tokens [B, T] and targets [B, T] and returns the loss.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ RATE, BETAS, DECAY, CLIP = 2.2e-4, (0.9, 0.95), 0.1, 1.0
 
 
 def build_transformers(config: ModelConfig, device: torch.device, *, compiled: bool) -> tuple[nn.Module, Step]:
-    """transformers' DeepseekV3ForCausalLM with grouped_mm experts (on a CPU, what it chooses there)."""
+    """Model and training step of transformers' DeepseekV3ForCausalLM, with grouped_mm experts on a GPU."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     names = DeepseekV3Config.__dataclass_fields__.keys()
@@ -53,7 +53,7 @@ def build_transformers(config: ModelConfig, device: torch.device, *, compiled: b
 
 
 def build_torchtitan(config: ModelConfig, device: torch.device, *, compiled: bool) -> tuple[nn.Module, Step]:
-    """torchtitan's DeepSeekV3Model, compiled as its own apply_compile does."""
+    """Model and training step of torchtitan's DeepSeekV3Model, compiled by its own apply_compile."""
     from torchtitan.config.job_config import Compile
     from torchtitan.models.deepseek_v3.model.args import DeepSeekV3ModelArgs
     from torchtitan.models.deepseek_v3.model.model import DeepSeekV3Model

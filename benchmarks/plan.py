@@ -1,10 +1,10 @@
-"""Holds the plan against what was measured, published and simulated, and keeps the comparison.
+"""Compares the planner's predictions with measured, published and simulated figures, and writes the comparison.
 
     python -m benchmarks.plan [--output benchmarks/results/plan.json]
 
-One row a figure: `case, kind, predicted, measured, ratio, source`; where the two do not describe the same thing, the
-source ends with a sentence that says so. Kinds: `memory` (GiB) and `time` (ms) of steps on one GPU, from the other
-files of results/; `published` (tokens a second and GPU) of others' clusters, on which nothing is calibrated;
+One row for each figure: `case, kind, predicted, measured, ratio, source`; where the two are not comparable in some
+respect, the source ends with a sentence that says so. Kinds: `memory` (GiB) and `time` (ms) of steps on one GPU, from
+the other files of results/; `published` (tokens/s/GPU) of others' clusters, on which nothing is calibrated;
 `simulated` (bytes of a rank) from benchmarks.simulated_step; `goodput` from benchmarks/goodput_simulation.py.
 """
 
@@ -28,7 +28,7 @@ from cherry.planner.workload import Workload
 from model.model_config import PRESETS, ModelConfig
 
 RESULTS = Path(__file__).with_name("results")
-# Failures a day, seconds of restart, stall and writing, of a step, steps between saves.
+# Failures a day; seconds of a restart, a stall, a write and a step; steps between saves.
 LIVES = {
     "671B on 256 GPUs": (0.12, 380.0, 0.05, 165.0, 17.4, 100),
     "671B on 1,024 GPUs": (0.49, 380.0, 0.05, 165.0, 9.0, 200),
@@ -40,22 +40,22 @@ LIFE_STEPS, LIFE_SEEDS = 40_000, 8
 
 
 def row(case: str, kind: str, predicted: float, measured: float, source: str) -> dict[str, object]:
-    """One comparison."""
+    """Row of one comparison."""
     figures = {"predicted": round(predicted, 4), "measured": measured, "ratio": round(predicted / measured, 4)}
     return {"case": case, "kind": kind, **figures, "source": source}
 
 
 def measured_steps() -> Iterator[dict[str, object]]:
-    """Kept rows of single GPUs."""
+    """Rows of measured steps on single GPUs."""
     for name in ("train_step.json", "scale.json", "plan_gpu.jsonl"):
         path = RESULTS / name
         text = path.read_text() if path.exists() else ""
         rows = json.loads(text) if name.endswith("json") else [json.loads(line) for line in text.splitlines()]
         for kept in rows:
             if not kept["impl"].startswith("cherry") or "batch" not in kept or "failed" in kept:
-                continue  # another implementation, or an engine before this one
+                continue  # another implementation, or an earlier engine
             if gpu_of(kept["gpu"]) is None:
-                continue  # a CPU, of which a plan is a rough one
+                continue  # a CPU: its plan is a rough estimate
             work = benchmark_workload(kept)
             case = kept.get("case") or f"{kept['batch']} x {kept['length']}, {kept['experts']} experts"
             case += "" if kept["impl"] == "cherry" else f", {kept['impl']}"
@@ -66,7 +66,7 @@ def measured_steps() -> Iterator[dict[str, object]]:
 
 
 def released(gpu: str, ranks: int, expert: int, sequences: int, precision: str, **keys: object) -> Workload:
-    """The 671B release without its MTP module, full recompute, balanced routing as vendors' figures have it."""
+    """Workload of the 671B release without MTP, with full recompute and balanced routing, as in vendors' figures."""
     model = ModelConfig.model_validate({**PRESETS["671b"], "num_nextn_predict_layers": 0})
     work = Workload(
         model=model,
@@ -86,7 +86,7 @@ def released(gpu: str, ranks: int, expert: int, sequences: int, precision: str, 
     return replace(work, **keys)
 
 
-# Where a layout cannot be expressed, the sentence that says so.
+# Sentences for layouts that the planner cannot express.
 _PIPELINE = (
     "Pipeline and tensor parallelism cannot be expressed: this is FSDP2 with experts over 64 ranks, which gathers"
 )
@@ -98,7 +98,7 @@ _NEMO = "NeMo Automodel's performance summary of 2025-10, DGX H100, DeepEP"
 _TITAN = "PyTorch's blog of 2026-03 on MXFP8 and DeepEP with TorchTitan (B200, Nebius)"
 _ONCE = {"expert_ranks_per_node": 8, "fused_exchange": True}  # DeepEP, or a dispatch of their own that does the same
 _ONCE_2, _ONCE_8 = {"accumulation": 2, **_ONCE}, {"accumulation": 8, **_ONCE}
-# Case; the arguments of `released`; tokens/s/GPU; source, and what of it is not the same.
+# Case; arguments of `released`; tokens/s/GPU; source, and in what it is not comparable.
 PUBLISHED = (
     (
         "DeepSeek: 2,048 H800, fp8",
@@ -129,19 +129,19 @@ PUBLISHED = (
 
 
 def published() -> Iterator[dict[str, object]]:
-    """What others report of DeepSeek-V3 at 4,096 tokens."""
+    """Rows of published DeepSeek-V3 throughput at 4,096 tokens."""
     for case, (gpu, ranks, expert, sequences, precision, keys), measured, source in PUBLISHED:
         work = released(gpu, ranks, expert, sequences, precision, **keys)
         assert memory_of(work)[0].fits, case
         yield row(case, "published", step_time(work).tokens_per_s_gpu, measured, source)
 
 
-# Ranks, of the expert axis, replicas: published layouts, and those that configs/ takes on so many GPUs.
+# Ranks, expert parallel ranks, replicas: published layouts, and those of configs/ on so many GPUs.
 SIMULATED = ((256, 64, 1), (1024, 64, 1), (256, 32, 1), (512, 32, 2), (1024, 32, 4))
 
 
 def simulated() -> Iterator[dict[str, object]]:
-    """A rank's bytes against a step of the true sharding on fake ranks."""
+    """Rows of a rank's bytes against a step of the real sharding on fake ranks."""
     from benchmarks.simulated_step import simulate, slice_of_671b
 
     config = slice_of_671b()
@@ -166,7 +166,7 @@ def simulated() -> Iterator[dict[str, object]]:
 
 
 def lives() -> Iterator[dict[str, object]]:
-    """The closed form against a simulation of events."""
+    """Rows of the closed form of goodput against an event simulation."""
     for case, (daily, restart, stall, write, step, interval) in LIVES.items():
         costs = Reliability(daily / DAY_S, restart, stall, write)
         found = [simulate_life(costs, step, interval, LIFE_STEPS, seed).goodput for seed in range(LIFE_SEEDS)]
@@ -179,13 +179,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "plan.json")
     options = parser.parse_args()
     rows = [*measured_steps(), *published(), *simulated(), *lives()]
-    options.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in rows) + "\n]\n")
+    options.output.write_text("[\n" + ",\n".join(json.dumps(comparison) for comparison in rows) + "\n]\n")
     print(f"{'kind':<10} {'ratio':>7}  {'predicted':>16} {'measured':>16}  case")
-    for one in rows:
-        figures = f"{one['ratio']:>7.3f}  {one['predicted']:>16,.3f} {one['measured']:>16,.3f}"
-        print(f"{one['kind']:<10} {figures}  {one['case']}")
-        if one["kind"] == "published":
-            print(f"{'':<55}{one['source']}")
+    for comparison in rows:
+        figures = f"{comparison['ratio']:>7.3f}  {comparison['predicted']:>16,.3f} {comparison['measured']:>16,.3f}"
+        print(f"{comparison['kind']:<10} {figures}  {comparison['case']}")
+        if comparison["kind"] == "published":
+            print(f"{'':<55}{comparison['source']}")
 
 
 if __name__ == "__main__":

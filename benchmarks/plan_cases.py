@@ -1,4 +1,4 @@
-"""What the rows of benchmarks/results stand for, as workloads of the planner."""
+"""Planner workloads of the rows in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SIZES = {"3b": _SLICE_3B, "tiny": {**PRESETS["tiny"], "num_nextn_predict_layers"
 
 
 def benchmark_workload(row: dict) -> Workload:
-    """One GPU that plans know, as `benchmarks.train_step` runs the row's implementation of ours; keys of
-    `benchmarks.plan_gpu` go before."""
+    """Workload of a row of `benchmarks.train_step` on one GPU that the planner knows; keys that
+    `benchmarks.plan_gpu` adds to a row override the defaults."""
     gpu = gpu_of(row["gpu"])
     assert gpu is not None, row["gpu"]
     keys = SIZES[row["size"]]
@@ -48,5 +48,5 @@ def benchmark_workload(row: dict) -> Workload:
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """By the name that torch gives it; `None` where plans know none."""
+    """Data sheet of the GPU with this torch device name; `None` if the planner has none."""
     return next((gpu for key, gpu in GPUS.items() if key in name), None)

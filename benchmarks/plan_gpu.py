@@ -1,10 +1,10 @@
-"""Measures peak memory and step time on one GPU for configurations that a plan is held against.
+"""Measures peak memory and step time on one GPU for the configurations that plans are compared with.
 
     python -m benchmarks.plan_gpu [--only NAME ...] [--steps N] [--output FILE]
 
 Sizes, recompute, micro-batch, precision, moments, sequence length, experts, chunks of the loss and the MTP module, each
-changed by itself from DeepSeek-V2-Lite's widths in 1 dense and 5 mixture layers (3.43 B parameters). Prints one JSON
-row each, with the plan's prediction beside it. Needs a CUDA GPU of 80 GiB or more, torch, pydantic and PyYAML.
+changed by itself from DeepSeek-V2-Lite's widths in 1 dense and 5 MoE layers (3.43 B parameters). Prints one JSON row
+each, with the plan's prediction beside it. Needs a CUDA GPU of 80 GiB or more, torch, pydantic and PyYAML.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CASES = {
 
 
 def job_of(row: dict) -> JobConfig:
-    """What the trainer would be given."""
+    """Job configuration of a case, as the trainer gets it."""
     model = {**SIZES[row["size"]], "n_routed_experts": row["experts"], "num_hidden_layers": row["layers"]}
     model |= {"num_nextn_predict_layers": int(row["mtp"]), "max_position_embeddings": 16384}
     train = {
@@ -77,7 +77,7 @@ def job_of(row: dict) -> JobConfig:
 
 
 def measure(case: dict, steps: int) -> dict:
-    """One row."""
+    """JSON row of one case: measured and predicted peak memory and step time."""
     row = {**BASE, **case, "gpu": torch.cuda.get_device_name()}
     torch.cuda.reset_peak_memory_stats()
     job = job_of(row)
@@ -99,7 +99,7 @@ def measure(case: dict, steps: int) -> dict:
 
 
 def _run(network: Network, job: JobConfig, steps: int) -> list[float]:
-    """Seconds of each step by the device's clock, the wait for loss and norm included, as the trainer has it."""
+    """Seconds of each step by the device's clock, the trainer's wait for loss and norm included."""
     generator = torch.Generator().manual_seed(0)
     shape = (job.train.batch_size, job.data.sequence_length + 1)
     tokens = torch.randint(job.model.vocab_size, shape, generator=generator).cuda()
@@ -117,7 +117,7 @@ def _run(network: Network, job: JobConfig, steps: int) -> list[float]:
         network.clear()
         event.record()
     torch.cuda.synchronize()
-    return [one.elapsed_time(other) / 1000 for one, other in pairwise(events)]
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Draws how a training step's time grows with sequence length, experts and micro-batch.
+"""Plots the time of a training step over sequence length, experts and micro-batch.
 
     python -m benchmarks.train_step --scale --output benchmarks/results/scale.json
     python -m benchmarks.scale_plot [ROWS] [PICTURE]
 
-The dashed line is what the sizes alone would give: the optimizer's bytes at the rate of a large copy, and the rest of
-the step at the size's own shape times the ratio of FLOPs.
+The dashed line is the expectation from sizes alone: the optimizer's bytes at the bandwidth of a large copy, and the
+rest of the base shape's step times the ratio of FLOPs.
 """
 
 import json
@@ -59,13 +59,13 @@ def main() -> None:
 
 
 def by_sizes(row: dict, base: dict, keys: dict) -> float:
-    """Milliseconds of this row's step, reckoned from the one at the size's own shape."""
-    fixed, own = (OPTIMIZER_BYTES * one["parameters"] / BYTES_A_MS for one in (base, row))
+    """Expected milliseconds of this row's step, extrapolated from the step at the base shape."""
+    fixed, own = (OPTIMIZER_BYTES * shape["parameters"] / BYTES_A_MS for shape in (base, row))
     return own + (base["step_ms"] - fixed) * flops(row, keys) / flops(base, keys)
 
 
 def flops(row: dict, keys: dict) -> float:
-    """Of a step of this row's shape."""
+    """FLOPs of a step of this row's shape."""
     config = ModelConfig.model_validate({**keys, "n_routed_experts": row["experts"]})
     return row["batch"] * row["length"] * config.flops_per_token(row["length"])
 

@@ -1,11 +1,11 @@
-"""What the gateway adds to a request, and what batching gives the embedded engine; peers are measured in the same run.
+"""Measures the gateway's latency per request and the embedded engine's throughput with continuous batching.
 
     python -m benchmarks.serve_overhead [--requests 1000] [--only gateway|engine] [--output benchmarks/results/F.jsonl]
 
-Gateway: one POST on a connection that is kept open, answered by an echo with no model behind it. `bare` is the same
-web server with a route that does nothing, `front` is a gateway that routes to one replica. Subtract `bare` from the
-others: what is left is ours.
-Engine: the tiny preset with random weights, 16 prompts, greedy, 64 tokens each.
+Gateway: one POST on a keep-alive connection, answered by an echo engine without a model. `bare` is the same web server
+with a route that does nothing, `front` is a gateway that routes to one replica. Subtract `bare` from the others for the
+gateway's own latency.
+Engine: the tiny preset with random weights, 16 prompts, greedy, 64 tokens each; transformers' generate in the same run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BODY = json.dumps({"prompt": "one", "max_tokens": 1}).encode()
 
 
 def serve(kind: str, key_file: str, port_file: str, routes: str) -> None:
-    """The server's process."""
+    """Serve one kind of server until the process is terminated."""
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.responses import JSONResponse
@@ -62,7 +62,10 @@ def serve(kind: str, key_file: str, port_file: str, routes: str) -> None:
 
 
 async def _one_client(port: int, key: str, requests: int, seconds: list[float]) -> None:
-    """Requests one after the other on one connection, by hand: a client library would cost more than the server."""
+    """Send requests in sequence on one raw connection and append each latency to `seconds`.
+
+    No client library: it would cost more than the server.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/anything/infer HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {len(_BODY)}"
     message = head.encode() + b"\r\n\r\n" + _BODY
@@ -91,7 +94,7 @@ async def _load(port: int, key: str, clients: int, requests: int) -> dict[str, f
 
 
 def gateway(requests: int) -> dict[str, Any]:
-    """Latency of each kind of server, alone and with 16 clients."""
+    """Latency rows of each kind of server, with 1 client and with 16."""
     from anything.keys import create_key
 
     result: dict[str, Any] = {}
@@ -125,7 +128,7 @@ def gateway(requests: int) -> dict[str, Any]:
 
 
 def _tiny_folder(folder: str) -> str:
-    """The tiny preset with random weights and a byte-level tokenizer."""
+    """Write the tiny preset with random weights and a byte-level tokenizer; its URI."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -160,7 +163,7 @@ async def _engine(uri: str) -> AsyncIterator[Any]:
         await engine.close()
 
 
-async def _ours(uri: str, prompts: list[str]) -> dict[str, float]:
+async def _engine_rates(uri: str, prompts: list[str]) -> dict[str, float]:
     from anything.protocol import Generation
 
     async with _engine(uri) as engine:
@@ -182,7 +185,7 @@ async def _ours(uri: str, prompts: list[str]) -> dict[str, float]:
 
 
 def _transformers(uri: str, prompts: list[str]) -> float:
-    """Transformers' own generate on the same weights and device, all prompts in one batch."""
+    """Tokens per second of transformers' generate on the same weights and device, all prompts in one batch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -201,20 +204,20 @@ def _transformers(uri: str, prompts: list[str]) -> float:
 
 
 def engine() -> dict[str, Any]:
-    """Generated tokens per second: ours one by one, ours together, transformers' generate."""
+    """Generated tokens per second: the engine with prompts one by one and together, transformers' generate."""
     prompts = [f"def function_{index:02}(argument):" for index in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
         uri = _tiny_folder(folder)
         return {
             "tokens_per_second": {
-                **asyncio.run(_ours(uri, prompts)),
+                **asyncio.run(_engine_rates(uri, prompts)),
                 "transformers generate, batched": _transformers(uri, prompts),
             }
         }
 
 
 def machine() -> dict[str, Any]:
-    """Where the row was measured."""
+    """Machine, versions and date of a measurement."""
     described: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     described["load"] = round(os.getloadavg()[0], 1)
     described["omp_num_threads"] = os.environ.get("OMP_NUM_THREADS")

@@ -1,12 +1,11 @@
-"""Runs a training step of a sharded model on ranks that do not exist, and says what one of them held.
+"""Memory of one rank in a simulated training step: the real sharding on a fake process group and fake tensors.
 
     python -m benchmarks.simulated_step --ranks 256 --expert 64
 
-The sharding is the engine's own (`cherry.distributed.fsdp`), the ranks are a fake process group's, tensors have
-shapes and no
-values, and torch's FSDPMemTracker counts their bytes. The model is a slice of the 671B one. What needs values is given
-balanced ones: every rank sends every other as many rows as it gets. `fully_shard` runs outside of fake tensors, which
-is 20 times faster, and a first step is not counted: it makes the optimizer's states.
+The sharding is that of training (`cherry.distributed.fsdp`), tensors have shapes and no values, and torch's
+FSDPMemTracker counts their bytes. The model is a slice of the 671B one. Expert parallel dispatch is balanced: every
+rank sends every other as many rows as it gets. `fully_shard` runs outside of fake tensor mode, which is 20 times
+faster, and a first step is not counted: it allocates the optimizer states.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry.distributed import fsdp
-from cherry.distributed.expert_parallel import ExpertDispatch, RowPlan
+from cherry.distributed.expert_parallel import AllToAllDispatcher, DispatchPlan
 from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.optim.build import build_optimizer
 from cherry.training_model import TrainingModel, _wrap_blocks
@@ -44,23 +43,23 @@ def slice_of_671b(dense: int = 1, mixtures: int = 3) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank, the largest of each kind in a step."""
+    """Bytes of one rank, the maximum of each kind in a step."""
 
     parameters: int
     gradients: int
     states: int
     unsharded: int
-    """Parameters that are gathered and in use."""
+    """Unsharded (all-gathered) parameters in use."""
     all_gather: int
     reduce_scatter: int
     peak: int
-    """Of everything at one time; on a CPU norms and experts make fp32 copies that a GPU's kernels do not."""
+    """Peak of all kinds together; on a CPU norms and experts make fp32 copies that a GPU's kernels do not."""
 
 
 def simulate(
     config: ModelConfig, ranks: int, parallel: ParallelConfig, train: TrainConfig, sequences: int, length: int
 ) -> Held:
-    """What rank 0 of `ranks` holds in a step over `sequences` of `length`."""
+    """Bytes that rank 0 of `ranks` holds in a step over `sequences` of `length`."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
@@ -108,23 +107,25 @@ def _step(network: TrainingModel, optimizer: torch.optim.Optimizer, tokens: Tens
 
 @contextmanager
 def _balanced() -> Iterator[None]:
-    """Replace what reads values: the plan of an exchange, and the choice of the loop over experts on a CPU."""
+    """Replace code that reads tensor values: the dispatch plan, and the choice of the loop over experts on a CPU."""
 
-    def plan(dispatch: ExpertDispatch, counts_E: Tensor) -> RowPlan:
-        ranks, rows = dispatch.exchange.ranks, dispatch.simulated_rows
+    def plan(dispatcher: AllToAllDispatcher, counts_E: Tensor) -> DispatchPlan:
+        ranks, rows = dispatcher.all_to_all.ranks, dispatcher.simulated_rows
         each = [rows // ranks] * ranks
         order = torch.arange(rows, device=counts_E.device)
-        return RowPlan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
+        return DispatchPlan(each, each, order, order, counts_E.view(ranks, -1)[0].clone())
 
-    call = ExpertDispatch.__call__
+    call = AllToAllDispatcher.__call__
 
-    def noting_rows(dispatch: ExpertDispatch, run: object, x_ND: Tensor, weight_NK: Tensor, places: object) -> Tensor:
-        dispatch.simulated_rows = weight_NK.numel()
-        return call(dispatch, run, x_ND, weight_NK, places)
+    def noting_rows(
+        dispatcher: AllToAllDispatcher, run: object, x_ND: Tensor, weight_NK: Tensor, permutation: object
+    ) -> Tensor:
+        dispatcher.simulated_rows = weight_NK.numel()
+        return call(dispatcher, run, x_ND, weight_NK, permutation)
 
     with (
-        mock.patch.object(ExpertDispatch, "plan", plan),
-        mock.patch.object(ExpertDispatch, "__call__", noting_rows),
+        mock.patch.object(AllToAllDispatcher, "plan", plan),
+        mock.patch.object(AllToAllDispatcher, "__call__", noting_rows),
         mock.patch("model.experts.can_group", lambda *_: True),
     ):
         yield

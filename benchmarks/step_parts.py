@@ -1,10 +1,10 @@
-"""Measures where the GPU time of a training step goes, and what each part could not go below.
+"""Profiles the GPU time of a training step by operation, with a roofline floor for each.
 
     python -m benchmarks.step_parts [--size 3b] [--output FILE]
 
-Profiles a few steps of what `benchmarks.train_step --impl cherry` runs, and sorts its kernels into parts. A part's
-floor is its arithmetic at the rate of an 8192 x 8192 x 8192 bf16 matmul (twice that in fp8), or its bytes at the rate
-of a large copy, both measured on this device in the same run. Prints a table, and one JSON row a part.
+Profiles a few steps of what `benchmarks.train_step --impl cherry` runs, and groups its kernels into parts. A part's
+floor is its FLOPs at the rate of an 8192 x 8192 x 8192 bf16 matmul (twice that in fp8), or its bytes at the bandwidth
+of a large copy, both measured on this device in the same run. Prints a table, and one JSON row for each part.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from cherry.planner.matmuls import layer_matmuls
 from model.model_config import ModelConfig
 
 STEPS = 3
-# The first pattern that a kernel's name holds says what it belongs to.
+# A kernel belongs to the part whose pattern matches its name first.
 PARTS = {
     "AdamW with clip": r"^_adamw",
     "gradient norm": r"_square_sums",
     "loss from logits": r"_softmax_gradient",
     "gated activation of experts": r"^_swiglu",
-    "rows to experts and back": r"_sum_choices|index_?[sS]elect|gather",
+    "rows to experts and back": r"_sum_topk|index_?[sS]elect|gather",
     "operands of fp8 matmuls": r"^_cast",
     "attention": r"sdpa|flash|fmha|cudnn::fusion",
     "grouped matmuls of experts": r"GroupProblemShape|_grouped",
@@ -69,7 +69,7 @@ def _seconds(run: Callable[[], object]) -> float:
 def floors(
     config: ModelConfig, tokens: int, length: int, flops: float, bandwidth: float, *, moment_bytes: int
 ) -> dict[str, float]:
-    """Milliseconds that each part needs at least; forward and backward."""
+    """Least milliseconds of each part, forward and backward, from its FLOPs or bytes."""
     width, rows = config.hidden_size, tokens * config.num_experts_per_tok
     layers = config.num_hidden_layers - config.first_k_dense_replace
     experts = 3 * width * config.moe_intermediate_size
@@ -82,7 +82,7 @@ def floors(
         "grouped matmuls of experts": 6 * rows * layers * experts,
         "head's matmuls": 6 * tokens * head,
         "other matmuls": 6 * tokens * others,
-        # Half of the square; the backward makes the scores again: 2 + 5 products against 2.
+        # Half of the square; the backward pass recomputes the scores: 2 + 5 products against 2.
         "attention": 3.5 * tokens * length * per_pair * config.num_hidden_layers,
     }
     moved = {
@@ -98,19 +98,21 @@ def floors(
 
 
 def fp8_floors(row: dict, flops: float, bandwidth: float) -> dict[str, float]:
-    """What is not bf16's in fp8. Each pass reads what it casts in bf16, and writes it both ways round."""
+    """Least milliseconds of the parts that differ in fp8. Each pass reads bf16 and writes e4m3 plain and transposed."""
     work = benchmark_workload(row)
     model = work.model
     mixture = model.num_hidden_layers - model.first_k_dense_replace
     count, moved, activation = 0.0, 0.0, 0.0
     for layers, moe in ((model.first_k_dense_replace, False), (mixture, True)):
-        for one in (matmul for matmul in layer_matmuls(work, moe=moe) if matmul.precision == "fp8"):
-            count += layers * 3 * one.flops
+        for matmul in (found for found in layer_matmuls(work, moe=moe) if found.precision == "fp8"):
+            count += layers * 3 * matmul.flops
             # Between the experts' two matmuls the activation and its gradient make the operands.
-            sides = {"experts_gate_up": one.into, "experts_down": one.out}.get(one.name, one.into + one.out)
-            moved += layers * 4 * one.count * (one.rows * sides + one.into * one.out)
-            if one.name == "experts_down":  # gate and up read, then with the gradient too; one written, then five
-                activation += layers * one.count * (5 + 11) * one.rows * one.into
+            sides = {"experts_gate_up": matmul.into, "experts_down": matmul.out}.get(
+                matmul.name, matmul.into + matmul.out
+            )
+            moved += layers * 4 * matmul.count * (matmul.rows * sides + matmul.into * matmul.out)
+            if matmul.name == "experts_down":  # reads gate and up, backward the gradient too; writes one, then five
+                activation += layers * matmul.count * (5 + 11) * matmul.rows * matmul.into
     return {
         "fp8 matmuls": 1000 * count / (2 * flops),
         "operands of fp8 matmuls": 1000 * moved / bandwidth,
@@ -119,7 +121,7 @@ def fp8_floors(row: dict, flops: float, bandwidth: float) -> dict[str, float]:
 
 
 def measured(step: Callable[[], object], config: ModelConfig) -> tuple[dict[str, float], Counter[str]]:
-    """Milliseconds of a step by part, and of the kernels that belong to none."""
+    """Milliseconds of a step by part, and of the kernels that match no part."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiled:
         for _ in range(STEPS):
             step()

@@ -1,12 +1,12 @@
-"""Measures a training step of a DeepSeek-V3-architecture model: ours beside transformers' and torchtitan's.
+"""Measures a training step of a DeepSeek-V3-architecture model: cherry, transformers and torchtitan.
 
     python -m benchmarks.train_step [--size tiny|3b] [--impl NAME ...] [--steps N] [--output FILE]
 
 All of them build a model of the same sizes, train on the same random tokens in the same process, one after the other,
-and print one JSON row each. `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 mixture layers (3.43 B parameters, 4 x
+and print one JSON row each. `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 MoE layers (3.43 B parameters, 4 x
 4,096 tokens a step) and needs a GPU: fp32 parameters with bf16 compute under FSDP2 on a mesh of one, AdamW with fp32
-moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16 x 256 tokens). `cherry-fp8` is ours as
-DeepSeek trains, with fp8 matmuls and bf16 moments, on Hopper GPUs. `cherry-eager` and `transformers-eager` are without
+moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16 x 256 tokens). `cherry-fp8` trains as
+DeepSeek does, with fp8 matmuls and bf16 moments, on Hopper GPUs. `cherry-eager` and `transformers-eager` are without
 torch.compile; torchtitan runs where it is installed, and needs a GPU.
 """
 
@@ -38,14 +38,14 @@ from model.model_config import PRESETS, ModelConfig
 
 SLICE_3B = {**PRESETS["16b"], "num_hidden_layers": 6, "rope_scaling": None, "max_position_embeddings": 4096}
 SIZES = {
-    # The router that all three have: sigmoid scores.
+    # The router that all three implement: sigmoid scores.
     "3b": ({**SLICE_3B, "scoring_func": "sigmoid", "norm_topk_prob": True}, 4, 4096),
     "tiny": ({**PRESETS["tiny"], "num_nextn_predict_layers": 0, "n_group": 1}, 16, 256),
 }
 
 
 def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, **changes: str) -> JobConfig:
-    """The job that the trainer would be given; `changes` are keys of `train`."""
+    """Job configuration, as the trainer gets it; `changes` are keys of `train`."""
     train = {
         "precision": "bf16" if device.type == "cuda" else "fp32",
         "compile": compiled,
@@ -62,14 +62,14 @@ def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: 
 
 
 def warm_rates(warmup_steps: int) -> Iterator[float]:
-    """The learning rate of every step."""
+    """Learning rate of every step."""
     return (RATE * min(1.0, step / max(1, warmup_steps)) for step in itertools.count(1))
 
 
 def build_cherry(
     config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, warmup_steps: int = 0, **changes: str
 ) -> Step:
-    """What the trainer builds and does, without its data and its reports; the rate warms up, then stays."""
+    """Training step of the trainer, without data loading and metrics; the learning rate warms up, then stays."""
     job = job_of(config, device, compiled=compiled, chunk=chunk, **changes)
     network = build(job, device)
     network.start()
@@ -82,7 +82,7 @@ def build_cherry(
         (mean + job.train.balance_loss_weight * balance).backward()
         norm = network.gradient_norm()
         take = network.ready_step(norm, CLIP)
-        # The trainer judges loss and norm before it takes a step: that wait belongs into the time.
+        # The trainer checks loss and norm before the optimizer step: its wait for them is part of the time.
         figures = torch.stack([mean.detach(), norm.to(mean.device)]).tolist()
         assert all(map(math.isfinite, figures))
         take()
@@ -94,7 +94,7 @@ def build_cherry(
 
 
 def builders(chunk: int) -> dict[str, Callable[[ModelConfig, torch.device], Step]]:
-    """The implementations that can run here, by name."""
+    """Implementations that can run here, by name."""
     found: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
         "cherry": lambda c, d: build_cherry(c, d, compiled=d.type == "cuda", chunk=chunk),
         "cherry-eager": lambda c, d: build_cherry(c, d, compiled=False, chunk=chunk),
@@ -114,7 +114,7 @@ def builders(chunk: int) -> dict[str, Callable[[ModelConfig, torch.device], Step
 
 
 def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | None = None) -> dict:
-    """One row. `shape` overrides keys of the size's model, `batch` and `length`."""
+    """JSON row of one measurement. `shape` overrides keys of the size's model, `batch` and `length`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     keys, batch, length = SIZES[size]
@@ -131,7 +131,7 @@ def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | N
         "experts": config.n_routed_experts,
     }
     if cuda:
-        torch.set_float32_matmul_precision("high")  # as ours: what is left in fp32 are the routers
+        torch.set_float32_matmul_precision("high")  # as in cherry: only the routers stay in fp32
         torch.cuda.reset_peak_memory_stats()
     try:
         torch.manual_seed(0)
@@ -158,9 +158,9 @@ def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | N
 def _run(
     step: Step, config: ModelConfig, steps: int, batch: int, length: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds from the end of a step to the end of the next, by the device's clock, and the losses.
+    """Seconds from the end of each step to the end of the next, by the device's clock, and the losses.
 
-    No step waits for the one before to end: what an implementation itself waits for is in its time, nothing else.
+    No step waits for the previous one to end; only the implementation's own synchronization is in its time.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (steps, batch, length + 1), generator=generator).to(device)
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--impl", nargs="+", help="cherry, cherry-eager, transformers, transformers-eager, torchtitan")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--chunk", type=int, help="tokens whose logits exist at one time (default: all of a step's)")
-    parser.add_argument("--scale", action="store_true", help="ours over sequence lengths, experts and micro-batches")
+    parser.add_argument("--scale", action="store_true", help="cherry over sequence lengths, experts and micro-batches")
     parser.add_argument("--output", help="append the rows to this JSON array too")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from base import storage
 from cherry.data.prepare import HeldoutDocument, iterate_heldout
-from cherry.distributed.mesh import DataShare
+from cherry.distributed.mesh import DataShard
 from cherry.job_config import JobConfig
 from cherry.loss import IGNORE_INDEX
 from model.transformer import DeepseekV3
@@ -106,7 +106,7 @@ def model_score(model: DeepseekV3, device: torch.device) -> Score:
 
 @torch.no_grad()
 def evaluate_heldout(
-    network: nn.Module, config: JobConfig, run_directory: str, device: torch.device, share: DataShare
+    network: nn.Module, config: JobConfig, run_directory: str, device: torch.device, share: DataShard
 ) -> Heldout:
     """The held-out loss of a model in training, sharded or not; every rank takes part and gets the result.
 
@@ -115,7 +115,7 @@ def evaluate_heldout(
     window = config.data.sequence_length
     bearing = (d for d in iterate_heldout(storage.join(run_directory, "data"), window) if any(d.loss_mask))
     documents = list(islice(bearing, config.train.heldout_sequences))
-    rank, ranks = share.rank, share.ranks
+    rank, ranks = share.data_rank, share.data_ranks
     sums = torch.zeros(3, dtype=torch.float64)
     network.eval()
     try:
@@ -129,8 +129,8 @@ def evaluate_heldout(
                     targets_BT[row, : len(targets)] = torch.tensor(targets)
                 loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
                 if own:  # the ranks of a sequence each have a part of its loss, but count the same text
-                    counted = sum(sum(document.loss_mask) for document in own) / share.parts
-                    size = sum(document.bytes for document in own) / share.parts
+                    counted = sum(sum(document.loss_mask) for document in own) / share.context_ranks
+                    size = sum(document.bytes for document in own) / share.context_ranks
                     sums += torch.tensor([float(loss), counted, size], dtype=torch.float64)
     finally:
         network.train()

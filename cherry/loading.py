@@ -10,10 +10,10 @@ from torch import Tensor
 
 from base import storage
 from base.errors import MissingFileError, WeightsError
+from base.storage import Progress
 from cherry.distributed.local_part import local_part
 from model.transformer import DeepseekV3
 from model.weights.pretrained import Part, load_parts
-from model.weights.ranged_read import Progress
 from model.weights.reader import Source, WeightsReader
 from model.weights.safetensors_file import Box
 

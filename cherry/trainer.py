@@ -28,7 +28,7 @@ from cherry.checkpoint.resume_rules import checkpoints_of, identity
 from cherry.data.collate import MicroBatch, check_fits, micro_batch
 from cherry.data.prepare import Sampler, TokenDataset
 from cherry.distributed import fsdp_hooks
-from cherry.distributed.mesh import data_share
+from cherry.distributed.mesh import data_shard
 from cherry.heldout import Heldout, evaluate_heldout
 from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops, peak_memory_bytes
@@ -72,7 +72,7 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
-        self.share = data_share(config.parallel, self.rank, self.ranks)
+        self.share = data_shard(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
         self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
@@ -178,9 +178,9 @@ class Trainer:
         micro_batches = self._micro_batches(self.progress.position)
         # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
         valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
-        counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
+        counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.context_ranks
         tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
-        parts = len(micro_batches) * self.share.ranks
+        parts = len(micro_batches) * self.share.data_ranks
         sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
         norm = self.network.gradient_norm()
         take_step = self.network.ready_step(norm, train.max_grad_norm)
@@ -195,7 +195,7 @@ class Trainer:
         if skipped is None:
             take_step()
         else:
-            self.communication.forget()
+            self.communication.reset_error_feedback()
         # Behind the optimizer's step, which takes the GPU long enough to queue this and the next pass.
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
         update_expert_bias(layers, bias_rate, load_LE.to(self.device))
@@ -283,7 +283,7 @@ class Trainer:
 
     def _micro_batches(self, position: int) -> list[MicroBatch]:
         """This rank's share of the batch that begins at `position`."""
-        chosen = self.sampler.indices(position, self.share.rank, self.share.ranks)
+        chosen = self.sampler.indices(position, self.share.data_rank, self.share.data_ranks)
         size = len(chosen) // self.config.train.gradient_accumulation_steps
         parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
         apart = not self.config.data.cross_document_attention
@@ -333,9 +333,9 @@ class Trainer:
             "model": self.config.model.model_dump(mode="json"),
         }
         self.network.fold()
-        unsent = self.communication.state()
-        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
-        if unsent:
+        residuals = self.communication.state()
+        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, residuals)
+        if residuals:
             self.checkpointer.wait_until_copied()  # the next backward pass writes over it
         self._save_owed, self._good_before = False, None
 

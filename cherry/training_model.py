@@ -18,7 +18,7 @@ from base.errors import ConfigError
 from cherry import loading
 from cherry.data.collate import mtp_targets
 from cherry.distributed import fsdp
-from cherry.distributed.context_parallel import ContextSplit, share_positions
+from cherry.distributed.context_parallel import ContextParallel, apply_context_parallel
 from cherry.distributed.resident_params import WorkingCopies
 from cherry.job_config import JobConfig
 from cherry.lora import add_adapters, initialize_adapters
@@ -41,7 +41,7 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.loss_chunk_tokens = loss_chunk_tokens
-        self.split: ContextSplit | None = None
+        self.split: ContextParallel | None = None
         """Set where other ranks compute the other positions of the same sequences."""
 
     def forward(
@@ -90,9 +90,9 @@ class Network:
         elif self.copy_micro_batches is not None:
             self.optimizer.copies = self.copies = WorkingCopies(self.module, self.copy_micro_batches)
             if self.fp8:
-                from model.fp8.linear import hold_operands
+                from model.fp8.linear import cache_fp8_weights
 
-                self.copies.hold(hold_operands(self.model))
+                self.copies.hold(cache_fp8_weights(self.model))
 
     def gradient_norm(self) -> Tensor:
         """The total norm over all ranks' shards, 0-dim fp32."""
@@ -142,7 +142,7 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     network = TrainingModel(model, train.loss_chunk_tokens)
     meshes = fsdp.build_mesh(config.parallel, device)
     if meshes is not None and meshes.context is not None:
-        network.split = share_positions(model, meshes.context)
+        network.split = apply_context_parallel(model, meshes.context)
     if train.activation_checkpointing == "full":
         _wrap_blocks(model)
     if meshes is None and train.precision != "fp32":
@@ -164,7 +164,7 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
         told = None if say is None else lambda line, _: say(line)
         loading.load_weights(model, config.init_from, on_progress=told)
     initialize_adapters(model, config.seed)
-    alone = fsdp.keeps_copies(meshes, train.precision, config.parallel)
+    alone = fsdp.keeps_resident_params(meshes, train.precision, config.parallel)
     micro_batches = train.gradient_accumulation_steps if alone else None
     return Network(model, network.train(), build_optimizer(model, train), micro_batches, train.precision == "fp8")
 

@@ -1,1 +1,1 @@
-"""What a DeepSeek-V3 model is: its configuration, modules, weights on disk, and quantization numerics."""
+"""DeepSeek-V3 model: configuration, modules, weights on disk, fp8 training, and quantization numerics."""

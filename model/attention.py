@@ -1,6 +1,6 @@
-"""Owns multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), with and without a low-rank query.
+"""Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1), with and without a low-rank query.
 
-It knows nothing of caches: the three steps (queries, latents, attend) are public, so that a cache can sit between.
+Queries, latents and attend are public methods, so that an engine can keep a KV cache of latents between them.
 
 Shapes: B batch, T query position, S key position, D hidden, H head, Q = qk_nope + qk_rope width of a head,
 V value width of a head, C latent width (kv_lora_rank), R rotary width.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.document_mask import Documents, attend_within, has_kernel
+from model.document_mask import Documents, has_varlen_kernel, varlen_attention
 from model.layers import RMSNorm
 from model.model_config import ModelConfig
 from model.rope import RotaryTables, rotate
@@ -35,14 +35,14 @@ _CUDA_BACKENDS_WITHOUT_GRADIENTS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.F
 
 
 class Latents(NamedTuple):
-    """What a token leaves behind for later ones: its normalised latent and its one rotated key part."""
+    """MLA's compressed keys and values: normalised latents, and the rotated key part that all heads share."""
 
     compressed_BSC: Tensor
     k_rope_BSR: Tensor
 
 
-WholeLatents = Callable[[Latents], tuple[Latents, tuple[int, ...]]]
-"""The latents of some positions -> those of the whole sequence, and where each equal part of the queries ends in it."""
+GatherLatents = Callable[[Latents], tuple[Latents, tuple[int, ...]]]
+"""Latents of this rank's positions -> latents of the whole sequence, and the end in it of each equal query chunk."""
 
 
 class Attention(nn.Module):
@@ -50,8 +50,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.whole_latents: WholeLatents | None = None
-        """Set where this process has only some positions of each sequence."""
+        self.gather_latents: GatherLatents | None = None
+        """Set under context parallelism: this rank has only some positions of each sequence."""
         self.heads = config.num_attention_heads
         self.nope_width, self.rope_width = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value_width, self.latent_width = config.v_head_dim, config.kv_lora_rank
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value_width, width, bias=False)
 
     def queries(self, x_BTD: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
-        """The unrotated part [B, T, H, qk_nope] and the rotated part [B, T, H, R] of each query head."""
+        """Unrotated part [B, T, H, qk_nope] and rotated part [B, T, H, R] of each query head."""
         latent = self.q_a_layernorm(self.q_a_proj(x_BTD)) if self.low_rank_query else x_BTD
         q_BTX = self.q_b_proj(latent) if self.low_rank_query else self.q_proj(latent)
         q_BTHQ = q_BTX.unflatten(-1, (self.heads, -1))
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return q_nope, rotate(q_rope, tables)
 
     def latents(self, x_BTD: Tensor, tables: RotaryTables) -> Latents:
-        """The latent and the rotated shared key of each token: C + R numbers, all that a cache needs."""
+        """Latent [B, S, C] and rotated shared key [B, S, R] of each token: C + R numbers, all that a KV cache needs."""
         compressed, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent_width, self.rope_width], dim=-1)
         return Latents(self.kv_a_layernorm(compressed), rotate(k_rope[:, :, None], tables)[:, :, 0])
 
@@ -92,13 +92,13 @@ class Attention(nn.Module):
         """Attention of `queries` over `latents`, projected back to [B, T, D].
 
         Args:
-            mask_BHTS: True where a query may look (any dimension may be 1). `None` is causal over equal lengths.
+            mask_BHTS: True where a query attends to a key (any dimension may be 1). `None` is causal, T = S.
             documents: instead of a mask: causal within each of these.
         """
         q_BHTQ = torch.cat(queries, dim=-1).transpose(1, 2)
         k_BHSQ, v_BHSV = self._keys_and_values(latents)
-        if documents is not None and has_kernel(q_BHTQ):
-            return self._project(attend_within(q_BHTQ, k_BHSQ, v_BHSV, self.scale, documents))
+        if documents is not None and has_varlen_kernel(q_BHTQ):
+            return self._project(varlen_attention(q_BHTQ, k_BHSQ, v_BHSV, self.scale, documents))
         mask_BHTS = mask_BHTS if documents is None else documents.mask_B1TT
         return self._project(scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, self.scale, mask_BHTS))
 
@@ -113,16 +113,19 @@ class Attention(nn.Module):
         return out
 
     def forward(self, x_BTD: Tensor, tables: RotaryTables, documents: Documents | None = None) -> Tensor:
-        """Causal self-attention over the T positions of each sequence, of each document in it, or of a part of it."""
+        """Causal self-attention [B, T, D] within each sequence, or within each of `documents`.
+
+        Under context parallelism the T positions of this rank attend over all S.
+        """
         queries, latents = self.queries(x_BTD, tables), self.latents(x_BTD, tables)
-        if self.whole_latents is None:
+        if self.gather_latents is None:
             return self.attend(queries, latents, documents=documents)
-        latents, ends = self.whole_latents(latents)
+        latents, ends = self.gather_latents(latents)
         k_BHSQ, v_BHSV = self._keys_and_values(latents)
-        parts = torch.cat(queries, dim=-1).transpose(1, 2).chunk(len(ends), dim=2)
+        chunks = torch.cat(queries, dim=-1).transpose(1, 2).chunk(len(ends), dim=2)
         mixed = [
             suffix_attention(q_BHTQ, k_BHSQ[:, :, :end], v_BHSV[:, :, :end], self.scale)
-            for q_BHTQ, end in zip(parts, ends, strict=True)
+            for q_BHTQ, end in zip(chunks, ends, strict=True)
         ]
         return self._project(torch.cat(mixed, dim=2))
 
@@ -130,7 +133,7 @@ class Attention(nn.Module):
 def scaled_dot_product(
     q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, mask_BHTS: Tensor | None
 ) -> Tensor:
-    """softmax(q k^T scale) v by the fastest kernel that takes these shapes; causal when there is no mask."""
+    """softmax(q k^T scale) v [B, H, T, V] by the fastest kernel that takes these shapes; causal without a mask."""
     causal = mask_BHTS is None
     if q_BHTQ.is_cuda:
         backends = _CUDA_BACKENDS if torch.is_grad_enabled() else _CUDA_BACKENDS_WITHOUT_GRADIENTS
@@ -138,7 +141,7 @@ def scaled_dot_product(
             return F.scaled_dot_product_attention(
                 q_BHTQ, k_BHSQ, v_BHSV, attn_mask=mask_BHTS, is_causal=causal, scale=scale
             )
-    # The CPU's fused kernel wants one width for keys and values; without it the T x S scores are written out.
+    # The CPU's fused kernel needs equal key and value widths; without it the T x S scores are materialized.
     value_width = v_BHSV.shape[-1]
     padding = q_BHTQ.shape[-1] - value_width
     if padding > 0:
@@ -148,16 +151,16 @@ def scaled_dot_product(
 
 
 def suffix_attention(q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions: `scaled_dot_product` when T is S."""
+    """Causal attention of the last T of S positions [B, H, T, V]; `scaled_dot_product` when T is S."""
     length, whole = q_BHTQ.shape[2], k_BHSQ.shape[2]
     if length == whole:
         return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, None)
     if not q_BHTQ.is_cuda:
         mask_TS = torch.ones(length, whole, dtype=torch.bool, device=q_BHTQ.device).tril(whole - length)
         return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, mask_TS)
-    from torch.nn.attention.bias import causal_lower_right  # brings the compiler along, a second that few need
+    from torch.nn.attention.bias import causal_lower_right  # imports the compiler: a second that few processes need
 
-    # Flash knows this mask without writing it out, but only for values as wide as keys.
+    # Flash applies this mask without materializing it, but only for values as wide as keys.
     value_width = v_BHSV.shape[-1]
     v_BHSV = F.pad(v_BHSV, (0, q_BHTQ.shape[-1] - value_width))
     mask = causal_lower_right(length, whole)

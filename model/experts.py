@@ -1,9 +1,9 @@
-"""Owns the routed experts' arithmetic: rows sorted by expert, grouped matmuls, and the way there and back.
+"""Routed experts: permute tokens by expert, grouped matmuls, unpermute (combine) over each token's top-k slots.
 
-It knows nothing of how experts are chosen.
+The router is in model/moe.py; expert parallel dispatch between ranks in cherry/distributed/expert_parallel.py.
 
-Shapes: N token, K chosen experts of a token, R = N K routed rows in expert order, E expert, D hidden,
-F expert's intermediate width.
+Shapes: N token, K top-k slot of a token, R = N K routed rows in expert order, E expert, D hidden,
+F expert's intermediate width, X = 2 F.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Rows [R, D] in expert order, what each is multiplied with [R], and rows of each expert -> [R, D]."""
+"""Function of rows [R, D] in expert order, their routing weights [R] and the rows of each expert [E] -> [R, D]."""
 
 
-class Dispatch(NamedTuple):
-    """Where each routed row comes from and goes to. A choice whose expert is not here has no row."""
+class Permutation(NamedTuple):
+    """Permutation of (token, top-k slot) pairs into expert order. A slot routed off-rank has no row."""
 
     token_R: Tensor
     """The token of each row."""
     order_R: Tensor
-    """The flat (token, choice) position of each row."""
+    """The flat (token, slot) position of each row."""
     inverse_NK: Tensor
-    """The row of each choice; R where it has none."""
+    """The row of each slot; R for a slot without a row."""
     counts_E: Tensor
     """Rows of each expert, int64."""
     experts_NK: Tensor
-    """The expert of each choice; E where it has no row."""
+    """The expert of each slot; E for a slot without a row."""
 
 
-Spread = Callable[[RunExperts, Tensor, Tensor, Dispatch], Tensor]
-"""As `through_experts`, on the ranks that hold the experts: takes tokens there, and what becomes of them back."""
+TokenDispatcher = Callable[[RunExperts, Tensor, Tensor, Permutation], Tensor]
+"""`run_permuted` under expert parallelism: dispatches rows to the ranks that hold their experts, combines outputs."""
 
 
-def plan_dispatch(experts_NK: Tensor, counts_E: Tensor, rows: int | None = None) -> Dispatch:
-    """Sort the (token, choice) pairs by expert; stable, so the order never varies between runs.
+def permutation_by_expert(experts_NK: Tensor, counts_E: Tensor, rows: int | None = None) -> Permutation:
+    """Permutation that sorts (token, slot) pairs by expert; stable, so the order is deterministic.
 
     Args:
-        experts_NK: E = len(counts_E) where a choice has no row.
+        experts_NK: the expert of each slot; E = len(counts_E) for a slot without a row.
         rows: R, where it is not N K.
     """
     # A radix sort takes one pass a byte of its keys.
@@ -50,31 +50,31 @@ def plan_dispatch(experts_NK: Tensor, counts_E: Tensor, rows: int | None = None)
     key_R = experts_NK.flatten().to(torch.uint8) if one_byte else experts_NK.flatten()
     order_R = key_R.argsort(stable=True)[:rows]
     place_R = torch.arange(order_R.shape[0], device=order_R.device)
-    # Without `rows` all places are written; else those of choices without a row stay R.
+    # Without `rows` all places are written; else those of slots without a row stay R.
     inverse_R = torch.empty_like(order_R) if rows is None else order_R.new_full((experts_NK.numel(),), rows)
     inverse_NK = inverse_R.scatter_(0, order_R, place_R).view_as(experts_NK)
-    return Dispatch(order_R // experts_NK.shape[1], order_R, inverse_NK, counts_E, experts_NK)
+    return Permutation(order_R // experts_NK.shape[1], order_R, inverse_NK, counts_E, experts_NK)
 
 
-def through_experts(run: RunExperts, x_ND: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Sum over each token's choices that have a row of weight * expert(x): rows out, through `run`, and back."""
-    rows_RD = spread_rows(x_ND, dispatch)
-    weight_R = weight_NK.flatten().gather(0, dispatch.order_R)
-    return gather_rows(run(rows_RD, weight_R, dispatch.counts_E), dispatch)
+def run_permuted(run: RunExperts, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
+    """Sum over each token's top-k slots of weight * expert(x) [N, D]: permute, `run`, unpermute."""
+    rows_RD = permute(x_ND, permutation)
+    weight_R = weight_NK.flatten().gather(0, permutation.order_R)
+    return unpermute(run(rows_RD, weight_R, permutation.counts_E), permutation)
 
 
-def spread_rows(x_ND: Tensor, dispatch: Dispatch) -> Tensor:
-    """Each token's row at each of its places [R, D]."""
-    return cast(Tensor, _Spread.apply(x_ND, dispatch.token_R, dispatch.inverse_NK))  # type: ignore[no-untyped-call]
+def permute(x_ND: Tensor, permutation: Permutation) -> Tensor:
+    """Rows in expert order [R, D]: a copy of each token for each of its slots."""
+    return cast(Tensor, _Permute.apply(x_ND, permutation.token_R, permutation.inverse_NK))  # type: ignore[no-untyped-call]
 
 
-def gather_rows(rows_RD: Tensor, dispatch: Dispatch) -> Tensor:
-    """The sum of each token's rows [N, D]."""
-    return cast(Tensor, _Gather.apply(rows_RD, dispatch.token_R, dispatch.inverse_NK))  # type: ignore[no-untyped-call]
+def unpermute(rows_RD: Tensor, permutation: Permutation) -> Tensor:
+    """Sum of each token's rows [N, D], back in token order (the combine)."""
+    return cast(Tensor, _Unpermute.apply(rows_RD, permutation.token_R, permutation.inverse_NK))  # type: ignore[no-untyped-call]
 
 
-class _Spread(torch.autograd.Function):
-    """Copy each token's row to its places. The gradient is a gather and a sum: no atomic adds, so repeatable."""
+class _Permute(torch.autograd.Function):
+    """Copy each token to its rows. The gradient is a gather and a sum: no atomic adds, so deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, token_R: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -84,16 +84,16 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse_NK,) = ctx.saved_tensors
-        return _sum_choices(grads[0], inverse_NK), None, None
+        return sum_topk(grads[0], inverse_NK), None, None
 
 
-class _Gather(torch.autograd.Function):
-    """Sum each token's rows: the transpose of `_Spread`, so its gradient is a plain gather."""
+class _Unpermute(torch.autograd.Function):
+    """Sum each token's rows: the transpose of `_Permute`, so its gradient is a gather."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, token_R: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(token_R)
-        return _sum_choices(rows_RD, inverse_NK)
+        return sum_topk(rows_RD, inverse_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -101,76 +101,76 @@ class _Gather(torch.autograd.Function):
         return grads[0].index_select(0, token_R), None, None
 
 
-def _sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
-    """The sum of each token's rows [N, D]; a place of R adds nothing."""
+def sum_topk(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+    """Sum over top-k slots of each token's rows [N, D]; an index of R adds nothing."""
     if rows_RD.is_cuda:
-        from model.triton_experts import sum_choices
+        from model import triton_experts
 
-        return sum_choices(rows_RD, inverse_NK)
+        return triton_experts.sum_topk(rows_RD, inverse_NK)
     if rows_RD.shape[0] < inverse_NK.numel():
         rows_RD = F.pad(rows_RD, (0, 0, 0, 1))
     return rows_RD.index_select(0, inverse_NK.flatten()).view(*inverse_NK.shape, rows_RD.shape[-1]).sum(1)
 
 
-def in_order(counts_E: Tensor, rows: int) -> Dispatch:
-    """Of rows that lie in expert order already, each a token with one choice."""
+def identity_permutation(counts_E: Tensor, rows: int) -> Permutation:
+    """Permutation of `rows` tokens with one slot each that are in expert order already."""
     place_R = torch.arange(rows, device=counts_E.device)
     experts_R = torch.arange(len(counts_E), device=counts_E.device).repeat_interleave(counts_E, output_size=rows)
-    return Dispatch(place_R, place_R, place_R[:, None], counts_E, experts_R[:, None])
+    return Permutation(place_R, place_R, place_R[:, None], counts_E, experts_R[:, None])
 
 
 class Experts(nn.Module):
     """The routed experts of one layer, each a SwiGLU, as two fused weights."""
 
-    spread: Spread | None = None
-    """Set where this process holds only some of the experts."""
-    fp8: Callable[[Tensor, Tensor, Dispatch, Tensor, Tensor, tuple[Tensor, ...]], Tensor] | None = None
-    """Set where they multiply in fp8: as `through_experts`, with w13, w2 and what follows."""
+    dispatcher: TokenDispatcher | None = None
+    """Set under expert parallelism: this rank holds only some of the experts."""
+    fp8: Callable[[Tensor, Tensor, Permutation, Tensor, Tensor, tuple[Tensor, ...]], Tensor] | None = None
+    """Set for fp8 training: `run_permuted` with w13, w2 and `fp8_operands` as further arguments."""
     fp8_operands: tuple[Tensor, ...] = ()
-    """Of w13 and w2, where they are kept from step to step."""
+    """Quantized w13 and w2, where they are cached across steps."""
 
     def __init__(self, experts: int, width: int, intermediate: int) -> None:
         super().__init__()
         self.w13_EFD = nn.Parameter(torch.empty(experts, 2 * intermediate, width))
         self.w2_EDF = nn.Parameter(torch.empty(experts, width, intermediate))
         self.loop = looped_experts
-        """Kept out of the graph where blocks are compiled: the counts are data."""
+        """`looped_experts`; excluded from compilation where blocks are compiled, because the counts are data."""
 
-    def forward(self, x_ND: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-        """Sum over each token's choices of weight * expert(x), in x's type (autocast's under autocast).
+    def forward(self, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
+        """Sum over each token's top-k slots of weight * expert(x) [N, D], in x's type (autocast's under autocast).
 
         The weight is applied before the down projection, where rows are narrowest; the two orders are equal
         because that projection is linear.
         """
         dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
         x_ND = x_ND.to(dtype or x_ND.dtype)
-        if self.fp8 is not None and self.spread is None:
-            return self.fp8(x_ND, weight_NK, dispatch, *self._weights(x_ND.dtype), self.fp8_operands)
-        spread = self.spread or through_experts
-        return spread(self.run, x_ND, weight_NK, dispatch)
+        if self.fp8 is not None and self.dispatcher is None:
+            return self.fp8(x_ND, weight_NK, permutation, *self._weights(x_ND.dtype), self.fp8_operands)
+        dispatcher = self.dispatcher or run_permuted
+        return dispatcher(self.run, x_ND, weight_NK, permutation)
 
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
-        """Each row through its expert: grouped matmuls where the device has them, else one expert at a time."""
+        """Expert outputs [R, D] of rows in expert order: grouped matmuls where available, else one expert at a time."""
         w13_EFD, w2_EDF = self._weights(rows_RD.dtype)
         if self.fp8 is not None:
-            in_place = in_order(counts_E, rows_RD.shape[0])
-            return self.fp8(rows_RD, weight_R[:, None], in_place, w13_EFD, w2_EDF, self.fp8_operands)
+            identity = identity_permutation(counts_E, rows_RD.shape[0])
+            return self.fp8(rows_RD, weight_R[:, None], identity, w13_EFD, w2_EDF, self.fp8_operands)
         if can_group(rows_RD, w13_EFD, w2_EDF):
             return grouped_experts(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
         return self.loop(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return _own(self.w13_EFD).to(dtype), _own(self.w2_EDF).to(dtype)
+        return _local(self.w13_EFD).to(dtype), _local(self.w2_EDF).to(dtype)
 
 
-def _own(weight: Tensor) -> Tensor:
-    """The experts that this process holds: of a DTensor (whose import takes a second) the local part."""
+def _local(weight: Tensor) -> Tensor:
+    """Local shard of a weight: the experts that this rank holds. Importing DTensor to ask would take a second."""
     to_local = getattr(weight, "to_local", None)
     return weight if to_local is None else cast(Tensor, to_local())
 
 
 def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:
-    """Whether `torch._grouped_mm` takes these: bf16 on CUDA, row strides in multiples of 16 bytes.
+    """True for inputs that `torch._grouped_mm` takes: bf16 on CUDA, row strides in multiples of 16 bytes.
 
     On a CPU the loop is faster at up to 16 experts, and bf16 grouped 6 to 18 times slower (torch 2.13, 2026-11).
     """
@@ -179,7 +179,7 @@ def can_group(rows_RD: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> bool:
 
 
 def grouped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """All experts in two grouped matmuls. The offsets end at R, so no row is left uninitialised.
+    """Expert outputs [R, D] by two grouped matmuls. The offsets end at R, so no row is left uninitialised.
 
     An expert without rows gets a weight gradient of zeros on Hopper. On Blackwell the kernel returns something else
     (pytorch issue 172439, open in 2026-11): mask it before training there.
@@ -189,7 +189,7 @@ def grouped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD
 
 
 class _Grouped(torch.autograd.Function):
-    """Experts by grouped matmuls. The activation is not kept: the backward's one kernel makes it again."""
+    """Experts by grouped matmuls. The activation is not saved: the backward pass recomputes it in one kernel."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, ends_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def _gated(h_RX: Tensor, weight_R: Tensor) -> Tensor:
-    """silu(gate) * up * weight of rows that hold gate, then up; in fp32, rounded once."""
+    """silu(gate) * up * weight [R, F] of rows that hold gate, then up; in fp32, rounded once."""
     if h_RX.is_cuda:
         from model.triton_experts import swiglu_forward
 
@@ -222,30 +222,30 @@ def _gated(h_RX: Tensor, weight_R: Tensor) -> Tensor:
 
 
 def _gated_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of `_gated`: its result again, and the gradients of its two arguments (the second in fp32)."""
+    """Result of `_gated` recomputed [R, F], and its gradients for h [R, 2 F] and weight [R] (fp32)."""
     if h_RX.is_cuda:
         from model.triton_experts import swiglu_backward
 
         return swiglu_backward(h_RX, weight_R, grad_RF)
     gate_RF, up_RF = h_RX.float().chunk(2, dim=-1)
-    share_RF, grad = gate_RF.sigmoid(), grad_RF.float()
-    silu_RF, weighted_RF = gate_RF * share_RF, grad * weight_R[:, None]
-    grad_gate_RF = weighted_RF * up_RF * share_RF * (1.0 + gate_RF * (1.0 - share_RF))
+    sigmoid_RF, grad = gate_RF.sigmoid(), grad_RF.float()
+    silu_RF, weighted_RF = gate_RF * sigmoid_RF, grad * weight_R[:, None]
+    grad_gate_RF = weighted_RF * up_RF * sigmoid_RF * (1.0 + gate_RF * (1.0 - sigmoid_RF))
     grad_h_RX = torch.cat([grad_gate_RF, weighted_RF * silu_RF], dim=-1).to(h_RX.dtype)
     act_RF = (silu_RF * up_RF * weight_R[:, None]).to(h_RX.dtype)
     return act_RF, grad_h_RX, (grad * silu_RF * up_RF).sum(dim=-1)
 
 
 def looped_experts(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """One expert after the other; an expert without rows costs nothing and gets a gradient of zeros."""
+    """Expert outputs [R, D], one expert after the other; one without rows costs nothing, its gradient is zero."""
     counts = counts_E.tolist()
     weight_R = weight_R.to(rows_RD.dtype)
-    parts = []
-    pieces = zip(
+    outputs = []
+    by_expert = zip(
         torch.split(rows_RD, counts), torch.split(weight_R, counts), w13_EFD.unbind(), w2_EDF.unbind(), strict=True
     )
-    for x_RD, scale_R, w13_FD, w2_DF in pieces:
+    for x_RD, scale_R, w13_FD, w2_DF in by_expert:
         if x_RD.shape[0]:
             gate_RF, up_RF = F.linear(x_RD, w13_FD).chunk(2, dim=-1)
-            parts.append(F.linear(F.silu(gate_RF) * up_RF * scale_R[:, None], w2_DF))
-    return torch.cat(parts)
+            outputs.append(F.linear(F.silu(gate_RF) * up_RF * scale_R[:, None], w2_DF))
+    return torch.cat(outputs)

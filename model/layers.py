@@ -1,6 +1,4 @@
-"""Owns the small parts that every block uses: RMSNorm, the SwiGLU feed-forward, and buffers that stay fp32.
-
-It knows nothing of attention, routing or how a model is put together.
+"""Common layers: RMSNorm, the SwiGLU feed-forward, and a base for modules whose buffers stay fp32.
 
 Shapes: N any leading dimensions, D hidden width, F intermediate width.
 """
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Fp32Buffers(nn.Module):
-    """A module whose fp32 buffers stay fp32 when it is cast: a bias step of 1e-3, for one, vanishes in bf16."""
+    """Module whose fp32 buffers stay fp32 when it is cast: in bf16 a bias update of 1e-3 would be rounded away."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -37,14 +35,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Normalise; the output has the input's type."""
-        # The fused kernel takes half types with fp32 arithmetic, but only when both sides have one type.
+        """Normalised rows [N, D], in the input's type."""
+        # The fused kernel takes half types with fp32 arithmetic, but only when input and weight have the same type.
         weight_D = self.weight if self.weight.dtype == x_ND.dtype else self.weight.to(x_ND.dtype)
         return F.rms_norm(x_ND, weight_D.shape, weight_D, self.eps)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up in one weight: one large matmul instead of two."""
+    """Feed-forward down(silu(gate(x)) * up(x)), with gate and up fused into one weight: one matmul instead of two."""
 
     def __init__(self, width: int, intermediate: int) -> None:
         super().__init__()
@@ -52,7 +50,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate, width, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Apply the feed-forward to each row."""
+        """Feed-forward output of each row [N, D]."""
         gate_NF, up_NF = self.gate_up_proj(x_ND).chunk(2, dim=-1)
         down: Tensor = self.down_proj(F.silu(gate_NF) * up_NF)
         return down

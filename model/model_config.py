@@ -1,6 +1,6 @@
-"""Owns the shape of a DeepSeek-V3-architecture model: its configuration, presets and golden counts.
+"""Model configuration of the DeepSeek-V3 architecture: fields of the released config.json, presets, parameter counts.
 
-It needs no torch, so a planner or a worker can use it. Field names are those of the released config.json.
+It needs no torch, so the planner and Prefect workers can import it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ModelConfig(Section):
-    """The architecture. `preset` fills every key that is not given; keys that are given win over it."""
+    """Architecture of a model. `preset` fills every key that is not given; given keys override it."""
 
     preset: str | None = None
     vocab_size: PositiveInt
@@ -154,7 +154,7 @@ class ModelConfig(Section):
         return {**PRESETS[name], **raw}
 
     def problems(self) -> Iterator[Problem]:
-        """The combinations that the router, RoPE or the layer stack cannot work with."""
+        """Combinations of keys that the router, RoPE or the layer stack do not support."""
         if self.n_routed_experts % self.n_group:
             rule = f"must be divisible by n_group ({self.n_group})"
             yield Problem("n_routed_experts", rule, self.n_routed_experts)
@@ -223,8 +223,8 @@ class ModelConfig(Section):
 
     def mtp_parameters(self) -> int:
         """Parameters of the MTP modules, their shared embedding and head not counted again."""
-        one = self.layer_parameters(moe=True) + 2 * self.hidden_size**2 + 3 * self.hidden_size
-        return self.num_nextn_predict_layers * one
+        module = self.layer_parameters(moe=True) + 2 * self.hidden_size**2 + 3 * self.hidden_size
+        return self.num_nextn_predict_layers * module
 
     def parameters(self, *, with_mtp: bool = False) -> int:
         """All parameters, embedding and head included."""
@@ -241,7 +241,7 @@ class ModelConfig(Section):
         return (self.n_routed_experts - self.num_experts_per_tok) * self.expert_parameters()
 
     def matmul_parameters(self) -> int:
-        """Active parameters without the embedding, which is a look-up (the norms' 0.003 % are left in)."""
+        """Active parameters without the embedding, which is a lookup (the norms' 0.003 % are included)."""
         return self.active_parameters() - self.vocab_size * self.hidden_size
 
     def flops_per_token(self, sequence_length: int, *, causal: bool = True, with_mtp: bool = False) -> float:
@@ -263,5 +263,5 @@ class ModelConfig(Section):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 mscale ln(factor) + 1, and 1 when nothing is extended."""
+    """YaRN's attention temperature: 0.1 mscale ln(factor) + 1, and 1 without context extension."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

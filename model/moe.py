@@ -1,9 +1,9 @@
-"""Owns the mixture of experts: scores, the choice of experts (noaux_tc), their counts and the balance loss.
+"""Mixture of experts: the router (top-k with noaux_tc bias), expert counts, balance loss, and the MoE layer.
 
-It knows nothing of optimizer steps: the trainer reads the counts, moves the bias and clears them.
+The trainer reads the counts, updates the router bias and clears them.
 Sources: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) and DeepSeek-V2 (arXiv 2405.04434, section 2.2).
 
-Shapes: B batch, T position, N = B T tokens, D hidden, E expert, K chosen experts, G group.
+Shapes: B batch, T position, N = B T tokens, D hidden, E expert, K top-k slot, G group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.experts import Experts, plan_dispatch
+from model.experts import Experts, permutation_by_expert
 from model.layers import Fp32Buffers, SwiGLU
 from model.model_config import ModelConfig
 
@@ -24,17 +24,17 @@ _NORM_EPS = 1e-20
 
 
 class Routing(NamedTuple):
-    """The router's answer, all fp32 but the indices."""
+    """Router output, all fp32 but the indices."""
 
     experts_NK: Tensor
     weight_NK: Tensor
-    """What each chosen expert's output is multiplied with; differentiable."""
+    """Routing weights, which the chosen experts' outputs are multiplied with; differentiable."""
     score_NE: Tensor
     """Unbiased scores; differentiable."""
 
 
 class MoEOutput(NamedTuple):
-    """What one mixture layer gives back."""
+    """Output of one MoE layer."""
 
     hidden_BTD: Tensor
     balance_loss: Tensor
@@ -44,9 +44,9 @@ class MoEOutput(NamedTuple):
 
 
 def route(logits_NE: Tensor, bias_E: Tensor | None, config: ModelConfig) -> Routing:
-    """Choose K experts for each token from fp32 logits.
+    """Top-k experts of each token [N, K], their routing weights and all scores, from fp32 logits.
 
-    sigmoid (V3, noaux_tc): the bias takes part in the choice only, never in the weights or the gradient; a
+    sigmoid (V3, noaux_tc): the bias affects the selection only, never the weights or the gradient; a
     group's score is the sum of its top 2. softmax (V2): no bias, a group's score is its maximum.
     """
     score_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
@@ -63,7 +63,7 @@ def route(logits_NE: Tensor, bias_E: Tensor | None, config: ModelConfig) -> Rout
 
 
 def _mask_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
-    """-inf (not 0: biased scores can be negative) outside the topk_group best groups."""
+    """Scores [N, E] with -inf (not 0: biased scores can be negative) outside the topk_group best groups."""
     choice_NGX = choice_NE.view(choice_NE.shape[0], config.n_group, -1)
     best = 2 if config.scoring_func == "sigmoid" else 1
     group_NG = choice_NGX.topk(best, dim=-1, sorted=False).values.sum(-1)
@@ -81,7 +81,7 @@ def sequence_balance_loss(
 
     Args:
         chosen_BE: counts over the whole sequences.
-        whole_length: T, where the scores are of a part of the sequence alone: the parts' losses add up to the whole's.
+        whole_length: T of the whole sequence under context parallelism; the ranks' losses add up to the sequence's.
     """
     experts, length = score_BTE.shape[-1], whole_length or score_BTE.shape[1]
     share_BE = (score_BTE / score_BTE.sum(dim=-1, keepdim=True)).sum(dim=1) / length
@@ -89,12 +89,12 @@ def sequence_balance_loss(
     return (fraction_BE * share_BE).sum(dim=-1).mean()
 
 
-WholeCounts = Callable[[Tensor, int], tuple[Tensor, int]]
-"""Counts [B, E] over some positions of each sequence, and how many -> over all of them, and how many."""
+ReduceCounts = Callable[[Tensor, int], tuple[Tensor, int]]
+"""Counts [B, E] over this rank's positions of each sequence, and their number -> the same over all positions."""
 
 
 class MoE(Fp32Buffers):
-    """Routed experts plus shared ones. No token is ever dropped."""
+    """MoE layer: routed experts plus shared experts, dropless."""
 
     e_score_correction_bias_E: Tensor | None
     tokens_per_expert_E: Tensor
@@ -102,8 +102,8 @@ class MoE(Fp32Buffers):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.whole_counts: WholeCounts | None = None
-        """Set where this process has only some positions of each sequence."""
+        self.reduce_counts: ReduceCounts | None = None
+        """Set under context parallelism: this rank has only some positions of each sequence."""
         experts, width = config.n_routed_experts, config.hidden_size
         self.gate = nn.Linear(width, experts, bias=False)
         self.experts = Experts(experts, width, config.moe_intermediate_size)
@@ -115,7 +115,7 @@ class MoE(Fp32Buffers):
         self.register_buffer("tokens_per_expert_E", counts, persistent=False)
 
     def forward(self, x_BTD: Tensor) -> MoEOutput:
-        """Route every token and add the shared experts.
+        """Output of routed and shared experts [B, T, D], with balance loss and expert counts.
 
         The counts are returned, not stored: activation recompute runs this twice, and only the caller outside of
         it knows which run counts.
@@ -129,14 +129,14 @@ class MoE(Fp32Buffers):
         chosen_NE = chosen_NE.scatter_(1, routing.experts_NK, 1.0)
         chosen_BE = chosen_NE.view(batch, length, -1).sum(dim=1)
         counts_E = chosen_BE.sum(dim=0)
-        dispatch = plan_dispatch(routing.experts_NK, counts_E.to(torch.int64))
-        out_ND = self.experts(x_ND, routing.weight_NK, dispatch)
+        permutation = permutation_by_expert(routing.experts_NK, counts_E.to(torch.int64))
+        out_ND = self.experts(x_ND, routing.weight_NK, permutation)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
         balance_loss = counts_E.new_zeros(())
         if self.training:
             score_BTE = routing.score_NE.view(batch, length, -1)
-            if self.whole_counts is not None:
-                chosen_BE, length = self.whole_counts(chosen_BE, length)
+            if self.reduce_counts is not None:
+                chosen_BE, length = self.reduce_counts(chosen_BE, length)
             balance_loss = sequence_balance_loss(score_BTE, chosen_BE, self.config.num_experts_per_tok, length)
         return MoEOutput(out_ND.view_as(x_BTD), balance_loss, counts_E)

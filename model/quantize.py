@@ -11,7 +11,6 @@ Router, norms, embeddings, head, eh_proj and biases keep their type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
+from base.storage import Progress
 from model.weights.hf_names import is_projection
 from model.weights.pretrained import WeightsReader, read_model_config, write_index
 from model.weights.safetensors_file import write_file
@@ -29,8 +29,6 @@ _IGNORED_LAYERS = ["lm_head", "re:.*mlp\\.gate$", "re:.*eh_proj$", "re:.*shared_
 _INT8_MAX = 127
 # Everything else of a folder is copied; these are written anew.
 _WRITTEN = ("config.json", "model.safetensors.index.json", storage.MARKER)
-
-Progress = Callable[[str, float], None]
 
 
 def is_quantized(hf_name: str) -> bool:

@@ -1,6 +1,4 @@
-"""Owns rotary position embeddings: interleaved pairs, and YaRN's change of frequencies (arXiv 2309.00071).
-
-It knows nothing of attention: it makes tables of cosines and sines, and rotates what it is given.
+"""Rotary position embeddings (RoPE) on interleaved pairs, with YaRN's frequencies (arXiv 2309.00071).
 
 Shapes: B batch, T position, H head, R rotary width (qk_rope_head_dim), P = R / 2 pairs.
 """
@@ -28,7 +26,7 @@ class RotaryTables:
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians that each pair turns per position, fp32 [P]; YaRN's interpolation applied when configured."""
+    """Frequencies of the pairs, fp32 [P], in radians per position; YaRN's interpolation applied when configured."""
     width = config.qk_rope_head_dim
     exponent_P = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     plain_P = 1.0 / (config.rope_theta**exponent_P)
@@ -37,26 +35,26 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
         return plain_P
     low, high = _correction_range(yarn, width, config.rope_theta)
     pair_P = torch.arange(width // 2, dtype=torch.float32, device=device)
-    # 0: the pair turns often enough within the original length and keeps its frequency; 1: interpolated fully.
+    # 0: the pair rotates often enough within the original length and keeps its frequency; 1: interpolated fully.
     ramp_P = ((pair_P - low) / (high - low)).clamp(0, 1)
     return plain_P / yarn.factor * ramp_P + plain_P * (1 - ramp_P)
 
 
 def _correction_range(yarn: YarnConfig, width: int, theta: float) -> tuple[float, float]:
-    """First and last pair of the ramp: those that turn beta_fast and beta_slow times in the original length."""
+    """First and last pair of the ramp: those that rotate beta_fast and beta_slow times in the original length."""
 
-    def pair_turning(turns: float) -> float:
+    def pair_with_rotations(rotations: float) -> float:
         length = yarn.original_max_position_embeddings
-        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), width - 1)
+    low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), width - 1)
     # 0.001 as in the released code: a ramp of no width would divide by zero.
     return float(low), float(high) if high != low else high + 0.001
 
 
 def rotary_tables(config: ModelConfig, positions_T: Tensor) -> RotaryTables:
-    """Tables for integer `positions_T` on their device; [B, T] where rows have positions of their own.
+    """Tables [T, P] for integer `positions_T` on their device; [B, T, P] where rows have positions of their own.
 
     YaRN's temperature on cosine and sine is mscale / mscale_all_dim, 1.0 for the released models: the other part
     is in ModelConfig.softmax_scale, and must not be applied twice.
@@ -71,7 +69,7 @@ def rotary_tables(config: ModelConfig, positions_T: Tensor) -> RotaryTables:
 
 
 def rotate(x_BTHR: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by their position's angles, in fp32.
+    """Queries or keys [B, T, H, R] with the pairs (0, 1), (2, 3), ... rotated by their position's angles, in fp32.
 
     The result holds all first elements, then all second ones. Queries and keys share that order, so their dot
     products are those of the interleaved order.

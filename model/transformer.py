@@ -1,6 +1,4 @@
-"""Owns how a DeepSeek-V3 model is put together: blocks, the stack, the MTP module, and initial weights.
-
-It knows nothing of losses, sharding or files.
+"""DeepSeek-V3 transformer: blocks, the whole model, the multi-token prediction (MTP) module, and initial weights.
 
 Shapes: B batch, T position, D hidden, V vocabulary, E expert.
 """
@@ -26,7 +24,7 @@ _INIT_CHUNK_ELEMENTS = 1 << 20
 
 
 class BlockOutput(NamedTuple):
-    """What one decoder layer gives back; the last two are None for a dense layer."""
+    """Output of one decoder layer; the last two are None for a dense layer."""
 
     hidden_BTD: Tensor
     balance_loss: Tensor | None
@@ -34,7 +32,7 @@ class BlockOutput(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """What the whole model gives back, before the head."""
+    """Output of the model before the head."""
 
     hidden_BTD: Tensor
     """After the final norm: `logits` of position t predict token t + 1."""
@@ -42,11 +40,11 @@ class ModelOutput(NamedTuple):
     """After the MTP module's norm: position t has seen tokens up to t + 1 and predicts t + 2. The last position
     has no next token to see: leave it out of the loss. None without an MTP module, and outside training."""
     balance_loss: Tensor
-    """Summed over the mixture layers (MTP's included), unweighted, 0-dim fp32."""
+    """Sum over the MoE layers (MTP's included), unweighted, 0-dim fp32."""
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then a dense feed-forward or a mixture of experts, each on a residual."""
+    """Decoder layer: attention, then a dense feed-forward or a mixture of experts, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, *, moe: bool) -> None:
         super().__init__()
@@ -56,12 +54,12 @@ class Block(nn.Module):
         self.mlp: MoE | SwiGLU = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, tables: RotaryTables, documents: Documents | None = None) -> BlockOutput:
-        """Apply the layer to whole sequences; with `documents`, attention stays within each of them."""
+        """Output of the layer for whole sequences; with `documents`, attention stays within each of them."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), tables, documents)
         return self.feed_forward(x_BTD)
 
     def feed_forward(self, x_BTD: Tensor) -> BlockOutput:
-        """The layer's second half, its residual included (apart, for an engine that has its own attention)."""
+        """Output of the layer's second half, residual included (for engines that have their own attention)."""
         out = self.mlp(self.post_attention_layernorm(x_BTD))
         if isinstance(out, Tensor):
             return BlockOutput(x_BTD + out, None, None)
@@ -92,7 +90,7 @@ class MTP(nn.Module):
         tables: RotaryTables,
         documents: Documents | None = None,
     ) -> BlockOutput:
-        """Mix the model's hidden state with the next token's embedding, and run one more block and a norm.
+        """Hidden states for token t + 2, from the model's hidden state and the embedding of token t + 1.
 
         The released weights take the embedding first, then the hidden state, the opposite of the paper's equation.
         """
@@ -102,7 +100,7 @@ class MTP(nn.Module):
 
 
 class DeepseekV3(nn.Module):
-    """The language model. Builds under `torch.device("meta")`; no buffer needs a value but zero."""
+    """DeepSeek-V3 language model. Can be built under `torch.device("meta")`; every buffer starts at zero."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,11 +124,11 @@ class DeepseekV3(nn.Module):
     ) -> ModelOutput:
         """Hidden states of int64 tokens; positions count from 0 in each row, or in each of its `documents`.
 
-        In training mode every mixture layer's `tokens_per_expert_E` grows by the tokens that chose each expert.
+        In training mode every MoE layer's `tokens_per_expert_E` grows by the tokens that chose each expert.
 
         Args:
-            positions_T: where the tokens stand, when they are a part of their sequences.
-            next_BT: the token that follows each of them (for the MTP module), likewise.
+            positions_T: positions of the tokens in their sequences, under context parallelism.
+            next_BT: the token that follows each token (for the MTP module), under context parallelism.
         """
         if positions_T is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
@@ -157,17 +155,17 @@ class DeepseekV3(nn.Module):
         return balance_loss + out.balance_loss
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's scores over the vocabulary for any hidden states [..., D]."""
+        """Logits [..., V] of any hidden states [..., D]."""
         scores: Tensor = self.lm_head(hidden)
         return scores
 
     def moe_layers(self) -> list[MoE]:
-        """The mixture layers in order, MTP's last."""
+        """MoE layers in order, MTP's last."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from `seed` and its name alone, and zero the buffers (see `initial_values`)."""
+        """Initialize every parameter from `seed` and its name alone, and zero the buffers (see `initial_values`)."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_values(name, parameter.shape, seed=seed, std=self.config.initializer_range))
         for buffer in self.buffers():
@@ -175,7 +173,7 @@ class DeepseekV3(nn.Module):
 
 
 def next_tokens(tokens_BT: Tensor) -> Tensor:
-    """What the MTP module sees at each position: token t + 1; the last position has none and repeats its own."""
+    """Token t + 1 at each position [B, T], the MTP module's input; the last position repeats its own token."""
     return torch.cat([tokens_BT[:, 1:], tokens_BT[:, -1:]], dim=1)
 
 
@@ -196,12 +194,12 @@ def initial_values(
         return torch.ones(last - first)
     tail = shape[1:]
     chunk_rows = max(1, _INIT_CHUNK_ELEMENTS // math.prod(tail))
-    parts = []
+    slices = []
     for chunk in range(first // chunk_rows, math.ceil(last / chunk_rows)):
         start = chunk * chunk_rows
         stop = min(start + chunk_rows, shape[0])
         digest = hashlib.sha256(f"{seed}/{name}/{chunk}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
         values = torch.empty(stop - start, *tail).normal_(std=std, generator=generator)
-        parts.append(values[max(first - start, 0) : min(last, stop) - start])
-    return torch.cat(parts) if parts else torch.empty(0, *tail)
+        slices.append(values[max(first - start, 0) : min(last, stop) - start])
+    return torch.cat(slices) if slices else torch.empty(0, *tail)

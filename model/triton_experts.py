@@ -1,8 +1,8 @@
-"""Owns the Triton kernels of the routed experts: the gated activation both ways, and the sum of a token's rows.
+"""Triton kernels of the routed experts: SwiGLU forward and backward, and the unpermute's sum over top-k slots.
 
-It knows nothing of routing or of matmuls, and is imported on CUDA machines only (triton comes with torch's CUDA build).
+Imported on CUDA machines only (triton comes with torch's CUDA build).
 
-Shapes: N token, K chosen experts of a token, R routed row, D hidden, F intermediate width.
+Shapes: N token, K top-k slot of a token, R routed row, D hidden, F intermediate width, X = 2 F.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def _swiglu_backward(
         gate = tl.load(h_ptr + at, inside, 0.0).to(tl.float32)
         up = tl.load(h_ptr + at + width, inside, 0.0).to(tl.float32)
         grad = tl.load(grad_ptr + narrow, inside, 0.0).to(tl.float32)
-        share = tl.sigmoid(gate)
-        silu = gate * share
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
         total += grad * silu * up
         weighted = grad * weight
-        grad_gate = weighted * up * share * (1.0 + gate * (1.0 - share))
+        grad_gate = weighted * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         tl.store(act_ptr + narrow, (silu * up * weight).to(act_ptr.dtype.element_ty), inside)
         tl.store(grad_h_ptr + at, grad_gate.to(grad_h_ptr.dtype.element_ty), inside)
         tl.store(grad_h_ptr + at + width, (weighted * silu).to(grad_h_ptr.dtype.element_ty), inside)
@@ -56,19 +56,19 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _sum_choices(rows_ptr, inverse_ptr, out_ptr, rows, width, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_topk(rows_ptr, inverse_ptr, out_ptr, rows, width, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     total = tl.zeros([COLUMNS], tl.float32)
-    for choice in tl.static_range(CHOICES):
-        row = tl.load(inverse_ptr + token * CHOICES + choice).to(tl.int64)
+    for slot in tl.static_range(SLOTS):
+        row = tl.load(inverse_ptr + token * SLOTS + slot).to(tl.int64)
         total += tl.load(rows_ptr + row * width + column, inside & (row < rows), 0.0).to(tl.float32)
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), inside)
 
 
 def swiglu_forward(h_RX: Tensor, weight_R: Tensor) -> Tensor:
-    """silu(gate) * up * weight of `h_RX` [R, 2 F] (gate, then up), computed in fp32; [R, F] in h's type."""
+    """silu(gate) * up * weight [R, F] of `h_RX` [R, 2 F] (gate, then up), computed in fp32, in h's type."""
     rows, width = h_RX.shape[0], h_RX.shape[1] // 2
     act_RF = h_RX.new_empty(rows, width)
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS))
@@ -77,7 +77,7 @@ def swiglu_forward(h_RX: Tensor, weight_R: Tensor) -> Tensor:
 
 
 def swiglu_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of `swiglu_forward`'s result: its result again, and the gradients of h and of weight (fp32)."""
+    """Result of `swiglu_forward` recomputed [R, F], and its gradients for h [R, 2 F] and weight [R] (fp32)."""
     rows, width = grad_RF.shape
     act_RF, grad_h_RX = torch.empty_like(grad_RF), torch.empty_like(h_RX)
     grad_weight_R = torch.empty(rows, dtype=torch.float32, device=h_RX.device)
@@ -87,13 +87,13 @@ def swiglu_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Te
     return act_RF, grad_h_RX, grad_weight_R
 
 
-def sum_choices(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
-    """The sum of each token's rows [N, D], in fp32 and then the rows' type; a place of R adds nothing."""
-    (rows, width), (tokens, choices) = rows_RD.shape, inverse_NK.shape
+def sum_topk(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
+    """Sum over top-k slots of each token's rows [N, D], in fp32, in the rows' type; an index of R adds nothing."""
+    (rows, width), (tokens, slots) = rows_RD.shape, inverse_NK.shape
     out_ND = rows_RD.new_empty(tokens, width)
     columns = min(1024, triton.next_power_of_2(width))
     if tokens:
-        _sum_choices[(tokens, triton.cdiv(width, columns))](
-            rows_RD, inverse_NK, out_ND, rows, width, CHOICES=choices, COLUMNS=columns
+        _sum_topk[(tokens, triton.cdiv(width, columns))](
+            rows_RD, inverse_NK, out_ND, rows, width, SLOTS=slots, COLUMNS=columns
         )
     return out_ND

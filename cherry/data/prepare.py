@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from base import storage
 from base.errors import ConfigError, DataError, storage_errors
+from base.storage import Progress
 from cherry.data.corpus import Document, Source, is_heldout, sample_texts, source_version
 from cherry.data.encode import Encoded, encode, encode_filled
 from cherry.data.fim import TRAINED_TOKENS, fim_of
@@ -29,7 +30,6 @@ from cherry.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from cherry.job_config import DataConfig
 
 __all__ = [
-    "IGNORE_INDEX",
     "HeldoutDocument",
     "Manifest",
     "Sampler",
@@ -41,13 +41,10 @@ __all__ = [
     "zlib_bits_per_byte",
 ]
 
-IGNORE_INDEX = -100
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2_000_000
 # Shares of the whole work, for the progress bar: measured on the standard library's sources, 2026-11-24.
 _TOKENIZER_SHARE = 0.3
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Parallelism: the device mesh, FSDP2, expert and context parallelism, compressed gradient reduction."""
+"""Parallelism: device meshes, FSDP2 and HSDP (data parallel), expert and context parallel, compressed reduction."""

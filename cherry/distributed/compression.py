@@ -1,9 +1,10 @@
-"""Owns sums over ranks that travel in fewer bits: blockwise int8 and fp8, bf16, and what each of them leaves behind.
+"""Compressed collectives: all-reduce in blockwise int8 or fp8 or in bf16, and reduce-scatter in bf16.
 
-It knows nothing of models or of when a gradient is ready. Values travel compressed, every sum is made in fp32, and
-every rank ends with the same bits.
+Values are sent compressed and summed in fp32, and every rank ends with the same bits. The all-reduce returns the
+residual (this rank's compression error) for error feedback.
 
-Shapes: N values of a flat gradient, R ranks, C values of a rank's chunk, W bytes of a chunk on the wire, K blocks.
+Shapes: N values of a flat gradient, R ranks, C values of a rank's chunk, W bytes of a chunk on the wire, K blocks of B
+values.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ BLOCK = 256
 _SCALE_BYTES = 4
 
 Count = Callable[[str, int, int], None]
-"""Told of each collective: its kind, the bytes that this rank sends, and what the same values are in fp32."""
+"""Callback of each collective: its kind, bytes that this rank sends, and bytes of the same values in fp32."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How fp32 values look on the wire."""
+    """Encoding of fp32 values on the wire."""
 
     dtype: torch.dtype
     limit: float | None
-    """What a block's largest magnitude is scaled to; `None` for a type that needs no scale."""
+    """Magnitude that a block's largest value is scaled to; `None` for a type that needs no scale."""
 
     def wire_bytes(self, values: int) -> int:
-        """Bytes of a chunk of `values`, a multiple of BLOCK."""
+        """Bytes on the wire of a chunk of `values` numbers, a multiple of BLOCK."""
         scales = 0 if self.limit is None else values // BLOCK * _SCALE_BYTES
         return values * self.dtype.itemsize + scales
 
     def pack(self, x_RC: Tensor) -> Tensor:
-        """Rounded values and then their scales, row by row: uint8 [R, W]. C is a multiple of BLOCK."""
+        """Encoded rows, uint8 [R, W]: rounded values, then their scales. C is a multiple of BLOCK."""
         rows, width = x_RC.shape
         if self.limit is None:
             return x_RC.to(self.dtype).view(torch.uint8)
@@ -58,7 +59,7 @@ class Codec:
         return wire_RW
 
     def unpack(self, wire_RW: Tensor, width: int) -> Tensor:
-        """What `pack` wrote, as fp32 [R, C]."""
+        """Decoded rows, fp32 [R, C], from the bytes that `pack` returned."""
         if self.limit is None:
             return wire_RW.view(self.dtype).float()
         rows = wire_RW.shape[0]
@@ -74,20 +75,20 @@ CODECS = {
 
 
 def padded_chunk(values: int, ranks: int) -> int:
-    """Values of each rank's chunk: whole blocks, equal on all ranks."""
+    """Values in each rank's chunk: whole blocks, equal on all ranks."""
     return -(-values // (ranks * BLOCK)) * BLOCK
 
 
 @torch.no_grad()
 def all_reduce(x_N: Tensor, codec: Codec, group: dist.ProcessGroup, count: Count) -> Tensor:
-    """Replace fp32 `x_N` by its sum over the group, the same bits on each rank; what this rank failed to send [N].
+    """Residual of this rank [N], fp32; `x_N` is replaced by its sum over the group, the same bits on each rank.
 
-    Chunks go to their owners by all-to-all, are summed there in fp32, and come back by all-gather. The error that an
-    owner makes in rounding the sum is part of what it returns, so that summed over ranks
+    Chunks go to their owners by all-to-all, are summed there in fp32, and come back by all-gather. The owner's residual
+    includes its error in rounding the sum, so that summed over ranks
 
-        result + sum(returned) = sum(x)
+        result + sum(residuals) = sum(x)
 
-    up to fp32's rounding. A value that is not finite spoils its block of the result, but nothing that is returned.
+    up to fp32's rounding. A value that is not finite spoils its block of the result, but no residual.
     """
     ranks, rank, values = group.size(), group.rank(), x_N.numel()
     width = padded_chunk(values, ranks)
@@ -95,9 +96,9 @@ def all_reduce(x_N: Tensor, codec: Codec, group: dist.ProcessGroup, count: Count
     sent_RW = codec.pack(x_RC)
     received_RW = torch.empty_like(sent_RW)
     dist.all_to_all_single(received_RW, sent_RW, group=group)
-    parts_RC = codec.unpack(received_RW, width)
-    parts_RC[rank] = x_RC[rank]  # the own chunk travels nowhere, so it is not rounded
-    sum_C = parts_RC.sum(0)
+    chunks_RC = codec.unpack(received_RW, width)
+    chunks_RC[rank] = x_RC[rank]  # the own chunk is not sent, so it is not rounded
+    sum_C = chunks_RC.sum(0)
     result_RW = torch.empty_like(sent_RW)
     DefaultAllGather()(result_RW, codec.pack(sum_C[None]), group)
     for kind in ("all_to_all", "all_gather"):
@@ -111,12 +112,12 @@ def all_reduce(x_N: Tensor, codec: Codec, group: dist.ProcessGroup, count: Count
 
 @torch.no_grad()
 def reduce_scatter_bf16(output_C: Tensor, input_N: Tensor, group: dist.ProcessGroup, count: Count) -> None:
-    """The group's sum of this rank's chunk: bf16 `input_N` by all-to-all, summed in fp32 into `output_C`.
+    """Reduce-scatter bf16 `input_N` into fp32 `output_C`, by an all-to-all and a sum in fp32.
 
-    As many bytes as a bf16 reduce-scatter, whose partial sums would be rounded to bf16 on each hop of the ring.
+    As many bytes as a ring reduce-scatter in bf16, which would round partial sums to bf16 on each hop.
     """
     ranks = group.size()
-    parts_N = torch.empty_like(input_N)
-    dist.all_to_all_single(parts_N, input_N, group=group)
+    chunks_N = torch.empty_like(input_N)
+    dist.all_to_all_single(chunks_N, input_N, group=group)
     count("all_to_all", (ranks - 1) * 2 * output_C.numel(), (ranks - 1) * 4 * output_C.numel())
-    torch.sum(parts_N.view(ranks, -1), 0, dtype=torch.float32, out=output_C)
+    torch.sum(chunks_N.view(ranks, -1), 0, dtype=torch.float32, out=output_C)

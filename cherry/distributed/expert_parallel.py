@@ -1,12 +1,11 @@
-"""Owns how routed rows travel to the ranks that hold their experts, and back: all-to-all, in both directions.
+"""Expert parallelism: all-to-all dispatch of routed rows to the ranks that hold their experts, and the combine back.
 
-It knows nothing of routing or of the experts' arithmetic. Every rank of the group takes part in every call, also with
-nothing to send, and no row is dropped or padded: a rank computes as many rows as its experts were chosen for. A token
-goes to a rank once for each of its experts there: for ranks of one node (several:
-cherry/distributed/expert_parallel_nodes.py).
+Every rank of the expert parallel (EP) group takes part in every call, also with nothing to send. No row is dropped or
+padded: a rank computes as many rows as its experts were chosen for. A token travels once for each of its experts on
+another rank, which suits the ranks of one node (several nodes: cherry/distributed/expert_parallel_nodes.py).
 
-Shapes: N token, K choice, R = routed rows of this rank in expert order, Q = rows that this rank receives, S rank of the
-group, E expert, L = E / S experts of this rank, D hidden.
+Shapes: N token, K top-k slot, R = routed rows of this rank in expert order, Q = rows that this rank receives, S rank of
+the EP group, E expert, L = E / S experts of this rank, D hidden.
 """
 
 from __future__ import annotations
@@ -20,115 +19,129 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.experts import Dispatch, RunExperts, through_experts
+from model.experts import Permutation, RunExperts, run_permuted
 
 
-class Exchange:
-    """All-to-all of row blocks in a group, with gradients."""
+class AllToAll:
+    """All-to-all of row blocks in a process group, with gradients."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.count: Callable[[int], None] | None = None
-        """Told of the bytes of rows that each exchange sends to other ranks, forward and backward."""
+        self.on_bytes_sent: Callable[[int], None] | None = None
+        """Called with the bytes of rows that each all-to-all sends to other ranks, forward and backward."""
 
-    def __call__(self, sent: list[int], received: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Row blocks of each tensor: `sent[s]` of them to rank s, `received[s]` from it; differentiable."""
-        exchanged: tuple[Tensor, ...] = _AllToAll.apply(self, sent, received, *tensors)  # type: ignore[no-untyped-call]
-        return exchanged
+    def __call__(self, input_splits: list[int], output_splits: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Rows received, for each tensor [sum(output_splits), ...]; differentiable.
 
-    def plain(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """The same of one tensor, without a gradient."""
-        out = tensor.new_empty(sum(received), *tensor.shape[1:])
+        Args:
+            input_splits: rows that go to each rank.
+            output_splits: rows that come from each rank.
+        """
+        received: tuple[Tensor, ...] = _AllToAll.apply(self, input_splits, output_splits, *tensors)  # type: ignore[no-untyped-call]
+        return received
+
+    def no_grad(self, tensor: Tensor, input_splits: list[int], output_splits: list[int]) -> Tensor:
+        """Rows received of one tensor [sum(output_splits), ...], without a gradient."""
+        out = tensor.new_empty(sum(output_splits), *tensor.shape[1:])
         tensor = tensor.contiguous()
-        dist.all_to_all_single(out, tensor, received, sent, group=self.group)
-        if self.count is not None:
-            away = sum(sent) - sent[self.rank]
-            self.count(away * tensor[:1].nbytes if away else 0)
+        dist.all_to_all_single(out, tensor, output_splits, input_splits, group=self.group)
+        if self.on_bytes_sent is not None:
+            away = sum(input_splits) - input_splits[self.rank]
+            self.on_bytes_sent(away * tensor[:1].nbytes if away else 0)
         return out
 
     def counts(self, sent_SL: Tensor) -> Tensor:
-        """Row s of each rank's counts, from every rank."""
+        """Row counts that every rank sends to this one [S, L], from those that this rank sends [S, L]."""
         received_SL = torch.empty_like(sent_SL)
         dist.all_to_all_single(received_SL, sent_SL.contiguous(), group=self.group)
         return received_SL
 
 
-class RowPlan(NamedTuple):
-    """How many rows go where, and how those that came are sorted by expert."""
+class DispatchPlan(NamedTuple):
+    """Split sizes of one dispatch, and the permutation that sorts the received rows by expert."""
 
-    sent: list[int]
-    received: list[int]
+    input_splits: list[int]
+    """Rows that go to each rank."""
+    output_splits: list[int]
+    """Rows that come from each rank."""
     order_Q: Tensor
     inverse_Q: Tensor
     counts_L: Tensor
+    """Received rows of each local expert, int64."""
 
 
-class ExpertDispatch:
-    """Runs tokens through the experts of all ranks of a group.
+class AllToAllDispatcher:
+    """Dispatch of tokens to the experts of all ranks of a group by all-to-all, and the combine of their outputs.
 
     Args:
         group: rank s of it holds experts s * L to (s + 1) * L - 1.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.exchange = Exchange(group)
+        self.all_to_all = AllToAll(group)
 
-    def count_bytes(self, count: Callable[[int], None]) -> None:
-        """Tell `count` of the bytes that every exchange sends to other ranks."""
-        self.exchange.count = count
+    def count_bytes(self, on_bytes_sent: Callable[[int], None]) -> None:
+        """Call `on_bytes_sent` with the bytes that every all-to-all sends to other ranks."""
+        self.all_to_all.on_bytes_sent = on_bytes_sent
 
     # One graph break: how many rows go where is data.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, run: RunExperts, x_ND: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
-        """`through_experts`, each row on the rank of its expert.
+    def __call__(self, run: RunExperts, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
+        """Sum over each token's top-k slots of weight * expert(x) [N, D], each row computed on its expert's rank.
 
         Args:
             run: this rank's experts: rows [Q, D] in expert order, their weights [Q] and the rows of each expert [L].
         """
-        plan = self.plan(dispatch.counts_E)
-        return through_experts(partial(self.rows, plan, run), x_ND, weight_NK, dispatch)
+        plan = self.plan(permutation.counts_E)
+        return run_permuted(partial(self.dispatch_and_combine, plan, run), x_ND, weight_NK, permutation)
 
-    def rows(self, plan: RowPlan, run: RunExperts, rows_RD: Tensor, weight_R: Tensor, _: Tensor) -> Tensor:
-        """`run` for every row on the rank of its expert; the results [R, D] in the order of `rows_RD`."""
-        rows_QD, weight_Q = self.exchange(plan.sent, plan.received, rows_RD, weight_R)
-        rows_QD = _Permute.apply(rows_QD, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
-        weight_Q = _Permute.apply(weight_Q, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
-        out_QD = _run_some(run, rows_QD, weight_Q, plan.counts_L)
-        out_QD = _Permute.apply(out_QD, plan.inverse_Q, plan.order_Q)  # type: ignore[no-untyped-call]
-        (out_RD,) = self.exchange(plan.received, plan.sent, out_QD)
+    def dispatch_and_combine(
+        self, plan: DispatchPlan, run: RunExperts, rows_RD: Tensor, weight_R: Tensor, _: Tensor
+    ) -> Tensor:
+        """Expert outputs [R, D] in the order of `rows_RD`: dispatch, `run` on each expert's rank, combine."""
+        rows_QD, weight_Q = self.all_to_all(plan.input_splits, plan.output_splits, rows_RD, weight_R)
+        rows_QD = _Reorder.apply(rows_QD, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
+        weight_Q = _Reorder.apply(weight_Q, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
+        out_QD = _run_at_least_one_row(run, rows_QD, weight_Q, plan.counts_L)
+        out_QD = _Reorder.apply(out_QD, plan.inverse_Q, plan.order_Q)  # type: ignore[no-untyped-call]
+        (out_RD,) = self.all_to_all(plan.output_splits, plan.input_splits, out_QD)
         return out_RD
 
-    def plan(self, counts_E: Tensor) -> RowPlan:
-        """Where rows go; all ranks together.
+    def plan(self, counts_E: Tensor) -> DispatchPlan:
+        """Split sizes and permutation of one dispatch; a collective of all ranks of the group.
 
         Args:
-            counts_E: rows of each expert, int64.
+            counts_E: this rank's rows of each expert, int64.
         """
-        sent_SL = counts_E.view(self.exchange.ranks, -1)
-        received_SL = self.exchange.counts(sent_SL)
-        # The one wait for the device: both lists in one copy.
-        sent, received = torch.stack([sent_SL.sum(1), received_SL.sum(1)]).tolist()
+        sent_SL = counts_E.view(self.all_to_all.ranks, -1)
+        received_SL = self.all_to_all.counts(sent_SL)
+        # The only device synchronization of a dispatch: both lists in one copy.
+        input_splits, output_splits = torch.stack([sent_SL.sum(1), received_SL.sum(1)]).tolist()
         local = sent_SL.shape[1]
-        expert_SL = torch.arange(local, device=counts_E.device).repeat(self.exchange.ranks)
-        expert_Q = expert_SL.repeat_interleave(received_SL.flatten(), output_size=sum(received))
+        expert_SL = torch.arange(local, device=counts_E.device).repeat(self.all_to_all.ranks)
+        expert_Q = expert_SL.repeat_interleave(received_SL.flatten(), output_size=sum(output_splits))
         order_Q = expert_Q.argsort(stable=True)
         places_Q = torch.arange(len(order_Q), device=counts_E.device)
         inverse_Q = torch.empty_like(order_Q).scatter_(0, order_Q, places_Q)
-        return RowPlan(sent, received, order_Q, inverse_Q, received_SL.sum(0))
+        return DispatchPlan(input_splits, output_splits, order_Q, inverse_Q, received_SL.sum(0))
 
 
-def _run_some(run: RunExperts, rows_QD: Tensor, weight_Q: Tensor, counts_L: Tensor) -> Tensor:
-    """`run`, on a row of zeros where there is none: kernels need one, and every weight a gradient on every rank."""
+def _run_at_least_one_row(run: RunExperts, rows_QD: Tensor, weight_Q: Tensor, counts_L: Tensor) -> Tensor:
+    """Expert outputs [Q, D]. Without rows `run` gets one of zeros: kernels need it, and every rank gradients."""
     if rows_QD.shape[0]:
         return run(rows_QD, weight_Q, counts_L)
-    one = torch.zeros_like(counts_L)
-    one[0] = 1
-    return run(F.pad(rows_QD, (0, 0, 0, 1)), F.pad(weight_Q, (0, 1)), one)[:0]
+    single_L = torch.zeros_like(counts_L)
+    single_L[0] = 1
+    return run(F.pad(rows_QD, (0, 0, 0, 1)), F.pad(weight_Q, (0, 1)), single_L)[:0]
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order. The gradient is a gather by the inverse: no atomic adds, so repeatable."""
+class _Reorder(torch.autograd.Function):
+    """Rows in another order. The gradient is a gather by the inverse: no atomic adds, so deterministic.
+
+    Apart from `model.experts.permute`, whose gradient sums K rows of a token: here each row has exactly one place, and
+    a sum would be a pass more over memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -142,16 +155,16 @@ class _Permute(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows of several tensors to other ranks. One function for all of them: their order is the same on every rank."""
+    """Rows of several tensors from other ranks. One function for all tensors keeps their order equal on every rank."""
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, sent: list[int], received: list[int], *tensors: Tensor
+        ctx: Any, all_to_all: AllToAll, input_splits: list[int], output_splits: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.sent, ctx.received = exchange, sent, received
-        return tuple(exchange.plain(tensor, sent, received) for tensor in tensors)
+        ctx.all_to_all, ctx.input_splits, ctx.output_splits = all_to_all, input_splits, output_splits
+        return tuple(all_to_all.no_grad(tensor, input_splits, output_splits) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        back = (ctx.exchange.plain(grad, ctx.received, ctx.sent) for grad in grads)
+        back = (ctx.all_to_all.no_grad(grad, ctx.output_splits, ctx.input_splits) for grad in grads)
         return None, None, None, *back

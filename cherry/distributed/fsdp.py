@@ -1,7 +1,7 @@
-"""Owns how a model is spread over the ranks: the order of sharding, and the first values of each shard.
+"""FSDP2 and HSDP sharding of a model, experts over the expert parallel group first, and initial values of each shard.
 
-It knows nothing of losses or steps. It is the only file that calls `fully_shard`; nothing of the full model ever sits
-on one rank: meta device, sharding, `to_empty`, then each rank fills its own part (from weights: cherry/loading.py).
+The only file that calls `fully_shard`. The full model is never on one rank: meta device, sharding, `to_empty`, then
+each rank fills its own shard (from released weights: cherry/loading.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from cherry.distributed.expert_parallel import ExpertDispatch
-from cherry.distributed.expert_parallel_nodes import NodeDispatch
+from cherry.distributed.expert_parallel import AllToAllDispatcher
+from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
 from cherry.distributed.local_part import local_part
 from cherry.distributed.mesh import Meshes, build_meshes
 from cherry.job_config import ParallelConfig
@@ -27,23 +27,23 @@ from model.transformer import Block, DeepseekV3, initial_values
 
 
 def build_mesh(config: ParallelConfig, device: torch.device) -> Meshes | None:
-    """The meshes of all ranks; `None` for one CPU rank, where sharding only costs time."""
+    """Meshes of all ranks; `None` for a single CPU rank, where sharding only costs time."""
     if dist.get_world_size() == 1 and device.type == "cpu":
         return None
     return build_meshes(config, device)
 
 
-def keeps_copies(meshes: Meshes | None, precision: str, parallel: ParallelConfig) -> bool:
-    """Whether the half-precision copies of the parameters stay between passes: on a mesh of one
+def keeps_resident_params(meshes: Meshes | None, precision: str, parallel: ParallelConfig) -> bool:
+    """True where half-precision parameters stay unsharded between passes: on a mesh of one rank
     (cherry/distributed/resident_params.py)."""
     return meshes is not None and meshes.dense.size() == 1 and precision != "fp32" and not parallel.cpu_offload
 
 
 def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel: ParallelConfig | None = None) -> None:
-    """Shard every block of `root` by itself, then what is left, in place.
+    """Shard every block of `root` as an FSDP module of its own, then the remaining parameters, in place.
 
-    Parameters, gradients' reduction and optimizer states are fp32; with bf16 or fp8 each block is gathered and computed
-    in bf16. Gradients are summed over ranks: the loss is divided by the count of tokens of all of them.
+    Parameters, gradient reduce-scatters and optimizer states are fp32; with bf16 or fp8 each block is all-gathered and
+    computed in bf16. Gradients are summed over ranks: the loss is divided by the count of tokens of all of them.
     """
     if meshes is None:
         return
@@ -52,12 +52,12 @@ def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel
     blocks = [module for module in root.modules() if isinstance(module, Block)]
     for block in blocks:
         if meshes.experts is not None and isinstance(block.mlp, MoE):
-            _spread_experts(block.mlp.experts, meshes, policies, reshard=parallel.reshard_after_forward is not False)
+            _shard_experts(block.mlp.experts, meshes, policies, reshard=parallel.reshard_after_forward is not False)
         fully_shard(
             block,
             mesh=meshes.dense,
             reshard_after_forward=parallel.reshard_after_forward,
-            shard_placement_fn=_placement(block, meshes.dense),
+            shard_placement_fn=_shard_placement_fn(block, meshes.dense),
             **policies,
         )
     fully_shard(root, mesh=meshes.dense, **policies)
@@ -66,12 +66,12 @@ def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel
             module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
             module.set_gradient_divide_factor(1.0)
     if meshes.experts is not None:
-        _prefetch(root, blocks)
+        _set_prefetch(root, blocks)
 
 
 def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig) -> dict[str, Any]:
     param_dtype = torch.bfloat16 if precision != "fp32" else None
-    reduce_dtype = None if keeps_copies(meshes, precision, parallel) else torch.float32
+    reduce_dtype = None if keeps_resident_params(meshes, precision, parallel) else torch.float32
     pinned = CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
     return {
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
@@ -79,33 +79,33 @@ def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig) -> dict[
     }
 
 
-def _spread_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], *, reshard: bool) -> None:
-    """Deal a layer's experts out over the expert axis, then shard each rank's own over the ranks that are left."""
+def _shard_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], *, reshard: bool) -> None:
+    """Shard a layer's experts over the expert parallel group, then each rank's own experts over the efsdp axis."""
     assert meshes.experts is not None
     mesh = meshes.experts["expert"]
     for name, parameter in list(experts.named_parameters()):
         own = torch.empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:], device="meta")
         setattr(experts, name, nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False)))
     if meshes.expert_nodes is None:
-        experts.spread = ExpertDispatch(mesh.get_group())
+        experts.dispatcher = AllToAllDispatcher(mesh.get_group())
     else:
-        experts.spread = NodeDispatch(*meshes.expert_nodes)
+        experts.dispatcher = HierarchicalDispatcher(*meshes.expert_nodes)
     shards = meshes.expert_shards
-    placement = _placement(experts, shards)
+    placement = _shard_placement_fn(experts, shards)
     fully_shard(experts, mesh=shards, reshard_after_forward=reshard, shard_placement_fn=placement, **policies)
 
 
-def _placement(module: nn.Module, mesh: DeviceMesh) -> Any:
-    """Where FSDP2 cuts each parameter: by rows, but experts that do not go round by their next dimension.
+def _shard_placement_fn(module: nn.Module, mesh: DeviceMesh) -> Any:
+    """Function from a parameter to its shard dimension: 0, but 1 for experts whose count the ranks do not divide.
 
-    At 2,048 ranks 256 experts cut by rows would be padded eightfold.
+    At 2,048 ranks 256 experts sharded on dimension 0 would be padded eightfold.
     """
     ranks = mesh.size(-1)
     fused = {
         parameter
-        for part in module.modules()
-        if isinstance(part, Experts)
-        for parameter in part.parameters()
+        for experts in module.modules()
+        if isinstance(experts, Experts)
+        for parameter in experts.parameters()
         if parameter.shape[1] % ranks == 0
     }
 
@@ -119,28 +119,29 @@ def _placement(module: nn.Module, mesh: DeviceMesh) -> Any:
     return place
 
 
-def _prefetch(root: nn.Module, blocks: list[Block]) -> None:
-    """Say which parameters to gather ahead: FSDP2's own guess knows nothing of experts inside blocks.
+def _set_prefetch(root: nn.Module, blocks: list[Block]) -> None:
+    """Set explicit prefetching: FSDP2's implicit prefetching does not cover expert modules nested in blocks.
 
-    While a block computes, the next one's dense part and experts travel, in the backward pass the one before it.
+    While a block computes, the dense parameters and experts of the next block are all-gathered, in the backward pass
+    those of the block before it.
     """
 
-    def parts(block: Block) -> list[FSDPModule]:
+    def fsdp_modules(block: Block) -> list[FSDPModule]:
         inner = [block.mlp.experts] if isinstance(block.mlp, MoE) else []
-        return [part for part in (block, *inner) if isinstance(part, FSDPModule)]
+        return [module for module in (block, *inner) if isinstance(module, FSDPModule)]
 
     assert isinstance(root, FSDPModule)
-    root.set_modules_to_forward_prefetch(parts(blocks[0]))
-    root.set_modules_to_backward_prefetch(parts(blocks[-1]))
+    root.set_modules_to_forward_prefetch(fsdp_modules(blocks[0]))
+    root.set_modules_to_backward_prefetch(fsdp_modules(blocks[-1]))
     for block, following in pairwise(blocks):
         assert isinstance(block, FSDPModule)
         assert isinstance(following, FSDPModule)
-        block.set_modules_to_forward_prefetch(parts(following))
-        following.set_modules_to_backward_prefetch(parts(block))
+        block.set_modules_to_forward_prefetch(fsdp_modules(following))
+        following.set_modules_to_backward_prefetch(fsdp_modules(block))
 
 
 def materialize(root: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
-    """Give the shards memory, on `device`, or with `cpu_offload` on the CPU (buffers always on `device`)."""
+    """Allocate the shards on `device`, or with `cpu_offload` on the CPU (buffers always on `device`)."""
     root.to_empty(device="cpu" if cpu_offload else device)
     if cpu_offload and device.type != "cpu":
         for module in root.modules():
@@ -150,7 +151,7 @@ def materialize(root: nn.Module, device: torch.device, *, cpu_offload: bool = Fa
 
 @torch.no_grad()
 def initialize(model: DeepseekV3, seed: int) -> None:
-    """Random weights, each parameter's rows drawn by name and position: the same at every world size."""
+    """Initialize weights at random, each parameter's rows by name and position: the same at every world size."""
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
         local, box = local_part(parameter)

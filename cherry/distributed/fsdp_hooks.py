@@ -1,7 +1,8 @@
-"""Owns what travels between ranks during a step: gradients in fewer bits where asked for, and every byte counted.
+"""FSDP2 communication hooks: compressed gradient reduction with error feedback, and bytes sent by each collective.
 
-It knows nothing of losses, optimizers or where parameters live: it hooks into modules that are sharded already, whose
-gradients are summed (not averaged) in fp32.
+They are installed in modules that are sharded already, whose gradients are summed (not averaged) in fp32. With HSDP
+(data parallel replicas of sharded models) the all-reduce over replicas can be int8, fp8 or bf16, the reduce-scatter
+over shards bf16.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from cherry.checkpoint.checkpointer import read_state, reader_of
 from cherry.distributed.compression import CODECS, Codec, all_reduce, reduce_scatter_bf16
-from cherry.distributed.expert_parallel import ExpertDispatch
-from cherry.distributed.expert_parallel_nodes import NodeDispatch
+from cherry.distributed.expert_parallel import AllToAllDispatcher
+from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
 from cherry.job_config import CommunicationConfig
 from model.experts import Experts
 
+# The checkpoint's name for residuals; earlier checkpoints have it.
+_STORED_RESIDUALS = "unsent"
+
 
 class Traffic:
-    """Bytes that this rank sends, by axis and kind of collective, since the last `clear`.
+    """Bytes that this rank sends, by mesh axis and kind of collective, since the last `clear`.
 
     Counted as nccl-tests counts bus bandwidth: of N bytes over R ranks, all-gather, reduce-scatter and all-to-all send
-    N (R - 1) / R, an all-reduce twice that. The few numbers of a loss, a norm or a count are left out.
+    N (R - 1) / R, an all-reduce twice that. The scalars of a loss, a norm or a count are left out.
     """
 
     def __init__(self) -> None:
@@ -48,7 +52,7 @@ class Traffic:
         self._reduced_fp32 = 0
 
     def clear(self) -> None:
-        """Begin a new step."""
+        """Set all counts to zero, before an optimizer step."""
         self._sent.clear()
         self._reduced = self._reduced_fp32 = 0
 
@@ -59,7 +63,7 @@ class Traffic:
             axis: of the mesh: `shard`, `replicate`, `expert`, ...
             kind: `all_gather`, `reduce_scatter`, `all_reduce` or `all_to_all`.
             sent: bytes.
-            fp32: for a part of the gradients' reduction, the bytes that it would send in fp32.
+            fp32: for a collective of the gradient reduction, the bytes that it would send in fp32.
         """
         key = f"{axis}.{kind}"
         self._sent[key] = self._sent.get(key, 0) + sent
@@ -68,7 +72,7 @@ class Traffic:
             self._reduced_fp32 += fp32
 
     def figures(self) -> dict[str, Any]:
-        """For the metrics stream: bytes by `axis.kind`, their total, and the reduction's ratio to one in fp32."""
+        """Metrics of the step: bytes by `axis.kind`, their total, and gradient reduction bytes over fp32's."""
         return {
             "bytes_on_wire": dict(sorted(self._sent.items())),
             "bytes_on_wire_total": sum(self._sent.values()),
@@ -77,59 +81,59 @@ class Traffic:
 
 
 class Communication:
-    """What one model's sharded modules share: the counter, and gradients' parts that wait for a later reduction."""
+    """State that the hooks of one model share: the byte counter, and the residuals of compressed all-reduces."""
 
     def __init__(self, network: nn.Module, config: CommunicationConfig) -> None:
         self.traffic = Traffic()
         self.overlap = config.overlap
         self.last = True
-        """Whether the micro-batch that runs now is its step's last: only then do replicas add up."""
+        """True during the last micro-batch of an optimizer step: only then are gradients reduced over replicas."""
         self._network = network
-        self.reductions: list[_CompressedReduction] = []
+        self.reductions: list[_CompressedAllReduce] = []
 
     def micro_batch(self, *, last: bool) -> None:
-        """Say before each micro-batch whether it is the last of its optimizer step."""
+        """Prepare for a micro-batch: replicas all-reduce in the `last` of an optimizer step only."""
         if last != self.last and isinstance(self._network, FSDPModule):
             self._network.set_requires_all_reduce(last)
         self.last = last
 
-    def forget(self) -> None:
-        """Drop what is left to send: after a step that was skipped, its error belongs to no step to come."""
+    def reset_error_feedback(self) -> None:
+        """Drop all residuals (error feedback): after a skipped step, its error belongs to no later step."""
         for reduction in self.reductions:
-            reduction.carry_N = None
+            reduction.residual_N = None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What is left to send, for a checkpoint; empty when there is never anything left.
+        """Residuals of error feedback for a checkpoint, by parameter: [replicas, *shape], sharded like the parameter.
 
-        By parameter: [replicas, *shape], sharded like the parameter.
+        Empty without error feedback.
         """
         # torch's staging cannot copy a DTensor on the CPU that begins within a storage.
-        parts = {name: part.clone() if part.is_cpu else part for name, part in self._unsent().items()}
-        return {"unsent": parts} if parts else {}
+        residuals = {name: local.clone() if local.is_cpu else local for name, local in self._residuals().items()}
+        return {_STORED_RESIDUALS: residuals} if residuals else {}
 
     def restore(self, uri: str, group: dist.ProcessGroup) -> None:
-        """Take over what a checkpoint's run had left to send, so that this one goes on bit for bit.
+        """Load the residuals of a checkpoint, so that the run goes on bit for bit.
 
-        What the checkpoint lacks, or has for another number of replicas, is left out: one step's rounding error.
+        Residuals that it lacks, or has for another number of replicas, stay zero: one step's rounding error.
         """
-        if not (unsent := self._unsent()):
+        if not (residuals := self._residuals()):
             return
         reader = reader_of(uri)
         stored = reader.read_metadata().state_dict_metadata
         fitting = {
-            name: part
-            for name, part in unsent.items()
-            if getattr(stored.get(f"unsent.{name}"), "size", None) == part.shape
+            name: residual
+            for name, residual in residuals.items()
+            if getattr(stored.get(f"{_STORED_RESIDUALS}.{name}"), "size", None) == residual.shape
         }
         if fitting:
-            read_state({"unsent": fitting}, reader, group)
+            read_state({_STORED_RESIDUALS: fitting}, reader, group)
 
-    def _unsent(self) -> dict[str, Tensor]:
-        return {name: part for reduction in self.reductions for name, part in reduction.views().items()}
+    def _residuals(self) -> dict[str, Tensor]:
+        return {name: local for reduction in self.reductions for name, local in reduction.residuals().items()}
 
     @contextmanager
     def exposed(self, device: torch.device) -> Iterator[None]:
-        """Around a collective; without `overlap`, nothing else runs on the device meanwhile."""
+        """Context around a collective that exposes it without `overlap`: nothing else runs on the device meanwhile."""
         alone = device.type == "cuda" and not self.overlap
         if alone:
             torch.cuda.synchronize(device)
@@ -139,19 +143,22 @@ class Communication:
 
 
 def install(network: nn.Module, config: CommunicationConfig) -> Communication:
-    """Hook into a sharded model, once, before its first step and before its state is restored.
+    """Install the hooks in a sharded model, once, before its first step and before its state is restored.
 
     Args:
-        network: the root that was sharded, of FSDPModules; where nothing is sharded, nothing is hooked.
+        network: the sharded root; modules that are no FSDPModule get no hooks.
+
+    Returns:
+        State that the installed hooks share.
     """
     communication = Communication(network, config)
-    for part in network.modules():
-        if isinstance(part, Experts) and isinstance(part.spread, ExpertDispatch | NodeDispatch):
-            part.spread.count_bytes(partial(communication.traffic.add, "expert", "all_to_all"))
+    for experts in network.modules():
+        if isinstance(experts, Experts) and isinstance(experts.dispatcher, AllToAllDispatcher | HierarchicalDispatcher):
+            experts.dispatcher.count_bytes(partial(communication.traffic.add, "expert", "all_to_all"))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for module, group in _param_groups(network):
         module.set_custom_all_gather(_AllGather(communication))
-        if config.reduce_dtype == "bf16" and _shards(group) > 1:  # alone, it would round what travels nowhere
+        if config.reduce_dtype == "bf16" and _shards(group) > 1:  # a single shard would round without sending
             module.set_custom_reduce_scatter(_Bf16ReduceScatter(communication))
         else:
             module.set_custom_reduce_scatter(_ReduceScatter(communication))
@@ -162,15 +169,15 @@ def install(network: nn.Module, config: CommunicationConfig) -> Communication:
             module.set_all_reduce_hook(_CountAllReduce(communication, replicas))
         else:
             layout = _layout(group, names)
-            hook = _CompressedReduction(communication, CODECS[config.replicate], replicas, layout)
-            communication.reductions += [hook] if layout and hook.keeps_error else []
-            _leave_out_all_reduce(group)
+            hook = _CompressedAllReduce(communication, CODECS[config.replicate], replicas, layout)
+            communication.reductions += [hook] if layout and hook.has_error_feedback else []
+            _disable_fsdp_all_reduce(group)
             module.set_all_reduce_hook(hook)
     return communication
 
 
 class _AllGather(DefaultAllGather):
-    """FSDP's all-gather of parameters, counted."""
+    """FSDP's all-gather of parameters, with its bytes counted."""
 
     def __init__(self, communication: Communication) -> None:
         self._communication = communication
@@ -184,7 +191,7 @@ class _AllGather(DefaultAllGather):
 
 
 class _ReduceScatter(DefaultReduceScatter):
-    """FSDP's reduce-scatter of gradients, counted."""
+    """FSDP's reduce-scatter of gradients, with its bytes counted."""
 
     def __init__(self, communication: Communication) -> None:
         self._communication = communication
@@ -199,7 +206,7 @@ class _ReduceScatter(DefaultReduceScatter):
 
 
 class _Bf16ReduceScatter(DefaultAllocMixin, ReduceScatter):
-    """Gradients travel as bf16, are summed in fp32, and stay fp32 from there on.
+    """Reduce-scatter that sends gradients in bf16, sums them in fp32, and returns fp32.
 
     FSDP allocates a reduction's input and then its output, both of the policy's reduce_dtype (fp32). The input is made
     bf16 here: FSDP rounds while it copies gradients in, which costs neither a pass nor a second buffer.
@@ -230,7 +237,7 @@ class _Bf16ReduceScatter(DefaultAllocMixin, ReduceScatter):
 
 
 class _CountAllReduce:
-    """Runs after FSDP's own all-reduce over replicas, which it counts."""
+    """Hook after FSDP's own fp32 all-reduce over replicas, which counts its bytes."""
 
     def __init__(self, communication: Communication, group: dist.ProcessGroup) -> None:
         self._communication = communication
@@ -242,19 +249,19 @@ class _CountAllReduce:
             self._communication.traffic.add("replicate", "all_reduce", sent, fp32=sent)
 
 
-class _CompressedReduction:
-    """One FSDP group's sum over replicas, once an optimizer step, in fewer bits.
+class _CompressedAllReduce:
+    """Compressed all-reduce of one FSDP parameter group's gradient over replicas, once an optimizer step.
 
-    What a step could not send is carried to the next (error feedback, as in arXiv 1901.09847), so that rounding does
-    not add up over steps. The gradients of earlier micro-batches wait in the same place.
+    The residual, a step's rounding error, is added to the next step's gradient (error feedback, arXiv 1901.09847), so
+    that rounding does not add up over steps. Gradients of earlier micro-batches are accumulated in the same tensor.
     """
 
     def __init__(
         self, communication: Communication, codec: Codec, group: dist.ProcessGroup, layout: list[tuple[str, Any]]
     ) -> None:
-        self.carry_N: Tensor | None = None
-        self.keeps_error = codec.limit is not None
-        """bf16's error is far below the gradient's own noise: it is dropped, and there is no state."""
+        self.residual_N: Tensor | None = None
+        self.has_error_feedback = codec.limit is not None
+        """False for bf16, whose rounding error is far below the gradient's own noise: there is no state."""
         self._communication = communication
         self._codec = codec
         self._group = group
@@ -264,37 +271,37 @@ class _CompressedReduction:
         if gradient_N.is_cuda:
             # FSDP frees it on the reduce-scatter's stream; the next block's may not take its place while this runs.
             gradient_N.record_stream(torch.cuda.current_stream())
-        if self.carry_N is not None:
-            gradient_N += self.carry_N
+        if self.residual_N is not None:
+            gradient_N += self.residual_N
         if not self._communication.last:
-            self.carry_N = gradient_N.clone()
+            self.residual_N = gradient_N.clone()
             gradient_N.zero_()
             return
         with self._communication.exposed(gradient_N.device):
-            left_N = all_reduce(gradient_N, self._codec, self._group, self._count)
-        self.carry_N = left_N if self.keeps_error else None
+            residual_N = all_reduce(gradient_N, self._codec, self._group, self._count)
+        self.residual_N = residual_N if self.has_error_feedback else None
 
     def _count(self, kind: str, sent: int, fp32: int) -> None:
         self._communication.traffic.add("replicate", kind, sent, fp32)
 
-    def views(self) -> dict[str, Tensor]:
-        """The carry by parameter. It is laid out as FSDP lays out a reduce-scatter's output."""
-        if self.carry_N is None:
+    def residuals(self) -> dict[str, Tensor]:
+        """Views of the residual by parameter [replicas, *shape]; laid out like FSDP's reduce-scatter output."""
+        if self.residual_N is None:
             values = sum(param.padded_sharded_param_size.numel() for _, param in self._layout)
-            self.carry_N = torch.zeros(values, device=self._layout[0][1].device)
-        parts: dict[str, Tensor] = {}
+            self.residual_N = torch.zeros(values, device=self._layout[0][1].device)
+        views: dict[str, Tensor] = {}
         offset = 0
         for name, param in self._layout:
             size = param.sharded_size
-            local = self.carry_N[offset : offset + size.numel()].view(1, *size)
-            parts[name] = _per_replica(local, param.sharded_param, self._group.size())
+            local = self.residual_N[offset : offset + size.numel()].view(1, *size)
+            views[name] = _per_replica(local, param.sharded_param, self._group.size())
             offset += param.padded_sharded_param_size.numel()
-        assert offset == self.carry_N.numel(), "a parameter had no gradient, so that its group is laid out otherwise"
-        return parts
+        assert offset == self.residual_N.numel(), "a parameter had no gradient, so that its group is laid out otherwise"
+        return views
 
 
 def _per_replica(local: Tensor, parameter: DTensor, replicas: int) -> DTensor:
-    """A tensor [replicas, *shape] of which each replica holds its own row, sharded like the parameter."""
+    """DTensor [replicas, *shape] of which each replica holds its own row, sharded like the parameter."""
     mesh = parameter.device_mesh
     shape = torch.Size([replicas, *parameter.shape])
     placements: list[Placement] = []
@@ -310,7 +317,7 @@ def _per_replica(local: Tensor, parameter: DTensor, replicas: int) -> DTensor:
 
 
 def _param_groups(network: nn.Module) -> Iterator[tuple[FSDPModule, FSDPParamGroup]]:
-    """Every sharded module that has parameters of its own, with FSDP's group of them."""
+    """FSDP modules that have parameters of their own, each with its FSDP parameter group."""
     for module in network.modules():
         if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
             yield module, group
@@ -321,15 +328,15 @@ def _shards(group: FSDPParamGroup) -> int:
 
 
 def _layout(group: FSDPParamGroup, names: dict[int, str]) -> list[tuple[str, Any]]:
-    """The group's trained parameters by name, in the order of its flat gradient."""
+    """Names and trained parameters of an FSDP parameter group, in the order of its flat gradient."""
     trained = [param for param in group.fsdp_params if param.sharded_param.requires_grad]
     return [(names[id(param.sharded_param)], param) for param in trained]
 
 
-def _leave_out_all_reduce(group: FSDPParamGroup) -> None:
-    """Let FSDP reduce over the shard axis only: its hook, which then follows, adds up the replicas.
+def _disable_fsdp_all_reduce(group: FSDPParamGroup) -> None:
+    """Make FSDP reduce-scatter over the shard axis only; the all-reduce hook that follows sums over replicas.
 
-    FSDP has no switch for that. The group goes by the class of `mesh_info`, of which parameters have their own.
+    FSDP has no switch for that: the group decides by the class of its `mesh_info`; parameters have their own.
     """
     info = group.mesh_info
     assert isinstance(info, HSDPMeshInfo)

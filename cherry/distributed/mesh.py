@@ -1,7 +1,7 @@
-"""Owns which rank does what: the axes of the configuration as device meshes, and what a rank reads of the data.
+"""Device meshes of the data parallel, context parallel and expert parallel axes, and the data shard of each rank.
 
-It knows nothing of models. A rank's number is ((replicate * shard + s) * context + c) * expert + e: the axes that talk
-most are innermost, so that they stay inside a node.
+A rank's number is ((r * shard + s) * context + c) * expert + e, for the replicate (HSDP), shard (FSDP), context
+parallel and expert parallel axes: those with the most traffic are innermost, so that they stay inside a node.
 """
 
 from __future__ import annotations
@@ -17,43 +17,44 @@ from cherry.job_config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class DataShare:
-    """Which part of a batch a rank reads: every `ranks`-th sequence, from `rank` on; of each, one part of `parts`."""
+class DataShard:
+    """Shard of a batch that a rank reads: every `data_ranks`-th sequence from `data_rank` on, its context positions."""
 
-    rank: int = 0
-    ranks: int = 1
-    part: int = 0
-    parts: int = 1
+    data_rank: int = 0
+    data_ranks: int = 1
+    context_rank: int = 0
+    context_ranks: int = 1
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """One arrangement of the ranks, seen by dense parameters, by experts, and by the data.
+    """Meshes of all ranks for dense parameters, for routed experts and for the data.
 
-    FSDP2 wants an expert's two axes under one root, and a dense parameter's ranks as one axis: hence two meshes over
-    the same ranks.
+    FSDP2 wants an expert's two axes under one root mesh, and a dense parameter's ranks as one axis: hence two meshes
+    over the same ranks.
     """
 
     dense: DeviceMesh
-    """("fsdp",), or ("replicate", "fsdp")."""
+    """Axes ("fsdp",), or ("replicate", "fsdp") for HSDP."""
     experts: DeviceMesh | None
-    """("efsdp", "expert"), or ("replicate", "efsdp", "expert"); `None` where experts are sharded as all else."""
+    """Axes ("efsdp", "expert"), or ("replicate", "efsdp", "expert"); `None` without expert parallelism."""
     context: dist.ProcessGroup | None
-    """The ranks that share this rank's sequences; `None` when it has them for itself."""
-    data: DataShare
+    """Context parallel group of this rank; `None` without context parallelism."""
+    data: DataShard
     expert_nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
-    """Where the experts' axis spans nodes: the ranks with this one's place in each of them, and those of its own."""
+    """Internode and intranode group of this rank, where the expert axis spans nodes: the ranks with this rank's place
+    in each node, and those of its own node."""
 
     @property
     def expert_shards(self) -> DeviceMesh:
-        """The axes of the experts' mesh that FSDP2 gets."""
+        """Mesh that FSDP2 shards experts over: the experts' mesh without its expert axis."""
         assert self.experts is not None
         names = self.experts.mesh_dim_names or ()
         return self.experts[names[:-1]] if len(names) > 2 else self.experts[names[0]]
 
 
 def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
-    """The meshes over all ranks of the default process group; every rank calls it."""
+    """Meshes over all ranks of the default process group; a collective of all of them."""
     ranks = dist.get_world_size()
     replicate, expert, context = config.replicate, config.expert, config.context
     shard = config.shard_ranks(ranks)
@@ -71,20 +72,22 @@ def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
     nodes = None
     if (on_node := config.experts_on_node(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))) < expert:
         grid = init_device_mesh(
-            device.type, (ranks // expert, expert // on_node, on_node), mesh_dim_names=("others", "node", "inside")
+            device.type,
+            (ranks // expert, expert // on_node, on_node),
+            mesh_dim_names=("outer", "internode", "intranode"),
         )
-        nodes = grid.get_group("node"), grid.get_group("inside")
-    return Meshes(dense, experts, group, data_share(config, dist.get_rank(), ranks), nodes)
+        nodes = grid.get_group("internode"), grid.get_group("intranode")
+    return Meshes(dense, experts, group, data_shard(config, dist.get_rank(), ranks), nodes)
 
 
-def data_share(config: ParallelConfig, rank: int, ranks: int) -> DataShare:
-    """What rank `rank` of `ranks` reads."""
+def data_shard(config: ParallelConfig, rank: int, ranks: int) -> DataShard:
+    """Data shard of rank `rank` of `ranks`."""
     outer, inner = divmod(rank, config.context * config.expert)
-    part, expert = divmod(inner, config.expert)
-    return DataShare(outer * config.expert + expert, config.data_ranks(ranks), part, config.context)
+    context_rank, expert = divmod(inner, config.expert)
+    return DataShard(outer * config.expert + expert, config.data_ranks(ranks), context_rank, config.context)
 
 
 def _mesh(device: torch.device, *, replicate: int, **axes: int) -> DeviceMesh:
-    """A mesh of these axes, with a replicate axis in front when there are copies."""
+    """Device mesh of these axes, with a replicate axis in front for HSDP."""
     named = {"replicate": replicate, **axes} if replicate > 1 else axes
     return init_device_mesh(device.type, tuple(named.values()), mesh_dim_names=tuple(named))

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from cherry.optim.grad_norm import square_sum
 
 if TYPE_CHECKING:
-    from model.fp8.linear import Operands
+    from model.fp8.linear import Fp8Weight
 
 
 class WorkingCopies:
@@ -42,7 +42,7 @@ class WorkingCopies:
         copies = list(network.parameters())
         self.of: Mapping[nn.Parameter, nn.Parameter] = dict(zip(parameters, copies, strict=True))
         """The copy of each fp32 parameter."""
-        self.operands: Mapping[nn.Parameter, Operands] = {}
+        self.operands: Mapping[nn.Parameter, Fp8Weight] = {}
         """What copies are cast to where they multiply in fp8: once a step instead of in every pass."""
         if micro_batches > 1:
             for copy in filter(lambda copy: copy.requires_grad, copies):
@@ -66,14 +66,14 @@ class WorkingCopies:
         gradients = [gradient for parameter in self.of if (gradient := self.gradient(parameter)) is not None]
         return square_sum(gradients).sqrt()
 
-    def hold(self, operands: Mapping[nn.Parameter, Operands]) -> None:
+    def hold(self, operands: Mapping[nn.Parameter, Fp8Weight]) -> None:
         """Keep these of copies, by copy, from step to step."""
         self.operands = operands
 
     def renew(self) -> None:
         """Cast copies to their operands again: they have changed."""
         for copy, operands in self.operands.items():
-            operands.renew(copy.detach())
+            operands.requantize(copy.detach())
 
     def clear(self) -> None:
         """Drop the gradients."""

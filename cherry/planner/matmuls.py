@@ -16,7 +16,7 @@ FP8_BLOCK = 128
 """Numbers that share a scale (section 3.3.2); what is narrower stays in bf16."""
 # What fp8 operands cost, bytes an element. Activations and gradients: a read in bf16, a write in fp8, and one more
 # turned round, whose scales run along the other dimension, for the weight's gradient. Weights: a read and a write in
-# each pass, or once a step both ways where working copies stay (model/fp8/linear.py, `hold_operands`).
+# each pass, or once a step both ways where working copies stay (model/fp8/linear.py, `cache_fp8_weights`).
 _ROWS_CAST_BYTES = 2 + 1 + 1
 _WEIGHT_CAST_BYTES = 2 + 1
 _HELD_CAST_BYTES = 2 + 1 + 1

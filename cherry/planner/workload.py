@@ -122,7 +122,7 @@ class Workload:
 
     @cached_property
     def alone(self) -> bool:
-        """Whether working copies of the parameters stay between passes (cherry/distributed/fsdp.py, `keeps_copies`)."""
+        """Whether working copies of the parameters stay between passes (`fsdp.keeps_resident_params`)."""
         on_gpu = not self.gpu.shared_memory
         return on_gpu and self.ranks == 1 and self.precision != "fp32" and not self.cpu_offload
 

@@ -1,1 +1,1 @@
-"""FP8 training: linear layers and experts with DeepSeek's scales, kernels, and their reference in plain torch."""
+"""FP8 training: linear layers and routed experts in block-scaled e4m3, their kernels, and a torch reference."""

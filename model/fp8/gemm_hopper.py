@@ -1,15 +1,15 @@
-"""Owns the block-scaled fp8 matmuls of Hopper GPUs: rows by their group's matrix, and the gradient of such matrices.
+"""Grouped GEMM kernels for Hopper GPUs in block-scaled fp8, in Gluon: forward, input gradient and weight gradient.
 
-It knows nothing of experts, nor of how operands are made (model/fp8/cast_kernels.py), and is imported on CUDA
-machines only.
+Imported on CUDA machines only; operands are quantized by model/fp8/cast_kernels.py.
 
-e4m3 operands, a scale every 128 numbers of the dimension that is summed over, and each 128 products promoted into an
-fp32 sum by the CUDA cores: tensor cores of this generation keep 14 bits of a sum (DeepSeek-V3, arXiv 2412.19437,
-section 3.3.2). One warp fills a ring of tiles by TMA. Two warpgroups compute half a tile each, so that one promotes
-while the other multiplies; Triton without Gluon keeps them in step, and reached two thirds of this rate.
+e4m3 operands, a scale for each 128 values of the dimension K that is summed over, and every 128 products accumulated in
+fp32 by the CUDA cores (promotion): tensor cores of this generation keep 14 bits of a sum (DeepSeek-V3, arXiv
+2412.19437, section 3.3.2). A producer warp fills a ring buffer of tiles by TMA. Two consumer warpgroups compute half a
+tile each, so that one promotes while the other multiplies; Triton without Gluon keeps them in lockstep, and reached two
+thirds of this rate.
 
-Shapes: R rows, K summed over, N columns, E group, T = ceil(R / 128) blocks of rows. Scales are fp32 and lie with the
-blocks of the summed dimension first: [ceil(K / 128), 128 T] for rows, [E, ceil(N / 128), ceil(K / 128)] for matrices.
+Shapes: R rows, K summed over, N columns, E group, T = ceil(R / 128) blocks of rows. Scales are fp32, with the blocks of
+the summed dimension first: [ceil(K / 128), 128 T] for rows, [E, ceil(N / 128), ceil(K / 128)] for matrices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 BLOCK = 128
-# Tiles under way: 33 or 34 KiB each, beside 32 KiB for results, in 227 KiB of shared memory.
+# Stages of the ring buffer: 33 or 34 KiB each, beside 32 KiB for results, in 227 KiB of shared memory.
 _STAGES = 5
 # Three warpgroups share 65,536 registers: 168 a thread at launch, of which the producer hands on what it does not need.
 _REGISTERS, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 168, 232, 40
@@ -43,13 +43,13 @@ _REGISTERS, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 168, 232, 40
 _OPERAND = gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], gl.float8e4nv)
 _RESULT = gl.NVMMASharedLayout.get_default_for([BLOCK // 2, BLOCK], gl.bfloat16)
 _SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-# Compiled, by device and kind: Triton's own look at the arguments takes longer than many of these matmuls.
+# Compiled kernels, by device and GRADIENT: Triton's own dispatch on arguments takes longer than many of these matmuls.
 _kernels: dict[tuple[int, bool], Any] = {}
 
 
 @gluon.jit
-def _place(tile, tiles_m, tiles_n, group_ptr, GRADIENT: gl.constexpr):
-    """A tile's group (-1: none), place in blocks, and the blocks of K that a gradient sums over."""
+def _tile_coordinates(tile, tiles_m, tiles_n, group_ptr, GRADIENT: gl.constexpr):
+    """Group of a tile (-1: none), its row and column block, and the range of K blocks that a gradient sums over."""
     n = tile % tiles_n
     if GRADIENT:
         m = tile // tiles_n % tiles_m
@@ -71,53 +71,53 @@ def _produce(
 ):  # fmt: skip
     STAGES: gl.constexpr = a_ring.type.shape[0]
     SCALE_BYTES: gl.constexpr = 1024 if GRADIENT else 512
-    turn = 0
+    iteration = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        group, m, n, first, last = _place(tile, tiles_m, tiles_n, group_ptr, GRADIENT)
+        group, m, n, first, last = _tile_coordinates(tile, tiles_m, tiles_n, group_ptr, GRADIENT)
         b_row = n * 128
         if not GRADIENT:
             b_row += group * rows_b
             last = gl.where(group >= 0, blocks, 0)
         for k in range(first, last):
-            slot = turn % STAGES
+            slot = iteration % STAGES
             bar = ready.index(slot)
-            mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
+            mbarrier.wait(empty.index(slot), (iteration // STAGES & 1) ^ 1)
             mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes + SCALE_BYTES)
             _load(a, [m * 128, k * 128], bar, a_ring.index(slot))
             _load(b, [b_row, k * 128], bar, b_ring.index(slot))
             _load(a_scale, [k * rows_a + m * 128], bar, a_scales.index(slot))
             if GRADIENT:
                 _load(b_scale, [k * rows_b + n * 128], bar, b_scales.index(slot))
-            turn += 1
+            iteration += 1
 
 
 @gluon.jit
-def _multiply(a_ring, b_ring, ready, turn, zero, HALF: gl.constexpr):
-    """Start the product of a turn's tiles, once they are there."""
+def _multiply(a_ring, b_ring, ready, iteration, zero, HALF: gl.constexpr):
+    """Product of an iteration's tiles, started asynchronously once they have arrived."""
     STAGES: gl.constexpr = a_ring.type.shape[0]
-    slot = turn % STAGES
-    mbarrier.wait(ready.index(slot), turn // STAGES & 1)
+    slot = iteration % STAGES
+    mbarrier.wait(ready.index(slot), iteration // STAGES & 1)
     a_half = a_ring.index(slot).slice(HALF * 64, 64)
     return warpgroup_mma(a_half, b_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _promote(
-    total, part, a_scales, b_scales, b_scale, empty, turn,
+    total, product, a_scales, b_scales, b_scale, empty, iteration,
     HALF: gl.constexpr, GRADIENT: gl.constexpr, BEHIND: gl.constexpr,
 ):  # fmt: skip
-    """Add a turn's product, scaled, once no more than those behind it are under way; its tiles are free then."""
+    """Sum with an iteration's scaled product added, after a wait that leaves BEHIND later ones; frees its tiles."""
     mma: gl.constexpr = total.type.layout
-    slot = turn % a_scales.type.shape[0]
+    slot = iteration % a_scales.type.shape[0]
     a_scale = a_scales.index(slot).slice(HALF * 64, 64).load(gl.SliceLayout(1, mma))
     if GRADIENT:
         b_scale = b_scales.index(slot).load(gl.SliceLayout(0, mma))
-    part = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(part,))
+    product = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(product,))
     mbarrier.arrive(empty.index(slot), count=1)
     if GRADIENT:
-        total += part * a_scale[:, None] * b_scale[None, :]
+        total += product * a_scale[:, None] * b_scale[None, :]
     else:
-        total += part * (a_scale * b_scale)[:, None]
+        total += product * (a_scale * b_scale)[:, None]
     return total
 
 
@@ -128,40 +128,40 @@ def _consume(
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     zero = gl.zeros([64, 128], gl.float32, mma)
-    turn = 0
+    iteration = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        group, m, n, first, last = _place(tile, tiles_m, tiles_n, group_ptr, GRADIENT)
+        group, m, n, first, last = _tile_coordinates(tile, tiles_m, tiles_n, group_ptr, GRADIENT)
         row = m * 128 + HALF * 64
         total = zero
         if GRADIENT:
             row += group * rows_a
             for _ in range(first, last):
-                part = _multiply(a_ring, b_ring, ready, turn, zero, HALF)
-                total = _promote(total, part, a_scales, b_scales, 0.0, empty, turn, HALF, GRADIENT, 0)
-                turn += 1
+                product = _multiply(a_ring, b_ring, ready, iteration, zero, HALF)
+                total = _promote(total, product, a_scales, b_scales, 0.0, empty, iteration, HALF, GRADIENT, 0)
+                iteration += 1
         else:
             last = gl.where(group >= 0, blocks, 0)
             scale_ptr = b_scale_ptr + (group * tiles_n + n) * blocks
-            # Loaded two turns ahead: waiting for them here would leave the tensor cores idle half of the time.
+            # Loaded two iterations ahead: waiting here would leave the tensor cores idle half of the time.
             following = gl.load(scale_ptr, mask=last > 0, other=0.0)
             behind = gl.load(scale_ptr + 1, mask=last > 1, other=0.0)
-            # Two at a time, so that one's sum is promoted while the other multiplies. Gradients' scales of columns
+            # Two at a time, so that one product is promoted while the other is computed. Gradients' column scales
             # would take the registers that this needs.
             for k in range(0, last - 1, 2):
                 b_scale = following
                 b_scale_behind = behind
                 following = gl.load(scale_ptr + k + 2, mask=k + 2 < last, other=0.0)
                 behind = gl.load(scale_ptr + k + 3, mask=k + 3 < last, other=0.0)
-                part = _multiply(a_ring, b_ring, ready, turn, zero, HALF)
-                part_behind = _multiply(a_ring, b_ring, ready, turn + 1, zero, HALF)
-                total = _promote(total, part, a_scales, b_scales, b_scale, empty, turn, HALF, GRADIENT, 1)
-                total = _promote(total, part_behind, a_scales, b_scales, b_scale_behind, empty, turn + 1, HALF,
+                product = _multiply(a_ring, b_ring, ready, iteration, zero, HALF)
+                product_behind = _multiply(a_ring, b_ring, ready, iteration + 1, zero, HALF)
+                total = _promote(total, product, a_scales, b_scales, b_scale, empty, iteration, HALF, GRADIENT, 1)
+                total = _promote(total, product_behind, a_scales, b_scales, b_scale_behind, empty, iteration + 1, HALF,
                                  GRADIENT, 0)  # fmt: skip
-                turn += 2
+                iteration += 2
             if last % 2 == 1:
-                part = _multiply(a_ring, b_ring, ready, turn, zero, HALF)
-                total = _promote(total, part, a_scales, b_scales, following, empty, turn, HALF, GRADIENT, 0)
-                turn += 1
+                product = _multiply(a_ring, b_ring, ready, iteration, zero, HALF)
+                total = _promote(total, product, a_scales, b_scales, following, empty, iteration, HALF, GRADIENT, 0)
+                iteration += 1
         if GRADIENT or group >= 0:
             tma.store_wait(pendings=0)
             c_part.store(total.to(c.dtype))
@@ -170,7 +170,7 @@ def _consume(
     tma.store_wait(pendings=0)
 
 
-# Without their values in its key, one kernel serves all sizes, and launching it needs no look at its arguments.
+# Without specialization on their values one kernel serves all sizes, and a launch need not examine its arguments.
 @gluon.jit(do_not_specialize=["tiles", "tiles_m", "tiles_n", "rows_a", "rows_b", "blocks"])
 def _matmul(
     a, b, c, a_scale, b_scale, b_scale_ptr, group_ptr, tiles, tiles_m, tiles_n, rows_a, rows_b, blocks,
@@ -203,10 +203,10 @@ def _matmul(
 
 
 def multiply_rows(a_RK: Tensor, a_scale: Tensor, b_ENK: Tensor, b_scale: Tensor, group_T: Tensor) -> Tensor:
-    """Each row times the transposed matrix of its group, bf16 [R, N]. K and N are multiples of 16.
+    """Rows times the transposed matrix of their group, bf16 [R, N]. K and N are multiples of 16.
 
     Args:
-        group_T: int32, the group of each block of 128 rows; -1 for none, and its rows of the result stay as they are.
+        group_T: int32, the group of each block of 128 rows; with -1 its rows of the result are not written.
     """
     (rows, width), (groups, columns, _) = a_RK.shape, b_ENK.shape
     c_RN = a_RK.new_empty(rows, columns, dtype=torch.bfloat16)
@@ -217,7 +217,7 @@ def multiply_rows(a_RK: Tensor, a_scale: Tensor, b_ENK: Tensor, b_scale: Tensor,
 
 
 def weight_gradients(a_NR: Tensor, a_scale: Tensor, b_KR: Tensor, b_scale: Tensor, starts_E: Tensor) -> Tensor:
-    """The product of a's and b's rows over the R of each group, bf16 [E, N, K]; zeros for a group without any.
+    """Products of a's and b's rows over the R of each group, bf16 [E, N, K]; zeros for a group without any.
 
     Args:
         a_scale: [T, N], as `b_scale` is [T, K].
@@ -251,8 +251,9 @@ def _launch(
     key = (a.device.index, gradients > 0)
     operand, result = [BLOCK, BLOCK], [BLOCK // 2, BLOCK]
     arguments = (
-        _tiles(a, operand, _OPERAND), _tiles(b, operand, _OPERAND), _tiles(c, result, _RESULT), _numbers(a_scale),
-        _numbers(b_scale), b_scale, group, count, *tiles, a_scale.shape[1], rows_b, blocks,
+        _tile_descriptor(a, operand, _OPERAND), _tile_descriptor(b, operand, _OPERAND),
+        _tile_descriptor(c, result, _RESULT), _scale_descriptor(a_scale), _scale_descriptor(b_scale),
+        b_scale, group, count, *tiles, a_scale.shape[1], rows_b, blocks,
         gradients > 0, _STAGES, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS,
     )  # fmt: skip
     with torch.cuda.device(a.device):
@@ -262,9 +263,9 @@ def _launch(
             kernel[(programs, 1, 1)](*arguments)
 
 
-def _tiles(tensor: Tensor, shape: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+def _tile_descriptor(tensor: Tensor, shape: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape, layout)
 
 
-def _numbers(scale: Tensor) -> TensorDescriptor:
+def _scale_descriptor(scale: Tensor) -> TensorDescriptor:
     return TensorDescriptor(scale, [scale.numel()], [1], [BLOCK], _SCALES)

@@ -1,9 +1,8 @@
-"""Owns training in fp8: which matmuls of a model it covers, and their forward and backward passes.
+"""FP8 training layers: linear projections and routed experts, forward and backward, and which modules get them.
 
-It knows nothing of kernels (model/fp8/ops.py). The projections of attention and of feed-forwards and the routed
-experts multiply in e4m3, both ways and for weight gradients; the head, the embedding, the router, the norms and
-attention itself stay in bf16 (DeepSeek-V3, arXiv 2412.19437, section 3.3.1). Parameters and what flows between layers
-are bf16.
+The projections of attention and of feed-forwards and the routed experts multiply in e4m3 forward, backward and for
+weight gradients; the head, the embedding, the router, the norms and attention itself stay in bf16 (DeepSeek-V3, arXiv
+2412.19437, section 3.3.1). Parameters and activations between layers are bf16. Kernels: model/fp8/ops.py.
 
 Shapes: N token, K chosen experts of a token, P rows in whole blocks of 128 an expert, T = P / 128, E expert, D hidden,
 F intermediate width, I and O a projection's input and output width, X = 2 F.
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from model.experts import Dispatch, Experts
+from model.experts import Experts, Permutation
 from model.fp8.ops import (
     cast_both_,
     cast_weight,
@@ -31,52 +30,56 @@ from model.transformer import Block
 _ALIGNED = 16
 
 
-class Operands(NamedTuple):
-    """A weight [E, X, D] in fp8, as it is and turned round, with their scales."""
+class Fp8Weight(NamedTuple):
+    """Weight [E, X, D] quantized to fp8, plain and transposed, with their scales."""
 
     values_EXD: Tensor
     scale: Tensor
-    turned_EDX: Tensor
-    turned_scale: Tensor
+    transposed_EDX: Tensor
+    transposed_scale: Tensor
 
     @classmethod
-    def of(cls, weight_EXD: Tensor) -> Operands:
-        """Cast a bf16 weight."""
+    def of(cls, weight_EXD: Tensor) -> Fp8Weight:
+        """Quantized copies of a bf16 weight [E, X, D]."""
         return cls(*cast_weight(weight_EXD, False), *cast_weight(weight_EXD, True))
 
-    def renew(self, weight: Tensor) -> None:
-        """Cast it again, in place; [X, D] will do for one of [1, X, D]."""
+    def requantize(self, weight: Tensor) -> None:
+        """Quantize a changed weight again, in place; [X, D] is taken as [1, X, D]."""
         cast_both_(weight.view(self.values_EXD.shape), *self)
 
 
 class Fp8Linear(nn.Linear):
-    """A projection without a bias, in fp8."""
+    """Linear layer without a bias, in fp8."""
 
-    operands: Operands | None = None
-    """Set where they are kept from step to step; else each pass casts the weight."""
+    operands: Fp8Weight | None = None
+    """Quantized weight that is cached across steps; `None`: every pass quantizes the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Project each row; bf16 in and out."""
+        """Projection of each row, bf16 [..., O]."""
         x_NI = input.flatten(0, -2)
         return fp8_linear(x_NI, self.weight, self.operands).view(*input.shape[:-1], -1)
 
 
 class PaddedRows(NamedTuple):
-    """Where routed rows lie when each expert's begin at a whole block."""
+    """Permutation of routed rows with each expert's rows padded to whole blocks of 128."""
 
     token_P: Tensor
-    """int32, the token of each row; -1 for a row that fills up a block."""
+    """int32, the token of each row; -1 for padding."""
     place_NK: Tensor
-    """The row of each choice; P where it has none."""
+    """The row of each top-k slot; P for a slot routed off-rank."""
     expert_T: Tensor
-    """int32, the expert of each block; -1 behind the last."""
+    """int32, the expert of each block; -1 after the last."""
     starts_E: Tensor
     """int32 [E + 1], each expert's first block, and the end."""
 
 
 def use_fp8(model: nn.Module) -> int:
-    """Let the blocks of a model multiply in fp8, in place: all that is wide enough and has no adapter; how many do."""
-    taken = 0
+    """Switch a model's blocks to fp8, in place: the modules that are wide enough and have no adapter.
+
+    Returns:
+        Number of modules in fp8.
+    """
+    switched = 0
     for block in (module for module in model.modules() if isinstance(module, Block)):
         routers = {module.gate for module in block.modules() if hasattr(module, "gate")}
         for module in block.modules():
@@ -84,43 +87,43 @@ def use_fp8(model: nn.Module) -> int:
                 _, doubled, width = module.w13_EFD.shape
                 fits = width % BLOCK == 0 and doubled % (2 * BLOCK) == 0
                 module.fp8 = fp8_experts if fits else None
-            elif type(module) is nn.Linear and module not in routers and _takes(module):
+            elif type(module) is nn.Linear and module not in routers and _can_use_fp8(module):
                 module.__class__ = Fp8Linear
-            taken += isinstance(module, Fp8Linear) or getattr(module, "fp8", None) is not None
-    return taken
+            switched += isinstance(module, Fp8Linear) or getattr(module, "fp8", None) is not None
+    return switched
 
 
-def hold_operands(model: nn.Module) -> dict[nn.Parameter, Operands]:
-    """Make each fp8 weight's operands once and keep them; by weight. Who changes a weight changes its operands."""
-    held: dict[nn.Parameter, Operands] = {}
+def cache_fp8_weights(model: nn.Module) -> dict[nn.Parameter, Fp8Weight]:
+    """Quantized weights by parameter, cached in the fp8 layers across steps; requantize one when its weight changes."""
+    held: dict[nn.Parameter, Fp8Weight] = {}
     for module in model.modules():
         if isinstance(module, Fp8Linear):
-            held |= {weight: Operands.of(weight.data[None]) for weight in module.parameters()}
+            held |= {weight: Fp8Weight.of(weight.data[None]) for weight in module.parameters()}
             module.operands = held[cast(nn.Parameter, module.weight)]
         elif isinstance(module, Experts) and module.fp8 is not None:
             weights = module.w13_EFD, module.w2_EDF
-            held |= {weight: Operands.of(weight.data) for weight in weights}
+            held |= {weight: Fp8Weight.of(weight.data) for weight in weights}
             module.fp8_operands = *held[weights[0]], *held[weights[1]]
     return held
 
 
-def _takes(linear: nn.Linear) -> bool:
-    """TMA wants rows of a multiple of 16 bytes. A width below a block's would leave nothing for a scale to do."""
+def _can_use_fp8(linear: nn.Linear) -> bool:
+    """True for rows of a multiple of 16 bytes (TMA needs it), no bias, and both widths at least a scale's block."""
     widths, bias = (linear.in_features, linear.out_features), getattr(linear, "bias", None)
     return bias is None and min(widths) >= BLOCK and all(width % _ALIGNED == 0 for width in widths)
 
 
-def pad_rows(dispatch: Dispatch) -> PaddedRows:
-    """Move each expert's rows to the next whole block. There is room for the worst case: a shape may not be data."""
-    rows, experts = dispatch.order_R.shape[0], dispatch.counts_E.shape[0]
+def pad_rows(permutation: Permutation) -> PaddedRows:
+    """Permutation with each expert's rows moved to the next whole block. P is the worst case: no shape is data."""
+    rows, experts = permutation.order_R.shape[0], permutation.counts_E.shape[0]
     blocks = -(-rows // BLOCK) + experts
-    blocks_E = (dispatch.counts_E + BLOCK - 1) // BLOCK
+    blocks_E = (permutation.counts_E + BLOCK - 1) // BLOCK
     ends_E = blocks_E.cumsum(0)
-    shift_E = BLOCK * (ends_E - blocks_E) - (dispatch.counts_E.cumsum(0) - dispatch.counts_E)
+    shift_E = BLOCK * (ends_E - blocks_E) - (permutation.counts_E.cumsum(0) - permutation.counts_E)
     shift_E = torch.cat([shift_E, shift_E.new_full((1,), BLOCK * blocks - rows)])
-    place_NK = dispatch.inverse_NK + shift_E[dispatch.experts_NK]
-    tokens, choices = place_NK.shape
-    token_NK = torch.arange(tokens, device=place_NK.device, dtype=torch.int32)[:, None].expand(tokens, choices)
+    place_NK = permutation.inverse_NK + shift_E[permutation.experts_NK]
+    tokens, slots = place_NK.shape
+    token_NK = torch.arange(tokens, device=place_NK.device, dtype=torch.int32)[:, None].expand(tokens, slots)
     token_P = torch.full((BLOCK * blocks + 1,), -1, device=place_NK.device, dtype=torch.int32)
     token_P = token_P.scatter(0, place_NK.flatten(), token_NK.flatten())[:-1]
     expert_T = torch.searchsorted(ends_E, torch.arange(blocks, device=ends_E.device), right=True)
@@ -128,12 +131,12 @@ def pad_rows(dispatch: Dispatch) -> PaddedRows:
     return PaddedRows(token_P, place_NK, expert_T, torch.cat([ends_E.new_zeros(1), ends_E]).to(torch.int32))
 
 
-def fp8_linear(x_NI: Tensor, weight_OI: Tensor, operands: Operands | None = None) -> Tensor:
-    """x times the transposed weight, bf16 [N, O].
+def fp8_linear(x_NI: Tensor, weight_OI: Tensor, operands: Fp8Weight | None = None) -> Tensor:
+    """Product of x and the transposed weight, bf16 [N, O].
 
     Args:
-        operands: the weight's; without them it is cast in each pass. Kept in fp8 from one pass to the other, it would
-            outlive what FSDP gathers.
+        operands: the quantized weight; `None` quantizes in each pass. Kept from forward to backward it would outlive
+            the parameters that FSDP all-gathers.
     """
     return cast(Tensor, _Linear.apply(x_NI, weight_OI, *(operands or ())))  # type: ignore[no-untyped-call]
 
@@ -141,17 +144,17 @@ def fp8_linear(x_NI: Tensor, weight_OI: Tensor, operands: Operands | None = None
 def fp8_experts(
     x_ND: Tensor,
     weight_NK: Tensor,
-    dispatch: Dispatch,
+    permutation: Permutation,
     w13_EXD: Tensor,
     w2_EDF: Tensor,
     operands: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """As `model.experts.through_experts` through SwiGLUs: the sum of weight * expert(x) over a token's choices.
+    """Sum over each token's top-k slots of weight * expert(x) [N, D], as `model.experts.run_permuted` with SwiGLUs.
 
     Args:
-        operands: w13's, then w2's; without them weights are cast in each pass.
+        operands: fields of w13's `Fp8Weight`, then of w2's; without them weights are quantized in each pass.
     """
-    rows = pad_rows(dispatch)
+    rows = pad_rows(permutation)
     return cast(Tensor, _Experts.apply(x_ND, weight_NK, *rows, w13_EXD, w2_EDF, *operands))  # type: ignore[no-untyped-call]
 
 
@@ -166,9 +169,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *weights, x_IN, x_scale = ctx.saved_tensors
-        turned = weights if ctx.held else cast_weight(weights[0][None], True)
+        transposed = weights if ctx.held else cast_weight(weights[0][None], True)
         trained = ctx.needs_input_grad[1]
-        grad_x_NI, grad_OI = linear_backward(grads[0].contiguous(), *turned, x_IN, x_scale, trained)
+        grad_x_NI, grad_OI = linear_backward(grads[0].contiguous(), *transposed, x_IN, x_scale, trained)
         return grad_x_NI, grad_OI if trained else None, *[None] * ctx.held
 
 
@@ -188,21 +191,21 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         weight_P = weight_NK.new_zeros(token_P.shape[0] + 1, dtype=torch.float32)
         weight_P = weight_P.scatter(0, place_NK.flatten(), weight_NK.flatten().float())[:-1]
-        straight, turned = (*operands[:2], *operands[4:6]), (*operands[2:4], *operands[6:])
-        weights = straight or _cast(w13_EXD, w2_EDF, False)
+        plain, transposed = (*operands[:2], *operands[4:6]), (*operands[2:4], *operands[6:])
+        weights = plain or _cast(w13_EXD, w2_EDF, False)
         made = experts_forward(x_ND, weight_P, token_P, place_NK, expert_T, *weights)
         ctx.weight_dtype, ctx.held = weight_NK.dtype, len(operands)
         rows = weight_P, token_P, place_NK, expert_T, starts_E
-        ctx.save_for_backward(*rows, *made[1:], *(turned or (w13_EXD, w2_EDF)))
+        ctx.save_for_backward(*rows, *made[1:], *(transposed or (w13_EXD, w2_EDF)))
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors  # asked for once: recomputed blocks hand them out once
+        kept = ctx.saved_tensors  # read once: activation recompute hands them out once
         rows, made, weights = kept[:5], kept[5:8], kept[8:]
-        turned = weights if ctx.held else _cast(weights[0], weights[1], True)
+        transposed = weights if ctx.held else _cast(weights[0], weights[1], True)
         trained = ctx.needs_input_grad[6]
-        backward = grads[0].contiguous(), *rows, *turned, *made, trained
+        backward = grads[0].contiguous(), *rows, *transposed, *made, trained
         grad_x_ND, grad_weight_P, *grad_weights = experts_backward(*backward)
         padded = torch.cat([grad_weight_P, grad_weight_P.new_zeros(1)])
         place_NK = rows[2]
@@ -219,5 +222,5 @@ class _Experts(torch.autograd.Function):
         )
 
 
-def _cast(w13_EXD: Tensor, w2_EDF: Tensor, turned: bool) -> tuple[Tensor, ...]:
-    return *cast_weight(w13_EXD, turned), *cast_weight(w2_EDF, turned)
+def _cast(w13_EXD: Tensor, w2_EDF: Tensor, transposed: bool) -> tuple[Tensor, ...]:
+    return *cast_weight(w13_EXD, transposed), *cast_weight(w2_EDF, transposed)

@@ -1,7 +1,7 @@
-"""Owns the passes of fp8 layers as operators: kernels in order, and the shapes of what they return.
+"""Custom operators of fp8 layers: forward and backward passes of linear layers and routed experts, in torch.library.
 
-It knows nothing of modules or of gradients' bookkeeping (model/fp8/linear.py). A compiler sees each pass as one step,
-neither its kernels nor their descriptors of memory.
+torch.compile sees each pass as one operator, neither its kernels nor their TMA descriptors. Modules and autograd:
+model/fp8/linear.py.
 
 Shapes: N token, K chosen experts of a token, P rows in whole blocks of 128 an expert, T = P / 128, E expert, D hidden,
 F intermediate width, X = 2 F, I and O a projection's input and output width.
@@ -25,10 +25,11 @@ _Run = Callable[..., tuple[Tensor, ...]]
 
 
 def _operator(schema: str, fake: _Run) -> Callable[[_Run], _Run]:
-    """Make a function an operator on CUDA tensors, and its namesake of model/fp8/reference.py one on the CPU's.
+    """Decorator that registers a function as operator for CUDA, its namesake in model/fp8/reference.py for the CPU.
 
     Args:
-        fake: makes results of the same shapes.
+        schema: the operator's, as torch.library.define takes it.
+        fake: returns empty tensors of the results' shapes and types.
     """
 
     def register(run: _Run) -> _Run:
@@ -42,35 +43,37 @@ def _operator(schema: str, fake: _Run) -> Callable[[_Run], _Run]:
     return register
 
 
-def _turned_like(x_ND: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+def _transposed_like(x_ND: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     width = x_ND.shape[1]
     values = x_ND.new_empty(width, BLOCK * blocks, dtype=torch.float8_e4m3fn)
     return values, x_ND.new_empty(blocks, width, dtype=torch.float32)
 
 
 @_operator(
-    "fp8_cast_weight(Tensor weight, bool turned) -> (Tensor, Tensor)",
-    lambda weight, turned: (
-        weight.new_empty(weight.shape[0], *weight.shape[1:][:: -1 if turned else 1], dtype=torch.float8_e4m3fn),
-        weight.new_empty(weight.shape[0], *_blocks(weight)[:: -1 if turned else 1], dtype=torch.float32),
+    "fp8_cast_weight(Tensor weight, bool transposed) -> (Tensor, Tensor)",
+    lambda weight, transposed: (
+        weight.new_empty(weight.shape[0], *weight.shape[1:][:: -1 if transposed else 1], dtype=torch.float8_e4m3fn),
+        weight.new_empty(weight.shape[0], *_blocks(weight)[:: -1 if transposed else 1], dtype=torch.float32),
     ),
 )
-def cast_weight(weight_EXD: Tensor, turned: bool) -> tuple[Tensor, ...]:
-    """Values and scales of weights as they are, or turned round."""
+def cast_weight(weight_EXD: Tensor, transposed: bool) -> tuple[Tensor, ...]:
+    """Values and scales of quantized weights, plain [E, X, D] or transposed [E, D, X]."""
     from model.fp8 import cast_kernels
 
-    return cast_kernels.cast_weight(weight_EXD, turned=turned)
+    return cast_kernels.cast_weight(weight_EXD, transposed=transposed)
 
 
-def cast_both_(weight_EXD: Tensor, values_EXD: Tensor, scale: Tensor, turned_EDX: Tensor, turned_scale: Tensor) -> None:
-    """What `cast_weight` makes both ways, into tensors that are there; no operator."""
+def cast_both_(
+    weight_EXD: Tensor, values_EXD: Tensor, scale: Tensor, transposed_EDX: Tensor, transposed_scale: Tensor
+) -> None:
+    """Quantize a weight into the given plain and transposed tensors; no operator."""
     if weight_EXD.is_cuda:
         from model.fp8 import cast_kernels
 
-        cast_kernels.cast_both_(weight_EXD, values_EXD, scale, turned_EDX, turned_scale)
+        cast_kernels.cast_both_(weight_EXD, values_EXD, scale, transposed_EDX, transposed_scale)
         return
-    for turned, kept in ((False, (values_EXD, scale)), (True, (turned_EDX, turned_scale))):
-        for old, new in zip(kept, reference.cast_weight(weight_EXD, turned), strict=True):
+    for transposed, kept in ((False, (values_EXD, scale)), (True, (transposed_EDX, transposed_scale))):
+        for old, new in zip(kept, reference.cast_weight(weight_EXD, transposed), strict=True):
             old.copy_(new)
 
 
@@ -80,15 +83,15 @@ def _blocks(weight_EXD: Tensor) -> tuple[int, int]:
 
 @_operator(
     "fp8_linear_forward(Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor, Tensor)",
-    lambda x, weight, _: (x.new_empty(x.shape[0], weight.shape[1]), *_turned_like(x, -(-x.shape[0] // BLOCK))),
+    lambda x, weight, _: (x.new_empty(x.shape[0], weight.shape[1]), *_transposed_like(x, -(-x.shape[0] // BLOCK))),
 )
 def linear_forward(x_NI: Tensor, weight_1OI: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """The product, and x turned round with its scales, for the weight's gradient."""
+    """Product [N, O], and x transposed [I, 128 ceil(N / 128)] with its scales, for the weight's gradient."""
     from model.fp8 import cast_kernels, gemm_hopper
 
-    plain, turned = cast_kernels.cast(x_NI.contiguous())
+    plain, transposed = cast_kernels.cast(x_NI.contiguous())
     group_T = _one_group(-(-x_NI.shape[0] // BLOCK), x_NI.device)
-    return gemm_hopper.multiply_rows(*plain, weight_1OI, scale, group_T), *turned
+    return gemm_hopper.multiply_rows(*plain, weight_1OI, scale, group_T), *transposed
 
 
 @_operator(
@@ -102,15 +105,15 @@ def linear_forward(x_NI: Tensor, weight_1OI: Tensor, scale: Tensor) -> tuple[Ten
 def linear_backward(
     grad_NO: Tensor, weight_1IO: Tensor, scale: Tensor, x_IN: Tensor, x_scale: Tensor, trained: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients of x and of the weight, or nothing where that is not trained."""
+    """Gradients of x [N, I] and of the weight [O, I] (empty if not `trained`)."""
     from model.fp8 import cast_kernels, gemm_hopper
 
-    plain, turned = cast_kernels.cast(grad_NO)
-    one = x_scale.shape[0], x_IN.device
-    grad_x_NI = gemm_hopper.multiply_rows(*plain, weight_1IO, scale, _one_group(*one))
+    plain, transposed = cast_kernels.cast(grad_NO)
+    blocks, device = x_scale.shape[0], x_IN.device
+    grad_x_NI = gemm_hopper.multiply_rows(*plain, weight_1IO, scale, _one_group(blocks, device))
     if not trained:
         return grad_x_NI, grad_NO.new_empty(0)
-    return grad_x_NI, gemm_hopper.weight_gradients(*turned, x_IN, x_scale, _one_start(*one))[0]
+    return grad_x_NI, gemm_hopper.weight_gradients(*transposed, x_IN, x_scale, _one_start(blocks, device))[0]
 
 
 @_operator(
@@ -118,7 +121,7 @@ def linear_backward(
     " Tensor w13_scale, Tensor w2, Tensor w2_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, weight, token, place, expert, w13, *_: (
         torch.empty_like(x),
-        *_turned_like(x, expert.shape[0]),
+        *_transposed_like(x, expert.shape[0]),
         x.new_empty(token.shape[0], w13.shape[1]),
     ),
 )
@@ -133,15 +136,15 @@ def experts_forward(
     w2_EDF: Tensor,
     w2_scale: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The tokens' sums, and for the backward pass: rows turned round, their scales, and gate and up of each row."""
+    """Combined outputs [N, D]; for the backward pass, rows transposed, their scales, and gate and up [P, X]."""
     from model import triton_experts
     from model.fp8 import cast_kernels, gemm_hopper
 
-    rows, turned = cast_kernels.cast(x_ND.contiguous(), token_P, expert_T)
+    rows, transposed = cast_kernels.cast(x_ND.contiguous(), token_P, expert_T)
     h_PX = gemm_hopper.multiply_rows(*rows, w13_EXD, w13_scale, expert_T)
     act = cast_kernels.swiglu(h_PX, weight_P, expert_T)
     rows_PD = gemm_hopper.multiply_rows(*act, w2_EDF, w2_scale, expert_T)
-    return triton_experts.sum_choices(rows_PD, place_NK), *turned, h_PX
+    return triton_experts.sum_topk(rows_PD, place_NK), *transposed, h_PX
 
 
 @_operator(
@@ -171,29 +174,28 @@ def experts_backward(
     h_PX: Tensor,
     trained: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, of each row's weight (rows of no choice: anything), of w13 and of w2; of these two nothing
-    where they are not trained."""
+    """Gradients of x [N, D], of row weights [P] (undefined for padding), of w13 and w2 (empty if not `trained`)."""
     from model import triton_experts
     from model.fp8 import cast_kernels, gemm_hopper
 
-    rows, turned = cast_kernels.cast(grad_ND, token_P, expert_T)
+    rows, transposed = cast_kernels.cast(grad_ND, token_P, expert_T)
     grad_act_PF = gemm_hopper.multiply_rows(*rows, w2_EFD, w2_scale, expert_T)
-    act, grad_h, grad_h_turned, grad_weight_P = cast_kernels.swiglu_backward(h_PX, weight_P, expert_T, grad_act_PF)
+    act, grad_h, grad_h_transposed, grad_weight_P = cast_kernels.swiglu_backward(h_PX, weight_P, expert_T, grad_act_PF)
     grad_w13_EXD, grad_w2_EDF = grad_ND.new_empty(0), grad_ND.new_empty(0)
     if trained:
-        grad_w2_EDF = gemm_hopper.weight_gradients(*turned, *act, starts_E)
-        grad_w13_EXD = gemm_hopper.weight_gradients(*grad_h_turned, x_DP, x_scale, starts_E)
+        grad_w2_EDF = gemm_hopper.weight_gradients(*transposed, *act, starts_E)
+        grad_w13_EXD = gemm_hopper.weight_gradients(*grad_h_transposed, x_DP, x_scale, starts_E)
     grad_rows_PD = gemm_hopper.multiply_rows(*grad_h, w13_EDX, w13_scale, expert_T)
-    return triton_experts.sum_choices(grad_rows_PD, place_NK), grad_weight_P, grad_w13_EXD, grad_w2_EDF
+    return triton_experts.sum_topk(grad_rows_PD, place_NK), grad_weight_P, grad_w13_EXD, grad_w2_EDF
 
 
 @lru_cache
 def _one_group(blocks: int, device: torch.device) -> Tensor:
-    """The group of each block where there is only one."""
+    """Group index of each block [T], int32, where there is only one group."""
     return torch.zeros(blocks, dtype=torch.int32, device=device)
 
 
 @lru_cache
 def _one_start(blocks: int, device: torch.device) -> Tensor:
-    """Where the only group starts and ends."""
+    """First block and end of the only group [2], int32."""
     return torch.tensor([0, blocks], dtype=torch.int32, device=device)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from base.storage import Progress
 from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX
 from model.weights.reader import Source, WeightsReader, dequantize_box, read_weight_box, scale_box
@@ -28,9 +29,6 @@ MAX_GAP_BYTES = 64 << 10
 # One connection to an object store brings some 50 to 100 MB/s.
 THREADS = 8
 _REPORT_SECONDS = 2.0
-
-Progress = Callable[[str, float], None]
-"""Called with a line for people and the fraction done."""
 
 
 class Request(NamedTuple):

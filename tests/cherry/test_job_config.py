@@ -64,18 +64,18 @@ def test_a_layout_that_cannot_be_is_refused(mini: Make, ranks: int, flags: list[
 
 
 def test_context_ranks_share_sequences_and_no_other_ranks_do() -> None:
-    from cherry.distributed.mesh import DataShare, data_share
+    from cherry.distributed.mesh import DataShard, data_shard
 
     config = ParallelConfig(replicate=2, shard=3, expert=2, context=2)
-    shares = [data_share(config, rank, 24) for rank in range(24)]
-    assert sorted((share.rank, share.part) for share in shares) == [
+    shares = [data_shard(config, rank, 24) for rank in range(24)]
+    assert sorted((share.data_rank, share.context_rank) for share in shares) == [
         (rank, part) for rank in range(12) for part in (0, 1)
     ]
-    assert {(share.ranks, share.parts) for share in shares} == {(12, 2)}
+    assert {(share.data_ranks, share.context_ranks) for share in shares} == {(12, 2)}
     # Neighbours hold different experts and read different sequences; the next two have the other halves of these.
     assert shares[:4] == [
-        DataShare(0, 12, 0, 2),
-        DataShare(1, 12, 0, 2),
-        DataShare(0, 12, 1, 2),
-        DataShare(1, 12, 1, 2),
+        DataShard(0, 12, 0, 2),
+        DataShard(1, 12, 0, 2),
+        DataShard(0, 12, 1, 2),
+        DataShard(1, 12, 1, 2),
     ]

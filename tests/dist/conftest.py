@@ -1,4 +1,4 @@
-"""What tests with several ranks share: many small runs for the price of one start."""
+"""Fixtures of tests with several ranks: many small training jobs in one start of the processes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def _run_together(commands: list[list[str]], environment: dict[str, str]) -> Non
     started = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
 
     def wait(process: subprocess.Popen[str]) -> str:
-        told = process.communicate()[0]
+        output = process.communicate()[0]
         if process.returncode:
             for other in started:
                 other.kill()
-        return told
+        return output
 
     try:
         with ThreadPoolExecutor(len(started)) as pool:
-            told = list(pool.map(wait, started))
+            output = list(pool.map(wait, started))
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(told)
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(output)
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +52,14 @@ def train_jobs(
 
     def train(wanted: list[Any]) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("ranks")
-        jobs = {one.name: new_job(folder / str(number)) for number, one in enumerate(wanted)}
+        jobs = {job.name: new_job(folder / str(number)) for number, job in enumerate(wanted)}
         lines = []
-        for one in wanted:
-            line = {**asdict(one), "set": one.flags, "config": str(jobs[one.name].config)}
-            source = str(jobs[one.resume_from[0]].checkpoint(one.resume_from[1])) if one.resume_from else None
-            lines.append({**line, "directory": str(jobs[one.name].directory), "resume_from": source})
+        for job in wanted:
+            line = {**asdict(job), "set": job.flags, "config": str(jobs[job.name].config)}
+            source = str(jobs[job.resume_from[0]].checkpoint(job.resume_from[1])) if job.resume_from else None
+            lines.append({**line, "directory": str(jobs[job.name].directory), "resume_from": source})
         (folder / "jobs.json").write_text(json.dumps(lines))
-        ranks = max(one.ranks for one in wanted)
+        ranks = max(job.ranks for job in wanted)
         commands = [[sys.executable, str(PROGRAM), str(folder), str(rank)] for rank in range(ranks)]
         run_together(commands)
         return jobs

@@ -1,6 +1,12 @@
-"""One rank of a check: rows through experts that are spread over ranks, against all of them on this one.
+"""One rank of an expert parallel check: all-to-all dispatch and combine against all experts on this rank.
 
+<<<<<<< HEAD
 python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE. An assertion that fails is the answer.
+=======
+    python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE
+
+A failed assertion is the result.
+>>>>>>> h8
 """
 
 import sys
@@ -11,36 +17,36 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from cherry.distributed.expert_parallel import ExpertDispatch
-from cherry.distributed.expert_parallel_nodes import NodeDispatch
-from model.experts import Experts, plan_dispatch
+from cherry.distributed.expert_parallel import AllToAllDispatcher
+from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
+from model.experts import Experts, permutation_by_expert
 
-TOKENS, CHOICES, WIDTH, EXPERTS_A_RANK = 24, 2, 16, 2
+TOKENS, TOP_K, WIDTH, EXPERTS_A_RANK = 24, 2, 16, 2
 
 
 def chosen(case: str, rank: int, experts: int) -> torch.Tensor:
     """The experts [N, K] of each token of a rank."""
     generator = torch.Generator().manual_seed(rank)
-    any_NK = torch.rand(TOKENS, experts, generator=generator).topk(CHOICES).indices
+    any_NK = torch.rand(TOKENS, experts, generator=generator).topk(TOP_K).indices
     if case == "any":
         return any_NK
     if case == "the last rank's alone":  # all others receive nothing, and every token meets two experts of one rank
-        return torch.tensor([experts - 1, experts - 2]).expand(TOKENS, CHOICES)
+        return torch.tensor([experts - 1, experts - 2]).expand(TOKENS, TOP_K)
     if case == "one busy, one without any":
         return torch.where(any_NK == 0, 0, torch.where(any_NK % 3 == 1, 2, any_NK))
     assert case == "one rank has few tokens"
     return any_NK[: 1 if rank == 0 else TOKENS]
 
 
-def spread_over(ranks: int, on_node: int) -> ExpertDispatch | NodeDispatch:
+def dispatcher_over(ranks: int, on_node: int) -> AllToAllDispatcher | HierarchicalDispatcher:
     if on_node == ranks:
-        return ExpertDispatch(dist.group.WORLD)
-    grid = init_device_mesh("cpu", (ranks // on_node, on_node), mesh_dim_names=("node", "inside"))
-    return NodeDispatch(grid.get_group("node"), grid.get_group("inside"))
+        return AllToAllDispatcher(dist.group.WORLD)
+    grid = init_device_mesh("cpu", (ranks // on_node, on_node), mesh_dim_names=("internode", "intranode"))
+    return HierarchicalDispatcher(grid.get_group("internode"), grid.get_group("intranode"))
 
 
 def bytes_away(case: str, rank: int, ranks: int, on_node: int) -> int:
-    """What this rank sends to others: tokens to and from nodes, then rows to and from ranks of its node, both ways."""
+    """Bytes that this rank sends to others: tokens between nodes, then rows between ranks of its node, both ways."""
     homes = [chosen(case, other, ranks * EXPERTS_A_RANK) // EXPERTS_A_RANK for other in range(ranks)]
     node, place = rank // on_node, rank % on_node
     crossing = sum(len({*nodes} - {node}) for nodes in (homes[rank] // on_node).tolist())
@@ -54,7 +60,7 @@ def bytes_away(case: str, rank: int, ranks: int, on_node: int) -> int:
         else:
             rows += int((home_NK == rank).sum())
     # A token or row one way with its weights, its result back, and the gradients of both.
-    return 4 * (crossing * (2 * WIDTH + 2 * CHOICES) + rows * (2 * WIDTH + 1))
+    return 4 * (crossing * (2 * WIDTH + 2 * TOP_K) + rows * (2 * WIDTH + 1))
 
 
 def main(store: str, rank: int, ranks: int, on_node: int) -> None:
@@ -67,31 +73,32 @@ def main(store: str, rank: int, ranks: int, on_node: int) -> None:
     for name, parameter in whole.named_parameters():
         nn.init.normal_(parameter, std=0.3)
         setattr(own, name, nn.Parameter(parameter.detach()[mine].clone()))
-    own.spread = spread_over(ranks, on_node)
+    own.dispatcher = dispatcher_over(ranks, on_node)
     sent: list[int] = []
-    own.spread.count_bytes(sent.append)
+    own.dispatcher.count_bytes(sent.append)
     for case in ("any", "the last rank's alone", "one busy, one without any", "one rank has few tokens"):
         experts_NK = chosen(case, rank, experts)
         generator = torch.Generator().manual_seed(100 + rank)
         x_ND = torch.randn(len(experts_NK), WIDTH, generator=generator)
         weight_NK = torch.rand(experts_NK.shape, generator=generator)
-        plan = plan_dispatch(experts_NK, experts_NK.flatten().bincount(minlength=experts))
+        permutation = permutation_by_expert(experts_NK, experts_NK.flatten().bincount(minlength=experts))
         found = {}
         for name, module, recompute in (("whole", whole, False), ("own", own, False), ("again", own, True)):
             module.zero_grad()
             sent.clear()
             inputs = x_ND.clone().requires_grad_(), weight_NK.clone().requires_grad_()
-            out_ND = checkpoint(module, *inputs, plan, use_reentrant=False) if recompute else module(*inputs, plan)
+            arguments = *inputs, permutation
+            out_ND = checkpoint(module, *arguments, use_reentrant=False) if recompute else module(*arguments)
             (out_ND.square().sum() + out_ND.sum()).backward()
             if name == "own":
                 assert sum(sent) == bytes_away(case, rank, ranks, on_node), case
             found[name] = [out_ND.detach(), *(given.grad for given in inputs), module.w13_EFD.grad, module.w2_EDF.grad]
         for gradient in found["whole"][3:]:
-            dist.all_reduce(gradient)  # a spread expert sees the rows of all ranks
+            dist.all_reduce(gradient)  # under expert parallelism an expert gets the rows of all ranks
         found["whole"][3:] = [gradient[mine] for gradient in found["whole"][3:]]
-        for one, two, three in zip(found["whole"], found["own"], found["again"], strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5, msg=lambda text, case=case: f"{case}: {text}")
-            assert torch.equal(two, three), case
+        for wanted, got, recomputed in zip(found["whole"], found["own"], found["again"], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, msg=lambda text, case=case: f"{case}: {text}")
+            assert torch.equal(got, recomputed), case
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Ranks that reduce gradients in every way, and leave what each of them saw for a test to judge.
+"""Ranks that reduce gradients with every codec, and save what each of them saw for a test to check.
 
     cherry-launch --nproc_per_node=2|4 tests/dist/reductions.py DIRECTORY
 
@@ -47,7 +47,7 @@ def flat_gradient(size: int, step: int, rank: int) -> torch.Tensor:
 
 
 def reduce_flat() -> dict:
-    """Per codec and size: what went in, what came out and what was left, of every step."""
+    """Per codec and size: input, result and residual of every step."""
     group, rank, seen = dist.group.WORLD, dist.get_rank(), {}
     for name, codec in CODECS.items():
         for size in SIZES:
@@ -118,7 +118,7 @@ def gradients(network, hooked, micro_batches):
 
 
 def reduce_model(directory: str) -> dict:
-    """Per config: whole gradients, what is left to send, bytes by both counts, and what a new model takes over."""
+    """Per config: whole gradients, residuals, bytes by both counts, and the residuals that a new model restores."""
     ranks, seen = dist.get_world_size(), {}
     for name, settings in CONFIGS.items():
         replicas = 2 if ranks == 4 or "replicate" in settings else 1
@@ -129,13 +129,13 @@ def reduce_model(directory: str) -> dict:
                 hooked.micro_batch(last=parts == 2)
                 network(torch.ones(2, 37, device=device())).sum().backward()
         network.zero_grad()
-        hooked.forget()
+        hooked.reset_error_feedback()
         row = {"figures": hooked.traffic.figures(), "wire": dict(wire.sent)}
         row["one"] = gradients(network, hooked, 1)
-        hooked.forget()
+        hooked.reset_error_feedback()
         row["gradients"] = gradients(network, hooked, 3)
-        row["unsent"] = whole(hooked)
-        if row["unsent"]:
+        row["residuals"] = whole(hooked)
+        if row["residuals"]:
             uri = f"{directory}/{settings['replicate']}-{settings.get('reduce_dtype')}"
             save_state(hooked.state(), checkpoint_id=uri)
             _, again = build(mesh, settings)
@@ -146,7 +146,8 @@ def reduce_model(directory: str) -> dict:
 
 
 def whole(hooked):
-    return {name: part.full_tensor().cpu() for name, part in hooked.state().get("unsent", {}).items()}
+    # "unsent" is the name in checkpoints: it must not change.
+    return {name: residual.full_tensor().cpu() for name, residual in hooked.state().get("unsent", {}).items()}
 
 
 def main() -> None:

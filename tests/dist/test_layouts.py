@@ -1,6 +1,6 @@
-"""Any layout of the ranks trains the same model: the losses, norms and weights of one rank, whatever the axes.
+"""FSDP, HSDP, expert and context parallel layouts train the same model: losses, norms and weights of one rank.
 
-And a checkpoint of one layout goes on in any other.
+A checkpoint of one layout resumes in any other.
 """
 
 import json
@@ -48,25 +48,25 @@ LAYOUTS = [
     Wanted("context 2 x expert 2, recomputed", 4, [CONTEXT, EXPERT, RECOMPUTE]),
     Wanted("kept until backward, on the CPU", 2, [EXPERT, "parallel.reshard_after_forward=false", "parallel.cpu_offload=true"]),
 ]
-# One expert a rank of the expert axis, which two ranks share: cut by width, as 256 experts on 2,048 ranks are. Their
-# weights are read, not drawn: each rank takes its box of every stored tensor.
+# One expert for each expert parallel rank, sharded over two ranks: on dimension 1, as 256 experts on 2,048 ranks are.
+# Weights are loaded, not initialized: each rank reads its box of every stored tensor.
 TWO_EXPERTS = ["model.n_routed_experts=2", "model.n_group=1", "model.num_experts_per_tok=1"]
 LOADED = [
     Wanted("one rank, from weights", 1, TWO_EXPERTS),
     Wanted("replicate 2 x expert 2, from weights", 4, [*TWO_EXPERTS, REPLICATE, EXPERT]),
-    Wanted("cut by width, from weights", 4, [*TWO_EXPERTS, EXPERT]),
-    Wanted("cut by width, not spread, from weights", 4, TWO_EXPERTS),
+    Wanted("sharded by width, from weights", 4, [*TWO_EXPERTS, EXPERT]),
+    Wanted("sharded by width, no expert parallel, from weights", 4, TWO_EXPERTS),
 ]
 BF16 = Wanted("in bf16", 2, [EXPERT, "train.precision=bf16"])
 WIDE = ["model.hidden_size=128", "model.moe_intermediate_size=128", EXPERT]
-# Experts on two ranks, whose rows arrive in order, and experts on one, cut by FSDP and made twice.
+# Expert parallel over two ranks, whose rows arrive in expert order; and experts sharded by FSDP, computed twice.
 FP8 = [
     Wanted("wide, in bf16", 2, [*WIDE, "train.precision=bf16"]),
     Wanted("wide, in fp8", 2, [*WIDE, "train.precision=fp8"]),
-    Wanted("wide, in fp8, not spread, recomputed", 2, [*WIDE[:-1], "train.precision=fp8", RECOMPUTE]),
+    Wanted("wide, in fp8, no expert parallel, recomputed", 2, [*WIDE[:-1], "train.precision=fp8", RECOMPUTE]),
 ]
 BUILT = Wanted("built", 4, [EXPERT], largest=True)
-# 12 sequences a step: every number of ranks has its share.
+# 12 sequences a step divide by every number of ranks.
 STEPS = ["train.batch_size=12", "train.steps=4", "checkpoint.every_steps=2"]
 RESUMED = [
     Wanted("saved", 4, [*STEPS, EXPERT]),
@@ -93,7 +93,7 @@ def jobs(train_jobs, job_config, tmp_path_factory):
 
 
 def state(job, step):
-    """Everything in a checkpoint by name, put together from every rank's shards."""
+    """Tensors of a checkpoint by name, assembled from every rank's shards."""
     path = job.directory / "state.pt"
     dcp_to_torch_save(str(job.checkpoint(step)), str(path))
     found = torch.load(path, weights_only=False)
@@ -101,7 +101,7 @@ def state(job, step):
 
 
 def differences(job, reference):
-    """Every figure and weight of a job that is off by more than 1e-5."""
+    """Metrics and weights of a job that differ from the reference by more than 1e-5."""
     for ours, theirs in zip(job.metrics, reference.metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for key in {"loss", "mtp_loss", "balance_loss", "grad_norm", "heldout_loss"} & theirs.keys():
@@ -140,7 +140,7 @@ def test_every_rank_reads_its_part_of_stored_weights_also_of_experts_cut_by_widt
 
 
 def test_nothing_of_the_full_model_is_ever_on_one_rank(jobs):
-    """No tensor that building the model makes is larger than the largest part that a rank is to hold."""
+    """No tensor that building the model allocates is larger than the largest shard of a rank."""
     for rank in range(4):
         path = jobs["built"].directory / f"largest-{rank}.json"
         found = json.loads(path.read_text())
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(jobs):
         assert jobs[name].losses == pytest.approx(jobs["saved"].losses[2:], rel=1e-5)
 
 
-def test_what_spread_ranks_saved_is_exported_whole(jobs):
+def test_a_checkpoint_of_expert_parallel_ranks_is_exported_whole(jobs):
     job = jobs["shard 2 x expert 2"]
     export(str(job.directory), dtype=torch.float32)
     exported = load_pretrained(str(job.directory / "export"), dtype=torch.float32).state_dict()

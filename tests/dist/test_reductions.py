@@ -1,4 +1,4 @@
-"""Compressed sums of gradients between ranks: exact but for what is kept, equal on all, and every byte counted."""
+"""Compressed gradient reduction: exact but for the residuals, bitwise equal on all ranks, and every byte counted."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def seen(tmp_path_factory):
 
 
 def totals(seen, name, size):
-    """Per step: exact sum, result, and what all ranks have left, in float64."""
+    """Per step: exact sum, result, and the sum of all ranks' residuals, in float64."""
     steps = zip(*(rank["flat"][name, size]["steps"] for rank in seen), strict=True)
     for ranks in steps:
         exact = sum(gradient.double() for gradient, _, _ in ranks)
@@ -51,7 +51,7 @@ def test_every_rank_has_the_same_bits_and_the_sum_of_all_steps_is_exact(seen, na
 
 
 @pytest.mark.parametrize(("name", "half_step"), [("int8", 1 / 254), ("fp8", 2**-4)])
-def test_what_is_left_to_send_never_exceeds_one_step_s_rounding(seen, name, half_step):
+def test_residuals_never_exceed_one_step_s_rounding(seen, name, half_step):
     size = SIZES[-1]
     before = [torch.zeros(size) for _ in seen]
     for step in range(16):
@@ -121,11 +121,11 @@ def test_gradients_of_a_sharded_model(seen, name, key, micro_batches):
 
 
 @pytest.mark.parametrize("name", ["replicate int8", "replicate fp8"])
-def test_gradients_and_what_is_left_to_send_are_the_exact_sum_and_survive_a_checkpoint(seen, name):
+def test_gradients_and_residuals_are_the_exact_sum_and_survive_a_checkpoint(seen, name):
     row = seen[0]["model"][name]
     for parameter, wanted in plain_gradients(3).items():
-        left = row["unsent"][parameter]
+        left = row["residuals"][parameter]
         assert left.abs().max() > 0
         torch.testing.assert_close(row["gradients"][parameter] + left.sum(0), wanted, rtol=1e-5, atol=1e-4)
         assert torch.equal(row["restored"][parameter], left)
-    assert not seen[0]["model"]["replicate bf16"]["unsent"]
+    assert not seen[0]["model"]["replicate bf16"]["residuals"]

@@ -103,15 +103,15 @@ def test_a_document_a_row_is_plain_causal_attention(make_config, make_model, mak
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none")
 def test_on_a_gpu_the_kernel_computes_what_the_mask_says() -> None:
-    from model.document_mask import attend_within, has_kernel
+    from model.document_mask import has_varlen_kernel, varlen_attention
 
     tokens_BT, _ = packed()
     documents = Documents(tokens_BT, BOS).to(torch.device("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, 3, 40, 192), (2, 3, 40, 192), (2, 3, 40, 128)]
     made = [torch.randn(shape, device="cuda", generator=generator).bfloat16().requires_grad_() for shape in shapes]
-    assert has_kernel(made[0])
-    out = attend_within(*made, 0.07, documents)
+    assert has_varlen_kernel(made[0])
+    out = varlen_attention(*made, 0.07, documents)
     out.float().square().sum().backward()
     ours = [tensor.grad.float() for tensor in made]
     wide = [tensor.detach().double().requires_grad_() for tensor in made]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.experts import can_group, grouped_experts, looped_experts, plan_dispatch, through_experts
+from model.experts import can_group, grouped_experts, looped_experts, permutation_by_expert, run_permuted
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -66,8 +66,8 @@ def test_grouped_experts_in_fp32_have_the_gradients_of_finite_differences() -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tokens_through_some_of_their_experts_at_a_time_add_up_to_those_through_all(device: str) -> None:
-    """A choice without a row gives nothing and gets a gradient of zero; a token may have none at all."""
+def test_outputs_of_subsets_of_experts_add_up_to_those_of_all(device: str) -> None:
+    """A slot routed off-rank adds nothing and gets a gradient of zero; a token may have no slot at all."""
     torch.manual_seed(0)
     tokens, choices, experts, each = 40, 3, 12, 4
     experts_NK = torch.rand(tokens, experts).topk(choices).indices
@@ -82,13 +82,13 @@ def test_tokens_through_some_of_their_experts_at_a_time_add_up_to_those_through_
         own_NK = torch.where((own_NK >= 0) & (own_NK < count), own_NK, count)
         counts_E = own_NK.flatten().bincount(minlength=count + 1)[:count]
         rows = None if count == experts else int(counts_E.sum())
-        dispatch = plan_dispatch(own_NK.to(device), counts_E.to(device), rows)
+        permutation = permutation_by_expert(own_NK.to(device), counts_E.to(device), rows)
 
         def run(rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
             factor_R = scale_E[first : first + count].repeat_interleave(counts_E) * weight_R
             return torch.tanh(rows_RD) * factor_R[:, None]
 
-        out_ND = through_experts(run, x_ND, weight_NK, dispatch)
+        out_ND = run_permuted(run, x_ND, weight_NK, permutation)
         return [out_ND.detach(), *torch.autograd.grad((out_ND * upstream_ND).sum(), [x_ND, weight_NK])]
 
     parts = zip(*(results(first, each) for first in range(0, experts, each)), strict=True)

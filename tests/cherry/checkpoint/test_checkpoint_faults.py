@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,22 +83,6 @@ def test_going_back_to_an_older_one_gives_up_those_after_it(open_saver: Open) ->
     assert committed_steps(left.directory) == [8, 10]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(directory)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount program")
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
-
-
 def fill(path: Path, *, but_bytes: int) -> None:
     with pytest.raises(OSError, match="No space left"), path.open("wb", buffering=0) as handle:
         while True:
@@ -110,15 +93,16 @@ def fill(path: Path, *, but_bytes: int) -> None:
 
 @pytest.mark.parametrize("free_pages", [0, 1, 3, 5, 7])
 def test_a_disk_that_fills_up_at_any_file_of_a_save_costs_that_save_alone(
-    group: dist.ProcessGroup, open_saver: Open, small_disk: Path, free_pages: int
+    group: dist.ProcessGroup, open_saver: Open, small_disk: Callable[[int], Path], free_pages: int
 ) -> None:
+    disk = small_disk(256)
     model, optimizer = build()
-    saver = open_saver(small_disk, asynchronous=True)
+    saver = open_saver(disk, asynchronous=True)
     saver.save(1, model, optimizer, {"step": 1})
     saver.wait()
     kept, first = weights(model), saver.last_saved
     assert first is not None
-    fill(small_disk / "filler", but_bytes=free_pages * PAGE_BYTES)
+    fill(disk / "filler", but_bytes=free_pages * PAGE_BYTES)
     with torch.no_grad():
         model[0].weight.add_(1.0)  # type: ignore[index, union-attr]
     saver.save(2, model, optimizer, {"step": 2})
@@ -130,7 +114,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_save_costs_that_save_alone(
     other, other_optimizer = build(1)
     restore(first, other, other_optimizer, group)
     assert weights(other) == kept
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     saver.save(3, model, optimizer, {"step": 3})
     saver.wait()
     assert committed_steps(saver.directory) == [1, 3]

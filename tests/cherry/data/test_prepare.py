@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -382,32 +382,18 @@ def test_a_manifest_that_is_none_is_refused(corpus: Path, tmp_path: Path) -> Non
             TokenDataset(str(tmp_path / "data"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 KiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(directory)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount program")
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
-
-
 @pytest.mark.parametrize("shard_tokens", [SHARD_TOKENS, 1000])
-def test_a_disk_that_fills_up_is_told_as_such(small_disk: Path, tmp_path: Path, shard_tokens: int) -> None:
-    folder = tmp_path / "corpus"
+def test_a_disk_that_fills_up_is_told_as_such(
+    small_disk: Callable[[int], Path], tmp_path: Path, shard_tokens: int
+) -> None:
+    folder, target = tmp_path / "corpus", small_disk(96) / "data"
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(40):
         (folder / f"{number}.txt").write_text("".join(map(chr, generator.integers(33, 127, size=3000))))
     with pytest.raises(DiskFullError, match="no space left"):
-        make(folder, small_disk / "data", shard_tokens=shard_tokens)
-    assert not storage.is_committed(str(small_disk / "data"))
+        make(folder, target, shard_tokens=shard_tokens)
+    assert not storage.is_committed(str(target))
 
 
 @pytest.mark.slow

@@ -1,24 +1,24 @@
-"""Which positions of a sequence a rank takes, and attention by parts against attention over all at once."""
+"""Context parallelism: positions of each rank, and attention by chunks against attention over the whole sequence."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from cherry.distributed.context_parallel import positions_of
+from cherry.distributed.context_parallel import head_tail_positions
 from model.attention import scaled_dot_product, suffix_attention
 
 CPU = torch.device("cpu")
 
 
-def test_positions_are_shared_out_once_and_cost_the_same() -> None:
-    parts = [positions_of(rank, 3, 24, CPU) for rank in range(3)]
-    assert sorted(torch.cat(parts).tolist()) == list(range(24))
-    assert parts[1].tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
-    # A query at position p looks at p + 1 keys.
-    assert len({int((part + 1).sum()) for part in parts}) == 1
-    with pytest.raises(ValueError, match="a sequence of 20 does not divide into 6 parts"):
-        positions_of(0, 3, 20, CPU)
+def test_every_position_has_one_rank_and_ranks_cost_the_same() -> None:
+    positions = [head_tail_positions(rank, 3, 24, CPU) for rank in range(3)]
+    assert sorted(torch.cat(positions).tolist()) == list(range(24))
+    assert positions[1].tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
+    # A query at position p attends to p + 1 keys.
+    assert len({int((own + 1).sum()) for own in positions}) == 1
+    with pytest.raises(ValueError, match=r"sequence length: .*multiple of 6, got 20"):
+        head_tail_positions(0, 3, 20, CPU)
 
 
 @pytest.mark.parametrize("length", [1, 5, 12])

@@ -1,4 +1,4 @@
-"""The released model on thousands of ranks that do not exist: what one of them would hold."""
+"""FSDP sharding of the released model over thousands of fake ranks: the shard that one rank holds."""
 
 from __future__ import annotations
 

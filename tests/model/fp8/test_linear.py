@@ -1,5 +1,5 @@
-"""Training in fp8: layers against bf16, on CPUs through plain torch and on Hopper GPUs through kernels, which are held
-against plain torch one by one."""
+"""FP8 training layers against bf16, on CPUs by the torch reference and on Hopper GPUs by kernels; and each kernel
+against the reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.experts import Experts, in_order, looped_experts, plan_dispatch, through_experts
+from model.experts import Experts, identity_permutation, looped_experts, permutation_by_expert, run_permuted
 from model.fp8 import ops, reference
 from model.fp8.linear import Fp8Linear, fp8_experts, fp8_linear, pad_rows, use_fp8
-from model.fp8.reference import BLOCK, rows_of
+from model.fp8.reference import BLOCK, dequantize_rows
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
@@ -24,35 +24,35 @@ COUNTS = [[130, 0, 1, 128, 300, 0, 0, 81], [640, 0, 0, 0, 0, 0, 0, 0], [80] * 8]
 
 
 def chosen(counts: list[int], choices: int, device: str = "cpu") -> Tensor:
-    """Experts [N, K] with these counts, in an order without order."""
+    """Experts of each token [N, K] with these counts, in random order."""
     flat = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
     return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))].view(-1, choices).to(device)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_padded_rows_begin_each_expert_at_a_block_and_lose_no_choice(counts: list[int]) -> None:
+def test_padded_rows_begin_each_expert_at_a_block_and_drop_no_slot(counts: list[int]) -> None:
     experts_NK = chosen(counts, 2)
-    rows = pad_rows(plan_dispatch(experts_NK, torch.tensor(counts)))
+    rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor(counts)))
     blocks = [-(-count // BLOCK) for count in counts]
     assert rows.starts_E.tolist() == [sum(blocks[:expert]) for expert in range(len(counts) + 1)]
     owners = [expert for expert, count in enumerate(blocks) for _ in range(count)]
     assert rows.expert_T.tolist() == owners + [-1] * (len(rows.expert_T) - len(owners))
-    assert rows.place_NK.unique().numel() == experts_NK.numel(), "no two choices share a row"
+    assert rows.place_NK.unique().numel() == experts_NK.numel(), "no two slots share a row"
     token_NK = torch.arange(len(experts_NK))[:, None].expand_as(experts_NK)
     assert torch.equal(rows.token_P[rows.place_NK].long(), token_NK)
     assert torch.equal(rows.expert_T[rows.place_NK // BLOCK].long(), experts_NK)
-    assert (rows.token_P >= 0).sum() == experts_NK.numel(), "all other rows are filling"
+    assert (rows.token_P >= 0).sum() == experts_NK.numel(), "all other rows are padding"
 
 
-def test_padded_rows_leave_out_choices_without_a_row() -> None:
-    experts_NK = torch.tensor([[0, 2], [2, 1], [2, 2], [1, 0]])  # expert 2 is elsewhere
-    rows = pad_rows(plan_dispatch(experts_NK, torch.tensor([2, 2]), rows=4))
+def test_padded_rows_leave_out_slots_routed_off_rank() -> None:
+    experts_NK = torch.tensor([[0, 2], [2, 1], [2, 2], [1, 0]])  # 2 is off-rank
+    rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor([2, 2]), rows=4))
     size = len(rows.token_P)
     assert rows.place_NK.tolist() == [[0, size], [size, BLOCK], [size, size], [BLOCK + 1, 1]]
     assert rows.token_P[[0, 1, BLOCK, BLOCK + 1]].tolist() == [0, 3, 1, 3]
 
 
-def test_rows_in_order_go_through_the_experts_that_they_lie_with() -> None:
+def test_the_identity_permutation_runs_rows_in_expert_order_as_they_are() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(10, 8, generator=generator), torch.rand(10, generator=generator)
     w13, w2 = torch.randn(3, 8, 8, generator=generator), torch.randn(3, 8, 4, generator=generator)
@@ -61,7 +61,7 @@ def test_rows_in_order_go_through_the_experts_that_they_lie_with() -> None:
     def run(x: Tensor, scale: Tensor, counts_E: Tensor) -> Tensor:
         return looped_experts(x, scale, counts_E, w13, w2)
 
-    out = through_experts(run, rows, weight[:, None], in_order(counts, 10))
+    out = run_permuted(run, rows, weight[:, None], identity_permutation(counts, 10))
     torch.testing.assert_close(out, run(rows, weight, counts))
 
 
@@ -119,7 +119,7 @@ def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(compiled: boo
 @pytest.mark.parametrize("compiled", [False, True])
 def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, counts: list[int], device: str) -> None:
     experts_NK = chosen(counts, 4, device)
-    dispatch = plan_dispatch(experts_NK, torch.tensor(counts, device=device))
+    permutation = permutation_by_expert(experts_NK, torch.tensor(counts, device=device))
     x = numbers(len(experts_NK), 256, device=device).requires_grad_()
     weight = torch.rand(experts_NK.shape, generator=torch.Generator().manual_seed(4)).to(device).requires_grad_()
     w13 = (numbers(8, 256, 256, seed=1, device=device) / 16).requires_grad_()
@@ -129,10 +129,10 @@ def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, 
     def run(rows: Tensor, scale: Tensor, counts_E: Tensor) -> Tensor:
         return looped_experts(rows, scale, counts_E, w13, w2)
 
-    expected = through_experts(run, x, weight, dispatch)
+    expected = run_permuted(run, x, weight, permutation)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     through = torch.compile(fp8_experts, backend=COMPILERS[device]) if compiled else fp8_experts
-    out = through(x, weight, dispatch, w13, w2)
+    out = through(x, weight, permutation, w13, w2)
     assert 0.01 < relative(out, expected) < 0.1
     gradients = torch.autograd.grad(out, leaves, upstream)
     for got, gradient in zip(gradients, wanted, strict=True):
@@ -149,7 +149,7 @@ def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, 
 def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(compiled: bool, device: str) -> None:
     """Adapters train beside them."""
     experts_NK = chosen(COUNTS[0], 4, device)
-    dispatch = plan_dispatch(experts_NK, torch.tensor(COUNTS[0], device=device))
+    permutation = permutation_by_expert(experts_NK, torch.tensor(COUNTS[0], device=device))
     weights = [numbers(8, 256, 256, seed=1, device=device) / 16, numbers(8, 256, 128, seed=2, device=device) / 12]
     layer = numbers(256, 256, seed=5, device=device)
 
@@ -159,7 +159,7 @@ def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(compil
         w13, w2, linear = (tensor.clone().requires_grad_(trained) for tensor in (*weights, layer))
 
         def layers(x: Tensor, weight: Tensor) -> Tensor:
-            return fp8_experts(fp8_linear(x, linear), weight, dispatch, w13, w2)
+            return fp8_experts(fp8_linear(x, linear), weight, permutation, w13, w2)
 
         run = torch.compile(layers, backend=COMPILERS[device]) if compiled else layers
         run(x, weight).float().square().sum().backward()
@@ -189,9 +189,9 @@ class TestKernels:
 
         x, weight = numbers(rows, width), numbers(3, rows, width)
         x[:, 5], weight[1] = 0, 0
-        plain, turned = cast_kernels.cast(x)
-        assert close(rows_of(*plain), rows_of(*reference.cast_rows(x)))
-        assert close(rows_of(*turned), rows_of(*reference.cast_turned(x)))
+        plain, transposed = cast_kernels.cast(x)
+        assert close(dequantize_rows(*plain), dequantize_rows(*reference.cast_rows(x)))
+        assert close(dequantize_rows(*transposed), dequantize_rows(*reference.cast_transposed(x)))
         for wanted in (False, True):
             made = ops.cast_weight(weight, wanted)
             for got, expected in zip(made, reference.cast_weight(weight, wanted), strict=True):
@@ -203,10 +203,10 @@ class TestKernels:
     )
     def test_products_and_weight_gradients_are_those_of_plain_torch(self, rows: int, width: int, columns: int) -> None:
         x, weight, grad = numbers(rows, width), numbers(1, columns, width, seed=1), numbers(rows, columns, seed=2)
-        straight, turned = (ops.cast_weight(weight, wanted) for wanted in (False, True))
-        out, *x_turned = ops.linear_forward(x, *straight)
-        assert relative(out, reference.linear_forward(x, *straight)[0]) < 5e-3
-        backward = grad, *turned, *x_turned, True
+        plain, transposed = (ops.cast_weight(weight, wanted) for wanted in (False, True))
+        out, *x_transposed = ops.linear_forward(x, *plain)
+        assert relative(out, reference.linear_forward(x, *plain)[0]) < 5e-3
+        backward = grad, *transposed, *x_transposed, True
         wanted = reference.linear_backward(*backward)
         for got, expected in zip(ops.linear_backward(*backward), wanted, strict=True):
             assert got.shape == expected.shape and relative(got, expected) < 5e-3
@@ -214,17 +214,17 @@ class TestKernels:
     @pytest.mark.parametrize("counts", COUNTS)
     def test_the_experts_passes_are_those_of_plain_torch(self, counts: list[int]) -> None:
         experts_NK = chosen(counts, 4, "cuda")
-        rows = pad_rows(plan_dispatch(experts_NK, torch.tensor(counts, device="cuda")))
+        rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor(counts, device="cuda")))
         live = rows.token_P >= 0
         x, grad = numbers(len(experts_NK), 256), numbers(len(experts_NK), 256, seed=3)
         weights = numbers(8, 256, 256, seed=1) / 16, numbers(8, 256, 128, seed=2) / 12
-        straight, turned = ([part for w in weights for part in ops.cast_weight(w, wanted)] for wanted in (False, True))
+        plain, transposed = ([part for w in weights for part in ops.cast_weight(w, wanted)] for wanted in (False, True))
         weight = torch.rand(len(live), device="cuda").where(live, 0)
-        forward = x, weight, *rows[:3], *straight
-        out, *x_turned, h = ops.experts_forward(*forward)
+        forward = x, weight, *rows[:3], *plain
+        out, *x_transposed, h = ops.experts_forward(*forward)
         expected = reference.experts_forward(*forward)
         assert relative(out, expected[0]) < 2e-2 and relative(h[live], expected[3][live]) < 5e-3
-        backward = grad, weight, *rows, *turned, *x_turned, h, True
+        backward = grad, weight, *rows, *transposed, *x_transposed, h, True
         wanted = reference.experts_backward(*backward)
         for place, (got, other) in enumerate(zip(ops.experts_backward(*backward), wanted, strict=True)):
             kept = live if place == 1 else slice(None)
