@@ -77,7 +77,7 @@ def test_a_champion_whose_weights_are_gone_is_told_and_not_replaced(config, tmp_
         folder.mkdir(parents=True)
         storage.commit(str(folder))
         assert find_champion(context, exported) == (champion, None)
-    result = judged(config, [0.01] * 4, "untrained", missing)
+    result = judged(config, [0.01] * 12, "untrained", missing)
     assert result["verdict"] == "can't tell"
     assert result["candidate_vs_baseline"]["verdict"] == "better"
     assert result["reason"].startswith(
