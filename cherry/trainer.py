@@ -1,14 +1,17 @@
-"""Owns the training loop of one rank: set-up, the optimizer step, and when to report, evaluate and save.
+"""The training loop of one rank: set-up, the optimizer step, evaluation, saves, and rollback after divergence.
 
-It knows nothing of flows or tracking: a resolved config comes in; checkpoints, metrics.jsonl and result.json go out.
+A resolved config comes in; checkpoints, metrics.jsonl and result.json go out. What else watches a run is a hook
+(cherry/hooks.py).
 
 Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture layer, E expert.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor
 
 from base import storage
@@ -30,18 +32,19 @@ from cherry.data.prepare import Sampler, TokenDataset
 from cherry.distributed import fsdp_hooks
 from cherry.distributed.mesh import data_share
 from cherry.heldout import Heldout, evaluate_heldout
+from cherry.hooks import HookList, TrainerHook
 from cherry.job_config import JobConfig
-from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops, peak_memory_bytes
+from cherry.metrics import MFU_CONVENTION, expert_load, peak_flops, peak_memory_bytes
 from cherry.optim.build import learning_rate, set_learning_rate
 from cherry.optim.expert_bias import expert_counts, update_expert_bias
+from cherry.profiler import ProfilerHook
+from cherry.reporting import MetricsHook
 from cherry.spike_guard import Figures, StepGuard
 from cherry.training_model import build
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
-# Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has them all.
-_SAY_EVERY_S = 1.0
 
 
 @dataclass
@@ -64,9 +67,17 @@ class Trainer:
 
     Args:
         resume_from: URI of a committed checkpoint; `None` takes the run's newest one, if there is any.
+        hooks: called after the trainer's own, which write metrics.jsonl and profiles.
     """
 
-    def __init__(self, config: JobConfig, run_directory: str, *, resume_from: str | None = None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        run_directory: str,
+        *,
+        resume_from: str | None = None,
+        hooks: Sequence[TrainerHook] = (),
+    ) -> None:
         self.config = config
         self.run_directory = run_directory
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -96,10 +107,11 @@ class Trainer:
         self._good_before: int | None = None  # after a rollback, until something new is saved
         self._save_owed, self._group = False, group
         self._heldout: Heldout | None = None
-        self._say_from = 0.0  # by the monotonic clock
         self._resume(resume_from, directory)
         self.network.start()
-        self.metrics = self._open_metrics()
+        self.metrics = self._metrics_hook() if self.rank == 0 else None
+        own = [hook for hook in (self.metrics, self._profiler_hook()) if hook is not None]
+        self.hooks = HookList([*own, *hooks], self._say)
         # A processor's is only measured, beside whatever else it does: MFU against it would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
 
@@ -122,9 +134,21 @@ class Trainer:
             self.guard.restore(record["guard"])
         self.checkpointer.last_saved = uri  # an attempt may have died between the last save and the result
 
-    def _open_metrics(self) -> MetricsWriter | None:
-        path = Path(storage.local_path(self.run_directory)) / "train" / "metrics.jsonl"
-        return MetricsWriter(path, resume_step=self.progress.step) if self.rank == 0 else None
+    def _metrics_hook(self) -> MetricsHook:
+        path = self._train_directory / "metrics.jsonl"
+        every = self.config.train.log_every_steps
+        return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, say=self._say)
+
+    def _profiler_hook(self) -> ProfilerHook | None:
+        wanted = self.config.train.profile
+        if wanted is None or self.rank not in wanted.ranks:
+            return None
+        say = self._say if self.accelerator.is_main_process else logger.info
+        return ProfilerHook(wanted, self._train_directory / "profile", rank=self.rank, say=say)
+
+    @property
+    def _train_directory(self) -> Path:
+        return Path(storage.local_path(self.run_directory)) / "train"
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; the result that result.json holds (rank 0's; others get the same figures).
@@ -138,22 +162,16 @@ class Trainer:
         train = self.config.train
         try:
             while self.progress.step < train.steps:
+                self.hooks.on_step_begin(self.progress.step + 1)
                 record = self._step()
-                if self.guard.in_a_row >= min(train.max_skipped_steps, train.steps):
-                    self._go_back(record)
-                    continue
-                done = self.progress.step
-                last = done == train.steps
-                due = train.evaluate_every_steps is not None and done % train.evaluate_every_steps == 0
-                if last or due:
-                    record["heldout_loss"] = self.heldout().loss
-                if failed := self.checkpointer.new_failures():
-                    record["failed_saves"] = [str(error) for error in failed]
-                self._report(record, last=last)
-                self._save_owed |= done % self.config.checkpoint.every_steps == 0
-                # A checkpoint in the middle of skipped steps would pass for a good one.
-                if last or (self._save_owed and not self.guard.in_a_row):
-                    self._save()
+                diverged = self.guard.consecutive_skips >= min(train.max_skipped_steps, train.steps)
+                if not diverged:
+                    self._evaluate_if_due(record)
+                self.hooks.on_step_end(record)
+                if diverged:
+                    self._rollback(record)
+                else:
+                    self._save_if_due()
             self.checkpointer.wait()
         finally:
             self.close()
@@ -162,13 +180,28 @@ class Trainer:
             raise self.checkpointer.failures[-1]
         return self._result()
 
+    def _evaluate_if_due(self, record: dict[str, Any]) -> None:
+        done, every = self.progress.step, self.config.train.evaluate_every_steps
+        if done == self.config.train.steps or (every is not None and done % every == 0):
+            heldout = self.heldout()
+            record["heldout_loss"] = heldout.loss
+            self.hooks.on_evaluate(done, heldout)
+        if failed := self.checkpointer.new_failures():
+            record["failed_saves"] = [str(error) for error in failed]
+
+    def _save_if_due(self) -> None:
+        done = self.progress.step
+        self._save_owed |= done % self.config.checkpoint.every_steps == 0
+        # A checkpoint in the middle of skipped steps would pass for a good one.
+        if done == self.config.train.steps or (self._save_owed and not self.guard.consecutive_skips):
+            self._save()
+
     def close(self) -> None:
-        """Finish the save in flight and close the files; `run` does it by itself."""
+        """Finish the save in flight and close the hooks; `run` does it by itself."""
         try:
             self.checkpointer.close()
         finally:
-            if self.metrics is not None:
-                self.metrics.close()
+            self.hooks.close()
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step over this rank's share of the batch."""
@@ -191,7 +224,7 @@ class Trainer:
         sums, load = self._sum_over_ranks(sums).tensor_split([4])
         load_LE = load.view_as(counts_LE).float()
         figures = Figures(float(sums[0]) / tokens, float(sums[3]))
-        skipped = self.guard.judge(figures)
+        skipped = self.guard.check_step(figures)
         if skipped is None:
             take_step()
         else:
@@ -241,33 +274,32 @@ class Trainer:
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
         return sums
 
-    def _go_back(self, record: dict[str, Any]) -> None:
-        """Too many steps in a row were skipped: go on from the last good checkpoint with the data after this step's.
+    def _rollback(self, record: dict[str, Any]) -> None:
+        """Restore the last good checkpoint after too many skipped steps; the data read since is not read again.
+
+        Args:
+            record: of the last of these steps.
 
         Raises:
             NonFiniteLossError: `train.on_divergence` says stop, there were too many rollbacks, or no checkpoint.
         """
         train, reached = self.config.train, self.progress
-        self._report(record, last=True)
         target = self._last_good() if train.on_divergence == "rollback" else None
         if target is None or reached.rollbacks == train.max_rollbacks:
-            told = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
+            count = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
             raise NonFiniteLossError(
-                f"step {reached.step}: {record['skipped']}, and the {self.guard.in_a_row} steps up to it were skipped "
-                f"(train.max_skipped_steps) after {told}. What is committed in {self.checkpointer.directory} is whole. "
-                "Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
+                f"step {reached.step}: {record['skipped']}, and the {self.guard.consecutive_skips} steps up to it were "
+                f"skipped (train.max_skipped_steps) after {count}. What is committed in {self.checkpointer.directory} "
+                "is complete. Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
             )
         skipped = self.guard.skipped
         self._restore(target)
         self.guard.skipped = skipped
-        self.guard.forgive()
+        self.guard.reset_consecutive_skips()
         self.progress.position = reached.position
         self.progress.rollbacks = reached.rollbacks + 1
         self.progress.seconds = reached.seconds
         self._good_before, self._save_owed = self.progress.step, False
-        if self.metrics is not None:
-            self.metrics.close()
-        self.metrics = self._open_metrics()
         passed, nth = reached.step - self.progress.step, self.progress.rollbacks
         self._say(f"went back to {target}: {passed} batches passed over, rollback {nth}")
 
@@ -306,23 +338,6 @@ class Trainer:
         self._heldout = evaluate_heldout(self.network.module, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
-    def _report(self, record: dict[str, Any], *, last: bool) -> None:
-        if self.metrics is None:
-            return
-        due = self.progress.step % self.config.train.log_every_steps == 0
-        marked = last or not record.keys().isdisjoint(("heldout_loss", "failed_saves", "skipped"))
-        if due or marked:
-            self.metrics.write(record)
-            if marked or time.monotonic() >= self._say_from:
-                self._say(format_line(record))
-                self._say_from = time.monotonic() + _SAY_EVERY_S
-        if "skipped" in record:
-            self._say(f"step {self.progress.step} skipped: {record['skipped']}")
-        if failure := self.metrics.new_failure():
-            self._say(f"metrics wait in memory, training goes on: {failure}")
-        for failure in record.get("failed_saves", ()):
-            self._say(f"checkpoint not saved, training goes on: {failure}")
-
     def _save(self) -> None:
         record = {
             **asdict(self.progress),
@@ -337,6 +352,7 @@ class Trainer:
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
         if unsent:
             self.checkpointer.wait_until_copied()  # the next backward pass writes over it
+        self.hooks.on_save(self.progress.step, self.checkpointer.uri_of(self.progress.step))
         self._save_owed, self._good_before = False, None
 
     def _result(self) -> dict[str, Any]:
@@ -370,4 +386,4 @@ class Trainer:
         """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
         if self.accelerator.is_main_process:
             print(line, flush=True)
-        logger.info(line)
+            logger.info(line)

@@ -84,6 +84,10 @@ class Checkpointer:
         """The step of `last_saved`."""
         return step_of(self.last_saved) if self.last_saved is not None else None
 
+    def uri_of(self, step: int) -> str:
+        """URI of a step's checkpoint, committed or not."""
+        return storage.join(self.directory, step_name(step))
+
     def new_failures(self) -> list[CherryError]:
         """Failed saves that were not returned before, the one in flight included; for a person's eyes, nothing else.
 
@@ -171,7 +175,7 @@ class Checkpointer:
 
     def _write(self, step: int, snapshot: dict[str, Any], record: dict[str, Any]) -> None:
         """On the background thread of every rank: copy, clear, write, agree that all have, commit, prune."""
-        target = storage.join(self.directory, step_name(step))
+        target = self.uri_of(step)
         rank = dist.get_rank(self._group)
         files: dict[str, list[Any]] = {}
         error: CherryError | None = None
@@ -257,13 +261,13 @@ class Checkpointer:
             self._fence.check()
 
     def _commit(self, step: int, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
-        target = storage.join(self.directory, step_name(step))
+        target = self.uri_of(step)
         storage.write_json(storage.join(target, "state.json"), record)
         storage.commit(target, {**record, "files": files})
         try:
             self._check_fence()  # what a newer attempt goes on from is not this one's to remove
             for outdated in self._outdated(step):
-                storage.remove_tree(storage.join(self.directory, step_name(outdated)))
+                storage.remove_tree(self.uri_of(outdated))
         except CherryError as error:
             logger.warning("an old checkpoint was not removed: %s", error)  # the new one is committed all the same
 

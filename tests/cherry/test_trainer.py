@@ -118,9 +118,10 @@ def test_what_is_reported(make, tmp_path):
     assert json.loads((tmp_path / "report" / "train" / "result.json").read_text()) == result
 
 
-def test_of_fast_steps_the_first_the_evaluated_and_the_last_one_are_told(make, monkeypatch, capfd):
-    monkeypatch.setattr("cherry.trainer._SAY_EVERY_S", 3600.0)
-    make("told", "train.evaluate_every_steps=5").run()
+def test_of_fast_steps_the_first_the_evaluated_and_the_last_one_are_printed(make, capfd):
+    trainer = make("told", "train.evaluate_every_steps=5")
+    trainer.metrics.print_every_s = 3600.0
+    trainer.run()
     told = [line.split(" ")[1] for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
     assert told == ["1/12", "5/12", "10/12", "12/12"]
 
