@@ -169,6 +169,9 @@ class TrainConfig(Section):
     heldout_sequences: PositiveInt = 64
     threads_per_rank: PositiveInt | None = None
     """CPU threads of a rank; `None` shares the machine's cores among its ranks."""
+    deterministic: bool = False
+    """Deterministic kernels only, and seeded random generators: the same job gives the same bits again, more slowly. An
+    operator that has no deterministic kernel is an error."""
     profile: ProfileConfig | None = None
     """Profile some steps on some ranks; `None` profiles none."""
 

@@ -1,6 +1,6 @@
-"""Owns `cherry-launch`: torchrun's flags on torch's elastic launcher, with exit codes that say whose fault it was.
+"""`cherry-launch`: torchrun's flags on torch's elastic launcher, with an exit code for each kind of error.
 
-It knows nothing of training. torch is imported only when something is launched.
+torch is imported only when something is launched. SIGUSR1 to the launcher makes its ranks log their stacks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
+
+import psutil
 
 from base.errors import (
     CALLER_EXIT_CODES,
@@ -57,6 +61,7 @@ def launch(arguments: list[str]) -> None:
 
     options = _parse(torchrun.get_args_parser(), arguments)
     _check_port(options, arguments)
+    _pass_on_sigusr1(options.training_script_args)
     _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
     with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
         options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
@@ -68,7 +73,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
     parser.allow_abbrev = False
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"cherry-launch: {message}. `cherry-launch --help` tells all flags.")
+        raise ConfigError(f"cherry-launch: {message}. `cherry-launch --help` lists all flags.")
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(arguments)
@@ -96,6 +101,30 @@ def _start(options: Any) -> None:
     except SignalException as error:
         print(f"ended by {error.sigval.name}, with all ranks. Start the same command again to go on.", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from error
+
+
+def _pass_on_sigusr1(script_arguments: Sequence[str]) -> None:
+    """Pass SIGUSR1 on to the ranks of this node, from now on.
+
+    It is blocked here and in the ranks, which inherit that, so that it ends no rank that does not handle it yet.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run_dir")
+    run_directory = parser.parse_known_args(script_arguments)[0].run_dir
+    where = f"{run_directory.rstrip('/')}/train" if run_directory else "train/ of the run directory"
+
+    def pass_on() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1})
+            ranks = psutil.Process().children()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGUSR1)
+            pids = ", ".join(str(rank.pid) for rank in ranks) or "none"
+            print(f"stacks of all threads of the ranks (pids {pids}) are in rank-<n>.log in {where}", flush=True)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=pass_on, name="sigusr1", daemon=True).start()
 
 
 def die_with_parent(signal_number: int, parent: int) -> None:

@@ -37,6 +37,7 @@ _NOT_RECIPE = {
     "evaluate_every_steps",
     "heldout_sequences",
     "threads_per_rank",
+    "deterministic",
     "profile",
     "spike_sigma",
     "max_skipped_steps",
