@@ -129,8 +129,8 @@ def evaluate_heldout(
                     targets_BT[row, : len(targets)] = torch.tensor(targets)
                 loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
                 if own:  # the ranks of a sequence each have a part of its loss, but count the same text
-                    counted = sum(sum(document.loss_mask) for document in own) / share.parts
-                    size = sum(document.bytes for document in own) / share.parts
+                    counted = sum(sum(document.loss_mask) for document in own) / share.context_ranks
+                    size = sum(document.bytes for document in own) / share.context_ranks
                     sums += torch.tensor([float(loss), counted, size], dtype=torch.float64)
     finally:
         network.train()

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import newest_checkpoint
 from cherry.checkpoint.resume_rules import checkpoints_of, identity
-from cherry.data.collate import MicroBatch, check_fits, micro_batch
-from cherry.data.prepare import Sampler, TokenDataset
+from cherry.data.batches import BatchReader, StepBatch
+from cherry.data.collate import check_fits
+from cherry.data.sampler import Sampler
+from cherry.data.shards import TokenDataset
+from cherry.data.target_counts import TargetCounts
 from cherry.distributed import fsdp_hooks
 from cherry.distributed.mesh import data_share
 from cherry.heldout import Heldout, evaluate_heldout
@@ -86,7 +90,7 @@ class Trainer:
         self.share = data_share(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
-        self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
+        self.batches = self._batch_reader()
         self.network = build(config, self.device, self._say)
         self.model = self.network.model
         self.communication = fsdp_hooks.install(self.network.module, config.communication)
@@ -114,6 +118,20 @@ class Trainer:
         self.hooks = HookList([*own, *hooks], self._say)
         # A processor's is only measured, beside whatever else it does: MFU against it would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
+
+    def _batch_reader(self) -> BatchReader:
+        config, apart = self.config, not self.config.data.cross_document_attention
+        counts = TargetCounts(self.dataset, Path(storage.local_path(self.run_directory)) / "data", keep_apart=apart)
+        return BatchReader(
+            self.dataset,
+            Sampler(len(self.dataset), config.seed, config.train.batch_size),
+            counts,
+            data_rank=self.share.rank,
+            data_ranks=self.share.ranks,
+            micro_batches=config.train.gradient_accumulation_steps,
+            keep_apart=apart,
+            device=self.device,
+        )
 
     def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
@@ -197,24 +215,21 @@ class Trainer:
             self._save()
 
     def close(self) -> None:
-        """Finish the save in flight and close the hooks; `run` does it by itself."""
-        try:
-            self.checkpointer.close()
-        finally:
-            self.hooks.close()
+        """Finish the save in flight, end the reading thread and close the hooks; `run` does it by itself."""
+        with ExitStack() as closing:
+            closing.callback(self.hooks.close)
+            closing.callback(self.batches.close)
+            closing.callback(self.checkpointer.close)
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step over this rank's share of the batch."""
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
-        micro_batches = self._micro_batches(self.progress.position)
-        # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
-        valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
-        counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.parts
-        tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
-        parts = len(micro_batches) * self.share.ranks
-        sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
+        batch = self.batches.take(self.progress.position)
+        # Losses are divided by the targets of the whole optimizer step, so that accumulation and ranks change nothing.
+        micro_batches = len(batch.micro_batches) * self.share.ranks
+        sums = self._backward(batch, micro_batches)
         norm = self.network.gradient_norm()
         take_step = self.network.ready_step(norm, train.max_grad_norm)
         layers = self.model.moe_layers()
@@ -223,7 +238,7 @@ class Trainer:
         sums = torch.cat([sums, norm.double()[None] / self.ranks, counts_LE.double().flatten()])
         sums, load = self._sum_over_ranks(sums).tensor_split([4])
         load_LE = load.view_as(counts_LE).float()
-        figures = Figures(float(sums[0]) / tokens, float(sums[3]))
+        figures = Figures(float(sums[0]) / batch.targets, float(sums[3]))
         skipped = self.guard.check_step(figures)
         if skipped is None:
             take_step()
@@ -243,8 +258,8 @@ class Trainer:
             "step": self.progress.step,
             "steps": train.steps,
             "loss": figures.loss,
-            "mtp_loss": float(sums[1]) / tokens_mtp,
-            "balance_loss": float(sums[2]) / parts,
+            "mtp_loss": float(sums[1]) / batch.mtp_targets,
+            "balance_loss": float(sums[2]) / micro_batches,
             "grad_norm": figures.grad_norm,
             "learning_rate": rate,
             "tokens_per_second": batch_tokens / seconds,
@@ -261,16 +276,20 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _backward(self, micro_batches: list[MicroBatch], tokens: float, tokens_mtp: float, parts: int) -> Tensor:
-        """Gradients of this rank's share; its sums of the three losses, fp64 [3]."""
+    def _backward(self, batch: StepBatch, micro_batches: int) -> Tensor:
+        """Sums of the three losses over this rank's share, fp64 [3]; the gradients are left in the parameters.
+
+        Args:
+            micro_batches: those of all ranks, over which the balance loss is a mean.
+        """
         train = self.config.train
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.communication.traffic.clear()
-        for number, batch in enumerate(micro_batches, 1):
-            self.communication.micro_batch(last=number == len(micro_batches))
-            loss, mtp_loss, balance = self.network.module(*batch.to(self.device))
-            total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
-            (total + train.balance_loss_weight * balance / parts).backward()
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            self.communication.micro_batch(last=number == len(batch.micro_batches))
+            loss, mtp_loss, balance = self.network.module(*micro_batch.to(self.device))
+            total = loss / batch.targets + train.mtp_loss_weight * mtp_loss / batch.mtp_targets
+            (total + train.balance_loss_weight * balance / micro_batches).backward()
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
         return sums
 
@@ -312,14 +331,6 @@ class Trainer:
             found = [newest_checkpoint(self.checkpointer.directory, before=limit)]
         dist.broadcast_object_list(found, group=self._group)
         return found[0] or self._started_from
-
-    def _micro_batches(self, position: int) -> list[MicroBatch]:
-        """This rank's share of the batch that begins at `position`."""
-        chosen = self.sampler.indices(position, self.share.rank, self.share.ranks)
-        size = len(chosen) // self.config.train.gradient_accumulation_steps
-        parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
-        apart = not self.config.data.cross_document_attention
-        return [micro_batch(self.dataset, part, keep_apart=apart) for part in parts]
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.ranks > 1:

@@ -1,6 +1,4 @@
-"""Owns how packed sequences become a micro-batch: tokens, targets, and which targets bear no loss.
-
-It knows nothing of the order in which sequences are read, or of losses.
+"""Collation: packed sequences to a micro-batch of tokens, targets, and the targets that bear no loss.
 
 Shapes: B sequences of a micro-batch, T position.
 """
@@ -39,7 +37,7 @@ def check_fits(manifest: Manifest, config: JobConfig, run_directory: str) -> Non
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass reads, on the CPU."""
+    """What one forward pass reads."""
 
     tokens_BT: Tensor
     """int64."""
@@ -49,14 +47,15 @@ class MicroBatch(NamedTuple):
     """Set where documents are kept apart."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device; the documents are moved."""
+        """This micro-batch on a device; pinned memory is copied without waiting. The documents move in place."""
         documents = self.documents.to(device) if self.documents is not None else None
-        return MicroBatch(self.tokens_BT.to(device), self.targets_BT.to(device), documents)
+        tokens_BT, targets_BT = (x.to(device, non_blocking=True) for x in (self.tokens_BT, self.targets_BT))
+        return MicroBatch(tokens_BT, targets_BT, documents)
 
-    def valid(self) -> tuple[int, int]:
-        """Targets that bear loss: the model's, and the MTP module's."""
-        further_BT = mtp_targets(self.targets_BT, self.documents)
-        return int((self.targets_BT != IGNORE_INDEX).sum()), int((further_BT != IGNORE_INDEX).sum())
+    def pin_memory(self) -> MicroBatch:
+        """This micro-batch in page-locked memory. The documents move in place."""
+        documents = self.documents.pin_memory() if self.documents is not None else None
+        return MicroBatch(self.tokens_BT.pin_memory(), self.targets_BT.pin_memory(), documents)
 
 
 def micro_batch(dataset: TokenDataset, indices: Iterable[int], *, keep_apart: bool) -> MicroBatch:

@@ -25,6 +25,7 @@ from cherry.data.encode import Encoded, encode, encode_filled
 from cherry.data.fim import TRAINED_TOKENS, fim_of
 from cherry.data.sampler import Sampler
 from cherry.data.shards import SHARD_TOKENS, Manifest, ShardWriter, TokenDataset, read_manifest
+from cherry.data.target_counts import write_target_counts
 from cherry.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from cherry.job_config import DataConfig
 
@@ -112,6 +113,7 @@ def prepare(
         heldout.flush()
         os.fsync(heldout.fileno())
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
+    write_target_counts(TokenDataset(directory, manifest), path)
     storage.write_json(str(path / "manifest.json"), asdict(manifest))
     storage.commit(directory, {"digest": manifest.digest, "config": config.model_dump(mode="json")})
     report(_told(manifest), 1.0)

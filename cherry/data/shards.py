@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from base import storage
@@ -129,13 +130,16 @@ class ShardWriter:
 class TokenDataset:
     """The packed sequences of a prepared directory, memory-mapped.
 
+    Args:
+        manifest: of a directory that is not committed yet; `None` reads a committed one's.
+
     Raises:
         MissingFileError: the directory was never committed, or a shard is gone.
         DataError: a shard has another size than the manifest says.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.manifest = read_manifest(directory)
+    def __init__(self, directory: str, manifest: Manifest | None = None) -> None:
+        self.manifest = manifest or read_manifest(directory)
         self._root = Path(storage.local_path(directory))
         self._shards = [self._map(name, np.dtype(self.manifest.token_type)) for name in self.manifest.shards]
         names = [name.replace(".bin", ".mask") for name in self.manifest.shards] if self.manifest.masked else []
@@ -155,13 +159,21 @@ class TokenDataset:
         return self.manifest.sequences
 
     def sequence(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens [T+1] and which of them bear loss [T+1]; neighbours share one token."""
-        start = index * self.manifest.sequence_length
-        end = start + self.manifest.sequence_length + 1
-        tokens = self._read(self._shards, start, end).astype(np.int64)
-        if not self._masks:
-            return tokens, np.ones(len(tokens), dtype=np.bool_)
-        return tokens, self._read(self._masks, start, end).astype(np.bool_)
+        """Tokens [T+1] of a sequence, and which of them bear loss [T+1]; neighbours share one token."""
+        tokens_ST, bears_ST = self.sequences(index, index + 1)
+        return tokens_ST[0], bears_ST[0]
+
+    def sequences(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens [S, T+1] of the sequences from `first` up to `end`, and which of them bear loss [S, T+1]."""
+        length = self.manifest.sequence_length
+        start, stop = first * length, end * length + 1
+        tokens = self._read(self._shards, start, stop).astype(np.int64)
+        bears = np.ones(len(tokens), dtype=np.bool_)
+        if self._masks:
+            bears = self._read(self._masks, start, stop).astype(np.bool_)
+        tokens_ST = sliding_window_view(tokens, length + 1, writeable=True)[::length]
+        bears_ST = sliding_window_view(bears, length + 1, writeable=True)[::length]
+        return tokens_ST, bears_ST
 
     def _read(self, shards: list[NDArray[Any]], start: int, end: int) -> NDArray[Any]:
         size = self.manifest.shard_tokens

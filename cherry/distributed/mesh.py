@@ -18,12 +18,12 @@ from cherry.job_config import ParallelConfig
 
 @dataclass(frozen=True)
 class DataShare:
-    """Which part of a batch a rank reads: every `ranks`-th sequence, from `rank` on; of each, one part of `parts`."""
+    """Which sequences of a batch a rank reads: every `ranks`-th from `rank` on, shared with its context ranks."""
 
     rank: int = 0
     ranks: int = 1
-    part: int = 0
-    parts: int = 1
+    context_rank: int = 0
+    context_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
 def data_share(config: ParallelConfig, rank: int, ranks: int) -> DataShare:
     """What rank `rank` of `ranks` reads."""
     outer, inner = divmod(rank, config.context * config.expert)
-    part, expert = divmod(inner, config.expert)
-    return DataShare(outer * config.expert + expert, config.data_ranks(ranks), part, config.context)
+    context_rank, expert = divmod(inner, config.expert)
+    return DataShare(outer * config.expert + expert, config.data_ranks(ranks), context_rank, config.context)
 
 
 def _mesh(device: torch.device, *, replicate: int, **axes: int) -> DeviceMesh:

@@ -68,10 +68,10 @@ def test_context_ranks_share_sequences_and_no_other_ranks_do() -> None:
 
     config = ParallelConfig(replicate=2, shard=3, expert=2, context=2)
     shares = [data_share(config, rank, 24) for rank in range(24)]
-    assert sorted((share.rank, share.part) for share in shares) == [
+    assert sorted((share.rank, share.context_rank) for share in shares) == [
         (rank, part) for rank in range(12) for part in (0, 1)
     ]
-    assert {(share.ranks, share.parts) for share in shares} == {(12, 2)}
+    assert {(share.ranks, share.context_ranks) for share in shares} == {(12, 2)}
     # Neighbours hold different experts and read different sequences; the next two have the other halves of these.
     assert shares[:4] == [
         DataShare(0, 12, 0, 2),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.errors import NonFiniteLossError
+from cherry.data.sampler import Sampler
 from cherry.spike_guard import WINDOW_STEPS, Figures, StepGuard
 from cherry.trainer import Trainer
 
@@ -126,8 +127,9 @@ def spoil(directory, trainer, batches):
     tokens = np.memmap(path, dtype=np.uint16, mode="r+")
     generator = np.random.default_rng(0)
     length = trainer.config.data.sequence_length
+    sampler = Sampler(len(trainer.dataset), trainer.config.seed, trainer.config.train.batch_size)
     for batch in batches:
-        for index in trainer.sampler.indices(batch * trainer.config.train.batch_size):
+        for index in sampler.indices(batch * trainer.config.train.batch_size):
             tokens[index * length + 1 : (index + 1) * length] = generator.integers(2, 290, length - 1)
     tokens.flush()
 
