@@ -57,7 +57,8 @@ def test_every_generator_is_seeded_by_seed_and_rank() -> None:
 
 
 @pytest.mark.slow
-def test_two_runs_are_equal_bit_for_bit(make_job: Any) -> None:
+def test_two_runs_are_equal_bit_for_bit(make_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     first, second = make_job("first"), make_job("second")
     for job in (first, second):
         ended = job.run(*DETERMINISTIC, "--steps=6", ranks=2)

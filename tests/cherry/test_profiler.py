@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from base.config import validate
 from base.errors import ConfigError
@@ -19,7 +21,10 @@ def read(path: Path) -> Any:
         return json.load(file)
 
 
-def test_the_chosen_steps_of_the_chosen_rank_are_in_a_chrome_trace(make_job: Any) -> None:
+def test_the_chosen_steps_of_the_chosen_rank_are_in_a_chrome_trace(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     job = make_job("profiled")
     wanted = ["--set", "train.profile.steps=[3,4]", "--set", "train.profile.ranks=[1]"]
     ended = job.run("--steps=6", *wanted, "--set", "train.profile.memory=true", ranks=2)
@@ -38,6 +43,23 @@ def test_the_chosen_steps_of_the_chosen_rank_are_in_a_chrome_trace(make_job: Any
     assert [row["time_us"] for row in memory] == sorted(row["time_us"] for row in memory)
     assert min(row["bytes"] for row in memory) < 0 < max(row["bytes"] for row in memory)
     assert "profile of steps 3 to 4 is in" in (job.directory / "train" / "rank-1.log").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and finds none")
+def test_a_gpu_s_trace_has_its_kernels_and_a_memory_snapshot_the_stacks(make_job: Any) -> None:
+    job = make_job("gpu")
+    ended = job.run("--steps=4", "--set", "train.profile={steps: [2, 3], memory: true}")
+    assert ended.returncode == 0, ended.stderr
+    folder = job.directory / "train" / "profile"
+    events = read(folder / "rank-0-steps-2-3.trace.json.gz")["traceEvents"]
+    assert [event for event in events if event.get("cat") == "kernel"]
+    # Written by this very test's run: unpickling it is safe.
+    snapshot = pickle.loads((folder / "rank-0-steps-2-3.memory.pickle").read_bytes())
+    entries = [entry for trace in snapshot["device_traces"] for entry in trace]
+    files = {frame["filename"].rpartition("/")[2] for entry in entries for frame in entry["frames"]}
+    assert {"alloc", "free_completed"} <= {entry["action"] for entry in entries}
+    assert "trainer.py" in files
 
 
 def test_a_run_that_ends_inside_the_range_keeps_what_it_recorded(make_job: Any) -> None:
