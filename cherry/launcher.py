@@ -38,7 +38,7 @@ OUR_EXIT_CODES = range(10, 50)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Launch, and end with the code of the rank that failed first (34 when a signal killed it)."""
+    """Launch, and exit with the code of the rank that caused the failure (34 if a signal killed it)."""
     raise SystemExit(run_program(lambda: launch(sys.argv[1:] if arguments is None else list(arguments))))
 
 
@@ -46,9 +46,9 @@ def launch(arguments: list[str]) -> None:
     """Start the ranks of this node and wait for them.
 
     Raises:
-        PortInUseError: the given master port is taken on this node.
+        PortInUseError: the given master port is in use on this node.
         WorkerLostError: a signal killed a rank.
-        InvalidInputError, OperationalError: a rank ended with an exit code of that side.
+        InvalidInputError, OperationalError: a rank exited with the code of a user error or a transient error.
     """
     if parent := os.environ.get("CHERRY_PARENT"):
         die_with_parent(signal.SIGTERM, int(parent))
@@ -69,7 +69,11 @@ def launch(arguments: list[str]) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
-    """torchrun's flags, whose mistakes end with our code for them."""
+    """Values of torchrun's flags.
+
+    Raises:
+        ConfigError: a flag is unknown, missing, or of the wrong type.
+    """
     parser.allow_abbrev = False
 
     def refuse(message: str) -> NoReturn:
@@ -128,10 +132,10 @@ def _pass_on_sigusr1(script_arguments: Sequence[str]) -> None:
 
 
 def die_with_parent(signal_number: int, parent: int) -> None:
-    """Ask Linux to send this process a signal when the one that started it ends, even by SIGKILL (prctl(2)).
+    """Let Linux send this process a signal when its parent ends, even by SIGKILL (prctl(2)).
 
     Args:
-        parent: the pid of the starter as it knew itself, so that one that ended before the call is noticed.
+        parent: expected pid of the parent; if it ended before this call, this process exits.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
@@ -140,17 +144,17 @@ def die_with_parent(signal_number: int, parent: int) -> None:
 
 
 def _cores() -> int:
-    """Cores that this process may use: a container may allow fewer than the machine has."""
+    """Number of cores that this process may use; a container may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _share_cores(ranks: int) -> None:
-    """Give each rank its share of the cores, unless OMP_NUM_THREADS says otherwise (torchrun would give it one)."""
+    """Set OMP_NUM_THREADS to a rank's share of the cores, unless it is set; torchrun would set it to 1."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
 
 
 def _check_port(options: Any, arguments: Sequence[str]) -> None:
-    """Pick a free port for one node when none was given; refuse a taken one before anything starts."""
+    """Choose a free master port for a single node if none was given; check that a given one is free."""
     if options.standalone or options.rdzv_endpoint:
         return
     single = str(options.nnodes) in ("1", "1:1")

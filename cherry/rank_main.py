@@ -112,17 +112,17 @@ def _debug(error: Exception) -> None:
 
 
 def _tell_launcher(error: CherryError) -> None:
-    """Leave the text where torch's launcher looks for it (torch.distributed.elastic.multiprocessing.errors)."""
+    """Write the error to the file that torch's launcher reads (torch.distributed.elastic.multiprocessing.errors)."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": detail}}))
 
 
 def resolve(options: argparse.Namespace) -> JobConfig:
-    """The job that the flags describe.
+    """Job configuration of the flags and the launcher's environment variables.
 
     Raises:
-        ConfigError: lists every broken rule.
+        ConfigError: lists every rule that is broken.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -145,7 +145,7 @@ def resolve(options: argparse.Namespace) -> JobConfig:
 
 
 def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
-    """A job around given weights: architecture and tokenizer from their folder, everything else by default."""
+    """Job configuration for given weights: architecture and tokenizer of their folder, defaults for the rest."""
     from base.config import apply_overrides
     from model.weights.pretrained import read_model_config
 
@@ -165,7 +165,7 @@ def _train(options: argparse.Namespace, rank: int, hooks: Sequence[TrainerHook])
     run_directory = options.run_dir or f"runs/{config.name}"
     _log_to_file(run_directory, rank)
     for name, value in config.communication.variables().items():
-        os.environ.setdefault(name, value)  # the libraries read it when they connect
+        os.environ.setdefault(name, value)  # libraries read these when they connect
     import torch
 
     if config.train.threads_per_rank is not None:
@@ -224,13 +224,12 @@ def classify_error(error: RuntimeError) -> Exception:
 
 
 def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
-    """Rank 0 sees to it that the run can go on; as every rank hears: the config to train by, and the checkpoint that
-    was asked for, if any was.
+    """Configuration to train with, and the URI of the checkpoint that --resume_from names, if any; rank 0 decides.
 
     Raises:
-        ConfigError: what is in the run directory was made by another configuration (see
-        cherry/checkpoint/resume_rules.py).
-        MissingFileError: no such checkpoint; or no such documents, of data that is not prepared yet.
+        ConfigError: the run directory's content was made with another configuration (see
+            cherry/checkpoint/resume_rules.py).
+        MissingFileError: there is no such checkpoint; or no such documents, where data has to be prepared.
     """
     import torch.distributed as dist
 
@@ -248,7 +247,7 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
 
 
 def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
-    """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
+    """See `_prepare`. Prepares data and writes config.yaml, unless a flow did; else checks them against the config."""
     from cherry.checkpoint.checkpointer import check_model
     from cherry.checkpoint.naming import newest_checkpoint
     from cherry.checkpoint.resume_rules import check_data, check_resume, checkpoints_of, find_checkpoint, write_config
@@ -281,8 +280,9 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
 
 
 def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Namespace) -> JobConfig:
-    """The config of a resume that was asked for without a word on steps: to the end of the run that the checkpoint is
-    of, or as many steps more as a new run takes where it was the end.
+    """Configuration with `train.steps` set for a resume by --resume_from that does not give the number of steps.
+
+    Training goes to the end of the checkpoint's run or, if it is there already, as many steps on as a new run takes.
     """
     given = options.steps is not None or any(change.startswith("train.steps=") for change in options.set)
     if options.resume_from is None or options.config is not None or given:

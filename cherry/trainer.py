@@ -53,24 +53,25 @@ _LOAD_EVERY_STEPS = 10
 
 @dataclass
 class Progress:
-    """The listed resume state, with the step guard's."""
+    """Counters that a checkpoint keeps, beside the step guard's state."""
 
     step: int = 0
-    """Optimizer steps, those that were skipped included."""
+    """Optimizer steps, skipped ones included."""
     position: int = 0
-    """Sequences that were read: where the next batch begins. Not the step times the batch's size, which may change,
-    and after a rollback what led to it is not read again."""
+    """Sequences read so far, over all ranks: where the next batch begins. It is not `step` times the batch size, which
+    may change on a resume; after a rollback, data that was read before it is not read again."""
     tokens: int = 0
-    """Of the steps that were taken."""
+    """Tokens of the steps that were not skipped."""
     seconds: float = 0.0
+    """Time spent in optimizer steps."""
     rollbacks: int = 0
 
 
 class Trainer:
-    """One rank of one job.
+    """The training loop of one rank.
 
     Args:
-        resume_from: URI of a committed checkpoint; `None` takes the run's newest one, if there is any.
+        resume_from: URI of a committed checkpoint; `None` resumes from the run's newest one, if there is any.
         hooks: called after the trainer's own, which write metrics.jsonl and profiles.
     """
 
@@ -108,7 +109,7 @@ class Trainer:
         )
         self.progress = Progress()
         self.guard = StepGuard(config.train.spike_sigma)
-        self._good_before: int | None = None  # after a rollback, until something new is saved
+        self._rollback_before: int | None = None  # after a rollback, until the next save: the step it restored
         self._save_owed, self._group = False, group
         self._heldout: Heldout | None = None
         self._resume(resume_from, directory)
@@ -116,7 +117,7 @@ class Trainer:
         self.metrics = self._metrics_hook() if self.rank == 0 else None
         own = [hook for hook in (self.metrics, self._profiler_hook()) if hook is not None]
         self.hooks = HookList([*own, *hooks], self._say)
-        # A processor's is only measured, beside whatever else it does: MFU against it would not compare between runs.
+        # A CPU has no data sheet peak; a measured one depends on its load, so MFU would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
 
     def _batch_reader(self) -> BatchReader:
@@ -153,8 +154,7 @@ class Trainer:
         self.checkpointer.last_saved = uri  # an attempt may have died between the last save and the result
 
     def _metrics_hook(self) -> MetricsHook:
-        path = self._train_directory / "metrics.jsonl"
-        every = self.config.train.log_every_steps
+        path, every = self._train_directory / "metrics.jsonl", self.config.train.log_every_steps
         return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, say=self._say)
 
     def _profiler_hook(self) -> ProfilerHook | None:
@@ -169,12 +169,12 @@ class Trainer:
         return Path(storage.local_path(self.run_directory)) / "train"
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step; the result that result.json holds (rank 0's; others get the same figures).
+        """Content of result.json, after training to the last step; rank 0 writes the file.
 
         Raises:
-            NonFiniteLossError: too many steps in a row had a loss or gradient norm that was not finite or a spike, and
-                there is no going back.
-            SupersededError: a newer attempt took the run over.
+            NonFiniteLossError: too many steps in a row had a spike or a value that is not finite in loss or gradient
+                norm, and a rollback was not possible.
+            SupersededError: a newer attempt took over the run directory.
             StorageError: the last checkpoint could not be written.
         """
         train = self.config.train
@@ -193,7 +193,7 @@ class Trainer:
             self.checkpointer.wait()
         finally:
             self.close()
-        # What is exported is the last checkpoint: an older one would pass for it.
+        # The newest checkpoint is what is exported: an older one must not be taken for the last.
         if self.checkpointer.failures and self.checkpointer.last_saved_step != self.progress.step:
             raise self.checkpointer.failures[-1]
         return self._result()
@@ -210,7 +210,7 @@ class Trainer:
     def _save_if_due(self) -> None:
         done = self.progress.step
         self._save_owed |= done % self.config.checkpoint.every_steps == 0
-        # A checkpoint in the middle of skipped steps would pass for a good one.
+        # Between skipped steps the state may have diverged already: a rollback must not find it.
         if done == self.config.train.steps or (self._save_owed and not self.guard.consecutive_skips):
             self._save()
 
@@ -222,7 +222,7 @@ class Trainer:
             closing.callback(self.checkpointer.close)
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step over this rank's share of the batch."""
+        """Record of one optimizer step over this rank's share of the batch, for metrics.jsonl."""
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
@@ -234,7 +234,7 @@ class Trainer:
         take_step = self.network.ready_step(norm, train.max_grad_norm)
         layers = self.model.moe_layers()
         counts_LE = expert_counts(layers).to(sums.device)
-        # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
+        # One all-reduce for everything (the norm as a mean): all ranks decide by the same numbers, and wait once.
         sums = torch.cat([sums, norm.double()[None] / self.ranks, counts_LE.double().flatten()])
         sums, load = self._sum_over_ranks(sums).tensor_split([4])
         load_LE = load.view_as(counts_LE).float()
@@ -244,7 +244,7 @@ class Trainer:
             take_step()
         else:
             self.communication.forget()
-        # Behind the optimizer's step, which takes the GPU long enough to queue this and the next pass.
+        # After the optimizer's step, which keeps the GPU busy while this and the next forward pass are queued.
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
         update_expert_bias(layers, bias_rate, load_LE.to(self.device))
         self.network.clear()
@@ -318,16 +318,16 @@ class Trainer:
         self.progress.position = reached.position
         self.progress.rollbacks = reached.rollbacks + 1
         self.progress.seconds = reached.seconds
-        self._good_before, self._save_owed = self.progress.step, False
+        self._rollback_before, self._save_owed = self.progress.step, False
         passed, nth = reached.step - self.progress.step, self.progress.rollbacks
         self._say(f"went back to {target}: {passed} batches passed over, rollback {nth}")
 
     def _last_good(self) -> str | None:
-        """The newest checkpoint of this run; where going back to it led nowhere, the one before it."""
+        """URI of the newest checkpoint of this run, or of the one before it where a rollback to it failed already."""
         self.checkpointer.wait()
         found: list[str | None] = [None]
         if self.rank == 0:
-            limit = self.progress.step + 1 if self._good_before is None else self._good_before
+            limit = self.progress.step + 1 if self._rollback_before is None else self._rollback_before
             found = [newest_checkpoint(self.checkpointer.directory, before=limit)]
         dist.broadcast_object_list(found, group=self._group)
         return found[0] or self._started_from
@@ -345,7 +345,7 @@ class Trainer:
         return tokens_per_second * per_token / (self.peak_flops * self.ranks)
 
     def heldout(self) -> Heldout:
-        """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
+        """Held-out loss now, over at most `train.heldout_sequences` documents, which the data ranks divide."""
         self._heldout = evaluate_heldout(self.network.module, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
@@ -359,15 +359,15 @@ class Trainer:
             "model": self.config.model.model_dump(mode="json"),
         }
         self.network.fold()
-        unsent = self.communication.state()
-        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
-        if unsent:
-            self.checkpointer.wait_until_copied()  # the next backward pass writes over it
+        residuals = self.communication.state()
+        self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, residuals)
+        if residuals:
+            self.checkpointer.wait_until_copied()  # the next backward pass overwrites them
         self.hooks.on_save(self.progress.step, self.checkpointer.uri_of(self.progress.step))
-        self._save_owed, self._good_before = False, None
+        self._save_owed, self._rollback_before = False, None
 
     def _result(self) -> dict[str, Any]:
-        heldout = self._heldout or self.heldout()  # evaluated at the last step, but not when there was none left
+        heldout = self._heldout or self.heldout()  # evaluated at the last step, unless the run had no step left
         first = self.metrics.first_loss if self.metrics is not None else None
         result = {
             "steps": self.progress.step,
@@ -394,7 +394,7 @@ class Trainer:
         return result
 
     def _say(self, line: str) -> None:
-        """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
+        """Print and log a line for people, on the main process only; a flow relays its stdout."""
         if self.accelerator.is_main_process:
             print(line, flush=True)
             logger.info(line)

@@ -19,7 +19,7 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank reads for one optimizer step."""
+    """One rank's micro-batches of an optimizer step, and the target counts of the whole step."""
 
     micro_batches: list[MicroBatch]
     """On the CPU; pinned where training runs on a GPU."""
@@ -34,7 +34,7 @@ class BatchReader:
 
     Args:
         data_rank: this rank among the `data_ranks` that read sequences of their own, every `data_ranks`-th of a batch.
-        micro_batches: into how many of equal size they are cut.
+        micro_batches: number of equal parts of this rank's share.
         keep_apart: see `collate.micro_batch`.
         device: where training runs.
     """
@@ -63,10 +63,10 @@ class BatchReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=self._set_up_thread)
 
     def take(self, position: int) -> StepBatch:
-        """The batch that begins at `position`, a number of sequences; the reading of the following ones begins.
+        """The batch that begins at `position`, counted in sequences; the next batches are read in the background.
 
         Raises:
-            Exception: whatever reading this batch raised.
+            Exception: any error from reading this batch.
         """
         if not self._ahead or self._ahead[0][0] != position:
             self._drop()
@@ -78,7 +78,7 @@ class BatchReader:
         return batch.result()
 
     def read(self, position: int) -> StepBatch:
-        """The batch that begins at `position`, read by the calling thread and not pinned."""
+        """The batch that begins at `position`, read on the calling thread and not pinned."""
         indices = self._sampler.indices(position)
         own = indices[self._data_rank :: self._data_ranks]
         size = len(own) // self._micro_batches
@@ -88,7 +88,7 @@ class BatchReader:
         return StepBatch(batches, max(1, targets), max(1, mtp_targets))
 
     def close(self) -> None:
-        """End the thread."""
+        """Cancel what is read ahead and join the thread; `read` still works."""
         self._drop()
         self._thread.shutdown(wait=True)
 
@@ -104,11 +104,11 @@ class BatchReader:
         batch = self.read(position)
         if self._device.type != "cuda":
             return batch
-        pinned = [one.pin_memory() for one in batch.micro_batches]
+        pinned = [part.pin_memory() for part in batch.micro_batches]
         return StepBatch(pinned, batch.targets, batch.mtp_targets)
 
     def _set_up_thread(self) -> None:
-        """As torch's DataLoader sets up its pinning thread: one core, and the context of this rank's own GPU."""
-        torch.set_num_threads(1)  # more OpenMP threads than cores slow training's down; see `_lone` in checkpointer.py
+        """Set the thread count and the GPU of the reading thread, as torch's DataLoader does for its pinning thread."""
+        torch.set_num_threads(1)  # more OpenMP threads than cores slow training's down; as checkpointer.py explains
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)

@@ -19,10 +19,10 @@ from model.document_mask import Documents
 
 
 def check_fits(manifest: Manifest, config: JobConfig, run_directory: str) -> None:
-    """Refuse prepared data that is not what the configuration says.
+    """Check that prepared data fits the configuration.
 
     Raises:
-        ConfigError: another sequence length, or more tokens than the model has.
+        ConfigError: the sequence length differs, or the vocabulary is larger than the model's.
     """
     if manifest.sequence_length != config.data.sequence_length:
         raise ConfigError(
@@ -37,14 +37,14 @@ def check_fits(manifest: Manifest, config: JobConfig, run_directory: str) -> Non
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass reads."""
+    """Input of one forward pass."""
 
     tokens_BT: Tensor
     """int64."""
     targets_BT: Tensor
-    """int64; those that bear no loss are IGNORE_INDEX."""
+    """int64; IGNORE_INDEX where the target bears no loss."""
     documents: Documents | None
-    """Set where documents are kept apart."""
+    """Boundaries of documents, where attention stays within them; else `None`."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """This micro-batch on a device; pinned memory is copied without waiting. The documents move in place."""
@@ -59,11 +59,11 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batch(dataset: TokenDataset, indices: Iterable[int], *, keep_apart: bool) -> MicroBatch:
-    """Some sequences of the dataset as one micro-batch.
+    """Micro-batch of the given sequences of a dataset, on the CPU.
 
     Args:
-        keep_apart: attention is to stay within documents. Nothing then predicts a document's first token, as the
-            tokens before it are another document's.
+        keep_apart: attention stays within documents. A document's first token is then no target, since the tokens
+            before it belong to another document.
     """
     rows = [dataset.sequence(int(index)) for index in indices]
     tokens = torch.stack([torch.from_numpy(row[0]) for row in rows])
@@ -77,9 +77,10 @@ def micro_batch(dataset: TokenDataset, indices: Iterable[int], *, keep_apart: bo
 
 
 def mtp_targets(targets_BT: Tensor, documents: Documents | None = None) -> Tensor:
-    """What the MTP module predicts: one token further; the last position of each row has none.
+    """Targets of the MTP module [B, T]: the targets of the next position; none at the last position of a row.
 
-    With `documents`, neither has the last position of each of them, which would see the next one's first token.
+    With `documents` there is also none at the last position of each document, which would use the next document's
+    first token as input.
     """
     further_BT = torch.cat([targets_BT[:, 1:], torch.full_like(targets_BT[:, :1], IGNORE_INDEX)], dim=1)
     if documents is None:

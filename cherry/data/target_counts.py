@@ -1,7 +1,7 @@
-"""Loss-bearing targets per sequence: counted once when data is prepared, and read for the batch of every step.
+"""Loss-bearing targets per sequence: counted once, when data is prepared, and looked up for each batch.
 
-So each rank knows by how many tokens the losses of a whole optimizer step are divided, without a collective and before
-its first forward pass. The rules are those of cherry/data/collate.py.
+With them every rank knows the token counts by which the losses of the whole optimizer step are divided, before its
+first forward pass and without a collective. Which targets bear loss is defined by cherry/data/collate.py.
 
 Shapes: S sequence, T sequence length; columns are the model's own targets and the MTP module's.
 """
@@ -17,19 +17,19 @@ from base.errors import DataError, storage_errors
 from cherry.data.shards import TokenDataset
 
 FILE_NAME = "target_counts.npy"
-# Tokens that are counted at a time: some 100 MB of temporaries.
+# 4 M tokens, as int64, and the boolean temporaries take about 60 MB.
 _CHUNK_TOKENS = 1 << 22
 
 
 def count_targets(
     tokens_ST: NDArray[np.int64], bears_ST: NDArray[np.bool_], bos_id: int, *, keep_apart: bool
 ) -> NDArray[np.int32]:
-    """Targets that bear loss [S, 2].
+    """Number of targets that bear loss per sequence, [S, 2].
 
     Args:
-        tokens_ST: T + 1 tokens of each sequence.
-        bears_ST: which of them bear loss when they are a target.
-        keep_apart: attention stays within documents, and nothing is predicted over their boundaries.
+        tokens_ST: the T + 1 tokens of each sequence.
+        bears_ST: which of these tokens bear loss as a target.
+        keep_apart: attention stays within documents, and no target crosses their boundaries.
     """
     targets_ST = bears_ST[:, 1:]
     mtp_ST = targets_ST[:, 1:]
@@ -41,7 +41,11 @@ def count_targets(
 
 
 def write_target_counts(dataset: TokenDataset, directory: Path, *, chunk_tokens: int = _CHUNK_TOKENS) -> None:
-    """Write the counts of all sequences, int32 [S, 2, 2]: attention across documents, then within them.
+    """Write the counts of all sequences, int32 [S, 2, 2]; the middle axis is `keep_apart` false, true.
+
+    Args:
+        dataset: need not be committed yet.
+        chunk_tokens: tokens that are counted at a time.
 
     Raises:
         DiskFullError: no space is left.
@@ -58,10 +62,10 @@ def write_target_counts(dataset: TokenDataset, directory: Path, *, chunk_tokens:
 
 
 class TargetCounts:
-    """Counts of a batch's targets: from the file, or from the tokens of data that was prepared without one.
+    """Target counts of batches: from the file, or from the tokens where data was prepared without the file.
 
     Args:
-        directory: of the prepared data.
+        directory: folder of the prepared data.
         keep_apart: see `count_targets`.
 
     Raises:
@@ -73,13 +77,13 @@ class TargetCounts:
         self._keep_apart = keep_apart
         self._table: NDArray[np.int32] | None = None
         path = directory / FILE_NAME
-        # Without masks and boundaries every target bears loss: nothing is looked up.
+        # Without masks and boundaries every target bears loss, and nothing has to be looked up.
         self._constant = not keep_apart and not dataset.manifest.masked
         if not self._constant and path.exists():
             self._table = _map_table(path, dataset.manifest.sequences)[:, int(keep_apart)]
 
     def of(self, indices: NDArray[np.int64]) -> tuple[int, int]:
-        """Targets of these sequences that bear loss: the model's, and the MTP module's."""
+        """Number of targets of these sequences that bear loss: the model's, and the MTP module's."""
         length = self._dataset.manifest.sequence_length
         if self._constant:
             return len(indices) * length, len(indices) * (length - 1)
