@@ -8,7 +8,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,29 +15,14 @@ from tokenizers import Tokenizer
 
 from base import storage
 from base.errors import ConfigError, DataError, storage_errors
-from cherry.data.corpus import Document, Source, is_heldout, sample_texts, source_version
+from cherry.data.corpus import Document, Source, is_heldout, sample_texts
 from cherry.data.encode import Encoded, encode, encode_filled
 from cherry.data.fim import TRAINED_TOKENS, fim_of
-from cherry.data.sampler import Sampler
 from cherry.data.shards import SHARD_TOKENS, Manifest, ShardWriter, TokenDataset, read_manifest
 from cherry.data.target_counts import write_target_counts
 from cherry.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from cherry.job_config import DataConfig
 
-__all__ = [
-    "IGNORE_INDEX",
-    "HeldoutDocument",
-    "Manifest",
-    "Sampler",
-    "TokenDataset",
-    "iterate_heldout",
-    "load_heldout",
-    "prepare",
-    "source_version",
-    "zlib_bits_per_byte",
-]
-
-IGNORE_INDEX = -100
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2_000_000
 # Fraction of the total time, for the progress bar: measured on the standard library's sources, 2026-11-24.
@@ -244,11 +228,6 @@ def iterate_heldout(directory: str, max_tokens: int | None) -> Iterator[HeldoutD
         encoded = encode(tokenizer, batch, bos_id=manifest.bos_id, eos_id=manifest.eos_id, with_ends=True)
         for document, tokens in zip(batch, encoded, strict=True):
             yield _cut(document.id, tokens, max_tokens, manifest.eos_id)
-
-
-def load_heldout(directory: str, max_documents: int | None, max_tokens: int | None) -> list[HeldoutDocument]:
-    """List of the first `max_documents` held-out documents (`None`: all), each cut to at most `max_tokens` tokens."""
-    return list(islice(iterate_heldout(directory, max_tokens), max_documents))
 
 
 def _read_heldout(uri: str) -> Iterator[Document]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from base.config import dump
-from cherry.data.prepare import load_heldout, prepare
+from cherry.data.prepare import iterate_heldout, prepare
 from cherry.export import export
 from cherry.heldout import model_score, score_documents
 from cherry.trainer import Trainer
@@ -59,7 +59,7 @@ def finetune(mini, base, tmp_path):
 
 
 def assistant_loss(model, directory):
-    documents = load_heldout(str(directory / "data"), None, 32)
+    documents = list(iterate_heldout(str(directory / "data"), 32))
     scores = score_documents(model_score(model, torch.device("cpu")), documents, 32)
     return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
 
