@@ -34,7 +34,7 @@ LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
 """Environment variable in which a rank finds its launcher's pid."""
 _PR_SET_PDEATHSIG = 1
 OUR_EXIT_CODES = range(10, 50)
-"""Codes of base/errors.py, the caller's side first."""
+"""Exit codes of base/errors.py: user errors, then transient errors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -176,10 +176,10 @@ def _check_port(options: Any, arguments: Sequence[str]) -> None:
 
 
 def _cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
-    """The failure that explains the others: when a rank dies, its peers soon end too, cut off in a collective.
+    """(rank, failure) that caused the others: when a rank ends, its peers soon fail in a collective.
 
-    The caller's fault comes first, then a rank that a signal killed, then an error of the world's side, then a
-    traceback; of equals, the earliest.
+    A user error comes first, then a rank that was killed by a signal, then a transient error, then a traceback; of
+    equals, the earliest.
     """
 
     def weight(item: tuple[int, Any]) -> tuple[int, int, int]:
