@@ -107,6 +107,25 @@ class ParallelConfig(Section):
                 yield Problem("parallel.reshard_after_forward", rule, self.reshard_after_forward)
 
 
+class ProfileConfig(Section):
+    """Steps and ranks to profile with torch.profiler; the files go to `train/profile/` in the run directory."""
+
+    steps: tuple[PositiveInt, PositiveInt]
+    """First and last optimizer step to profile, counted from 1. Leave out the first steps, which compile and warm up; a
+    trace grows by megabytes a step."""
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks to profile; the others run as always."""
+    memory: bool = False
+    """Record allocations too: a CUDA memory snapshot, or a timeline of allocated bytes where there is no GPU."""
+
+    def problems(self) -> Iterator[Problem]:
+        """The range is not empty, and some rank is profiled."""
+        if self.steps[0] > self.steps[1]:
+            yield Problem("steps", "must be [first, last] with first <= last", list(self.steps))
+        if not self.ranks:
+            yield Problem("ranks", "must name at least one rank", [])
+
+
 class TrainConfig(Section):
     """One optimizer's recipe. Defaults follow DeepSeek-V3's paper, section 4.2, where a size is not involved."""
 
@@ -150,6 +169,11 @@ class TrainConfig(Section):
     heldout_sequences: PositiveInt = 64
     threads_per_rank: PositiveInt | None = None
     """CPU threads of a rank; `None` shares the machine's cores among its ranks."""
+    deterministic: bool = False
+    """Deterministic kernels only, and seeded random generators: the same job gives the same bits again, more slowly. An
+    operator that has no deterministic kernel is an error."""
+    profile: ProfileConfig | None = None
+    """Profile some steps on some ranks; `None` profiles none."""
 
     def problems(self) -> Iterator[Problem]:
         """A decay that bf16 can hold."""
@@ -280,6 +304,8 @@ class JobConfig(Section):
         if self.data.sequence_length > self.model.max_position_embeddings:
             rule = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
             yield Problem("data.sequence_length", rule, self.data.sequence_length)
+        if self.train.profile is not None:
+            yield from self._profile_problems(self.train.profile, ranks)
         if self.train.warmup_steps >= self.train.steps:
             yield Problem(
                 "train.warmup_steps", f"must be below train.steps ({self.train.steps})", self.train.warmup_steps
@@ -289,6 +315,14 @@ class JobConfig(Section):
             yield Problem("model.vocab_size", rule, self.model.vocab_size)
         if self.lora is not None:
             yield from self._lora_problems(self.lora)
+
+    def _profile_problems(self, profile: ProfileConfig, ranks: int) -> Iterator[Problem]:
+        if profile.steps[1] > self.train.steps:
+            rule = f"must end at most at train.steps ({self.train.steps})"
+            yield Problem("train.profile.steps", rule, list(profile.steps))
+        if wrong := [rank for rank in profile.ranks if rank >= ranks]:
+            rule = f"must be below the number of ranks ({ranks}), counted from 0"
+            yield Problem("train.profile.ranks", rule, wrong)
 
     def _lora_problems(self, lora: LoraConfig) -> Iterator[Problem]:
         if self.init_from is None:

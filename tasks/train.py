@@ -28,6 +28,8 @@ from tasks.tracking.metrics_relay import PARENT_SERIES, SERIES, MetricsRelay, re
 _IDENTITY = ["seed", "init_from", "model", "data", "train", "lora"]
 # How often a line of a training step goes to Prefect's log too, which is a request to its server.
 _SAY_EVERY_S = 10.0
+# A compressed trace of a few steps is some megabytes; what is larger stays in the run directory.
+_PROFILE_MAX_BYTES = 64 << 20
 
 
 @task(name="train", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
@@ -98,7 +100,15 @@ def _conclude(context: RunContext, step: StepRun, folder: Path) -> dict[str, str
     for path in plot_training(lines, folder / "plots", first_moe_layer=first):
         for run_id in (step.run_id, context.parent_run_id):
             step.tracker.artifact(run_id, path, "plots")
+    for path in _profiles(folder / "profile"):
+        step.tracker.artifact(step.run_id, path, "profile")
     return {"result": str(folder / "result.json"), "checkpoint": result["checkpoint"]}
+
+
+def _profiles(folder: Path) -> list[Path]:
+    """Files of `train.profile` that are small enough for the tracking server, sorted by name."""
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    return [path for path in found if path.stat().st_size <= _PROFILE_MAX_BYTES]
 
 
 def _claim(run_directory: Path, identity: str) -> None:
