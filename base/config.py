@@ -1,6 +1,6 @@
-"""Owns how YAML becomes a frozen, strict configuration, and how every broken rule is reported at once.
+"""Strict configuration: YAML and overrides, merged and validated into frozen sections, with all errors at once.
 
-It knows no section of the configuration: the schemas live beside the code that they configure.
+The schemas of the sections stand beside the code that they configure.
 """
 
 from __future__ import annotations
@@ -136,31 +136,49 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with each `dotted.key=value` set; the value is read as YAML.
+def merge(raw: Mapping[str, Any], changes: Mapping[str, Any], *, origin: str, prefix: str = "") -> dict[str, Any]:
+    """A copy of `raw` with `changes` laid over it: sections are merged key by key, any other value is replaced.
+
+    Args:
+        origin: where the mistake is, for an error's text.
+        prefix: dotted key of `raw` itself, with a dot at the end.
 
     Raises:
-        ConfigError: an override is not `key=value`, or its path runs through something that is no mapping.
+        ConfigError: `changes` has a section where `raw` has a value.
     """
-    result: dict[str, Any] = copy.deepcopy(dict(raw))
+    result = copy.deepcopy(dict(raw))
+    for key, value in changes.items():
+        if not isinstance(value, Mapping):
+            result[key] = copy.deepcopy(value)
+            continue
+        old = result.get(key)
+        if old is not None and not isinstance(old, Mapping):
+            raise ConfigError(f"{origin}: {prefix}{key} must be a section to set its keys (got {_short(old)})")
+        result[key] = merge(old or {}, value, origin=origin, prefix=f"{prefix}{key}.")
+    return result
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with each `dotted.key=value` merged into it in turn; the value is read as YAML.
+
+    Raises:
+        ConfigError: an override is not `key=value`, or its path runs through something that is not a section.
+    """
+    result = dict(raw)
     wrong: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
+        path = key.strip().split(".")
+        if not equals or not all(path):
             wrong.append(f"override {override!r}: must read dotted.key=value, like train.learning_rate=2e-6")
             continue
-        node = result
-        for part in parts[:-1]:
-            child = node.get(part)
-            if child is None:
-                child = node[part] = {}
-            if not isinstance(child, dict):
-                wrong.append(f"override {override!r}: {part} is a value, not a section")
-                break
-            node = child
-        else:
-            node[parts[-1]] = parse_yaml(text, f"override {key}")
+        changes = parse_yaml(text, f"override {key}")
+        for name in reversed(path):
+            changes = {name: changes}
+        try:
+            result = merge(result, changes, origin=f"override {override!r}")
+        except ConfigError as error:
+            wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
     return result

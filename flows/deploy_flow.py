@@ -9,15 +9,14 @@ from typing import Any
 
 from prefect import flow
 
-from flows.train_flow import NO_OVERRIDES
 from tasks.deploy import record, resolve_version, shift, smoke, start
 from tasks.lifecycle import begin_release, run_name
-from tasks.overrides import Overrides
+from tasks.overrides import DEFAULT_CONFIG, NO_OVERRIDES, ConfigParameter, Overrides
 
 
 @flow(name="deploy-flow", flow_run_name=run_name, validate_parameters=True)
 def deploy_flow(
-    config: str = "configs/tiny.yaml",
+    config: ConfigParameter = DEFAULT_CONFIG,
     overrides: Overrides = NO_OVERRIDES,
     version: int | None = None,
     alias: str | None = None,
@@ -26,7 +25,7 @@ def deploy_flow(
 
     Args:
         config: path of the YAML config that the run was made with.
-        overrides: any of its keys, nested; they win over the file.
+        overrides: keys of the config, nested, that win over the file.
         version: a registered version; `None` goes by the alias.
         alias: of a registered version; with neither it is the version that this run registered, or the candidate when
             it has none, and one that was judged worse is refused.

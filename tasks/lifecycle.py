@@ -6,6 +6,7 @@ It knows the files that the steps leave, not how they are made.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from base import storage
 from base.config import dump
 from base.errors import CherryError, without_credentials
 from tasks.artifacts import show_markdown, show_table
-from tasks.overrides import resolve, run_directory, write_resolved
+from tasks.overrides import DEFAULT_CONFIG, ConfigParameter, resolve, run_directory, write_resolved
 from tasks.process import end_tree
 from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
 from tasks.run_config import RunConfig
-from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_event, write_record
+from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_event, write_record
 from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay
 from tasks.tracking.mlflow_tracker import connect, page_of
 
@@ -30,19 +31,23 @@ logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
 STEPS = (*TRAIN_STEPS, "deploy")
 RELEASE_CONFIG = "release.yaml"
-"""What a deployment was told, beside the config.yaml that the run was trained with."""
+"""The config of the newest release, beside the config.yaml that the run was trained with."""
+FLOW_RUN = "flow_run.json"
+"""Id of the flow's MLflow run, for a clean-up by another process."""
 
 
 def run_name() -> str:
-    """What Prefect calls a run: the run's name when it was overridden, else the config's."""
+    """Name of the Prefect flow run: the run's own where the parameters give it, else that of the config file."""
     parameters = runtime.flow_run.parameters
-    overrides = parameters.get("overrides")
-    given = overrides.get("name") if isinstance(overrides, dict) else getattr(overrides, "name", None)
-    return str(given or Path(str(parameters.get("config", ""))).stem)
+    for given in (parameters.get("overrides"), parameters.get("config")):
+        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
+        if name is not None:
+            return str(name)
+    return Path(str(parameters.get("config", ""))).stem
 
 
-def begin(config: str, overrides: BaseModel) -> RunContext:
-    """Resolve the config once, write it into the run directory, and open the flow's MLflow run.
+def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
+    """Resolve the config, take the run directory, write config.yaml into it, and open the flow's MLflow run.
 
     Raises:
         MissingFileError, ConfigError: see `tasks.overrides.resolve`.
@@ -51,14 +56,19 @@ def begin(config: str, overrides: BaseModel) -> RunContext:
     resolved = resolve(config, overrides)
     end_leftovers(resolved)
     # Before anything is written: a live run's trainer reads config.yaml when it is started again.
-    take_lease(RunContext(run_directory(resolved), resolved))
-    context = _open(RunContext(write_resolved(resolved), resolved), "flow")
+    take_lease(Path(run_directory(resolved)))
+    directory = write_resolved(resolved)
+    context = RunContext(directory, resolved, _open_flow_run(resolved, directory))
     context.tracker().log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
     return context
 
 
-def begin_release(config: str, overrides: BaseModel) -> RunContext:
-    """The same for a deployment, which finds its run directory, and its MLflow run, as training left them."""
+def begin_release(config: ConfigParameter, overrides: BaseModel) -> RunContext:
+    """Resolve the config of a release, and find its run directory and MLflow run as training left them.
+
+    Raises:
+        MissingFileError, ConfigError: see `tasks.overrides.resolve`.
+    """
     resolved = resolve(config, overrides)
     directory = run_directory(resolved)
     if not Path(directory, "config.yaml").exists():
@@ -66,26 +76,28 @@ def begin_release(config: str, overrides: BaseModel) -> RunContext:
     storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
     write_event(Path(directory), "deploy", "started")
     registered = find_finished(Path(directory), "register")
-    if registered is not None and registered.mlflow_parent_run_id is not None:
-        return RunContext(directory, resolved, registered.mlflow_parent_run_id)
-    context = _open(RunContext(directory, resolved), "flow")
-    context.tracker().finish(context.parent_run_id, "FINISHED")  # a parent only: the release is a step's run
-    return context
+    parent = registered.mlflow_parent_run_id if registered is not None else None
+    if parent is None:
+        parent = _open_flow_run(resolved, directory)
+        # A parent only: the release is a step's run.
+        connect(resolved.tracking, resolved.runs_directory).finish(parent, "FINISHED")
+    return RunContext(directory, resolved, parent)
 
 
-def _open(context: RunContext, step: str) -> RunContext:
-    tracker = context.tracker()
-    identity = storage.fingerprint(_lasting(context))
-    parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
-    tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
-    where = without_credentials(tracker.uri)
-    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, where)
-    return RunContext(context.directory, context.config, parent, context.began)
+def _open_flow_run(config: RunConfig, directory: str) -> str | None:
+    """Id of the flow's MLflow run, started or found again; `None` when the tracking server could not be reached."""
+    tracker, path = connect(config.tracking, config.runs_directory), Path(directory)
+    identity = storage.fingerprint(_lasting(config))
+    run_id = tracker.start(config.name, parent=None, step="flow", identity=identity, run_key=run_key(path))
+    storage.write_json(str(path / FLOW_RUN), {"mlflow_run_id": run_id})
+    tracker.log(run_id, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": directory})
+    get_run_logger().info("run %s in %s, tracked at %s", config.name, directory, without_credentials(tracker.uri))
+    return run_id
 
 
-def _lasting(context: RunContext) -> dict[str, Any]:
-    """The config without what may change between two looks at one run: how it is retried, served and tracked."""
-    values = context.config.model_dump(mode="json")
+def _lasting(config: RunConfig) -> dict[str, Any]:
+    """The config's values without those sections that may change while a run lasts: retries, serving, tracking."""
+    values = config.model_dump(mode="json")
     return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
 
 
@@ -247,7 +259,7 @@ def teardown(flow: Any, flow_run: Any, state: Any) -> None:
     What the flow's process could not end itself (it was killed outright) is ended here.
     """
     try:
-        config = flow_run.parameters.get("config", "configs/tiny.yaml")
+        config = flow_run.parameters.get("config", DEFAULT_CONFIG)
         end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
     except CherryError as error:
         logger.warning("nothing to tear down: %s", error)
@@ -269,5 +281,6 @@ def end_leftovers(config: RunConfig) -> None:
                 end_tree(psutil.Process(record["pid"]))
             program.unlink(missing_ok=True)
         if lease is not None:
-            connect(config.tracking, config.runs_directory).finish_family(lease.get("mlflow_run_id"), "KILLED")
+            opened = storage.read_json(str(directory / FLOW_RUN)) if (directory / FLOW_RUN).exists() else {}
+            connect(config.tracking, config.runs_directory).finish_family(opened.get("mlflow_run_id"), "KILLED")
             drop_lease(directory)
