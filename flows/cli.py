@@ -164,6 +164,31 @@ def doctor(*, runs_directory: Path) -> None:
     _show_checks(Console(), runs_directory)
 
 
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path(), metavar="[DIR]")
+def init(*, directory: Path) -> None:
+    """Write a commented config and cluster file to start from.
+
+    They go to DIR, by default the working directory. No file is overwritten.
+    """
+    from flows import init_command
+
+    written = init_command.init(directory)
+    click.echo(f"wrote {', '.join(map(str, written))}. Next: cherry plan {written[0]}")
+
+
+@cli.command()
+@click.option("--write", type=click.Path(path_type=Path), metavar="DIR", help="Write it to schema.json in DIR instead.")
+def schema(*, write: Path | None) -> None:
+    """Print the JSON schema of a config: every key with its type, default and description."""
+    from flows import schema_command
+
+    if write is None:
+        click.echo(schema_command.schema_text(), nl=False)
+    else:
+        click.echo(f"wrote {schema_command.write_schema(write)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the error's exit code."""
     raise SystemExit(run_program(lambda: _call(arguments)))
