@@ -283,21 +283,14 @@ class JobConfig(Section):
     init_from: str | None = None
     """Weights to start from: a Hugging Face safetensors folder or URI; `null` starts from random weights."""
     model: ModelConfig
-    """Architecture: a preset, and any of its sizes."""
     data: DataConfig = DataConfig()
-    """Documents and how they are packed into token sequences of one length."""
     parallel: ParallelConfig = ParallelConfig()
-    """The device mesh: data, expert and context parallel sizes, and what is sharded."""
     communication: CommunicationConfig = CommunicationConfig()
-    """Gradient reduction and the communication libraries."""
     train: TrainConfig = TrainConfig()
-    """Optimization and loss."""
     lora: LoraConfig | None = None
     """Train only low-rank adapters, on frozen weights from `init_from`; `null` trains all parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are saved, where, and how many are kept."""
     launch: LaunchConfig = LaunchConfig()
-    """Ranks of the job, as in torchrun."""
 
     def problems(self) -> Iterator[Problem]:
         """Rules over several sections."""

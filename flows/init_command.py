@@ -98,14 +98,14 @@ def _lines(values: Mapping[str, Any], section: type[Section], indent: str = "") 
     for key, value in values.items():
         field = section.model_fields[key]
         if isinstance(value, Mapping):
-            yield ""
-        yield from _comment(field.description or "", indent)
-        if isinstance(value, Mapping):
             inner = field.annotation
             assert isinstance(inner, type) and issubclass(inner, Section)
+            yield ""
+            yield from _comment((inner.__doc__ or "").split("\n\n")[0], indent)
             yield f"{indent}{key}:"
             yield from _lines(value, inner, f"{indent}  ")
         else:
+            yield from _comment(field.description or "", indent)
             flow = None if isinstance(value, list) else False  # a list in one line
             dumped = yaml.safe_dump({key: value}, default_flow_style=flow, allow_unicode=True)
             yield indent + dumped.rstrip("\n")

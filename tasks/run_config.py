@@ -115,18 +115,10 @@ class RunConfig(JobConfig):
     cluster: str = "local"
     """`local` for this machine, or the path of a cluster file, like those in configs/clusters/."""
     plan: PlanConfig = PlanConfig()
-    """What a run does when its plan does not fit into memory."""
     retry: RetryConfig = RetryConfig()
-    """Retries of the train step after a transient error."""
     quantize: QuantizeConfig = QuantizeConfig()
-    """Weight-only quantization of experts and projections."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Paired comparison of the candidate with the champion on held-out documents."""
     register_model: RegisterConfig = RegisterConfig()
-    """The MLflow model registry."""
     serve: ServeConfig = ServeConfig()
-    """The gateway and the engine of the replicas."""
     deploy: DeployConfig = DeployConfig()
-    """How a release takes over traffic."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where runs are recorded in MLflow."""

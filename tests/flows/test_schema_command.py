@@ -64,4 +64,5 @@ def test_every_key_has_a_description(module: Any, schema: dict[str, Any]) -> Non
     assert checked
     for name in checked:
         for key, value in sections[name]["properties"].items():
-            assert value.get("description"), f"{name}.{key}"
+            section = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
+            assert value.get("description") or section.get("description"), f"{name}.{key}"
