@@ -25,7 +25,7 @@ _NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Give
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken rule: the dotted key (relative to the section), what the rule says, and the value it got."""
+    """A broken rule: the dotted key (relative to the section), the rule, and the value that breaks it."""
 
     key: str
     rule: str
@@ -36,18 +36,18 @@ class Problem:
 
 
 class Section(BaseModel):
-    """A frozen, strict part of a configuration. Subclasses state impossible combinations in `problems`."""
+    """A frozen, strict section of a configuration. Subclasses check combinations of values in `problems`."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def problems(self) -> Iterator[Problem]:
-        """Yield one `Problem` for every combination of otherwise valid values that cannot work."""
+        """Problems with combinations of values that are each valid."""
         return iter(())
 
     def all_problems(self, prefix: str = "") -> Iterator[Problem]:
-        """The problems of this section and of every section inside it, with whole dotted keys."""
+        """Problems of this section and of every section inside it, with keys relative to `prefix`."""
         for problem in self.problems():
             yield Problem(prefix + problem.key, problem.rule, problem.value)
         for name in type(self).model_fields:
@@ -204,7 +204,14 @@ def load(
 
 
 def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Schema:
-    """Validate a plain mapping; see `load`."""
+    """Validate a mapping of plain values against `schema`.
+
+    Args:
+        origin: the file or command line that it comes from, for an error's text.
+
+    Raises:
+        ConfigError: lists every broken rule.
+    """
     try:
         text = json.dumps(raw)
     except (TypeError, ValueError) as error:
@@ -214,8 +221,8 @@ def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Sc
     except ValidationError as error:
         items = error.errors(include_url=False)
         lines = [_line(item, schema) for item in items]
-        # Rules over several keys can only be checked on valid values: take the wrong keys out and look again,
-        # so that a person sees every mistake in one go.
+        # Rules over several keys can only be checked on valid values: remove the wrong keys and check again, so that
+        # all mistakes are reported at once.
         rest = json.loads(text)
         for item in items:
             _remove(rest, item["loc"])
@@ -234,7 +241,7 @@ def _parse(text: str, schema: type[Schema]) -> Schema:
 
 
 def _broken_rules(raw: Any, schema: type[Section], prefix: str) -> Iterator[Problem]:
-    """The broken rules of `raw`; where it lacks a required key, those of every section inside that lacks none."""
+    """Broken rules of `raw`; where a required key is missing, those of the sections in it that are complete."""
     try:
         config = _parse(json.dumps(raw), schema)
     except ValidationError:

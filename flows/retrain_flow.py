@@ -1,6 +1,6 @@
-"""Owns the order of a retraining: train under the day's name, and release what is better than the champion.
+"""The retraining flow: a training run with the day in its name, and a release when it is better than the champion.
 
-It knows nothing of what a step does. Started again on the same day, or by Prefect after a crash, it goes on.
+Started again on the same day, or by Prefect after a crash, it resumes the day's run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tasks.overrides import DEFAULT_CONFIG, NO_OVERRIDES, ConfigParameter, Overr
 def retrain_flow(
     config: ConfigParameter = DEFAULT_CONFIG, overrides: Overrides = NO_OVERRIDES, release: bool = False
 ) -> dict[str, Any]:
-    """Train on the documents of today; the headline figures, and the release's URL when there was one.
+    """Train on today's documents; returns the summary, with the release's URL if there was one.
 
     Args:
         config: path of a YAML config.
         overrides: keys of the config, nested, that win over the file.
-        release: serve the new version when it is better than the champion.
+        release: serve the new version if it is better than the champion.
     """
     today = dated(resolve(config, overrides), runtime.flow_run.scheduled_start_time.date())
     summary = train_flow(today)

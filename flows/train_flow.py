@@ -1,6 +1,6 @@
-"""Owns the order of a training run: provision, data, train, export, quantize, evaluate, register.
+"""The training flow: provision, data, train, export, quantize, evaluate, register.
 
-It knows nothing of what a step does. Flow retries stay at 0: each task retries the world's faults itself.
+Flow retries stay at 0: each task retries transient errors itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tasks.train import train
     validate_parameters=True,
 )
 def train_flow(config: ConfigParameter = DEFAULT_CONFIG, overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
-    """Take a model from documents to a registered version; the headline figures.
+    """Take a model from documents to a registered version; returns the summary.
 
     Args:
         config: path of a YAML config.

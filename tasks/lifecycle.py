@@ -1,7 +1,4 @@
-"""Owns the beginning and the end of a flow's run: its MLflow parent run, its summary, and cleaning up after a death.
-
-It knows the files that the steps leave, not how they are made.
-"""
+"""Begin and end of a flow run: resolved config, lease, MLflow parent run, summary, and clean-up after a crash."""
 
 from __future__ import annotations
 
@@ -102,7 +99,7 @@ def _lasting(config: RunConfig) -> dict[str, Any]:
 
 
 def conclude(context: RunContext, status: str) -> dict[str, Any]:
-    """Close the flow's MLflow run as FINISHED, FAILED or KILLED; its summary, which is empty unless it finished.
+    """End the flow's MLflow run as FINISHED, FAILED or KILLED; returns the summary, empty unless it finished.
 
     Also shows the steps in Prefect, and writes summary.json when all are done.
     """
@@ -111,7 +108,7 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
     # A failed run may stand beside the steps of another config's.
-    figures = {f"seconds_{one.step}": one.seconds for one in records if one.mlflow_parent_run_id == parent}
+    figures = {f"seconds_{record.step}": record.seconds for record in records if record.mlflow_parent_run_id == parent}
     if status == "FINISHED":
         summary = summarize(context.path)
         text = _describe(summary)
@@ -129,8 +126,8 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
 
 
 def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord]:
-    """Tell MLflow what an outage kept from it: runs that could not be made, training's metrics, how runs ended."""
-    tracker, told = context.tracker(), []
+    """Log to MLflow what an outage has kept from it: runs, metrics of training, final states. Returns the records."""
+    tracker, updated = context.tracker(), []
     for record in records:
         if record.mlflow_run_id is None:
             name = f"{context.config.name}-{record.step}"
@@ -147,13 +144,13 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
         if record.step == "train":
             MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
             MetricsRelay(context.path / "train", tracker, context.parent_run_id, PARENT_SERIES).send_new()
-        told.append(record)
+        updated.append(record)
     tracker.finish_family(context.parent_run_id, "FINISHED")
-    return told
+    return updated
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, float]:
-    """What two runs are compared by; the page shows first what is told first."""
+    """Figures that runs are compared by; MLflow's page shows them in this order."""
     first = {"heldout_bits_per_byte": summary["heldout_bits_per_byte"]}
     figures = first | {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
     return figures | {f"seconds_{step}": float(seconds) for step, seconds in summary["seconds"].items()}
@@ -164,7 +161,7 @@ def _is_reused(context: RunContext, record: StepRecord) -> bool:
 
 
 def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
-    """Tags that lead to the MLflow runs of the steps that another flow run did."""
+    """Tags with the MLflow runs of the steps that an earlier flow run finished."""
     return {
         f"cherry.reused.{record.step}": record.mlflow_run_id
         for record in records
@@ -173,7 +170,7 @@ def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
 
 
 def summarize(directory: Path) -> dict[str, Any]:
-    """The headline figures of a run whose training flow finished, from its files.
+    """Summary of a run whose training flow finished: its main figures, read from its files.
 
     Raises:
         MissingFileError: a step has not finished; the text names the file that it would have written.
@@ -229,7 +226,7 @@ def _readable(value: float) -> str:
 
 
 def _links(context: RunContext, records: list[StepRecord]) -> str:
-    """The MLflow runs, as links when there is a page, and the files."""
+    """Markdown with the MLflow runs, as links where there is a server, and the run's files."""
     tracker = context.tracker()
     runs = {"flow": context.parent_run_id, **{record.step: record.mlflow_run_id for record in records}}
     lines = [f"- {step}: {tracker.page(run)}" for step, run in runs.items() if run is not None]
@@ -254,9 +251,9 @@ def _describe(summary: dict[str, Any]) -> str:
 
 
 def teardown(flow: Any, flow_run: Any, state: Any) -> None:
-    """Prefect's hook after a cancellation or a crash: it runs in another process, so it works from disk alone.
+    """Clean up after a flow that was cancelled or crashed: a Prefect hook, which runs in another process.
 
-    What the flow's process could not end itself (it was killed outright) is ended here.
+    It works from the run directory alone, and ends what the flow's process could not end because it was killed.
     """
     try:
         config = flow_run.parameters.get("config", DEFAULT_CONFIG)
@@ -266,7 +263,7 @@ def teardown(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def end_leftovers(config: RunConfig) -> None:
-    """End what a flow left that was killed outright: its program, its lease, and its runs in MLflow."""
+    """End what a killed flow left: its program, its lease, and its runs in MLflow."""
     directory = Path(run_directory(config))
     if not directory.is_dir():
         return

@@ -84,7 +84,7 @@ def resolve(
     if isinstance(config, RunConfig):
         if not changes:
             return config
-        config = config.model_dump(mode="json")
+        config = config.model_dump(mode="json", exclude_unset=True)
     raw, origin = (read_yaml(config), config) if isinstance(config, str) else (config, "the flow's config")
     return validate(merge(raw, changes, origin=origin), RunConfig, origin=origin)
 

@@ -27,7 +27,7 @@ def test_the_schema_that_prefect_checks_forbids_unknown_keys_everywhere():
 def test_keys_are_described_in_the_schema_as_they_are_in_the_code():
     found = Overrides.model_json_schema()["$defs"]
     margin = found["EvaluateConfigOverrides"]["properties"]["margin_nats"]
-    assert margin["description"].startswith("A difference below this")
+    assert margin["description"].startswith("Differences below this")
     assert "default" not in margin
     described = [
         one for section in found.values() for one in section.get("properties", {}).values() if "description" in one
