@@ -212,12 +212,9 @@ def _resolve(config: str, overrides: Sequence[str]) -> RunConfig:
         MissingFileError, ConfigError: the file is missing, or it or an override breaks rules.
     """
     from base.config import load
-    from tasks.overrides import run_directory
     from tasks.run_config import RunConfig
 
-    resolved = load(config, RunConfig, overrides)
-    run_directory(resolved)  # refuses one that is not local
-    return resolved
+    return load(config, RunConfig, overrides)
 
 
 def _start(config: str, overrides: Sequence[str], *, verbose: bool) -> tuple[Console, TemporaryServer, RunConfig]:
@@ -225,10 +222,12 @@ def _start(config: str, overrides: Sequence[str], *, verbose: bool) -> tuple[Con
     from rich.console import Console
 
     from flows.prefect_server import TemporaryServer
+    from tasks.overrides import run_directory
 
     if not verbose:
         keep_terminal_free()
-    resolved = _resolve(config, overrides)  # a mistake in it ends the command before anything starts
+    resolved = _resolve(config, overrides)
+    run_directory(resolved)  # a mistake in the config ends the command before anything starts
     server = TemporaryServer()
     server.start()
     return Console(), server, resolved
