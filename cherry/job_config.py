@@ -127,9 +127,9 @@ class TrainConfig(Section):
     learning_rate: PositiveFloat = 2.2e-4
     """Learning rate after the warm-up."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Learning rate of the last step, as a fraction of `learning_rate`."""
+    """Learning rate that cosine and linear schedules end at, as a fraction of `learning_rate`."""
     warmup_steps: NonNegativeInt = 10
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -139,7 +139,7 @@ class TrainConfig(Section):
     optimizer_state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of AdamW's two moments. bf16 saves 4 bytes a parameter (DeepSeek-V3, section 3.3.3)."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay, on matrices only."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
     spike_sigma: PositiveFloat | None = 6.0

@@ -67,7 +67,7 @@ class RegisterConfig(Section):
     champion_alias: str = "champion"
     """Alias of the best version so far, which new ones are compared with."""
     candidate_alias: str = "candidate"
-    """Alias of the newest version that may be released."""
+    """Alias of the newest version."""
 
 
 class DeployConfig(Section):
@@ -78,9 +78,9 @@ class DeployConfig(Section):
     traffic_steps_percent: tuple[int, ...] = (25, 100)
     """Percentages of the traffic that the new version gets, step by step."""
     requests_per_step: PositiveInt = 8
-    """Requests that the new version must have answered before the next step."""
+    """Requests that must have reached the new version before a step is judged."""
     max_error_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Largest fraction of failed requests; above it the traffic is rolled back."""
+    """Largest fraction of failed requests in a step; above it the traffic is rolled back."""
     start_timeout_s: PositiveFloat = 120.0
     """Seconds that a replica may take to start."""
     smoke_prompt: str = "def "
