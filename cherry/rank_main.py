@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base import storage
-from base.config import load, validate
+from base.config import apply_overrides, merge, read_yaml, validate
 from base.errors import (
     ArgumentParser,
     CherryError,
@@ -34,12 +34,8 @@ if TYPE_CHECKING:  # torch is imported once the environment is set
 
 logger = logging.getLogger(__name__)
 
-_FLAGS = {
-    "batch_size": "train.batch_size",
-    "learning_rate": "train.learning_rate",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "steps": "train.steps",
-}
+# Flags that are keys of the `train` section.
+_TRAIN_FLAGS = ("batch_size", "learning_rate", "gradient_accumulation_steps", "steps")
 
 
 def build_parser() -> ArgumentParser:
@@ -124,29 +120,33 @@ def resolve(options: argparse.Namespace) -> JobConfig:
     Raises:
         ConfigError: lists every rule that is broken.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    overrides = [
-        f"{key}={getattr(options, flag)}" for flag, key in _FLAGS.items() if getattr(options, flag) is not None
-    ]
-    overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
-    if world > local:
-        overrides.append(f"launch.master_port={os.environ['MASTER_PORT']}")
-    if options.model_path is not None:
-        overrides.append(f"init_from={json.dumps(options.model_path)}")
-    overrides += options.set
     if options.config is not None:
-        return load(options.config, JobConfig, overrides, part_of_file=True)
-    if options.model_path is None:
+        origin, raw = options.config, read_yaml(options.config)
+        raw = {key: value for key, value in raw.items() if key in JobConfig.model_fields}
+    elif options.model_path is not None:
+        origin, raw = f"flags with --model_path={options.model_path}", _from_model_path(options.model_path)
+    else:
         raise ConfigError(
             "train.py needs --config, or --model_path of a folder whose config.json gives the architecture"
         )
-    return _from_model_path(options.model_path, overrides)
+    raw = merge(raw, _given(options), origin=origin)
+    return validate(apply_overrides(raw, options.set), JobConfig, origin=origin)
 
 
-def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
-    """Job configuration for given weights: architecture and tokenizer of their folder, defaults for the rest."""
-    from base.config import apply_overrides
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Config values from the flags that were given, and the number of ranks that the launcher started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    launch = {"nproc_per_node": local, "nnodes": world // local}
+    if world > local:
+        launch["master_port"] = int(os.environ["MASTER_PORT"])
+    values = {key: getattr(options, key) for key in _TRAIN_FLAGS if getattr(options, key) is not None}
+    weights = {} if options.model_path is None else {"init_from": options.model_path}
+    return {"launch": launch, "train": values, **weights}
+
+
+def _from_model_path(path: str) -> dict[str, Any]:
+    """Config values of a job on given weights: architecture and tokenizer from their folder."""
     from model.weights.pretrained import read_model_config
 
     folder = (path.rpartition("/")[0] or ".") if path.endswith(".pt") else path
@@ -155,7 +155,7 @@ def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
     tokenizer = storage.join(folder, "tokenizer.json")
     if storage.exists(tokenizer):
         raw["data"] = {"tokenizer": tokenizer}
-    return validate(apply_overrides(raw, overrides), JobConfig, origin=f"flags with --model_path={path}")
+    return raw
 
 
 def _train(options: argparse.Namespace, rank: int, hooks: Sequence[TrainerHook]) -> None:

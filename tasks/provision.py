@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def provision(context: RunContext) -> StepRecord:
-    """Check this machine against the run's needs and its plan, and take a lease on it."""
+    """Check this machine against the run's needs and its plan."""
     inputs = {
         **sections(context.config, ["cluster", "launch"]),
         "parameters": context.config.model.parameters(),
@@ -62,7 +62,6 @@ def provision(context: RunContext) -> StepRecord:
         told = {} if plan is None else tell(plan, context, step)
         return {"hosts": target, **told}
 
-    take_lease(context)
     return perform(context, "provision", inputs, work)
 
 
@@ -114,28 +113,28 @@ def preflight(config: RunConfig, run_directory: Path) -> tuple[dict[str, Any], P
     return host, plan
 
 
-def take_lease(context: RunContext) -> None:
+def take_lease(run_directory: Path) -> None:
     """Record that this process uses the run directory, after dropping a lease whose process is gone.
 
     Raises:
         OperationalError: a live process, here or on another host, is working on the same run.
         StorageError: the directory's file system has no locks.
     """
-    path = _lease(context.path)
-    context.path.mkdir(parents=True, exist_ok=True)
-    with locked(context.path):
-        holder = read_lease(context.path)
+    path = _lease(run_directory)
+    run_directory.mkdir(parents=True, exist_ok=True)
+    with locked(run_directory):
+        holder = read_lease(run_directory)
         own = holder is not None and holder["pid"] == os.getpid() and _is_here(holder) and _runs(holder)
-        if holder is not None and not own and is_held(context.path):
+        if holder is not None and not own and is_held(run_directory):
             raise OperationalError(
-                f"{context.directory}: process {holder['pid']} on {holder.get('host', _HOST)} is working on this run. "
+                f"{run_directory}: process {holder['pid']} on {holder.get('host', _HOST)} is working on this run. "
                 "Wait for it, stop it, or give this run another name (name=...)."
             )
         token = holder["token"] if holder is not None and own else uuid.uuid4().hex
         process = {"host": _HOST, "boot": _boot(), "pid": os.getpid(), "created": psutil.Process().create_time()}
-        storage.write_json(str(path), {**process, "token": token, "mlflow_run_id": context.parent_run_id})
+        storage.write_json(str(path), {**process, "token": token})
     if not own:
-        threading.Thread(target=_keep_fresh, args=(context.path, token), name="lease", daemon=True).start()
+        threading.Thread(target=_keep_fresh, args=(run_directory, token), name="lease", daemon=True).start()
 
 
 @contextmanager

@@ -48,15 +48,20 @@ class RunContext:
 
     @property
     def key(self) -> str:
-        """What tells this run directory from every other one of the same name; made on the first call."""
-        path = self.path / "run_key"
-        if not path.exists():
-            storage.write_bytes(str(path), uuid.uuid4().hex.encode())
-        return path.read_text()
+        """What tells this run directory from every other one of the same name."""
+        return run_key(self.path)
 
     def tracker(self) -> MlflowTracker:
         """The run's tracker; never raises because a server is down."""
         return connect(self.config.tracking, self.config.runs_directory)
+
+
+def run_key(run_directory: Path) -> str:
+    """What tells this run directory from every other one of the same name; made on the first call."""
+    path = run_directory / "run_key"
+    if not path.exists():
+        storage.write_bytes(str(path), uuid.uuid4().hex.encode())
+    return path.read_text()
 
 
 @dataclass(frozen=True)

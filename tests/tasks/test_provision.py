@@ -31,8 +31,8 @@ def context(tmp_path):
 
 
 def test_a_lease_is_taken_taken_again_and_given_back(context):
-    take_lease(context)
-    take_lease(context)
+    take_lease(context.path)
+    take_lease(context.path)
     assert storage.read_json(f"{context.directory}/lease.json")["pid"] == os.getpid()
     release(context.directory)
     release(context.directory)
@@ -44,12 +44,12 @@ def test_a_live_process_keeps_others_away_and_a_dead_one_does_not(context):
     record = {"pid": holder.pid, "created": psutil.Process(holder.pid).create_time()}
     storage.write_json(f"{context.directory}/lease.json", record)
     with pytest.raises(OperationalError, match=rf"process {holder.pid} on \S+ is working on this run"):
-        take_lease(context)
+        take_lease(context.path)
     release(context.directory)
     assert (context.path / "lease.json").exists()
     holder.communicate(b"\n")
     assert not is_alive(**record)
-    take_lease(context)
+    take_lease(context.path)
     assert storage.read_json(f"{context.directory}/lease.json")["pid"] == os.getpid()
 
 
@@ -66,7 +66,7 @@ def test_nobody_takes_a_lease_while_it_is_judged(context, monkeypatch):
         return is_alive(pid, created)
 
     monkeypatch.setattr("tasks.provision.is_alive", judging)
-    take_lease(context)
+    take_lease(context.path)
     release(context.directory)
     storage.write_json(f"{context.directory}/lease.json", gone)
     end_leftovers(context.config)
@@ -80,26 +80,26 @@ def test_another_hosts_lease_counts_while_it_is_renewed(context):
     storage.write_json(str(path), {"host": "node7", "boot": "b", "pid": 2**22, "created": 0.0, "token": "t"})
     end_leftovers(context.config)
     with pytest.raises(OperationalError, match=r"process 4194304 on node7 is working on this run"):
-        take_lease(context)
+        take_lease(context.path)
     hour_ago = path.stat().st_mtime - 3600.0
     os.utime(path, (hour_ago, hour_ago))
-    take_lease(context)
+    take_lease(context.path)
     assert storage.read_json(str(path))["pid"] == os.getpid()
 
 
 def test_a_lease_from_before_a_restart_of_this_host_is_left_to_go_stale(context):
     path = context.path / "lease.json"
-    take_lease(context)
+    take_lease(context.path)
     storage.write_json(str(path), {**storage.read_json(str(path)), "boot": "another"})
     release(context.directory)
     with pytest.raises(OperationalError, match="is working on this run"):
-        take_lease(context)
+        take_lease(context.path)
 
 
 def test_the_holder_renews_its_lease_until_it_is_given_back(context, monkeypatch):
     monkeypatch.setattr("tasks.provision._RENEW_S", 0.01)
     others = set(threading.enumerate())
-    take_lease(context)
+    take_lease(context.path)
     path = context.path / "lease.json"
     for _ in range(2):
         os.utime(path, (1.0, 1.0))
@@ -107,7 +107,7 @@ def test_the_holder_renews_its_lease_until_it_is_given_back(context, monkeypatch
         while path.stat().st_mtime == 1.0:
             assert time.monotonic() < deadline, "the lease is not renewed"
     (renewing,) = set(threading.enumerate()) - others
-    take_lease(context)
+    take_lease(context.path)
     assert set(threading.enumerate()) - others == {renewing}
     release(context.directory)
     renewing.join(30.0)
