@@ -24,6 +24,8 @@ class ClusterSpec(Section):
 
     kind: Literal["local", "nodes"]
     """`local` is this machine; `nodes` are hosts that a plan reckons with."""
+    provider: str | None = None
+    """Name of the provider that takes the hosts (tasks/providers); `None` with kind `nodes` is a cluster for plans."""
     slots: PositiveInt | None = None
     """Ranks that a host may hold at one time; `None` leaves it to its GPUs."""
     gpu: str | None = None
@@ -31,7 +33,7 @@ class ClusterSpec(Section):
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 1
     hosts: tuple[str, ...] = ()
-    """Addresses of the nodes, when they are known."""
+    """Addresses of the nodes, for a provider that is given them."""
     price_per_gpu_hour: NonNegativeFloat | None = None
     """In any currency; `None` leaves costs out."""
     interruptions_per_gpu_day: NonNegativeFloat = LLAMA3_INTERRUPTIONS_PER_GPU_DAY
@@ -63,6 +65,10 @@ class ClusterSpec(Section):
             yield Problem("gpu", f"unknown hardware; known are {', '.join(GPUS)}", self.gpu)
         if self.kind == "nodes" and self.gpu is None:
             yield Problem("gpu", f"is required with kind nodes: one of {', '.join(GPUS)}", None)
+        if self.kind == LOCAL and self.provider not in (None, LOCAL):
+            yield Problem("provider", "must be local, or left out, with kind local", self.provider)
+        if self.hosts and (self.kind == LOCAL or self.provider is None):
+            yield Problem("hosts", "are for kind nodes with a provider, which connects to them", list(self.hosts))
         twice = [host for host, count in Counter(self.hosts).items() if count > 1]
         if twice:
             yield Problem("hosts", f"each host must be named once, and {', '.join(twice)} is twice", list(self.hosts))

@@ -237,7 +237,6 @@ class LaunchConfig(Section):
 
     nproc_per_node: PositiveInt = 1
     nnodes: PositiveInt = 1
-    master_addr: str = "127.0.0.1"
     master_port: PositiveInt | None = None
     """`None` picks a free port (one node only)."""
 

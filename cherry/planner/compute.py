@@ -152,13 +152,16 @@ def mtp_passes(work: Workload) -> Passes:
 
 def optimizer_seconds(work: Workload) -> float:
     """AdamW with the clip in one pass, the norm's pass before it, and what is cast again behind it."""
-    trained = network_of(work).total("trained_elements" if work.unsharded else "padded_trained")
+    network = network_of(work)
+    trained = network.total("trained_elements" if work.unsharded else "padded_trained")
+    moments = network.total("moments" if work.unsharded else "padded_moments")
     gradient = work.type_bytes if work.alone and work.accumulation == 1 else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.
-    each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.alone else 0)
-    seconds = memory_seconds(work, each * trained) + held_seconds(work)
+    each = 8 + 2 * gradient + (work.type_bytes if work.alone else 0)
+    moved = each * trained + 2 * work.moment_bytes * moments
+    seconds = memory_seconds(work, moved) + held_seconds(work)
     if work.cpu_offload:  # parameters' copies and gradients travel, and the CPU's memory is the slower one
-        seconds = max(seconds, 4 * trained / work.gpu.host_rate) + each * trained / work.gpu.host_rate
+        seconds = max(seconds, 4 * trained / work.gpu.host_rate) + moved / work.gpu.host_rate
     return seconds
 
 

@@ -168,7 +168,7 @@ class _Stages:
     def _always(self) -> Components:
         work, network = self.work, self.network
         here = 0 if work.cpu_offload else 1
-        moments = 2 * work.moment_bytes * network.total("trained_elements" if work.unsharded else "padded_trained")
+        moments = work.moment_bytes * network.total("moments" if work.unsharded else "padded_moments")
         copies = work.type_bytes * network.total("elements") + int(HELD_BYTES * held_elements(work))
         always = {
             "parameters": here * _FP32 * network.total("padded"),

@@ -15,8 +15,8 @@ from cherry.job_config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
 from cherry.planner.memory import RankMemory, memory_of
 from cherry.planner.step_time import StepTime, step_time
-from cherry.planner.units import network_of
-from cherry.planner.workload import Workload, workload_of
+from cherry.planner.units import whole_network
+from cherry.planner.workload import Workload, moment_bytes, workload_of
 
 # A save's stall where the copy hides behind the next passes: 49 ms (benchmarks/results/checkpoint_stall.jsonl).
 _STALL_S = 0.05
@@ -92,6 +92,13 @@ class Plan:
         )
         same = f", the largest is {largest} ({ranks.components[largest] / GIB:.1f} GiB)" if largest != breaking else ""
         return f"{told}{same}."
+
+    @property
+    def host_bytes_per_node(self) -> int:
+        """Bytes of a node's own memory that its ranks take at the peak: 0 where a GPU has memory of its own."""
+        if not self.work.gpu.shared_memory:
+            return 0
+        return (self.worst.total + PROCESS_BYTES) * self.work.gpus_per_node
 
     def predictions(self) -> dict[str, float]:
         """What a run can be held against, under the names of the measured figures."""
@@ -180,10 +187,14 @@ def plan_of(config: JobConfig, cluster: ClusterSpec, work: Workload) -> Plan:
     return Plan(config.name, cluster, work, memory_of(work), step, _run(config, cluster, work, step))
 
 
+def checkpoint_bytes(config: JobConfig) -> int:
+    """Bytes of one checkpoint over all ranks: fp32 parameters, frozen ones included, and the optimizer's states."""
+    network = whole_network(config.model, config.lora)
+    return 4 * network.total("elements") + moment_bytes(config.train) * network.total("moments")
+
+
 def _run(config: JobConfig, cluster: ClusterSpec, work: Workload, step: StepTime) -> RunPlan:
-    network, train = network_of(work), config.train
-    trained = network.whole("trained_elements", work.expert)
-    held = 4 * network.whole("elements", work.expert) + 2 * work.moment_bytes * trained
+    train, held = config.train, checkpoint_bytes(config)
     copy_s = held / work.ranks * work.replicate / work.gpu.host_rate
     stall_s = _STALL_S + max(0.0, copy_s - step.total) if config.checkpoint.asynchronous else 0.0
     save_s = copy_s + held / cluster.storage_write_bytes_s

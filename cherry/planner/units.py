@@ -20,6 +20,14 @@ EXPERTS = "experts"
 """The unit of experts that an expert axis deals out."""
 
 
+def moments_per_element(shape: Shape) -> int:
+    """Numbers that the optimizer keeps for each element of a trained parameter of this shape.
+
+    The one place of the planner that knows the optimizer's states: memory, checkpoints and the optimizer's time follow.
+    """
+    return 2  # AdamW's first and second moment, whatever the shape
+
+
 @dataclass(frozen=True)
 class Unit:
     """Parameters that one `fully_shard` call holds."""
@@ -50,6 +58,16 @@ class Unit:
     def padded_trained(self) -> int:
         """The same of those that have gradients."""
         return sum(self._shard(shape) for shape in self.trained)
+
+    @cached_property
+    def moments(self) -> int:
+        """Numbers in the optimizer's states of the whole unit."""
+        return sum(moments_per_element(shape) * math.prod(shape) for shape in self.trained)
+
+    @cached_property
+    def padded_moments(self) -> int:
+        """Numbers in the optimizer's states of a rank's shard, as FSDP2 pads it."""
+        return sum(moments_per_element(shape) * self._shard(shape) for shape in self.trained)
 
     def _shard(self, shape: Shape) -> int:
         """Elements of the fullest rank's part: by rows; experts that do not go round are cut by width (sharding.py)."""
@@ -94,7 +112,7 @@ class Network:
         units = [(unit, self.dense_layers) for unit in self.dense.units]
         units += [(unit, self.mixture_layers) for unit in self.mixture.units]
         units += [(self.root, 1)]
-        names = ("elements", "trained_elements", "padded", "padded_trained")
+        names = ("elements", "trained_elements", "padded", "padded_trained", "moments", "padded_moments")
         return {name: sum(count * getattr(unit, name) for unit, count in units) for name in names}
 
     def total(self, of: str) -> int:
@@ -110,6 +128,11 @@ class Network:
 def network_of(work: Workload) -> Network:
     """The units of a workload's model."""
     return _network(work.model, work.dense_shards, work.expert_shards, work.expert, work.lora)
+
+
+def whole_network(model: ModelConfig, lora: LoraConfig | None) -> Network:
+    """The units of a model on one rank: totals over all ranks of any layout, without padding."""
+    return _network(model, 1, 1, 1, lora)
 
 
 @lru_cache(maxsize=512)

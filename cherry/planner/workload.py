@@ -14,7 +14,7 @@ from base.config import Problem
 from base.errors import ConfigError
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Gpu, Reach, reach_of
-from cherry.job_config import JobConfig, LoraConfig
+from cherry.job_config import JobConfig, LoraConfig, TrainConfig
 from model.model_config import ModelConfig
 
 _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
@@ -198,7 +198,7 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         precision=train.precision,
         recompute=train.activation_checkpointing,
         compile=train.compile,
-        moment_bytes=_TYPE_BYTES[train.optimizer_state_dtype],
+        moment_bytes=moment_bytes(train),
         loss_chunk_tokens=train.loss_chunk_tokens,
         # True is freed, False is kept whole, a number is kept in parts of so many.
         kept_share=0.0 if parallel.reshard_after_forward is True else 1.0 / max(1, int(parallel.reshard_after_forward)),
@@ -210,6 +210,11 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         lora=config.lora,
         expert_ranks_per_node=parallel.expert_ranks_per_node or config.launch.nproc_per_node,
     )
+
+
+def moment_bytes(train: TrainConfig) -> int:
+    """Bytes of one number of the optimizer's state."""
+    return _TYPE_BYTES[train.optimizer_state_dtype]
 
 
 def _nccl_bytes(config: JobConfig) -> int:

@@ -11,7 +11,7 @@ import pytest
 from base import storage
 from tasks.lifecycle import _links, _rows, teardown
 from tasks.overrides import resolve
-from tasks.provision import is_alive
+from tasks.process import is_alive
 from tasks.steps import PROGRAM, RunContext, StepRecord
 
 OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
