@@ -96,7 +96,7 @@ _UNSTATED = "The layout was not stated where this was read: experts over 32 rank
 _MEGATRON = "Megatron-Bridge's performance summary, DGX H100: 8,192 sequences a step"
 _NEMO = "NeMo Automodel's performance summary of 2025-10, DGX H100, DeepEP"
 _TITAN = "PyTorch's blog of 2026-03 on MXFP8 and DeepEP with TorchTitan (B200, Nebius)"
-_ONCE = {"expert_ranks_per_node": 8, "fused_exchange": True}  # DeepEP, or a dispatch of their own that does the same
+_ONCE = {"expert_ranks_per_node": 8, "fused_all_to_all": True}  # DeepEP, or a dispatch of their own that does the same
 _ONCE_2, _ONCE_8 = {"accumulation": 2, **_ONCE}, {"accumulation": 8, **_ONCE}
 # Case; the arguments of `released`; tokens/s/GPU; source, and what of it is not the same.
 PUBLISHED = (

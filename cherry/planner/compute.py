@@ -29,9 +29,9 @@ _WIDTH_PASSES_FORWARD, _WIDTH_PASSES_BACKWARD = 14.0, 26.0
 _HEAD_PASSES_FORWARD, _HEAD_PASSES_BACKWARD = 2.0, 3.0
 _EAGER = 3.8
 # Rows to experts and back by index: 3.55 ms for 2.26 ms of bytes, same rows.
-_ROWS_REACH = 0.64
+_PERMUTE_EFFICIENCY = 0.64
 # Loss and gradient from logits: 3.04 ms for 1.61 ms of bytes.
-_LOSS_REACH = 0.53
+_LOSS_EFFICIENCY = 0.53
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def layer_passes(work: Workload, *, moe: bool) -> Passes:
     forward = Times(
         matmuls=sum(forward_seconds(work, one) for one in dense),
         experts=sum(forward_seconds(work, one) for one in grouped),
-        attention=attention / work.reach.attention_forward,
+        attention=attention / work.efficiency.attention_forward,
         memory=memory_seconds(work, forward_memory) + rows,
     )
     backward = Times(
         matmuls=sum(backward_seconds(work, one) for one in dense),
         experts=sum(backward_seconds(work, one) for one in grouped),
         # It makes its scores again: five products for two.
-        attention=2.5 * attention / work.reach.attention_backward,
+        attention=2.5 * attention / work.efficiency.attention_backward,
         memory=memory_seconds(work, backward_memory) + rows,
     )
     return Passes(forward, backward + forward if work.recompute == "full" else backward)
@@ -96,7 +96,7 @@ def _rows_seconds(work: Workload) -> float:
     """The way of rows to experts and back: gathered, summed by token, and permuted on both ends where they travel."""
     routed = work.tokens * work.model.num_experts_per_tok
     moved = 2 * (routed + work.tokens) + (4 * routed * work.imbalance if work.expert > 1 else 0)
-    return memory_seconds(work, work.type_bytes * work.model.hidden_size * moved) / _ROWS_REACH
+    return memory_seconds(work, work.type_bytes * work.model.hidden_size * moved) / _PERMUTE_EFFICIENCY
 
 
 def _attention_flops(work: Workload) -> float:
@@ -134,7 +134,7 @@ def head_passes(work: Workload) -> Passes:
     losses = 1 + model.num_nextn_predict_layers
     chunks = -(-tokens // min(work.loss_chunk_tokens, tokens))
     elements = model.vocab_size * model.hidden_size
-    logits = memory_seconds(work, 2 * work.type_bytes * tokens * model.vocab_size) / _LOSS_REACH
+    logits = memory_seconds(work, 2 * work.type_bytes * tokens * model.vocab_size) / _LOSS_EFFICIENCY
     # Every chunk's part of the weight's gradient is read, and the fp32 sum read and written.
     summed = chunks * elements * (work.type_bytes + 8) if chunks > 1 else 0
     scaled = elements * (8 + 4 + work.type_bytes if chunks > 1 else 2 * work.type_bytes)

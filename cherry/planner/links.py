@@ -14,10 +14,10 @@ def ring_seconds(work: Workload, group: Group, total_bytes: float) -> float:
     """An all-gather to, or a reduce-scatter from, `total_bytes` on every rank of the group."""
     if group.ranks == 1 or total_bytes <= 0:
         return 0.0
-    link = work.gpu.link_rate * work.reach.link
+    link = work.gpu.link_rate * work.efficiency.link
     rate, hops = link, (group.ranks - 1) * LINK_HOP_S
     if group.nodes > 1:
-        network = work.gpu.network_rate * work.reach.network * group.on_node
+        network = work.gpu.network_rate * work.efficiency.network * group.on_node
         rate = min(link, network) if group.on_node > 1 else network
         hops = (group.nodes - 1) * NETWORK_HOP_S + (group.ranks - group.nodes) * LINK_HOP_S
     return COLLECTIVE_S + hops + total_bytes * (group.ranks - 1) / group.ranks / rate
@@ -40,13 +40,13 @@ def exchange_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
     rows = work.tokens * work.imbalance
     chosen = model.num_experts_per_tok
     near = rows * chosen * row_bytes * (group.on_node - 1) / (group.on_node if work.once_per_node else group.ranks)
-    inside = COLLECTIVE_S + near / (work.gpu.link_rate * work.reach.link)
+    inside = COLLECTIVE_S + near / (work.gpu.link_rate * work.efficiency.link)
     if group.nodes == 1:
         return inside, 0.0
     copies = work.nodes_of_a_token if work.once_per_node else float(chosen)
-    reach = work.reach.exchange_once if work.fused_exchange else work.reach.exchange
+    achieved = work.efficiency.fused_all_to_all if work.fused_all_to_all else work.efficiency.all_to_all
     away = rows * copies * row_bytes * (group.nodes - 1) / group.nodes
-    across = NETWORK_HOP_S + away / (work.gpu.network_rate * reach)
+    across = NETWORK_HOP_S + away / (work.gpu.network_rate * achieved)
     # To a node and then inside it is one after the other, but for kernels that do both at a time.
-    one_after_the_other = work.once_per_node and not work.fused_exchange
+    one_after_the_other = work.once_per_node and not work.fused_all_to_all
     return inside, across if one_after_the_other else max(0.0, across - inside)

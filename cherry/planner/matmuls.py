@@ -126,9 +126,9 @@ def time_of(work: Workload, matmul: Matmul, *, times: int, forwards: int = 1) ->
 
 
 def _product_seconds(work: Workload, matmul: Matmul) -> float:
-    reach, precision = work.reach, matmul.precision
+    achieved, precision = work.efficiency, matmul.precision
     mean = 3.0 / (1.0 / max(matmul.rows, 1.0) + 1.0 / matmul.into + 1.0 / matmul.out)
-    rate = work.gpu.flops[precision] * reach.matmul[precision] * mean / (mean + reach.matmul_half[precision])
+    rate = work.gpu.flops[precision] * achieved.matmul[precision] * mean / (mean + achieved.matmul_half[precision])
     return matmul.flops / rate
 
 
@@ -161,4 +161,4 @@ def held_seconds(work: Workload) -> float:
 
 def memory_seconds(work: Workload, moved_bytes: float) -> float:
     """Reading and writing so many bytes."""
-    return moved_bytes / (work.gpu.memory_rate * work.reach.memory)
+    return moved_bytes / (work.gpu.memory_rate * work.efficiency.memory)

@@ -190,5 +190,5 @@ def _other_machines(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[
             changes["train.gradient_accumulation_steps"] = accumulation
         yield changes, replace(own, shard=own.shard * times, micro_sequences=micro, accumulation=accumulation)
     for gpu in GPUS.values():
-        if not gpu.shared_memory and gpu.memory_bytes > own.gpu.memory_bytes:
+        if own.precision in gpu.precisions and gpu.memory_bytes > own.gpu.memory_bytes and not gpu.shared_memory:
             yield {"the cluster's gpu": gpu.name}, replace(own, gpu=gpu)

@@ -109,7 +109,7 @@ class _Step:
         # A queue that the host fills more slowly than the device empties it.
         layers = self.network.dense_layers + self.network.mixture_layers
         computed = forward.total + backward.total + copies + inside + across
-        hosted = max(0.0, layers * work.reach.layer_s - computed)
+        hosted = max(0.0, layers * work.efficiency.layer_s - computed)
         hidden_forward = max(0.0, gather_forward - forward.total - copies / 2)
         hidden_backward = max(0.0, gather_backward + reduce - backward.total - copies / 2)
         both = forward + backward
@@ -131,7 +131,7 @@ class _Step:
             "all-to-all across nodes": count * across,
             "context": count * self._context(),
             "replicas": max(0.0, replicas - spare),
-            "host": count * hosted + work.reach.step_s,
+            "host": count * hosted + work.efficiency.step_s,
         }
         travelling = {
             "all-gather, forward": count * (gather_forward + root_gather),

@@ -13,7 +13,7 @@ from functools import cached_property
 from base.config import Problem
 from base.errors import ConfigError
 from cherry.cluster import ClusterSpec
-from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Gpu, Reach, reach_of
+from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Efficiency, Gpu, efficiency_of
 from cherry.job_config import JobConfig, LoraConfig, TrainConfig
 from model.model_config import ModelConfig
 
@@ -73,7 +73,7 @@ class Workload:
     expert_ranks_per_node: int | None = None
     """Where experts lie on several nodes: ranks of each, to which a token goes once
     (cherry/distributed/expert_parallel_nodes.py). `None` sends it once for each expert."""
-    fused_exchange: bool = False
+    fused_all_to_all: bool = False
     """By kernels like DeepEP's, which reach more of the adapters than NCCL's all-to-all; for comparison with what
     others have measured."""
 
@@ -137,9 +137,9 @@ class Workload:
         return _TYPE_BYTES[self.precision]
 
     @cached_property
-    def reach(self) -> Reach:
-        """What programs reach on this device."""
-        return reach_of(self.gpu)
+    def efficiency(self) -> Efficiency:
+        """Achieved efficiency on this device."""
+        return efficiency_of(self.gpu)
 
     @cached_property
     def dense_group(self) -> Group:
