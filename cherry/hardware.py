@@ -172,10 +172,10 @@ class Efficiency:
 # One H200, torch 2.11, 2026-11-24/25 (benchmarks/results/step_parts.jsonl and docs/decisions.md): matmul of 8192^3
 # 790e12 and the head's (16,384 x 102,400 x 2,048) 757e12, from which fraction and half follow, and which give the
 # grouped matmuls' 608e12 (1,536 rows an expert) within 5 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy
-# 4.16e12 of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts
-# add up to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote, over the three passes:
-# 1,044e12 to 1,083e12 on dense shapes where bf16 reaches 758e12 to 784e12, grouped 1,033e12 (gate and up) and 990e12
-# (down), within 3 % of fraction and half here (benchmarks/results/fp8_matmuls.jsonl, 2026-11-27).
+# 4.16e12 of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's
+# parts add up to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote, over the three
+# passes: 1,044e12 to 1,083e12 on dense shapes where bf16 reaches 758e12 to 784e12, grouped 1,033e12 (gate and up) and
+# 990e12 (down), within 3 % of fraction and half here (benchmarks/results/fp8_matmuls.jsonl, 2026-11-27).
 # Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s, over 4 of them 355e9 (2026-11-13).
 # Fractions of adapters are assumed, as no cluster of several nodes was measured here: 0.8 in a ring, 0.7 in an
 # all-to-all, in which every pair of GPUs has a message of its own.

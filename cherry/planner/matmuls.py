@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cherry.planner.units import attention_linears, shared_linears
 from cherry.planner.workload import Workload
 
 FP8_BLOCK = 128
@@ -63,9 +62,9 @@ def layer_matmuls(work: Workload, *, moe: bool) -> list[Matmul]:
     model, tokens = work.model, work.tokens
     # Every context rank makes keys and values of the whole sequence.
     rows = {"kv_b_proj": tokens * work.context}
-    shapes = attention_linears(model)
+    shapes = model.attention_linears()
     if moe:
-        shapes |= shared_linears(model)
+        shapes |= model.shared_expert_linears()
     else:
         inner, width = model.intermediate_size, model.hidden_size
         shapes |= {"dense_gate_up": (2 * inner, width), "dense_down": (width, inner)}

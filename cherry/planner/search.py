@@ -12,6 +12,7 @@ from typing import get_args
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS, Gpu
 from cherry.job_config import TrainConfig
+from cherry.parallel_rules import experts_shard_evenly, sequence_divides
 from cherry.planner.memory import busiest_of
 from cherry.planner.plan import Plan, layout_of
 from cherry.planner.step_time import step_time
@@ -88,12 +89,12 @@ def _laid_out(own: Workload, **axes: int) -> Workload | None:
     replicate = axes.get("replicate", own.replicate)
     expert, context = axes.get("expert", own.expert), axes.get("context", own.context)
     inner = replicate * expert * context
-    if own.ranks % inner or own.model.n_routed_experts % expert or own.sequence_length % (2 * context):
+    if own.ranks % inner or own.model.n_routed_experts % expert or not sequence_divides(own.sequence_length, context):
         return None
     shard = own.ranks // inner
     experts, shards = own.model.n_routed_experts // expert, shard * context
     widths = (own.model.hidden_size, 2 * own.model.moe_intermediate_size)
-    if expert > 1 and experts % shards and any(width % shards for width in widths):
+    if expert > 1 and not experts_shard_evenly(experts, widths, shards):
         return None
     data_ranks = own.ranks // context
     if own.batch_sequences % data_ranks:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from cherry.job_config import LoraConfig
+from cherry.parallel_rules import shards_by_width
 from cherry.planner.workload import Workload
 from model.model_config import ModelConfig
 
@@ -70,12 +71,11 @@ class Unit:
         return sum(moments_per_element(shape) * self._shard(shape) for shape in self.trained)
 
     def _shard(self, shape: Shape) -> int:
-        """Elements of the fullest rank's part: by rows; experts that do not go round are cut by width (sharding.py)."""
-        if len(shape) == 3 and shape[1] % self.shards == 0:
-            uneven = shape[0] % self.shards != 0 if self.name == EXPERTS else shape[0] < self.shards
-            if uneven:
-                return math.prod(shape) // self.shards
-        return math.ceil(shape[0] / self.shards) * math.prod(shape[1:])
+        """Elements of the fullest rank's shard of one parameter."""
+        ranks = self.shards
+        if len(shape) == 3 and shards_by_width(shape[0], shape[1], ranks, expert_parallel=self.name == EXPERTS):
+            return math.prod(shape) // ranks
+        return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,6 @@ class Network:
         """The sum of a property of units (`elements`, `padded`, `padded_trained`, ...) over the whole network."""
         return self._totals[of]
 
-    def whole(self, of: str, expert: int) -> int:
-        """The same over all ranks of an expert axis of that size: what a checkpoint holds."""
-        dealt = sum(self.mixture_layers * getattr(unit, of) for unit in self.mixture.units if unit.name == EXPERTS)
-        return self.total(of) + int((expert - 1) * dealt)
-
 
 def network_of(work: Workload) -> Network:
     """The units of a workload's model."""
@@ -153,12 +148,12 @@ def _layer(
     model: ModelConfig, dense_shards: int, expert_shards: int, expert: int, lora: LoraConfig | None, *, moe: bool
 ) -> Layer:
     width = model.hidden_size
-    linears = attention_linears(model)
-    shapes: list[Shape] = [(width,), (width,), *_attention_norms(model), *linears.values()]
+    linears = model.attention_linears()
+    shapes: list[Shape] = [(width,), (width,), *((size,) for size in model.attention_norms()), *linears.values()]
     if not moe:
         shapes += [(2 * model.intermediate_size, width), (width, model.intermediate_size)]
         return Layer(moe, (_unit("dense block", shapes, dense_shards, list(linears.items()), lora),))
-    shared = shared_linears(model)
+    shared = model.shared_expert_linears()
     shapes += [(model.n_routed_experts, width), *shared.values()]
     own = model.n_routed_experts // expert
     experts: list[Shape] = [(own, 2 * model.moe_intermediate_size, width), (own, width, model.moe_intermediate_size)]
@@ -177,31 +172,6 @@ def _unit(
     chosen = [shape for key, shape in adapted if lora.targets is None or key in lora.targets]
     adapters = [part for out, into in chosen for part in ((lora.rank, into), (out, lora.rank))]
     return Unit(name, (*shapes, *adapters), shards, tuple(adapters))
-
-
-def attention_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Attention's projections by name, (outputs, inputs)."""
-    width, heads = model.hidden_size, model.num_attention_heads
-    query = heads * model.qk_head_dim
-    found: dict[str, tuple[int, int]] = {}
-    if model.q_lora_rank is None:
-        found["q_proj"] = (query, width)
-    else:
-        found |= {"q_a_proj": (model.q_lora_rank, width), "q_b_proj": (query, model.q_lora_rank)}
-    found["kv_a_proj_with_mqa"] = (model.kv_lora_rank + model.qk_rope_head_dim, width)
-    found["kv_b_proj"] = (heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
-    return found | {"o_proj": (width, heads * model.v_head_dim)}
-
-
-def shared_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The shared experts' projections by name, (outputs, inputs)."""
-    width, shared = model.hidden_size, model.n_shared_experts * model.moe_intermediate_size
-    return {"shared_gate_up": (2 * shared, width), "shared_down": (width, shared)} if shared else {}
-
-
-def _attention_norms(model: ModelConfig) -> list[Shape]:
-    widths = (model.kv_lora_rank, model.q_lora_rank)
-    return [(width,) for width in widths if width is not None]
 
 
 def _root(model: ModelConfig) -> list[Shape]:

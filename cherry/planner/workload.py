@@ -15,6 +15,7 @@ from base.errors import ConfigError
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Efficiency, Gpu, efficiency_of
 from cherry.job_config import JobConfig, LoraConfig, TrainConfig
+from cherry.parallel_rules import keeps_working_copies
 from model.model_config import ModelConfig
 
 _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
@@ -122,9 +123,9 @@ class Workload:
 
     @cached_property
     def alone(self) -> bool:
-        """Whether working copies of the parameters stay between passes (cherry/distributed/fsdp.py, `keeps_copies`)."""
+        """Whether working copies of the parameters stay between passes; one CPU rank has nothing sharded at all."""
         on_gpu = not self.gpu.shared_memory
-        return on_gpu and self.ranks == 1 and self.precision != "fp32" and not self.cpu_offload
+        return on_gpu and keeps_working_copies(self.ranks, self.precision, cpu_offload=self.cpu_offload)
 
     @cached_property
     def unsharded(self) -> bool:

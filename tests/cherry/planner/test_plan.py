@@ -22,7 +22,7 @@ from cherry.planner.memory import memory_of
 from cherry.planner.plan import Plan, make_plan
 from cherry.planner.search import nearest_that_fit, search
 from cherry.planner.step_time import step_time
-from cherry.planner.units import EXPERTS, network_of
+from cherry.planner.units import EXPERTS, network_of, whole_network
 from cherry.planner.workload import Workload, workload_of
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
@@ -81,7 +81,9 @@ def test_units_hold_every_parameter_of_the_model() -> None:
         assert network.total("elements") + biases == config.parameters(with_mtp=True)
         for expert in (2, 4):
             dealt = network_of(released(model=config, shard=1, expert=expert))
-            assert dealt.whole("elements", expert) == network.total("elements")
+            (own,) = [unit for unit in dealt.mixture.units if unit.name == EXPERTS]
+            elsewhere = (expert - 1) * dealt.mixture_layers * own.elements
+            assert dealt.total("elements") + elsewhere == network.total("elements")
 
 
 @pytest.mark.parametrize("targets", [None, ("q_b_proj", "shared_down")])
@@ -115,7 +117,7 @@ def test_routed_experts_are_most_of_the_weights(preset: str, experts: int, share
     network = network_of(released(model=model, shard=1, expert=8))
     dealt = next(unit for unit in network.mixture.units if unit.name == EXPERTS)
     assert network.mixture_layers * 8 * dealt.elements == experts
-    whole = network.whole("elements", 8)
+    whole = whole_network(model, None).total("elements")
     assert experts / whole == pytest.approx(share, abs=5e-5)
     assert 2 * whole / 1e12 == pytest.approx(terabytes, rel=0.001)
 
