@@ -21,7 +21,7 @@ from benchmarks.plan_cases import benchmark_workload, gpu_of
 from cherry.hardware import GIB, GPUS
 from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.planner.goodput import DAY_S, Reliability, goodput
-from cherry.planner.memory import gathering_of, memory_of
+from cherry.planner.memory import fsdp_buffers, memory_of
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
@@ -156,7 +156,7 @@ def simulated() -> Iterator[dict[str, object]]:
             "parameters": 4 * network.total("padded"),
             "gradients": 4 * network.total("padded_trained"),
             "states": 8 * network.total("padded_trained"),
-            **asdict(gathering_of(work)),
+            **asdict(fsdp_buffers(work)),
             "peak": memory_of(work)[0].allocated,
         }
         for kind, size in held.items():

@@ -14,7 +14,7 @@ _GPU_ROOT = Path("/proc/driver/nvidia/gpus")
 
 
 def local_gpus() -> list[str]:
-    """Names of this machine's GPUs as the driver lists them."""
+    """Names of this machine's GPUs, as the driver lists them."""
     if not _GPU_ROOT.is_dir():
         return []
     return [_model_name(folder / "information") for folder in sorted(_GPU_ROOT.iterdir())]
@@ -26,7 +26,7 @@ def _model_name(path: Path) -> str:
 
 
 def local_device() -> Gpu:
-    """This machine's GPU as the planner knows it, or its CPU.
+    """Figures of this machine's GPU, or of its CPU.
 
     Raises:
         ConfigError: a GPU that the planner does not know.

@@ -1,7 +1,7 @@
-"""Owns which parameters FSDP2 gathers and reduces together, and how large a rank's shards of them are.
+"""FSDP units: the parameters that FSDP2 all-gathers and reduce-scatters together, and the size of a rank's shards.
 
-It knows nothing of time. The units are those of cherry/distributed/fsdp.py: each block by itself, a block's experts by
-themselves where an expert axis deals them out, and the root with embedding, head and the MTP module's own parts.
+The units are those of cherry/distributed/fsdp.py: each block, with expert parallelism a block's experts by themselves,
+and the root with embedding, head and the MTP module's own parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.model_config import ModelConfig
 
 Shape = tuple[int, ...]
 EXPERTS = "experts"
-"""The unit of experts that an expert axis deals out."""
+"""Name of the unit that holds an EP rank's experts of a layer."""
 
 
 def moments_per_element(shape: Shape) -> int:
@@ -35,29 +35,30 @@ class Unit:
 
     name: str
     shapes: tuple[Shape, ...]
-    """As FSDP2 cuts them; experts' first dimension is what the expert axis leaves to a rank."""
+    """Shapes before FSDP2 shards them; experts' first dimension is the number of an EP rank's experts."""
     shards: int
+    """Ranks that they are sharded over."""
     trained: tuple[Shape, ...]
-    """Those of them that have gradients: all, or adapters alone."""
+    """Shapes of those that have gradients: all, or with LoRA the adapters."""
 
     @cached_property
     def elements(self) -> int:
-        """Gathered whole."""
+        """Elements of the unit, unsharded."""
         return sum(map(math.prod, self.shapes))
 
     @cached_property
     def trained_elements(self) -> int:
-        """Gathered whole, of those that have gradients."""
+        """Elements with gradients of the unit, unsharded."""
         return sum(map(math.prod, self.trained))
 
     @cached_property
     def padded(self) -> int:
-        """Elements of a rank's shard as FSDP2 allocates it on every rank: rows are padded to the fullest rank's."""
+        """Elements of a rank's shard as FSDP2 allocates it: rows are padded to those of the fullest rank."""
         return sum(self._shard(shape) for shape in self.shapes)
 
     @cached_property
     def padded_trained(self) -> int:
-        """The same of those that have gradients."""
+        """Elements with gradients of a rank's padded shard."""
         return sum(self._shard(shape) for shape in self.trained)
 
     @cached_property
@@ -80,31 +81,31 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its dense unit, and its experts where they are a unit of their own."""
+    """FSDP units of one decoder layer: the block, and with expert parallelism its experts."""
 
     moe: bool
     units: tuple[Unit, ...]
 
     @property
     def elements(self) -> int:
-        """Gathered whole."""
+        """Elements of the layer, unsharded."""
         return sum(unit.elements for unit in self.units)
 
     @property
     def trained_elements(self) -> int:
-        """Gathered whole, of those that have gradients."""
+        """Elements with gradients of the layer, unsharded."""
         return sum(unit.trained_elements for unit in self.units)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model as a rank holds it."""
+    """FSDP units of a model, as one rank holds them."""
 
     dense: Layer
     mixture: Layer
     dense_layers: int
     mixture_layers: int
-    """The MTP module's block included."""
+    """Number of MoE layers, the MTP module's block included."""
     root: Unit
 
     @cached_property
@@ -116,17 +117,17 @@ class Network:
         return {name: sum(count * getattr(unit, name) for unit, count in units) for name in names}
 
     def total(self, of: str) -> int:
-        """The sum of a property of units (`elements`, `padded`, `padded_trained`, ...) over the whole network."""
+        """Sum of a property of units (`elements`, `padded`, `moments`, ...) over all units of the network."""
         return self._totals[of]
 
 
 def network_of(work: Workload) -> Network:
-    """The units of a workload's model."""
+    """FSDP units of a workload's model on its layout."""
     return _network(work.model, work.dense_shards, work.expert_shards, work.expert, work.lora)
 
 
 def whole_network(model: ModelConfig, lora: LoraConfig | None) -> Network:
-    """The units of a model on one rank: totals over all ranks of any layout, without padding."""
+    """FSDP units of a model on one rank: their totals are those of all ranks of any layout, without padding."""
     return _network(model, 1, 1, 1, lora)
 
 
