@@ -45,8 +45,10 @@ def one_command(hosts: Hosts, commands: Sequence[Sequence[str]], folder: Path) -
 class _Member:
     """One command, its last lines of output, and a thread that passes them on."""
 
-    def __init__(self, name: str, command: Sequence[str], prefix: str, ended: queue.Queue[_Member]) -> None:
-        self.name, self.prefix = name, prefix
+    def __init__(
+        self, name: str, command: Sequence[str], prefix: str, output: threading.Lock, ended: queue.Queue[_Member]
+    ) -> None:
+        self.name, self.prefix, self.output = name, prefix, output
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.process = subprocess.Popen(
             command,
@@ -63,7 +65,8 @@ class _Member:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
-            print(self.prefix + line.rstrip("\n"), flush=True)
+            with self.output:  # print writes a line and its end apart, between which another thread's line would come
+                print(self.prefix + line.rstrip("\n"), flush=True)
         self.process.wait()
         ended.put(self)
 
@@ -75,11 +78,12 @@ def fan_out(names: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
         CherryError: that of the failed command that explains the others, by its exit code and its last lines.
     """
     ended: queue.Queue[_Member] = queue.Queue()
+    output = threading.Lock()
     members: list[_Member] = []
     failed: list[_Member] = []
     try:
         for number, (name, command) in enumerate(zip(names, commands, strict=True)):
-            members.append(_Member(name, command, f"{name}: " if number else "", ended))
+            members.append(_Member(name, command, f"{name}: " if number else "", output, ended))
         for _ in members:
             try:
                 member = ended.get(timeout=_PEER_GRACE_S if failed else None)
@@ -119,8 +123,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if parent := os.environ.get("CHERRY_PARENT"):
         die_with_parent(signal.SIGTERM, int(parent))
-    told = storage.read_json(sys.argv[1])
-    fan_out(told["names"], told["commands"])
+    job = storage.read_json(sys.argv[1])
+    fan_out(job["names"], job["commands"])
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ def test_the_first_hosts_lines_pass_unchanged_and_the_others_with_their_address(
     assert sorted(lines) == ["node1: a", "node1: b", "step 1/2"]
 
 
+def test_lines_of_hosts_that_print_at_the_same_time_stay_whole(tmp_path):
+    lines = run(tmp_path, *["for i in range(2000): print('x' * 20, flush=True)"] * 2)
+    assert set(lines) == {"x" * 20, f"node1: {'x' * 20}"}
+    assert len(lines) == 4000
+
+
 def test_the_callers_mistake_on_any_host_is_the_error_and_ends_the_others(tmp_path):
     failing = "import sys; print('error: config.yaml: no such key'); sys.exit(11)"
     lines = []
