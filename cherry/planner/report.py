@@ -23,7 +23,7 @@ _OVERLAPS = {
 }
 
 
-# Labels of what plan.json calls by an older name.
+# Labels for a person, where the keys of plan.json are not the field's terms.
 _MEMORY = {"gathered layers": "unsharded parameters"}
 _COMPUTE = {"matmuls": "dense matmuls", "experts' matmuls": "expert matmuls", "between matmuls": "memory-bound ops"}
 _EXPOSED = {
@@ -74,9 +74,10 @@ def unused(plan: Plan) -> str:
 def sections_of(plan: Plan) -> list[tuple[str, list[Row]]]:
     """Sections of the report: title and rows."""
     worst = plan.worst
+    stage = worst.peak_stage.replace("mixture", "MoE")
     return [
         (
-            f"memory of {worst.name}, GiB, in {worst.peak_stage}; {worst.usable / GIB:.1f} usable",
+            f"memory of {worst.name}, GiB, in {stage}; {worst.usable / GIB:.1f} usable",
             _memory(plan),
         ),
         ("a step, seconds", _step(plan)),
