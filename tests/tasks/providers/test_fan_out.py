@@ -69,11 +69,14 @@ def test_ending_the_program_ends_every_host(tmp_path):
         text=True,
         env={key: value for key, value in os.environ.items() if key != "CHERRY_PARENT"},
     )
-    pids = [int(started.stdout.readline().split()[-1]) for _ in range(2)]
-    records = [(pid, psutil.Process(pid).create_time()) for pid in pids]
-    started.send_signal(signal.SIGTERM)
-    assert started.wait() == 128 + signal.SIGTERM
+    try:
+        pids = [int(started.stdout.readline().split()[-1]) for _ in range(2)]
+        records = [(pid, psutil.Process(pid).create_time()) for pid in pids]
+    finally:
+        started.send_signal(signal.SIGTERM)
+        code = started.wait()
+        started.stdout.close()
+    assert code == 128 + signal.SIGTERM
     deadline = time.monotonic() + 30.0
     while any(is_alive(*record) for record in records):
         assert time.monotonic() < deadline, "a host's command is still there"
-    started.stdout.close()
