@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from base.config import Problem, Section
+from cherry.parallel_rules import experts_shard_evenly, sequence_divides
 from model.model_config import ModelConfig
 
 # Rounding the moments to nearest costs nothing at 0.95 (loss -0.01 % against fp32) and 0.2 % at 0.99; stochastic
@@ -377,12 +378,12 @@ class JobConfig(Section):
         elif not found and parallel.expert > 1:
             inner = parallel.shard_ranks(ranks) * parallel.context
             widths = (model.hidden_size, 2 * model.moe_intermediate_size)
-            if model.n_routed_experts // parallel.expert % inner and any(width % inner for width in widths):
+            if not experts_shard_evenly(model.n_routed_experts // parallel.expert, widths, inner):
                 rule = (
                     f"leaves {inner} ranks (shard * context) to share {model.n_routed_experts // parallel.expert} "
                     f"experts of {widths[0]} x {widths[1]}: one of these must divide into {inner} equal parts"
                 )
                 yield Problem("parallel.expert", rule, parallel.expert)
-        if parallel.context > 1 and self.data.sequence_length % (2 * parallel.context):
+        if not sequence_divides(self.data.sequence_length, parallel.context):
             rule = f"must be divisible by 2 * parallel.context ({2 * parallel.context})"
             yield Problem("data.sequence_length", rule, self.data.sequence_length)

@@ -16,9 +16,10 @@ from base import storage
 from base.config import dump
 from base.errors import CherryError, without_credentials
 from tasks.artifacts import show_markdown, show_table
+from tasks.lease import drop_lease, is_held, locked, read_lease, take_lease
 from tasks.overrides import DEFAULT_CONFIG, ConfigParameter, resolve, run_directory, write_resolved
-from tasks.process import end_tree
-from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
+from tasks.process import end_tree, is_alive
+from tasks.provision import release_hosts
 from tasks.run_config import RunConfig
 from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_event, write_record
 from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay
@@ -263,7 +264,7 @@ def teardown(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def end_leftovers(config: RunConfig) -> None:
-    """End what a killed flow left: its program, its lease, and its runs in MLflow."""
+    """End what a flow left that was killed outright: its program, its hosts, its lease, and its runs in MLflow."""
     directory = Path(run_directory(config))
     if not directory.is_dir():
         return
@@ -277,6 +278,7 @@ def end_leftovers(config: RunConfig) -> None:
             if is_alive(record["pid"], record["created"]):
                 end_tree(psutil.Process(record["pid"]))
             program.unlink(missing_ok=True)
+        release_hosts(directory)
         if lease is not None:
             opened = storage.read_json(str(directory / FLOW_RUN)) if (directory / FLOW_RUN).exists() else {}
             connect(config.tracking, config.runs_directory).finish_family(opened.get("mlflow_run_id"), "KILLED")

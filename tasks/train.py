@@ -20,6 +20,8 @@ from tasks.artifacts import ProgressArtifact
 from tasks.plan_record import compared
 from tasks.plots import plot_training
 from tasks.process import PROJECT_ROOT, in_background
+from tasks.providers.fan_out import one_command
+from tasks.provision import hold_hosts
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
 from tasks.tracking.metrics_relay import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
 
@@ -63,21 +65,20 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
             with in_background():
                 beside.enter_context(relay)
                 beside.enter_context(parent)
-            arguments = _arguments(context, step.fingerprint)
-            step.run("cherry.launcher", arguments, on_line=on_line, log_file=folder / "launcher.log")
+            provider, hosts = hold_hosts(context)
+            commands = provider.commands(hosts, _arguments(context, step.fingerprint))
+            command = one_command(hosts, commands, folder)
+            step.run_command(command, name="cherry-launch", on_line=on_line, log_file=folder / "launcher.log")
         return _conclude(context, step, folder)
 
     return perform(context, "train", inputs, work)
 
 
 def _arguments(context: RunContext, identity: str) -> list[str]:
-    """The launcher's command line."""
-    launch, directory = context.config.launch, context.config.checkpoint.directory
-    arguments = [f"--nproc_per_node={launch.nproc_per_node}", f"--nnodes={launch.nnodes}"]
-    if launch.master_port is not None:
-        arguments.append(f"--master_port={launch.master_port}")
+    """The training program and its arguments, behind the launcher's flags."""
+    directory = context.config.checkpoint.directory
     program = str(PROJECT_ROOT / "train.py")
-    arguments += [program, "--config", str(context.path / "config.yaml"), "--run_dir", context.directory]
+    arguments = [program, "--config", str(context.path / "config.yaml"), "--run_dir", context.directory]
     if directory is not None:
         # The directory may be shared: this run and this config have their own place in it.
         own = storage.join(directory, f"{context.config.name}-{identity[:8]}")

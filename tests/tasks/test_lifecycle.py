@@ -12,7 +12,7 @@ import pytest
 from base import storage
 from tasks.lifecycle import FLOW_RUN, _links, _rows, teardown
 from tasks.overrides import resolve
-from tasks.provision import is_alive
+from tasks.process import is_alive
 from tasks.steps import PROGRAM, RunContext, StepRecord
 
 OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
