@@ -122,7 +122,7 @@ def resolve_version(context: RunContext, number: int | None, alias: str | None =
     if context.config.deploy.artifact == "quantized":
         if found.tags.get("quantized_passed") == "false":
             raise ConfigError(
-                f"{found.name} version {found.version}: its int8 weights did not pass: "
+                f"{found.name} version {found.version}: its quantized weights did not pass: "
                 f"{found.tags.get('quantized_reason', 'they cost more than quantize.max_dnll')}. Deploy the export "
                 "(deploy.artifact=export), or raise the limit and run the training flow again."
             )

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from anything.serve_config import ServeConfig
 from base.config import Problem, Section
 from cherry.job_config import JobConfig
+from model.numerics.formats import DEFAULT_FORMAT, FORMATS, format_rule
 
 
 class RetryConfig(Section):
@@ -30,12 +31,18 @@ class PlanConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """Weight-only quantization of experts and projections."""
+    """Quantization of the exported weights for serving."""
 
-    format: Literal["int8"] = "int8"
+    format: str = DEFAULT_FORMAT
+    """One of the registered formats (model/numerics/formats.py)."""
     max_dnll: PositiveFloat = 0.02
     """Largest rise of the held-out loss (nats per token) that the quantized weights may cost, surely: the one-sided
     bound at evaluate.confidence is held against it."""
+
+    def problems(self) -> Iterator[Problem]:
+        """The format must be registered."""
+        if self.format not in FORMATS:
+            yield Problem("format", format_rule(), self.format)
 
 
 class EvaluateConfig(Section):

@@ -255,8 +255,8 @@ def test_a_file_that_was_cut_while_it_was_open_is_told(counted: str) -> None:
 def test_every_stored_tensor_of_671b_has_its_place() -> None:
     """On meta: the release's own count of tensors, and shapes that block scales fit."""
     from model.model_config import PRESETS
+    from model.numerics.formats import is_projection
     from model.numerics.fp8_blocks import scale_shape
-    from model.weights.hf_names import is_projection
 
     config = ModelConfig(**PRESETS["671b"])
     with torch.device("meta"):
