@@ -45,7 +45,7 @@ class EmbeddedEngine:
     """Continuous batching over a paged latent cache, in this process.
 
     Args:
-        uri: a folder in Hugging Face's layout. An int8 folder stays int8 in memory.
+        uri: a folder in Hugging Face's layout. A quantized folder stays quantized in memory.
         version: what its chunks are labelled with.
     """
 

@@ -16,7 +16,7 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor
 
 from base import storage
-from base.errors import InvalidInputError, MissingFileError, WeightsError
+from base.errors import ConfigError, InvalidInputError, MissingFileError, WeightsError
 from model.model_config import ModelConfig
 from model.numerics.formats import is_projection
 from model.numerics.int8_format import Int8Experts, Int8Linear, dequantize, quantize
@@ -204,8 +204,9 @@ def test_a_truncated_source_leaves_the_target_without_a_marker(folder: str, tmp_
 
 
 def test_as_a_program(folder: str, tmp_path: Path) -> None:
-    def run(source: str) -> Any:
+    def run(source: str, *options: str) -> Any:
         command = [sys.executable, "-m", "model.quantize", "--source", source, "--target", str(tmp_path / "quantized")]
+        command += options
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     done = run(folder)
@@ -216,3 +217,6 @@ def test_as_a_program(folder: str, tmp_path: Path) -> None:
     assert failed.returncode == MissingFileError.exit_code
     assert failed.stderr.startswith("error: ")
     assert "nowhere" in failed.stderr
+    wrong = run(folder, "--format", "int3")
+    assert wrong.returncode == ConfigError.exit_code
+    assert "must be one of int8 (got 'int3')" in wrong.stderr
