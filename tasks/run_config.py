@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from anything.router.kinds import DEFAULT_KIND, KINDS, kind_rule
 from anything.serve_config import ServeConfig
 from base.config import Problem, Section
 from cherry.job_config import JobConfig
@@ -69,6 +70,8 @@ class DeployConfig(Section):
     """How a release takes over traffic."""
 
     artifact: Literal["quantized", "export"] = "quantized"
+    replica_kind: str = DEFAULT_KIND
+    """Kind of server to start (anything/router/kinds.py)."""
     traffic_steps_percent: tuple[int, ...] = (25, 100)
     requests_per_step: PositiveInt = 8
     """Requests that must have reached the new version before its share is judged."""
@@ -78,7 +81,9 @@ class DeployConfig(Section):
     smoke_max_tokens: PositiveInt = 16
 
     def problems(self) -> Iterator[Problem]:
-        """Traffic must rise to 100 %."""
+        """The kind must be registered, and traffic must rise to 100 %."""
+        if self.replica_kind not in KINDS:
+            yield Problem("replica_kind", kind_rule(), self.replica_kind)
         steps = self.traffic_steps_percent
         if not steps or list(steps) != sorted(set(steps)) or steps[-1] != 100 or steps[0] <= 0:
             rule = "must be rising percentages that end at 100, like [5, 25, 100]"

@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ import torch
 from anything.engine.detokenizer import GrowingText, Tokenizer
 from anything.engine.model_runner import Forward, Sampling, draw
 from anything.engine.scheduler import Row, Scheduler, Sequence
-from anything.protocol import Chunk, Generation, RefusedError, UnavailableError, Usage
+from anything.protocol import Chunk, EngineStatus, Generation, RefusedError, UnavailableError, Usage
 from anything.serve_config import EngineConfig
 from base.errors import ConfigError, WeightsError
 from model.weights.pretrained import load_pretrained
@@ -113,13 +113,14 @@ class EmbeddedEngine:
             raise RefusedError(
                 f"prompt: must have 1 to {room + len(prompt) - 1} tokens with this model and cache (got {len(prompt)})"
             )
-        seed = secrets.randbits(63) if generation.seed is None else generation.seed
-        sampling = Sampling(generation.temperature, torch.Generator().manual_seed(seed))
+        params = generation.sampling
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sampling = Sampling(params.temperature, torch.Generator().manual_seed(seed))
         loop = asyncio.get_running_loop()
         with self._work:
             if self._failure is not None:
                 raise self._failure
-            sequence = self._scheduler.add(prompt, min(generation.max_tokens, room))
+            sequence = self._scheduler.add(prompt, min(params.max_tokens, room))
             job = _Job(sequence, sampling, GrowingText(self._tokenizer), loop, asyncio.Queue())
             self._jobs[sequence] = job
             self._work.notify()
@@ -129,10 +130,10 @@ class EmbeddedEngine:
         """Whether the model is loaded and no step has failed."""
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
-    def gauges(self) -> Mapping[str, float]:
-        """Sequences, free blocks, and what was done so far."""
+    async def status(self) -> EngineStatus:
+        """Running and waiting sequences, free cache blocks, and counts of preemptions and engine steps."""
         with self._work:
-            return {
+            gauges = {
                 "running": self._scheduler.running,
                 "waiting": self._scheduler.waiting,
                 "cache_blocks": self._config.cache_blocks,
@@ -140,6 +141,7 @@ class EmbeddedEngine:
                 "preemptions": self._scheduler.preemptions,
                 "steps": self._steps,
             }
+        return EngineStatus(gauges)
 
     async def close(self) -> None:
         """End the thread after the step it is in; generations in flight fail with 503."""
