@@ -1,7 +1,4 @@
-"""Owns the statistics of an A/B comparison: two models' losses on the same documents, and a verdict.
-
-It needs only numpy, and knows nothing of models, files or who asked.
-"""
+"""Statistics of an A/B comparison: paired bootstrap over two models' losses on the same documents, and a verdict."""
 
 from __future__ import annotations
 
@@ -52,11 +49,11 @@ class Comparison:
 def compare(
     baseline: Losses, candidate: Losses, *, margin: float, confidence: float, bootstrap_samples: int, seed: int
 ) -> Comparison:
-    """Compare two models on the documents that both scored.
+    """Comparison of two models on the documents that both scored.
 
     The difference is weighted by tokens: sum of the documents' differences over the sum of their tokens. Whole
-    documents are drawn with replacement, for tokens of one document are not independent, and both models' losses of a
-    document stay together, so that what is hard for both cancels (paired percentile bootstrap, Efron and
+    documents are resampled with replacement, for tokens of one document are not independent, and both models' losses
+    of a document stay together, so that a document's difficulty cancels (paired percentile bootstrap, Efron and
     Tibshirani 1993, chapters 13 and 8.3). The interval is a little narrow below some 50 documents.
 
     A difference up to `margin` counts as none. The verdict is
@@ -112,7 +109,7 @@ def compare(
 
 
 def _in_common(baseline: Losses, candidate: Losses) -> list[str]:
-    """The documents that both scored, in one order."""
+    """Ids of the documents that both models scored, sorted."""
     ids = sorted(baseline.keys() & candidate.keys())
     if len(ids) < 2:
         raise InvalidInputError(
@@ -132,7 +129,7 @@ def _check_arguments(margin: float, confidence: float, bootstrap_samples: int) -
 
 
 def _tokens(ids: list[str], baseline: Losses, candidate: Losses) -> NDArray[np.int64]:
-    """Tokens of each document, the same for both models."""
+    """Token count of each document, equal for both models."""
     for name in ids:
         ours, theirs = baseline[name][1], candidate[name][1]
         if ours != theirs:
@@ -157,15 +154,15 @@ def _nlls(ids: list[str], losses: Losses, side: str) -> NDArray[np.float64]:
 
 
 def _bootstrap(delta: NDArray[np.float64], tokens: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64]:
-    """The weighted difference in each of `samples` resamples, drawn some at a time to bound the memory."""
+    """Weighted difference in each of `samples` resamples, computed in blocks to bound the memory."""
     generator = np.random.default_rng(seed)
     documents = len(delta)
     rows = max(1, _DRAWS_AT_ONCE // documents)
-    parts = []
+    blocks = []
     for start in range(0, samples, rows):
         drawn = generator.integers(documents, size=(min(rows, samples - start), documents))
-        parts.append(delta[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
-    return np.concatenate(parts)
+        blocks.append(delta[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
+    return np.concatenate(blocks)
 
 
 def _judge(difference: float, low: float, high: float, *, margin: float, effect: float) -> tuple[Verdict, str]:

@@ -18,7 +18,7 @@ import torch
 from anything.client import Client
 from anything.engine.detokenizer import Tokenizer
 from anything.engine.embedded import EmbeddedEngine
-from anything.engine.scheduler import Row
+from anything.engine.scheduler import ScheduledChunk
 from anything.protocol import Chunk, Generation, RefusedError, SamplingParams, UnavailableError, Usage
 from anything.serve_config import EngineConfig
 from base.errors import MissingFileError, WeightsError
@@ -128,19 +128,19 @@ def test_a_cancel_in_the_middle_of_a_step_harms_nobody(model_folder: str) -> Non
     async def main() -> None:
         async with running(model_folder, config) as engine:
             inside, go_on = threading.Event(), threading.Event()
-            step = engine._forward.step
+            step = engine._runner.step
 
-            def held(rows: Sequence[Row]) -> tuple[list[int], torch.Tensor]:
+            def held(chunks: Sequence[ScheduledChunk]) -> tuple[list[int], torch.Tensor]:
                 inside.set()
                 go_on.wait(30)
-                return step(rows)
+                return step(chunks)
 
             stays, goes = (
                 engine.generate(Generation("stays", SamplingParams(max_tokens=30))),
                 engine.generate(Generation("goes away", SamplingParams(max_tokens=30))),
             )
             chunks, _ = [await anext(stays)], await anext(goes)
-            engine._forward.step = held  # type: ignore[method-assign]
+            engine._runner.step = held  # type: ignore[method-assign]
             await asyncio.to_thread(inside.wait)
             await goes.aclose()
             go_on.set()
@@ -195,7 +195,7 @@ def test_a_failed_step_fails_every_generation_and_readiness(model_folder: str) -
         async with running(model_folder, cpu()) as engine:
             stream = engine.generate(Generation("abc", SamplingParams(max_tokens=400)))
             await anext(stream)
-            engine._forward.cache_LZX = torch.zeros(0, 0, 0)
+            engine._runner.cache_LZX = torch.zeros(0, 0, 0)
             with pytest.raises(UnavailableError, match="the engine failed") as error:
                 async for _ in stream:
                     pass
