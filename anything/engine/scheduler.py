@@ -240,7 +240,7 @@ class Scheduler:
         return sum(max(0, -(-s.length // self.block_tokens) - len(s.blocks)) for s in self._running)
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Allocate the blocks of a sequence's first `tokens` tokens; False, with none allocated, if they are too few."""
+        """Allocate the blocks of a sequence's first `tokens` tokens; False, with none taken, if too few are free."""
         missing = -(-tokens // self.block_tokens) - len(sequence.blocks)
         if missing > self._allocator.free:
             return False

@@ -101,7 +101,7 @@ def _scales(blocks_NB: Tensor) -> Tensor:
 
 
 def _candidates(amax_N: Tensor) -> Tensor:
-    """Scales [C, N], and their fp32 neighbours, under which a block's largest value is one of e4m3's; amax / 448 first."""
+    """Scales [C, N] and their fp32 neighbours that make a block's largest value one of e4m3's; amax / 448 first."""
     scales = [amax_N / significand for significand in _SIGNIFICANDS]
     ends = [torch.full_like(amax_N, end) for end in (0.0, math.inf)]
     return torch.stack([near for scale_N in scales for near in (scale_N, *(scale_N.nextafter(end) for end in ends))])

@@ -90,7 +90,7 @@ def test_a_revoked_key_is_403(serve: Serve, key_file: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "message"),
     [
         (b"{", "JSON"),
         (b"[]", "object"),
@@ -110,11 +110,11 @@ def test_a_revoked_key_is_403(serve: Serve, key_file: tuple[str, str]) -> None:
         (b'{"prompt": "\xff"}', "JSON"),
     ],
 )
-def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, told: str, serve: Serve, ask: httpx.Client) -> None:
+def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, message: str, serve: Serve, ask: httpx.Client) -> None:
     engine = EchoEngine()
     answer = ask.post(serve(engine) + PATH, content=sent)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
-    assert told in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
     assert engine.started == 0
 
 

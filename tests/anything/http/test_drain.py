@@ -1,4 +1,4 @@
-"""Ending a server: what is in flight finishes or is told, and the process exits with 0."""
+"""Ending a server: what is in flight finishes or gets a 503, and the process exits with 0."""
 
 from __future__ import annotations
 
