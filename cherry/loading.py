@@ -12,7 +12,7 @@ from cherry.distributed.local_part import local_part
 from model.transformer import DeepseekV3
 from model.weights.pretrained import Part, load_parts
 from model.weights.reader import Source, WeightsReader
-from model.weights.safetensors_file import Box
+from model.weights.safetensors_file import Box, SafetensorsFile
 
 
 def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
@@ -71,6 +71,13 @@ class PickledWeights:
     def read_box(self, name: str, box: Box) -> Tensor:
         """Slice of a tensor; its pages are read from disk when it is copied."""
         return self._tensors[name][tuple(slice(*bounds) for bounds in box)]
+
+    def open_files(self) -> None:
+        """Nothing to open: the file was mapped on construction."""
+
+    def remote_file(self, name: str) -> SafetensorsFile | None:
+        """None: tensors are read from the mapped file."""
+        return None
 
 
 def _persistent_buffers(model: DeepseekV3) -> list[tuple[str, Tensor]]:
