@@ -107,6 +107,18 @@ class ParallelConfig(Section):
                 yield Problem("parallel.reshard_after_forward", rule, self.reshard_after_forward)
 
 
+class MuonConfig(Section):
+    """Options of Muon (Keller Jordan, 2024) as Moonlight trains with it (arXiv 2502.16982)."""
+
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    nesterov: bool = True
+    newton_schulz_steps: PositiveInt = 5
+    """Iterations that orthogonalize an update."""
+    update_rms: PositiveFloat = 0.2
+    """An update of an M x N matrix is scaled by this times sqrt(max(M, N)): its root mean square is then about that of
+    AdamW's updates, so that learning_rate and weight_decay mean the same for both (section 2.2)."""
+
+
 class TrainConfig(Section):
     """One optimizer's recipe. Defaults follow DeepSeek-V3's paper, section 4.2, where a size is not involved."""
 
@@ -118,10 +130,15 @@ class TrainConfig(Section):
     min_learning_rate_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
     warmup_steps: NonNegativeInt = 10
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of decoder blocks (attention, feed-forwards, experts) by Muon; the router, embedding,
+    head, norms and the MTP module's projection stay with AdamW."""
+    muon: MuonConfig = MuonConfig()
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     optimizer_state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of AdamW's two moments. bf16 saves 4 bytes a parameter (DeepSeek-V3, section 3.3.3)."""
+    """Type of AdamW's two moments and of Muon's momentum. bf16 saves 4 bytes a parameter with AdamW (DeepSeek-V3,
+    section 3.3.3), 2 with Muon."""
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat = 1.0
     spike_sigma: PositiveFloat | None = 6.0
@@ -152,13 +169,16 @@ class TrainConfig(Section):
     """CPU threads of a rank; `None` shares the machine's cores among its ranks."""
 
     def problems(self) -> Iterator[Problem]:
-        """A decay that bf16 can hold."""
-        if self.optimizer_state_dtype == "bf16" and max(self.beta1, self.beta2) > _BF16_MAX_BETA:
-            key = "beta1" if self.beta1 > self.beta2 else "beta2"
+        """Decays that bf16 states can follow."""
+        decays = {"beta1": self.beta1, "beta2": self.beta2}
+        if self.optimizer == "muon":
+            decays["muon.momentum"] = self.muon.momentum
+        key = max(decays, key=decays.__getitem__)
+        if self.optimizer_state_dtype == "bf16" and decays[key] > _BF16_MAX_BETA:
             rule = (
                 f"must be at most {_BF16_MAX_BETA} with train.optimizer_state_dtype bf16, whose moments stick above it"
             )
-            yield Problem(key, rule, getattr(self, key))
+            yield Problem(key, rule, decays[key])
 
 
 LoraTarget = Literal[
@@ -287,8 +307,18 @@ class JobConfig(Section):
         if self.data.tokenizer is None and self.model.vocab_size < 512:
             rule = "a byte-level BPE needs 256 byte tokens, special tokens and merges: at least 512"
             yield Problem("model.vocab_size", rule, self.model.vocab_size)
+        if self.train.optimizer == "muon":
+            yield from self._muon_problems()
         if self.lora is not None:
             yield from self._lora_problems(self.lora)
+
+    def _muon_problems(self) -> Iterator[Problem]:
+        if self.lora is not None:
+            rule = "must be adamw with lora: an adapter's two factors are not the matrix that Muon would orthogonalize"
+            yield Problem("train.optimizer", rule, self.train.optimizer)
+        if self.parallel.cpu_offload:
+            rule = "must be adamw with parallel.cpu_offload: Muon's matrix products would run on the CPU"
+            yield Problem("train.optimizer", rule, self.train.optimizer)
 
     def _lora_problems(self, lora: LoraConfig) -> Iterator[Problem]:
         if self.init_from is None:

@@ -113,7 +113,7 @@ class Trainer:
 
     def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
-        self.network.fold()
+        self.network.reshard()
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
         self.network.start()
         self.communication.restore(uri, self._group)
@@ -199,7 +199,7 @@ class Trainer:
         # Behind the optimizer's step, which takes the GPU long enough to queue this and the next pass.
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
         update_expert_bias(layers, bias_rate, load_LE.to(self.device))
-        self.network.clear()
+        self.network.zero_grad()
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
@@ -332,7 +332,7 @@ class Trainer:
             **identity(self.config, self.dataset.manifest),
             "model": self.config.model.model_dump(mode="json"),
         }
-        self.network.fold()
+        self.network.reshard()
         unsent = self.communication.state()
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, unsent)
         if unsent:
