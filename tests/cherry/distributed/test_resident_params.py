@@ -34,8 +34,9 @@ def one_rank() -> Iterator[None]:
 WIDE = {**SMALL, "hidden_size": 128, "moe_intermediate_size": 128}
 
 
-def build(*, resident: bool, micro_batches: int, fp8: bool = False) -> Network:
-    train = TrainConfig(learning_rate=2e-3, gradient_accumulation_steps=micro_batches)
+def build(*, resident: bool, micro_batches: int, fp8: bool = False, optimizer: str = "adamw") -> Network:
+    options = {"optimizer": optimizer, "learning_rate": 2e-3, "gradient_accumulation_steps": micro_batches}
+    train = TrainConfig.model_validate(options)
     with torch.device("meta"):
         model = DeepseekV3(ModelConfig.model_validate(WIDE if fp8 else SMALL))
     module = TrainingModel(model, 64)
@@ -67,14 +68,26 @@ def train(network: Network, tokens: Tensor, *, reshard_at: int | None = None) ->
     return losses
 
 
-@pytest.mark.parametrize(("micro_batches", "fp8"), [(1, False), (MICRO_BATCHES, False), (1, True)])
+@pytest.mark.parametrize(
+    ("micro_batches", "fp8", "optimizer"),
+    [
+        (1, False, "adamw"),
+        (MICRO_BATCHES, False, "adamw"),
+        (1, True, "adamw"),
+        (MICRO_BATCHES, False, "muon"),
+        (1, True, "muon"),
+    ],
+)
 def test_residency_changes_nothing(
-    one_rank: None, micro_batches: int, fp8: bool, monkeypatch: pytest.MonkeyPatch
+    one_rank: None, micro_batches: int, fp8: bool, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adamw, "_step_fused", adamw.step_reference)  # one arithmetic on both sides
     one_step = torch.randint(128, (1, micro_batches, 2, 33), generator=torch.Generator().manual_seed(0))
     tokens = one_step.expand(STEPS, -1, -1, -1)
-    plain, kept = (build(resident=resident, micro_batches=micro_batches, fp8=fp8) for resident in (False, True))
+    plain, kept = (
+        build(resident=resident, micro_batches=micro_batches, fp8=fp8, optimizer=optimizer)
+        for resident in (False, True)
+    )
     assert kept.resident is not None and plain.resident is None and bool(kept.resident.quantized) == fp8
     expected = train(plain, tokens)
     assert expected[-1] < expected[0]
