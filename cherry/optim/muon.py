@@ -24,13 +24,10 @@ from torch.distributed.tensor import DTensor
 
 from cherry.job_config import MuonConfig
 from cherry.optim.adamw import AdamW, local, local_gradients
+from cherry.optim.muon_buckets import BUCKET_ELEMENTS, fill_buckets
 from cherry.optim.newton_schulz import orthogonalize
 from cherry.optim.protocol import Gradients
 from cherry.optim.row_exchange import RowExchange, ShardedRows, assign_owners
-
-BUCKET_ELEMENTS = 1 << 25
-"""Elements of a rank's matrices that are updated at one time, or one matrix where that is larger. With it the update,
-its momentum, what travels and what Newton-Schulz iterates on take at most 18 bytes times that, 0.6 GB."""
 
 
 class Muon(AdamW):
@@ -202,27 +199,15 @@ def _buckets(parameters: list[nn.Parameter], row_blocks: int) -> Iterator[_Bucke
                 rows.pieces.append(piece)
                 rows.matrices.append(matrix)
     sizes = [math.prod(piece.sides) * (piece.index[0].stop - piece.index[0].start) for piece in whole]  # type: ignore[union-attr]
-    for chosen in _filled(sizes, BUCKET_ELEMENTS):
+    for chosen in fill_buckets(sizes, BUCKET_ELEMENTS):
         yield _Bucket(whole[chosen], None)
     for rows in sharded.values():
         loads = [0] * rows.group.size()
         sizes = [math.prod(piece.sides) for piece in rows.pieces]
-        for chosen in _filled(sizes, BUCKET_ELEMENTS * rows.group.size()):
+        for chosen in fill_buckets(sizes, BUCKET_ELEMENTS * rows.group.size()):
             matrices = rows.matrices[chosen]
             exchange = RowExchange(matrices, assign_owners(matrices, loads), rows.group)
             yield _Bucket(rows.pieces[chosen], exchange)
-
-
-def _filled(sizes: list[int], limit: int) -> Iterator[slice]:
-    """Consecutive items whose sizes add up to at most `limit`, or single larger ones."""
-    first, total = 0, 0
-    for index, size in enumerate(sizes):
-        if index > first and total + size > limit:
-            yield slice(first, index)
-            first, total = index, 0
-        total += size
-    if first < len(sizes):
-        yield slice(first, len(sizes))
 
 
 def _row_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:

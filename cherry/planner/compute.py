@@ -152,7 +152,10 @@ def mtp_passes(work: Workload) -> Passes:
 
 def optimizer_seconds(work: Workload) -> float:
     """AdamW with the clip in one pass, the norm's pass before it, and what is cast again behind it."""
-    trained = network_of(work).total("trained_elements" if work.unsharded else "padded_trained")
+    network = network_of(work)
+    trained = network.total("trained_elements" if work.unsharded else "padded_trained")
+    if work.optimizer == "muon":  # its matrices: see cherry/planner/muon.py
+        trained -= network.total("padded_matrices")
     gradient = work.type_bytes if work.alone and work.accumulation == 1 else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.
     each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.alone else 0)

@@ -28,6 +28,17 @@ def all_reduce_seconds(work: Workload, group: Group, total_bytes: float) -> floa
     return 2 * ring_seconds(work, group, total_bytes)
 
 
+def all_to_all_seconds(work: Workload, group: Group, sent_bytes: float) -> float:
+    """An all-to-all in which each rank sends as much to every rank of the group, `sent_bytes` with its own part."""
+    if group.ranks == 1 or sent_bytes <= 0:
+        return 0.0
+    near = sent_bytes * (group.on_node - 1) / group.ranks / (work.gpu.link_rate * work.reach.link)
+    if group.nodes == 1:
+        return COLLECTIVE_S + near
+    far = sent_bytes * (group.ranks - group.on_node) / group.ranks / (work.gpu.network_rate * work.reach.exchange)
+    return COLLECTIVE_S + NETWORK_HOP_S + max(near, far)
+
+
 def exchange_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
     """An all-to-all of a micro-batch's routed rows, each of `row_bytes`: inside its node, and across.
 

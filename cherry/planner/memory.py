@@ -13,6 +13,7 @@ from functools import cached_property
 from cherry.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
 from cherry.planner.matmuls import HELD_BYTES, held_elements
+from cherry.planner.muon import state_bytes, workspace_bytes
 from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
 
@@ -154,7 +155,7 @@ class _Stages:
         found |= {f"backward, {name}": stage for name, stage in self._blocks()}
         if not (self.work.alone or self.work.unsharded):
             found["backward, root"] = self._root()
-        found["optimizer"] = self._stage(gradients=self._gradients(1.0))
+        found["optimizer"] = self._stage(gradients=self._gradients(1.0), activations=workspace_bytes(self.work))
         return found
 
     def _stage(self, **parts: int) -> Components:
@@ -168,11 +169,10 @@ class _Stages:
     def _always(self) -> Components:
         work, network = self.work, self.network
         here = 0 if work.cpu_offload else 1
-        moments = 2 * work.moment_bytes * network.total("trained_elements" if work.unsharded else "padded_trained")
         copies = work.type_bytes * network.total("elements") + int(HELD_BYTES * held_elements(work))
         always = {
             "parameters": here * _FP32 * network.total("padded"),
-            "optimizer states": here * moments,
+            "optimizer states": here * state_bytes(work),
             "gathered layers": copies if work.alone else 0,
         }
         workspace = {"activations": 0 if work.gpu.shared_memory else WORKSPACE_BYTES}

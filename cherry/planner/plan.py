@@ -14,6 +14,7 @@ from cherry.hardware import GIB, PROCESS_BYTES, Gpu
 from cherry.job_config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
 from cherry.planner.memory import RankMemory, memory_of
+from cherry.planner.muon import checkpoint_state_bytes
 from cherry.planner.step_time import StepTime, step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload, workload_of
@@ -182,8 +183,7 @@ def plan_of(config: JobConfig, cluster: ClusterSpec, work: Workload) -> Plan:
 
 def _run(config: JobConfig, cluster: ClusterSpec, work: Workload, step: StepTime) -> RunPlan:
     network, train = network_of(work), config.train
-    trained = network.whole("trained_elements", work.expert)
-    held = 4 * network.whole("elements", work.expert) + 2 * work.moment_bytes * trained
+    held = 4 * network.whole("elements", work.expert) + checkpoint_state_bytes(work)
     copy_s = held / work.ranks * work.replicate / work.gpu.host_rate
     stall_s = _STALL_S + max(0.0, copy_s - step.total) if config.checkpoint.asynchronous else 0.0
     save_s = copy_s + held / cluster.storage_write_bytes_s

@@ -21,6 +21,30 @@ EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
+class MatrixShape:
+    """A parameter of a decoder block that Muon updates (cherry/optim/build.py, `hidden_matrices`)."""
+
+    shape: Shape
+    row_blocks: int = 1
+    """Matrices of equal size that are fused along the rows."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of each matrix."""
+        return self.shape[-2] // self.row_blocks, self.shape[-1]
+
+    @property
+    def stacked(self) -> int:
+        """Experts, or 1."""
+        return math.prod(self.shape[:-2])
+
+    @property
+    def count(self) -> int:
+        """Matrices in the parameter."""
+        return self.stacked * self.row_blocks
+
+
+@dataclass(frozen=True)
 class Unit:
     """Parameters that one `fully_shard` call holds."""
 
@@ -30,6 +54,8 @@ class Unit:
     shards: int
     trained: tuple[Shape, ...]
     """Those of them that have gradients: all, or adapters alone."""
+    matrices: tuple[MatrixShape, ...] = ()
+    """Those of them that Muon updates where the optimizer is Muon."""
 
     @cached_property
     def elements(self) -> int:
@@ -44,20 +70,37 @@ class Unit:
     @cached_property
     def padded(self) -> int:
         """Elements of a rank's shard as FSDP2 allocates it on every rank: rows are padded to the fullest rank's."""
-        return sum(self._shard(shape) for shape in self.shapes)
+        return sum(self.shard(shape) for shape in self.shapes)
 
     @cached_property
     def padded_trained(self) -> int:
         """The same of those that have gradients."""
-        return sum(self._shard(shape) for shape in self.trained)
+        return sum(self.shard(shape) for shape in self.trained)
 
-    def _shard(self, shape: Shape) -> int:
-        """Elements of the fullest rank's part: by rows; experts that do not go round are cut by width (sharding.py)."""
-        if len(shape) == 3 and shape[1] % self.shards == 0:
-            uneven = shape[0] % self.shards != 0 if self.name == EXPERTS else shape[0] < self.shards
-            if uneven:
-                return math.prod(shape) // self.shards
+    @cached_property
+    def matrix_elements(self) -> int:
+        """Elements of the matrices that Muon updates, gathered whole."""
+        return sum(math.prod(matrix.shape) for matrix in self.matrices)
+
+    @cached_property
+    def padded_matrices(self) -> int:
+        """Elements of a rank's shard of the matrices that Muon updates."""
+        return sum(self.shard(matrix.shape) for matrix in self.matrices)
+
+    def cuts_rows(self, shape: Shape) -> bool:
+        """Whether ranks share the rows of a parameter's matrices."""
+        return self.shards > 1 and (len(shape) == 2 or self._by_width(shape))
+
+    def shard(self, shape: Shape) -> int:
+        """Elements of the fullest rank's part: by rows; experts that do not go round are cut by width (fsdp.py)."""
+        if self._by_width(shape):
+            return math.prod(shape) // self.shards
         return math.ceil(shape[0] / self.shards) * math.prod(shape[1:])
+
+    def _by_width(self, shape: Shape) -> bool:
+        if len(shape) != 3 or shape[1] % self.shards:
+            return False
+        return shape[0] % self.shards != 0 if self.name == EXPERTS else shape[0] < self.shards
 
 
 @dataclass(frozen=True)
@@ -94,7 +137,7 @@ class Network:
         units = [(unit, self.dense_layers) for unit in self.dense.units]
         units += [(unit, self.mixture_layers) for unit in self.mixture.units]
         units += [(self.root, 1)]
-        names = ("elements", "trained_elements", "padded", "padded_trained")
+        names = ("elements", "trained_elements", "padded", "padded_trained", "matrix_elements", "padded_matrices")
         return {name: sum(count * getattr(unit, name) for unit, count in units) for name in names}
 
     def total(self, of: str) -> int:
@@ -132,25 +175,40 @@ def _layer(
     width = model.hidden_size
     linears = attention_linears(model)
     shapes: list[Shape] = [(width,), (width,), *_attention_norms(model), *linears.values()]
+    matrices = [MatrixShape(shape) for shape in linears.values()]
     if not moe:
-        shapes += [(2 * model.intermediate_size, width), (width, model.intermediate_size)]
-        return Layer(moe, (_unit("dense block", shapes, dense_shards, list(linears.items()), lora),))
+        feed_forward: list[Shape] = [(2 * model.intermediate_size, width), (width, model.intermediate_size)]
+        shapes += feed_forward
+        matrices += _fused_pair(feed_forward)
+        return Layer(moe, (_unit("dense block", shapes, dense_shards, list(linears.items()), lora, matrices),))
     shared = shared_linears(model)
     shapes += [(model.n_routed_experts, width), *shared.values()]
+    matrices += _fused_pair(list(shared.values()))
     own = model.n_routed_experts // expert
     experts: list[Shape] = [(own, 2 * model.moe_intermediate_size, width), (own, width, model.moe_intermediate_size)]
     adapted = [*linears.items(), *shared.items()]
     if expert == 1:
-        return Layer(moe, (_unit("mixture block", shapes + experts, dense_shards, adapted, lora),))
-    dense = _unit("mixture block", shapes, dense_shards, adapted, lora)
-    return Layer(moe, (dense, _unit(EXPERTS, experts, expert_shards, [], lora)))
+        matrices += _fused_pair(experts)
+        return Layer(moe, (_unit("mixture block", shapes + experts, dense_shards, adapted, lora, matrices),))
+    dense = _unit("mixture block", shapes, dense_shards, adapted, lora, matrices)
+    return Layer(moe, (dense, _unit(EXPERTS, experts, expert_shards, [], lora, _fused_pair(experts))))
+
+
+def _fused_pair(shapes: Sequence[Shape]) -> list[MatrixShape]:
+    """A feed-forward's two parameters, of which the first has gate and up projections fused; or none."""
+    return [MatrixShape(shape, row_blocks) for shape, row_blocks in zip(shapes, (2, 1), strict=False)]
 
 
 def _unit(
-    name: str, shapes: list[Shape], shards: int, adapted: Sequence[tuple[str, Shape]], lora: LoraConfig | None
+    name: str,
+    shapes: list[Shape],
+    shards: int,
+    adapted: Sequence[tuple[str, Shape]],
+    lora: LoraConfig | None,
+    matrices: Sequence[MatrixShape] = (),
 ) -> Unit:
     if lora is None:
-        return Unit(name, tuple(shapes), shards, tuple(shapes))
+        return Unit(name, tuple(shapes), shards, tuple(shapes), tuple(matrices))
     chosen = [shape for key, shape in adapted if lora.targets is None or key in lora.targets]
     adapters = [part for out, into in chosen for part in ((lora.rank, into), (out, lora.rank))]
     return Unit(name, (*shapes, *adapters), shards, tuple(adapters))

@@ -58,6 +58,9 @@ class Workload:
     """`none` or `full`."""
     compile: bool = False
     moment_bytes: int = 4
+    optimizer: str = "adamw"
+    newton_schulz_steps: int = 5
+    """Of Muon."""
     loss_chunk_tokens: int = 1024
     kept_share: float = 0.0
     """Of a gathered block, what stays between its passes: nothing, all, or its part in a group of some ranks."""
@@ -199,6 +202,8 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         recompute=train.activation_checkpointing,
         compile=train.compile,
         moment_bytes=_TYPE_BYTES[train.optimizer_state_dtype],
+        optimizer=train.optimizer,
+        newton_schulz_steps=train.muon.newton_schulz_steps,
         loss_chunk_tokens=train.loss_chunk_tokens,
         # True is freed, False is kept whole, a number is kept in parts of so many.
         kept_share=0.0 if parallel.reshard_after_forward is True else 1.0 / max(1, int(parallel.reshard_after_forward)),
