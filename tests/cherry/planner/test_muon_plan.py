@@ -81,11 +81,8 @@ def test_a_run_on_one_rank_holds_the_planned_states(dtype: str, size: int) -> No
 
 
 def test_a_plan_of_muon_needs_a_moment_less_a_matrix() -> None:
-    raw = {
-        "name": "test",
-        "model": {"preset": "16b"},
-        "train": {"precision": "bf16", "batch_size": 64, "warmup_steps": 1},
-    }
+    train = {"precision": "bf16", "batch_size": 64, "warmup_steps": 1}
+    raw = {"name": "test", "model": {"preset": "16b"}}
     launch = {"launch": {"nproc_per_node": 8, "nnodes": 8, "master_port": 29500}, "parallel": {"expert": 8}}
     cluster = validate(
         {"kind": "nodes", "gpu": "H100", "nodes": 8, "gpus_per_node": 8}, ClusterSpec, origin="cluster.yaml"
