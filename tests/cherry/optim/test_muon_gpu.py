@@ -1,4 +1,4 @@
-"""Muon on a GPU, where it iterates in bf16 and resident parameters follow: against the CPU's fp32, and in its memory."""
+"""Muon on a GPU, in bf16 and with resident parameters: against the CPU's fp32 steps, and within the planned memory."""
 
 from __future__ import annotations
 
