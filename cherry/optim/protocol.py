@@ -46,4 +46,4 @@ class Optimizer(Protocol):
         """Options and states, as torch.optim.Optimizer gives them."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states of `state_dict`, cast to the configured type; options stay as configured."""
+        """Take over the states of `state_dict`, cast to the configured type."""
