@@ -1,4 +1,4 @@
-"""Owns nothing: the program that `cherry-launch` and the flow start on every rank; see cherry/rank_main.py."""
+"""Training program of one rank, started by `cherry-launch ... train.py`: the same as `-m cherry.rank_main`."""
 
 from cherry.rank_main import main
 

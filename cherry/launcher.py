@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from base.errors import (
@@ -28,6 +29,8 @@ from base.errors import (
 
 LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
 """Environment variable in which a rank finds its launcher's pid."""
+TRAIN_SCRIPT, TRAIN_MODULE = "train.py", "cherry.rank_main"
+"""The training program: the file of a checkout, and the module that is installed."""
 _PR_SET_PDEATHSIG = 1
 OUR_EXIT_CODES = range(10, 50)
 """Codes of base/errors.py, the caller's side first."""
@@ -56,6 +59,7 @@ def launch(arguments: list[str]) -> None:
     from torch.distributed import run as torchrun
 
     options = _parse(torchrun.get_args_parser(), arguments)
+    _find_program(options)
     _check_port(options, arguments)
     _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
     with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
@@ -72,6 +76,16 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(arguments)
+
+
+def _find_program(options: Any) -> None:
+    """Start the installed training program where `train.py` is named and no such file is in the working directory."""
+    if options.training_script == TRAIN_SCRIPT and not options.module and not Path(TRAIN_SCRIPT).exists():
+        print(f"no {TRAIN_SCRIPT} in this directory: starting the installed one (-m {TRAIN_MODULE})", flush=True)
+        options.module, options.training_script = True, TRAIN_MODULE
+    if options.module and options.training_script == TRAIN_MODULE:
+        # As python -P: a package called `model` in the working directory is not taken for this project's.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def _start(options: Any) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from base.config import load
+from base.config import load, packaged_config
 from base.errors import CherryError, run_program
 from cherry import __version__
+from cherry.cluster import LOCAL
 from flows.offline import set_offline_defaults
 from flows.prefect_server import TemporaryServer
 from tasks.run_config import RunConfig
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(options: argparse.Namespace) -> None:
     console = Console()
+    for named in (getattr(options, "config", None), getattr(options, "cluster", None)):
+        _say_packaged(named)
     set_offline_defaults(verbose=getattr(options, "verbose", False))  # before what imports prefect
     if options.command == "plan":
         from flows.plan_command import plan
@@ -127,6 +130,13 @@ def _dispatch(options: argparse.Namespace) -> None:
             deploy(console, server, options.config, options.overrides, version=options.model_version)
         else:
             demo(console, server)
+
+
+def _say_packaged(named: str | None) -> None:
+    """Tell which packaged file a name or a path that is not in the working directory stands for."""
+    if named is not None and named != LOCAL and (file := packaged_config(named)) is not None:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"{named}: taken from the package, {file}", highlight=False, markup=False)
 
 
 def _doctor(console: Console, runs_directory: Path) -> None:

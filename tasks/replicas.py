@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ import psutil
 from anything.keys import create_key
 from base import storage
 from base.errors import ServiceError
-from tasks.process import PROJECT_ROOT, end_tree, error_of
+from tasks.process import end_tree, error_of
+from tasks.programs import module_command, module_environment
 from tasks.provision import is_alive
 
 GATEWAY = "gateway"
@@ -86,9 +86,9 @@ class ServingDirectory:
         port_file, log = self.path / f"{name}.port", self.path / f"{name}.log"
         port_file.unlink(missing_ok=True)
         self._record(Server(name, 0, 0.0, "", model, version))
-        command = [sys.executable, "-m", "anything.cli", "serve", *arguments]
-        command += ["--port_file", str(port_file), "--key_file", str(keys)]
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+        files = ["--port_file", str(port_file), "--key_file", str(keys)]
+        command = module_command("anything.cli", ["serve", *arguments, *files])
+        environment = module_environment()
         environment.pop("ANYTHING_API_KEY", None)
         with log.open("w") as output:
             process = subprocess.Popen(

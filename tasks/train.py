@@ -16,10 +16,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
+from cherry.launcher import TRAIN_MODULE
 from tasks.artifacts import ProgressArtifact
 from tasks.plan_record import compared
 from tasks.plots import plot_training
-from tasks.process import PROJECT_ROOT, in_background
+from tasks.process import in_background
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
 from tasks.tracking.metrics_relay import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
 
@@ -74,8 +75,8 @@ def _arguments(context: RunContext, identity: str) -> list[str]:
     arguments = [f"--nproc_per_node={launch.nproc_per_node}", f"--nnodes={launch.nnodes}"]
     if launch.master_port is not None:
         arguments.append(f"--master_port={launch.master_port}")
-    program = str(PROJECT_ROOT / "train.py")
-    arguments += [program, "--config", str(context.path / "config.yaml"), "--run_dir", context.directory]
+    config_file = str(context.path / "config.yaml")
+    arguments += ["-m", TRAIN_MODULE, "--config", config_file, "--run_dir", context.directory]
     if directory is not None:
         # The directory may be shared: this run and this config have their own place in it.
         own = storage.join(directory, f"{context.config.name}-{identity[:8]}")
