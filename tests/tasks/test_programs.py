@@ -21,10 +21,10 @@ def test_a_module_of_the_working_directory_is_not_taken_for_ours(
     monkeypatch.delenv("PYTHONPATH", raising=False)
     for name in ("tasks", "base"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
-    command = module_command("model.quantize", ["--help"])
+    command = module_command("flows.prefect_server", ["--help"])
     ended = subprocess.run(command, cwd=tmp_path, env=module_environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "--source" in ended.stdout
+    assert "--parent" in ended.stdout
 
 
 def test_the_packages_folder_comes_first_unless_python_finds_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
