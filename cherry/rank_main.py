@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from base.errors import (
     ConfigError,
     InvalidInputError,
     WorkerLostError,
+    error_record,
     run_program,
     storage_errors,
 )
 from cherry.job_config import JobConfig
-from cherry.launcher import LAUNCHER_PID, die_with_parent
+from cherry.launcher import LAUNCHER_PID, RECORD_KEY, die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +74,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    """Train, with an error of ours told once: by rank 0 here, of the others by the launcher if theirs is the cause."""
+    """Train. An error of ours is printed once: rank 0's here, another rank's by the launcher if it is the cause."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         _train(build_parser().parse_args(arguments), rank)
     except CherryError as error:
         logger.error("%s", error, exc_info=error.__cause__)
+        _write_for_launcher(error)
         if rank == 0:
             raise
-        _tell_launcher(error)
         os._exit(error.exit_code)
 
 
-def _tell_launcher(error: CherryError) -> None:
-    """Leave the text where torch's launcher looks for it (torch.distributed.elastic.multiprocessing.errors)."""
+def _write_for_launcher(error: CherryError) -> None:
+    """Write the error where torch's launcher looks for it (torch.distributed.elastic.multiprocessing.errors)."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": detail}}))
+        record = {"message": {"message": str(error), "extraInfo": detail}, RECORD_KEY: error_record(error)}
+        try:
+            Path(path).write_text(json.dumps(record))
+        except OSError:  # a full disk: the exit code is left, and half a record would be an error of its own
+            with suppress(OSError):
+                Path(path).unlink(missing_ok=True)
 
 
 def resolve(options: argparse.Namespace) -> JobConfig:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import NonFiniteLossError
+from base.progress import print_progress
 from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import newest_checkpoint
@@ -35,6 +36,7 @@ from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_li
 from cherry.optim.build import learning_rate, set_learning_rate
 from cherry.optim.expert_bias import expert_counts, update_expert_bias
 from cherry.spike_guard import Figures, StepGuard
+from cherry.train_record import TrainRecord
 from cherry.training_model import build
 
 logger = get_logger(__name__)
@@ -146,9 +148,9 @@ class Trainer:
                 last = done == train.steps
                 due = train.evaluate_every_steps is not None and done % train.evaluate_every_steps == 0
                 if last or due:
-                    record["heldout_loss"] = self.heldout().loss
+                    record.heldout_loss = self.heldout().loss
                 if failed := self.checkpointer.new_failures():
-                    record["failed_saves"] = [str(error) for error in failed]
+                    record.failed_saves = [str(error) for error in failed]
                 self._report(record, last=last)
                 self._save_owed |= done % self.config.checkpoint.every_steps == 0
                 # A checkpoint in the middle of skipped steps would pass for a good one.
@@ -170,7 +172,7 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _step(self) -> dict[str, Any]:
+    def _step(self) -> TrainRecord:
         """One optimizer step over this rank's share of the batch."""
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
@@ -206,27 +208,29 @@ class Trainer:
         self.progress.position += train.batch_size
         self.progress.tokens += batch_tokens if skipped is None else 0
         self.progress.seconds += seconds
-        return {
-            "step": self.progress.step,
-            "steps": train.steps,
-            "loss": figures.loss,
-            "mtp_loss": float(sums[1]) / tokens_mtp,
-            "balance_loss": float(sums[2]) / parts,
-            "grad_norm": figures.grad_norm,
-            "learning_rate": rate,
-            "tokens_per_second": batch_tokens / seconds,
-            "mfu": self._mfu(batch_tokens / seconds),
-            "mfu_convention": MFU_CONVENTION,
-            **expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps),
+        busiest, shares = expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps)
+        return TrainRecord(
+            step=self.progress.step,
+            steps=train.steps,
+            loss=figures.loss,
+            mtp_loss=float(sums[1]) / tokens_mtp,
+            balance_loss=float(sums[2]) / parts,
+            grad_norm=figures.grad_norm,
+            learning_rate=rate,
+            tokens_per_second=batch_tokens / seconds,
+            mfu=self._mfu(batch_tokens / seconds),
+            mfu_convention=MFU_CONVENTION,
+            expert_load_max_over_mean=busiest,
+            expert_load=shares,
             **self.communication.traffic.figures(),
-            "step_seconds": seconds,
-            "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
-            "tokens": self.progress.tokens,
-            "skipped_steps": self.guard.skipped,
-            "rollbacks": self.progress.rollbacks,
-            **({} if skipped is None else {"skipped": skipped}),
-            "time": time.time(),
-        }
+            step_seconds=seconds,
+            seconds_left=self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
+            tokens=self.progress.tokens,
+            skipped_steps=self.guard.skipped,
+            rollbacks=self.progress.rollbacks,
+            skipped=skipped,
+            time=time.time(),
+        )
 
     def _backward(self, micro_batches: list[MicroBatch], tokens: float, tokens_mtp: float, parts: int) -> Tensor:
         """Gradients of this rank's share; its sums of the three losses, fp64 [3]."""
@@ -241,7 +245,7 @@ class Trainer:
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
         return sums
 
-    def _go_back(self, record: dict[str, Any]) -> None:
+    def _go_back(self, record: TrainRecord) -> None:
         """Too many steps in a row were skipped: go on from the last good checkpoint with the data after this step's.
 
         Raises:
@@ -253,7 +257,7 @@ class Trainer:
         if target is None or reached.rollbacks == train.max_rollbacks:
             told = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
             raise NonFiniteLossError(
-                f"step {reached.step}: {record['skipped']}, and the {self.guard.in_a_row} steps up to it were skipped "
+                f"step {reached.step}: {record.skipped}, and the {self.guard.in_a_row} steps up to it were skipped "
                 f"(train.max_skipped_steps) after {told}. What is committed in {self.checkpointer.directory} is whole. "
                 "Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
             )
@@ -306,22 +310,22 @@ class Trainer:
         self._heldout = evaluate_heldout(self.network.module, self.config, self.run_directory, self.device, self.share)
         return self._heldout
 
-    def _report(self, record: dict[str, Any], *, last: bool) -> None:
+    def _report(self, record: TrainRecord, *, last: bool) -> None:
         if self.metrics is None:
             return
         due = self.progress.step % self.config.train.log_every_steps == 0
-        marked = last or not record.keys().isdisjoint(("heldout_loss", "failed_saves", "skipped"))
+        marked = last or record.marked
         if due or marked:
             self.metrics.write(record)
             if marked or time.monotonic() >= self._say_from:
-                self._say(format_line(record))
+                self._say(format_line(record), fraction=record.step / self.config.train.steps)
                 self._say_from = time.monotonic() + _SAY_EVERY_S
-        if "skipped" in record:
-            self._say(f"step {self.progress.step} skipped: {record['skipped']}")
+        if record.skipped is not None:
+            self._say(f"step {self.progress.step} skipped: {record.skipped}")
         if failure := self.metrics.new_failure():
             self._say(f"metrics wait in memory, training goes on: {failure}")
-        for failure in record.get("failed_saves", ()):
-            self._say(f"checkpoint not saved, training goes on: {failure}")
+        for failed_save in record.failed_saves or ():
+            self._say(f"checkpoint not saved, training goes on: {failed_save}")
 
     def _save(self) -> None:
         record = {
@@ -366,8 +370,11 @@ class Trainer:
             storage.write_json(storage.join(self.run_directory, "train", "result.json"), result)
         return result
 
-    def _say(self, line: str) -> None:
-        """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
+    def _say(self, line: str, *, fraction: float | None = None) -> None:
+        """Print a line from the main process, as progress if it has a fraction of the run, and write it to the log."""
         if self.accelerator.is_main_process:
-            print(line, flush=True)
+            if fraction is None:
+                print(line, flush=True)
+            else:
+                print_progress(line, fraction)
         logger.info(line)

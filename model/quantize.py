@@ -19,6 +19,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
+from base.progress import print_progress
 from model.weights.hf_names import is_projection
 from model.weights.pretrained import WeightsReader, read_model_config, write_index
 from model.weights.safetensors_file import write_file
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="folder or URI to write")
     arguments = parser.parse_args()
     report = quantize_folder(
-        arguments.source, arguments.target, lambda line, fraction: print(f"{fraction:4.0%} {line}", flush=True)
+        arguments.source, arguments.target, lambda line, fraction: print_progress(f"{fraction:4.0%} {line}", fraction)
     )
     print(
         f"{report['quantized_tensors']} tensors, {report['bytes_before']:,} -> {report['bytes_after']:,} bytes "

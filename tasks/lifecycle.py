@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from prefect import get_run_logger, runtime
+from prefect import runtime
 from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
-from base.errors import CherryError, without_credentials
+from base.errors import CherryError
+from cherry.train_record import FLOW_SERIES
 from tasks.artifacts import show_markdown, show_table
 from tasks.overrides import resolve, run_directory, write_resolved
 from tasks.process import end_tree
 from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
 from tasks.run_config import RunConfig
+from tasks.run_logger import run_logger
 from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_event, write_record
-from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay
-from tasks.tracking.mlflow_tracker import connect, page_of
+from tasks.tracking.connect import connect
+from tasks.tracking.metrics_relay import MetricsRelay
+from tasks.tracking.protocol import RunStatus
 
 logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
@@ -53,7 +56,7 @@ def begin(config: str, overrides: BaseModel) -> RunContext:
     # Before anything is written: a live run's trainer reads config.yaml when it is started again.
     take_lease(RunContext(run_directory(resolved), resolved))
     context = _open(RunContext(write_resolved(resolved), resolved), "flow")
-    context.tracker().log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
+    context.tracker().runs.log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
     return context
 
 
@@ -66,20 +69,19 @@ def begin_release(config: str, overrides: BaseModel) -> RunContext:
     storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
     write_event(Path(directory), "deploy", "started")
     registered = find_finished(Path(directory), "register")
-    if registered is not None and registered.mlflow_parent_run_id is not None:
-        return RunContext(directory, resolved, registered.mlflow_parent_run_id)
+    if registered is not None and registered.parent_run_id is not None:
+        return RunContext(directory, resolved, registered.parent_run_id)
     context = _open(RunContext(directory, resolved), "flow")
-    context.tracker().finish(context.parent_run_id, "FINISHED")  # a parent only: the release is a step's run
+    context.tracker().runs.finish(context.parent_run_id, "FINISHED")  # a parent only: the release is a step's run
     return context
 
 
 def _open(context: RunContext, step: str) -> RunContext:
     tracker = context.tracker()
     identity = storage.fingerprint(_lasting(context))
-    parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
-    tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
-    where = without_credentials(tracker.uri)
-    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, where)
+    parent = tracker.runs.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
+    tracker.runs.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
+    run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, tracker.address)
     return RunContext(context.directory, context.config, parent, context.began)
 
 
@@ -89,24 +91,24 @@ def _lasting(context: RunContext) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
 
 
-def conclude(context: RunContext, status: str) -> dict[str, Any]:
+def conclude(context: RunContext, status: RunStatus) -> dict[str, Any]:
     """Close the flow's MLflow run as FINISHED, FAILED or KILLED; its summary, which is empty unless it finished.
 
     Also shows the steps in Prefect, and writes summary.json when all are done.
     """
-    tracker, parent = context.tracker(), context.parent_run_id
+    tracker, parent = context.tracker().runs, context.parent_run_id
     records = [record for step in TRAIN_STEPS if (record := find_finished(context.path, step)) is not None]
     summary: dict[str, Any] = {}
     text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
     # A failed run may stand beside the steps of another config's.
-    figures = {f"seconds_{one.step}": one.seconds for one in records if one.mlflow_parent_run_id == parent}
+    figures = {f"seconds_{one.step}": one.seconds for one in records if one.parent_run_id == parent}
     if status == "FINISHED":
         summary = summarize(context.path)
         text = _describe(summary)
         storage.write_json(str(context.path / "summary.json"), summary)
         records = _catch_up(context, records)
         figures = _headline(summary)
-        tracker.log(parent, tags={"mlflow.note.content": text, **_reused(context, records)})
+        tracker.log(parent, note=text, tags=_reused(context, records))
         for name in ("summary.json", "config.yaml"):
             tracker.artifact(parent, context.path / name)
         show_markdown(f"links-{context.config.name}", _links(context, records), "Where to look")
@@ -118,9 +120,9 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
 
 def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord]:
     """Tell MLflow what an outage kept from it: runs that could not be made, training's metrics, how runs ended."""
-    tracker, told = context.tracker(), []
+    tracker, told = context.tracker().runs, []
     for record in records:
-        if record.mlflow_run_id is None:
+        if record.run_id is None:
             name = f"{context.config.name}-{record.step}"
             run_id = tracker.start(
                 name,
@@ -130,13 +132,13 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
                 run_key=context.key,
             )
             tracker.log(run_id, metrics=record.figures)
-            record = replace(record, mlflow_run_id=run_id, mlflow_parent_run_id=context.parent_run_id, reused=False)
+            record = replace(record, run_id=run_id, parent_run_id=context.parent_run_id, reused=False)
             write_record(context.path, record)
         if record.step == "train":
-            MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
-            MetricsRelay(context.path / "train", tracker, context.parent_run_id, PARENT_SERIES).send_new()
+            MetricsRelay(context.path / "train", tracker, record.run_id).send_new()
+            MetricsRelay(context.path / "train", tracker, context.parent_run_id, FLOW_SERIES).send_new()
         told.append(record)
-    tracker.finish_family(context.parent_run_id, "FINISHED")
+    tracker.finish(context.parent_run_id, "FINISHED", family=True)
     return told
 
 
@@ -154,9 +156,9 @@ def _is_reused(context: RunContext, record: StepRecord) -> bool:
 def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
     """Tags that lead to the MLflow runs of the steps that another flow run did."""
     return {
-        f"cherry.reused.{record.step}": record.mlflow_run_id
+        f"cherry.reused.{record.step}": record.run_id
         for record in records
-        if record.mlflow_run_id is not None and record.mlflow_parent_run_id != context.parent_run_id
+        if record.run_id is not None and record.parent_run_id != context.parent_run_id
     }
 
 
@@ -194,7 +196,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         "verdict": evaluation["verdict"],
         "reason": evaluation["reason"],
         "compared_with": evaluation["baseline"],
-        "mlflow_run_id": records["register"].mlflow_parent_run_id if "register" in records else None,
+        "run_id": records["register"].parent_run_id if "register" in records else None,
         "seconds": {step: round(record.seconds, 3) for step, record in records.items()},
     }
 
@@ -217,15 +219,15 @@ def _readable(value: float) -> str:
 
 
 def _links(context: RunContext, records: list[StepRecord]) -> str:
-    """The MLflow runs, as links when there is a page, and the files."""
+    """The runs in the tracker, as links where it has pages, and the files, in Markdown."""
     tracker = context.tracker()
-    runs = {"flow": context.parent_run_id, **{record.step: record.mlflow_run_id for record in records}}
+    runs = {"flow": context.parent_run_id, **{record.step: record.run_id for record in records}}
     lines = [f"- {step}: {tracker.page(run)}" for step, run in runs.items() if run is not None]
     return "\n".join(
         [
             f"# {context.config.name}",
             f"Files: `{context.path.absolute()}`; the metrics stream is `train/metrics.jsonl`.",
-            "MLflow runs:" if tracker.uri.startswith("http") else f"MLflow runs, shown by `{page_of(tracker.uri)}`:",
+            f"Tracked runs (`{tracker.page()}`):",
             "",
             *lines,
         ]
@@ -269,5 +271,6 @@ def end_leftovers(config: RunConfig) -> None:
                 end_tree(psutil.Process(record["pid"]))
             program.unlink(missing_ok=True)
         if lease is not None:
-            connect(config.tracking, config.runs_directory).finish_family(lease.get("mlflow_run_id"), "KILLED")
+            tracker = connect(config.tracking, config.runs_directory).runs
+            tracker.finish(lease.get("run_id", lease.get("mlflow_run_id")), "KILLED", family=True)
             drop_lease(directory)

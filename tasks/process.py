@@ -1,37 +1,28 @@
-"""Owns programs that a task starts: their lines, their exit codes as errors, and that nothing of them stays behind.
-
-It knows nothing of what the programs do; `in_background` is for what goes on beside them.
-"""
+"""Subprocesses of tasks: their output, progress and errors, and the end of all their descendants."""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-import base.errors
 from base import storage
-from base.errors import (
-    CALLER_EXIT_CODES,
-    CherryError,
-    InvalidInputError,
-    OperationalError,
-    WorkerLostError,
-    is_retryable_exit_code,
-)
+from base.errors import ERROR_FILE_VARIABLE, CherryError, WorkerLostError, error_of_code, read_error
+from base.json_lines import JsonLinesReader, append_line
+from base.progress import PROGRESS_FILE_VARIABLE
 
-logger = logging.getLogger(__name__)
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
 _TERMINATE_GRACE_S = 15.0
 _STRAY_GRACE_S = 3.0
-_KEPT_LINES = 40
+_SHOWN_LINES = 10
 
 
 def run_module(
@@ -39,43 +30,79 @@ def run_module(
     arguments: Sequence[str],
     *,
     on_line: Callable[[str], None],
+    on_progress: Callable[[str, float], None] | None = None,
     log_file: Path | None = None,
     record_file: Path | None = None,
 ) -> None:
-    """Run `python -m module arguments` to its end, with its output given line by line.
+    """Run `python -m module arguments` to its end.
 
     Args:
+        on_line: gets each line of its output.
+        on_progress: gets the lines that report progress in place of `on_line`, with the fraction that is done.
         log_file: every line is appended there too, as long as there is room.
         record_file: holds the program's pid while it runs, for a clean-up by another process.
 
     Raises:
-        CherryError: the program's own error, by its exit code and its last `error:` text.
+        CherryError: the program's own error; see `error_of`.
     """
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CHERRY_PARENT": str(os.getpid())}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
+    with tempfile.TemporaryDirectory(prefix="cherry-program-") as folder:
+        error_file, progress_file = Path(folder) / "error.json", Path(folder) / "progress.jsonl"
+        environment = _environment(error_file, progress_file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
+        lines: deque[str] = deque(maxlen=_SHOWN_LINES)
+        with _recorded(process, record_file):
+            for line, fraction in _output(process, progress_file):
+                lines.append(line)
+                if log_file is not None:
+                    append_line(log_file, line)
+                if fraction is None or on_progress is None:
+                    on_line(line)
+                else:
+                    on_progress(line, fraction)
+            code = process.wait()
+        if code:
+            raise error_of(code, list(lines), module, error_file=error_file)
+
+
+def _environment(error_file: Path, progress_file: Path) -> dict[str, str]:
+    given = {
+        "PYTHONUNBUFFERED": "1",
+        "CHERRY_PARENT": str(os.getpid()),
+        ERROR_FILE_VARIABLE: str(error_file),
+        PROGRESS_FILE_VARIABLE: str(progress_file),
+    }
+    path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **given, "PYTHONPATH": path}
+
+
+def _output(process: subprocess.Popen[str], progress_file: Path) -> Iterator[tuple[str, float | None]]:
+    """Lines of a program's output, each with the fraction that it reports if it reports one."""
+    reader = JsonLinesReader(progress_file)
+    fractions: dict[str, float] = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        line = line.rstrip("\n")
+        # A report is written before its line is printed.
+        fractions |= {report["line"]: report["fraction"] for report in reader.read_new() or []}
+        yield line, fractions.pop(line, None)
+
+
+@contextmanager
+def _recorded(process: subprocess.Popen[str], record_file: Path | None) -> Iterator[None]:
+    """Keep the process in `record_file`, and end it with all its descendants on the way out."""
     root = psutil.Process(process.pid)
-    lines: list[str] = []
     try:
         if record_file is not None:
             storage.write_json(str(record_file), {"pid": root.pid, "created": root.create_time()})
-        assert process.stdout is not None
-        for line in process.stdout:
-            line = line.rstrip("\n")
-            lines = [*lines[-_KEPT_LINES:], line]
-            if log_file is not None:
-                append_whole(log_file, line + "\n")
-            on_line(line)
-        code = process.wait()
+        yield
     finally:
         # Also reached by Prefect's TerminationSignal, which is a BaseException.
         end_tree(root)
@@ -84,15 +111,13 @@ def run_module(
             process.stdout.close()
         if record_file is not None:
             record_file.unlink(missing_ok=True)
-    if code:
-        raise error_of(code, lines, module)
 
 
 @contextmanager
 def in_background() -> Iterator[None]:
-    """Threads that are started inside, and what this one does, do not preempt a training step when they wake up.
+    """Context for work beside training: this thread, and those started inside, do not preempt a training step.
 
-    Linux has a policy for it, which keeps their usual share of a core (SCHED_BATCH, sched(7)).
+    Linux has a scheduling policy for it, which keeps their usual share of a core (SCHED_BATCH, sched(7)).
     """
     changed = False
     with suppress(AttributeError, OSError):  # another system has none; a container may forbid it
@@ -106,22 +131,10 @@ def in_background() -> Iterator[None]:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def append_whole(path: Path, line: str) -> None:
-    """Append a line, or nothing where storage does not take it: what is only told must not end what is done."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as handle:
-            before, data = handle.tell(), line.encode()
-            if handle.write(data) != len(data):
-                handle.truncate(before)
-    except OSError as error:
-        logger.warning("%s: a line is lost: %s", path, error)
-
-
 def end_tree(root: psutil.Process) -> None:
-    """End a process and all its descendants: SIGTERM, a grace, then SIGKILL. Ranks have sessions of their own.
+    """End a process and all its descendants: SIGTERM, a grace period, then SIGKILL. Ranks have their own sessions.
 
-    `root` carries its start time, so that a pid which was given away since is left alone.
+    `root` carries its start time, so that a process that got its pid since is left alone.
     """
     try:
         tree = [root, *root.children(recursive=True)]
@@ -144,28 +157,15 @@ def _signal(processes: Sequence[psutil.Process], action: str) -> None:
             continue
 
 
-def error_of(code: int, lines: Sequence[str], program: str) -> CherryError:
-    """The error that an exit code and the last lines of output stand for."""
-    text = _message(lines) or f"{program} ended with exit code {code}; its last lines:\n" + "\n".join(lines[-10:])
-    if code < 0:
-        return WorkerLostError(f"{program} was killed by signal {-code}")
-    for kind in vars(base.errors).values():
-        if isinstance(kind, type) and issubclass(kind, CherryError) and kind.exit_code == code and code != 1:
-            return kind(text)
-    side = OperationalError if is_retryable_exit_code(code) else CherryError
-    error = InvalidInputError(text) if code in CALLER_EXIT_CODES else side(text)
-    error.exit_code = code
-    return error
+def error_of(code: int, lines: Sequence[str], program: str, *, error_file: Path | None = None) -> CherryError:
+    """The error of a program that ended: what it wrote to its error file, else its exit code and last lines of output.
 
-
-def _message(lines: Sequence[str]) -> str:
-    """The text after the last `error:` that is not the launcher's, with the indented lines that belong to it."""
-    for start in range(len(lines) - 1, -1, -1):
-        if lines[start].startswith("error: ") and "its own message is above" not in lines[start]:
-            rest = []
-            for line in lines[start + 1 :]:
-                if not line.startswith("  "):
-                    break
-                rest.append(line)
-            return "\n".join([lines[start].removeprefix("error: "), *rest])
-    return ""
+    Args:
+        code: negative for a signal.
+    """
+    written = None if error_file is None else read_error(error_file)
+    if written is not None and written.exit_code == code:
+        return written
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    text = f"{program} {how}; its last lines:\n" + "\n".join(lines[-_SHOWN_LINES:])
+    return WorkerLostError(text) if code < 0 else error_of_code(code, text)

@@ -133,7 +133,7 @@ def take_lease(context: RunContext) -> None:
             )
         token = holder["token"] if holder is not None and own else uuid.uuid4().hex
         process = {"host": _HOST, "boot": _boot(), "pid": os.getpid(), "created": psutil.Process().create_time()}
-        storage.write_json(str(path), {**process, "token": token, "mlflow_run_id": context.parent_run_id})
+        storage.write_json(str(path), {**process, "token": token, "run_id": context.parent_run_id})
     if not own:
         threading.Thread(target=_keep_fresh, args=(context.path, token), name="lease", daemon=True).start()
 

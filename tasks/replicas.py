@@ -18,7 +18,7 @@ import psutil
 
 from anything.keys import create_key
 from base import storage
-from base.errors import ServiceError
+from base.errors import ERROR_FILE_VARIABLE, ServiceError
 from tasks.process import PROJECT_ROOT, end_tree, error_of
 from tasks.provision import is_alive
 
@@ -90,6 +90,9 @@ class ServingDirectory:
         command += ["--port_file", str(port_file), "--key_file", str(keys)]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
         environment.pop("ANYTHING_API_KEY", None)
+        error_file = self.path / f"{name}.error.json"
+        error_file.unlink(missing_ok=True)
+        environment[ERROR_FILE_VARIABLE] = str(error_file)
         with log.open("w") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -100,7 +103,8 @@ class ServingDirectory:
         try:
             while not port_file.exists():
                 if (code := process.poll()) is not None:
-                    raise error_of(code, log.read_text().splitlines(), f"anything serve ({name})")
+                    lines = log.read_text().splitlines()
+                    raise error_of(code, lines, f"anything serve ({name})", error_file=error_file)
                 if time.monotonic() > deadline:
                     raise ServiceError(f"{name} was not ready after {timeout_s:g} s; its log is {log}")
                 time.sleep(_POLL_S)
