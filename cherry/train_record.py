@@ -110,9 +110,7 @@ class TrainRecord:
     ] = None
     failed_saves: Annotated[
         list[str] | None,
-        FieldInfo(
-            "checkpoints that could not be written since the step before", marks_step=True, omitted_when_none=True
-        ),
+        FieldInfo("checkpoints not written since the last step", marks_step=True, omitted_when_none=True),
     ] = None
 
     @property

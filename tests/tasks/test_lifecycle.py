@@ -27,7 +27,7 @@ def left(tmp_path, monkeypatch):
     created = psutil.Process(gone.pid).create_time()
     gone.wait()
     directory = tmp_path / "left"
-    lease = {"pid": gone.pid, "created": created, "mlflow_run_id": "0" * 32}
+    lease = {"pid": gone.pid, "created": created, "run_id": "0" * 32}
     storage.write_json(str(directory / "lease.json"), lease)
     record = {"pid": program.pid, "created": psutil.Process(program.pid).create_time()}
     storage.write_json(str(directory / PROGRAM), record)
