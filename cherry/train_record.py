@@ -101,7 +101,7 @@ class TrainRecord:
             "cross-entropy on windows of held-out documents",
             "nats per token",
             tracked=True,
-            tracked_name="heldout_window_loss",  # the evaluate step scores whole documents: another figure, another name
+            tracked_name="heldout_window_loss",  # the evaluate step has one over whole documents
             every_step=True,
             in_flow_run=True,
             marks_step=True,

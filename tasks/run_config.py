@@ -79,12 +79,14 @@ class DeployConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where runs are recorded."""
+    """Where runs and model versions are recorded."""
 
     uri: str | None = None
-    """MLflow tracking URI; `None` takes MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
+    """Tracking URI of MLflow, or `json:` for JSON files without MLflow (in `<runs_directory>/tracking`, or in PATH with
+    `json:PATH`). `None` takes MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
     experiment: str = "cherry"
     system_metrics: bool = True
+    """Record processor, memory, disk and GPU use beside each step (MLflow only)."""
 
 
 class RunConfig(JobConfig):

@@ -9,7 +9,7 @@ import pytest
 
 from anything.keys import read_key_file
 from base import storage
-from base.errors import CALLER_EXIT_CODES, CherryError
+from base.errors import USER_EXIT_CODES, CherryError
 from tasks.replicas import Server, ServingDirectory, stop_serving
 
 
@@ -69,7 +69,7 @@ def test_a_server_that_cannot_start_leaves_its_own_error_and_no_record(serving):
     arguments = ["--model_path", missing, "--model_version", "net-v9", "--port", "0"]
     with pytest.raises(CherryError, match="no-weights") as caught:
         serving.start("net-v9", arguments, keys=serving.internal_keys, model=missing, version="net-v9", timeout_s=120.0)
-    assert caught.value.exit_code in CALLER_EXIT_CODES
+    assert caught.value.exit_code in USER_EXIT_CODES
     assert serving.servers() == []
     alive = [one for one in psutil.process_iter(["status", "cmdline"]) if one.info["status"] != psutil.STATUS_ZOMBIE]
     assert not [one for one in alive if missing in (one.info["cmdline"] or [])]
