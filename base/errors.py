@@ -1,22 +1,31 @@
-"""The one error family of the project, and the exit code of each member.
+"""The error family of the project, the exit code of each member, and how an error crosses a process.
 
-Two sides: `InvalidInputError` is the caller's fault and is never retried; `OperationalError` is the world's
-fault and is retried, but for `SupersededError`. An exit code says which side it was across a process boundary: 10
-to 29 belong to the caller, 30 to 49 to the world; every other one is a bug of ours, or a signal.
+Two sides: `InvalidInputError` is a user error and is never retried; `OperationalError` is a transient error and is
+retried, except `SupersededError`. A program ends with its error's exit code (10 to 29 user errors, 30 to 49 transient
+ones; any other is a bug or a signal) and writes the error as JSON to the file that CHERRY_ERROR_FILE names.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import json
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
-CALLER_EXIT_CODES = range(10, 30)
-WORLD_EXIT_CODES = range(30, 50)
+logger = logging.getLogger(__name__)
+USER_EXIT_CODES = range(10, 30)
+"""Exit codes of user errors: the same call fails again."""
+TRANSIENT_EXIT_CODES = range(30, 50)
+"""Exit codes of transient errors: the same call may succeed later."""
+ERROR_FILE_VARIABLE = "CHERRY_ERROR_FILE"
+"""Environment variable with the path of the file to which a program writes its error; see `write_error`."""
 # What a shell adds to a signal's number.
 _SHELL_SIGNAL = 128
 # user:password@ of a URI; a port is no password, and a name alone (abfs://container@account) is no secret. Secret keys
@@ -30,10 +39,12 @@ class CherryError(Exception):
     """Base of every error that this project raises on purpose. Its text is a sentence for a person."""
 
     exit_code = 1
+    origin: CherryError | None = None
+    """The error of another process that this one sums up: written to the error file in its place."""
 
 
 class InvalidInputError(CherryError, ValueError):
-    """The caller's fault: the same call fails again, so nothing retries it."""
+    """A user error: the same call fails again, so nothing retries it."""
 
     exit_code = 10
 
@@ -45,7 +56,7 @@ class ConfigError(InvalidInputError):
 
 
 class MissingFileError(InvalidInputError):
-    """A file or directory that the caller named does not exist."""
+    """A named file or directory does not exist."""
 
     exit_code = 12
 
@@ -93,7 +104,7 @@ class DoesNotFitError(InvalidInputError):
 
 
 class OperationalError(CherryError):
-    """The world's fault: the same call may succeed later, so tasks retry it."""
+    """A transient error: the same call may succeed later, so tasks retry it."""
 
     exit_code = 30
 
@@ -138,30 +149,79 @@ class SupersededError(OperationalError):
 
 
 def is_retryable_exit_code(code: int) -> bool:
-    """True when what ended with `code` may succeed if it is started again: the world's fault, or a signal.
+    """Whether a program that ended with `code` may succeed when it is started again: a transient error or a signal.
 
-    A negative code is a signal (Python's convention); 128 + n is a shell's way to say the same. A traceback (1), or a
-    usage error (2), is a bug that the same start meets again: what the world does must be turned into an error of
-    the world's side where it is caught.
+    A negative code is a signal (Python's convention), as is 128 + n (a shell's). A traceback (1) or a usage error (2)
+    is a bug that the same start meets again.
     """
     if code == SupersededError.exit_code:
         return False
-    return code in WORLD_EXIT_CODES or code < 0 or code > _SHELL_SIGNAL
+    return code in TRANSIENT_EXIT_CODES or code < 0 or code > _SHELL_SIGNAL
+
+
+def error_of_code(code: int, text: str) -> CherryError:
+    """The error that a program meant by its exit code: of the class with this code, else of its side's base."""
+    kinds = {kind.exit_code: kind for kind in _family(CherryError)}
+    if code in kinds:
+        return kinds[code](text)
+    if code in USER_EXIT_CODES:
+        error: CherryError = InvalidInputError(text)
+    else:
+        error = OperationalError(text) if is_retryable_exit_code(code) else CherryError(text)
+    error.exit_code = code
+    return error
+
+
+def _family(kind: type[CherryError]) -> Iterator[type[CherryError]]:
+    """`kind` and its subclasses of this file: a subclass elsewhere shares the code of the one that it refines."""
+    yield kind
+    for member in kind.__subclasses__():
+        if member.__module__ == __name__:
+            yield from _family(member)
+
+
+def error_record(error: CherryError) -> dict[str, Any]:
+    """An error as JSON: `kind` (its class), `exit_code` and `message`."""
+    return {"kind": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+
+
+def write_error(path: Path, error: CherryError) -> None:
+    """Write an error's record; best effort: the exit code still says which side it is on."""
+    try:
+        path.write_text(json.dumps(error_record(error)))
+    except OSError as failure:
+        logger.warning("%s: the error's record is lost: %s", path, failure)
+
+
+def error_of_record(record: Any) -> CherryError | None:
+    """The error that an error file's JSON holds; `None` when it is no such record."""
+    if not isinstance(record, dict):
+        return None
+    code, message = record.get("exit_code"), record.get("message")
+    return error_of_code(code, message) if isinstance(code, int) and isinstance(message, str) else None
+
+
+def read_error(path: Path) -> CherryError | None:
+    """The error that a program wrote to its error file; `None` when it wrote none."""
+    try:
+        return error_of_record(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def has_credentials(text: str) -> bool:
-    """Whether there is a URI in `text` that carries a password."""
+    """Whether a URI in `text` has a password."""
     return _CREDENTIALS.search(text) is not None
 
 
 def without_credentials(text: str) -> str:
-    """`text` with the name and password of every URI in it taken out, for a person's eyes."""
+    """`text` with the user name and password of every URI in it replaced by ***."""
     return _CREDENTIALS.sub("***@", text)
 
 
 @contextmanager
 def storage_errors(uri: str) -> Iterator[None]:
-    """Turn an operating system's error about `uri` into this family's.
+    """Context that turns the operating system's and object stores' errors about `uri` into this family's.
 
     Raises:
         MissingFileError: nothing exists there.
@@ -186,7 +246,7 @@ def storage_errors(uri: str) -> Iterator[None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse for programs whose exit code says whose fault it was; parse within `run_program`.
+    """argparse for programs that end with an exit code of this family; parse within `run_program`.
 
     Flags are written out: an abbreviation would begin to mean another flag when one is added. Dashes and underscores
     inside a flag are the same.
@@ -211,17 +271,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See the class."""
-        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` tells all flags.")
+        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` lists all flags.")
 
 
 def run_program(main: Callable[[], None]) -> int:
-    """Run a command-line program's body and return its exit code, with this family's errors told in one line.
+    """Exit code of a command-line program's body; an error of this family is printed, and written to the error file.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Any other exception is a bug and keeps its traceback. Programs that this one starts do not inherit the error file.
     """
+    error_file = os.environ.pop(ERROR_FILE_VARIABLE, None)
     try:
         main()
     except CherryError as error:
+        if error_file is not None:
+            write_error(Path(error_file), error.origin or error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:

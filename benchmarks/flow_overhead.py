@@ -31,6 +31,7 @@ from base import storage
 from base.config import dump, load
 from cherry.data.prepare import prepare
 from cherry.metrics import MetricsWriter
+from cherry.train_record import TrainRecord
 from tasks.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,7 +185,7 @@ def _seconds_per_write(folder: Path) -> float:
     writer = MetricsWriter(folder / "again.jsonl", resume_step=0)
     started = time.perf_counter()
     for line in lines:
-        writer.write(line)
+        writer.write(TrainRecord.from_line(line))
     seconds = (time.perf_counter() - started) / len(lines)
     writer.close()
     return seconds

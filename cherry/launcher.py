@@ -21,13 +21,14 @@ from typing import Any, NoReturn
 import psutil
 
 from base.errors import (
-    CALLER_EXIT_CODES,
+    TRANSIENT_EXIT_CODES,
+    USER_EXIT_CODES,
     CherryError,
     ConfigError,
-    InvalidInputError,
-    OperationalError,
     PortInUseError,
     WorkerLostError,
+    error_of_code,
+    error_of_record,
     run_program,
 )
 
@@ -35,9 +36,9 @@ LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
 """Environment variable in which a rank finds its launcher's pid."""
 TRAIN_SCRIPT, TRAIN_MODULE = "train.py", "cherry.rank_main"
 """The training program: the file of a checkout, and the module that is installed."""
+RECORD_KEY = "cherry"
+"""Key of a rank's error record in the error file of torch's launcher."""
 _PR_SET_PDEATHSIG = 1
-OUR_EXIT_CODES = range(10, 50)
-"""Exit codes of base/errors.py: user errors, then transient errors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -199,18 +200,23 @@ def _cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
     def weight(item: tuple[int, Any]) -> tuple[int, int, int]:
         rank, failure = item
         code = failure.exitcode
-        if code in CALLER_EXIT_CODES:
+        if code in USER_EXIT_CODES:
             kind = 0
         elif code < 0 and code != -signal.SIGTERM:
             kind = 1
         else:
-            kind = 2 if code in OUR_EXIT_CODES else 3
+            kind = 2 if code in TRANSIENT_EXIT_CODES else 3
         return kind, failure.timestamp, rank
 
     return min(failures.items(), key=weight)
 
 
 def _error_of(rank: int, failure: Any) -> CherryError:
+    """The error to end with for a rank's failure. Rank 0 prints its own error, so the launcher's only refers to it.
+
+    Raises:
+        SystemExit: the rank ended by a traceback.
+    """
     code = int(failure.exitcode)
     where = f"rank {rank} (pid {failure.pid})"
     if code < 0:
@@ -218,11 +224,18 @@ def _error_of(rank: int, failure: Any) -> CherryError:
         return WorkerLostError(
             f"{where} was killed by {name}. Start the same command again: it goes on from the newest checkpoint."
         )
-    side = InvalidInputError if code in CALLER_EXIT_CODES else OperationalError
-    told = "its own message is above" if rank == 0 or code not in OUR_EXIT_CODES else f"its error: {failure.message}"
-    error = side(f"{where} ended with exit code {code}; {told} (see also train/rank-{rank}.log)")
-    error.exit_code = code
-    return error
+    log = f"see also train/rank-{rank}.log"
+    own = error_of_record((failure.error_file_data or {}).get(RECORD_KEY))
+    if own is None or own.exit_code != code:
+        if code not in USER_EXIT_CODES and code not in TRANSIENT_EXIT_CODES:  # a bug: its traceback says more
+            print(f"error: {where} ended with exit code {code} ({log})", file=sys.stderr, flush=True)
+            raise SystemExit(code)
+        return error_of_code(code, f"{where} ended with exit code {code} ({log})")
+    if rank != 0:
+        return error_of_code(code, f"{where} ended with exit code {code}: {own} ({log})")
+    summary = error_of_code(code, f"{where} ended with exit code {code}; it printed its error above ({log})")
+    summary.origin = own
+    return summary
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,15 @@ from base.errors import (
     ConfigError,
     InvalidInputError,
     WorkerLostError,
+    error_record,
     run_program,
     storage_errors,
 )
 from cherry.job_config import JobConfig
-from cherry.launcher import LAUNCHER_PID, die_with_parent
+from cherry.launcher import LAUNCHER_PID, RECORD_KEY, die_with_parent
 
 if TYPE_CHECKING:  # torch is imported once the environment is set
-    from cherry.hooks import TrainerHook
+    from cherry.hooks.protocol import TrainerHook
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, *, hooks: Sequence[TrainerHook]
 
     Args:
         arguments: flags of `build_parser`; `None` takes the command line's.
-        hooks: for the trainer; see cherry/hooks.py.
+        hooks: for the trainer; see cherry/hooks/protocol.py.
     """
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
@@ -81,7 +83,8 @@ def main(arguments: Sequence[str] | None = None, *, hooks: Sequence[TrainerHook]
 
 
 def _run(arguments: Sequence[str] | None, hooks: Sequence[TrainerHook]) -> None:
-    """Train. An error of this project's family is printed by rank 0, and left for the launcher by the others."""
+    """Train. An error of this project's family is printed once: rank 0's here, another's by the launcher if it is the
+    cause."""
     rank = int(os.environ.get("RANK", "0"))
     options: argparse.Namespace | None = None
     try:
@@ -93,9 +96,9 @@ def _run(arguments: Sequence[str] | None, hooks: Sequence[TrainerHook]) -> None:
         if not isinstance(error, CherryError):
             raise
         logger.error("%s", error, exc_info=error.__cause__)
+        _write_for_launcher(error)
         if rank == 0:
             raise
-        _tell_launcher(error)
         os._exit(error.exit_code)
 
 
@@ -107,11 +110,16 @@ def _debug(error: Exception) -> None:
     pdb.post_mortem((error.__cause__ or error).__traceback__)
 
 
-def _tell_launcher(error: CherryError) -> None:
+def _write_for_launcher(error: CherryError) -> None:
     """Write the error to the file that torch's launcher reads (torch.distributed.elastic.multiprocessing.errors)."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": detail}}))
+        record = {"message": {"message": str(error), "extraInfo": detail}, RECORD_KEY: error_record(error)}
+        try:
+            Path(path).write_text(json.dumps(record))
+        except OSError:  # a full disk: the exit code is left, and half a record would be an error of its own
+            with suppress(OSError):
+                Path(path).unlink(missing_ok=True)
 
 
 def resolve(options: argparse.Namespace) -> JobConfig:

@@ -16,6 +16,7 @@ import torch
 from base import storage
 from base.config import load
 from base.errors import ArgumentParser, ConfigError, run_program
+from base.progress import print_progress
 from cherry.data.prepare import iterate_heldout, zlib_bits_per_byte
 from cherry.heldout import model_score, score_documents
 from cherry.job_config import JobConfig
@@ -48,7 +49,10 @@ def score(model: DeepseekV3, data_directory: str, *, documents: int, max_tokens:
     heldout = list(islice(bearing, documents))
     device = next(model.parameters()).device
     scores = score_documents(
-        model_score(model, device), heldout, window, lambda part: print(f"scored {100 * part:.0f}%", flush=True)
+        model_score(model, device),
+        heldout,
+        window,
+        lambda fraction: print_progress(f"scored {100 * fraction:.0f}%", fraction),
     )
     nll, tokens, size = (sum(getattr(s, key) for s in scores) for key in ("nll", "tokens", "bytes"))
     return {

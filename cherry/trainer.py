@@ -1,7 +1,7 @@
 """The training loop of one rank: set-up, the optimizer step, evaluation, saves, and rollback after divergence.
 
 A resolved config comes in; checkpoints, metrics.jsonl and result.json go out. What else watches a run is a hook
-(cherry/hooks.py).
+(cherry/hooks/protocol.py).
 
 Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture layer, E expert.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import NonFiniteLossError
+from base.progress import print_progress
 from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import newest_checkpoint
@@ -36,14 +37,15 @@ from cherry.data.target_counts import TargetCounts
 from cherry.distributed import fsdp_hooks
 from cherry.distributed.mesh import data_shard
 from cherry.heldout import Heldout, evaluate_heldout
-from cherry.hooks import HookList, TrainerHook
+from cherry.hooks.metrics_hook import MetricsHook
+from cherry.hooks.profiler import ProfilerHook
+from cherry.hooks.protocol import HookList, TrainerHook
 from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, expert_load, peak_flops, peak_memory_bytes
 from cherry.optim.build import learning_rate, set_learning_rate
 from cherry.optim.expert_bias import expert_counts, update_expert_bias
-from cherry.profiler import ProfilerHook
-from cherry.reporting import MetricsHook
 from cherry.spike_guard import Figures, StepGuard
+from cherry.train_record import TrainRecord
 from cherry.training_model import build
 
 logger = logging.getLogger(__name__)
@@ -198,14 +200,14 @@ class Trainer:
             raise self.checkpointer.failures[-1]
         return self._result()
 
-    def _evaluate_if_due(self, record: dict[str, Any]) -> None:
+    def _evaluate_if_due(self, record: TrainRecord) -> None:
         done, every = self.progress.step, self.config.train.evaluate_every_steps
         if done == self.config.train.steps or (every is not None and done % every == 0):
             heldout = self.heldout()
-            record["heldout_loss"] = heldout.loss
+            record.heldout_loss = heldout.loss
             self.hooks.on_evaluate(done, heldout)
         if failed := self.checkpointer.new_failures():
-            record["failed_saves"] = [str(error) for error in failed]
+            record.failed_saves = [str(error) for error in failed]
 
     def _save_if_due(self) -> None:
         done = self.progress.step
@@ -221,8 +223,8 @@ class Trainer:
             closing.callback(self.batches.close)
             closing.callback(self.checkpointer.close)
 
-    def _step(self) -> dict[str, Any]:
-        """Record of one optimizer step over this rank's share of the batch, for metrics.jsonl."""
+    def _step(self) -> TrainRecord:
+        """Record of one optimizer step over this rank's share of the batch."""
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
@@ -254,27 +256,29 @@ class Trainer:
         self.progress.position += train.batch_size
         self.progress.tokens += batch_tokens if skipped is None else 0
         self.progress.seconds += seconds
-        return {
-            "step": self.progress.step,
-            "steps": train.steps,
-            "loss": figures.loss,
-            "mtp_loss": float(sums[1]) / batch.mtp_targets,
-            "balance_loss": float(sums[2]) / micro_batches,
-            "grad_norm": figures.grad_norm,
-            "learning_rate": rate,
-            "tokens_per_second": batch_tokens / seconds,
-            "mfu": self._mfu(batch_tokens / seconds),
-            "mfu_convention": MFU_CONVENTION,
-            **expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps),
+        busiest, shares = expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps)
+        return TrainRecord(
+            step=self.progress.step,
+            steps=train.steps,
+            loss=figures.loss,
+            mtp_loss=float(sums[1]) / batch.mtp_targets,
+            balance_loss=float(sums[2]) / micro_batches,
+            grad_norm=figures.grad_norm,
+            learning_rate=rate,
+            tokens_per_second=batch_tokens / seconds,
+            mfu=self._mfu(batch_tokens / seconds),
+            mfu_convention=MFU_CONVENTION,
+            expert_load_max_over_mean=busiest,
+            expert_load=shares,
             **self.communication.traffic.figures(),
-            "step_seconds": seconds,
-            "seconds_left": self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
-            "tokens": self.progress.tokens,
-            "skipped_steps": self.guard.skipped,
-            "rollbacks": self.progress.rollbacks,
-            **({} if skipped is None else {"skipped": skipped}),
-            "time": time.time(),
-        }
+            step_seconds=seconds,
+            seconds_left=self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
+            tokens=self.progress.tokens,
+            skipped_steps=self.guard.skipped,
+            rollbacks=self.progress.rollbacks,
+            skipped=skipped,
+            time=time.time(),
+        )
 
     def _backward(self, batch: StepBatch, micro_batches: int) -> Tensor:
         """Sums of the three losses over this rank's share, fp64 [3]; the gradients are left in the parameters.
@@ -293,7 +297,7 @@ class Trainer:
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
         return sums
 
-    def _rollback(self, record: dict[str, Any]) -> None:
+    def _rollback(self, record: TrainRecord) -> None:
         """Restore the last good checkpoint after too many skipped steps; the data read since is not read again.
 
         Args:
@@ -307,7 +311,7 @@ class Trainer:
         if target is None or reached.rollbacks == train.max_rollbacks:
             count = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
             raise NonFiniteLossError(
-                f"step {reached.step}: {record['skipped']}, and the {self.guard.consecutive_skips} steps up to it were "
+                f"step {reached.step}: {record.skipped}, and the {self.guard.consecutive_skips} steps up to it were "
                 f"skipped (train.max_skipped_steps) after {count}. What is committed in {self.checkpointer.directory} "
                 "is complete. Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
             )
@@ -393,8 +397,11 @@ class Trainer:
             storage.write_json(storage.join(self.run_directory, "train", "result.json"), result)
         return result
 
-    def _say(self, line: str) -> None:
-        """Print and log a line for people, on the main process only; a flow relays its stdout."""
+    def _say(self, line: str, fraction: float | None = None) -> None:
+        """Print and log a line for people, on the main process only; with a fraction of the run, also as progress."""
         if self.accelerator.is_main_process:
-            print(line, flush=True)
+            if fraction is None:
+                print(line, flush=True)
+            else:
+                print_progress(line, fraction)
             logger.info(line)

@@ -151,7 +151,7 @@ def status(*, runs_directory: Path) -> None:
 @_runs_directory
 def stop(*, runs_directory: Path) -> None:
     """Stop the gateway and the replicas that `cherry deploy` started."""
-    from tasks.replicas import stop_serving
+    from tasks.processes.replicas import stop_serving
 
     stopped = stop_serving(str(runs_directory))
     click.echo(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
@@ -289,7 +289,7 @@ def _show_status(console: Console, runs_directory: Path) -> None:
 def _show_serving(console: Console, runs_directory: Path) -> None:
     from rich.table import Table
 
-    from tasks.replicas import ServingDirectory
+    from tasks.processes.replicas import ServingDirectory
 
     serving = ServingDirectory(str(runs_directory))
     weights, servers = serving.weights(), serving.servers()

@@ -22,7 +22,7 @@ from flows.progress import RunProgress
 from tasks.lifecycle import summarize
 from tasks.overrides import run_directory
 from tasks.run_config import RunConfig
-from tasks.tracking.mlflow_tracker import connect, page_of, tracking_uri
+from tasks.tracking.connect import connect
 
 DEMO_PROMPT = "def main(argv):\n    "
 DEMO_TOKENS = 48
@@ -183,7 +183,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _next(console: Console, config: RunConfig, deploy_command: str) -> None:
-    page = page_of(tracking_uri(config.tracking, config.runs_directory))
+    page = connect(config.tracking, config.runs_directory).page()
     prefect = os.environ.get("PREFECT_API_URL", "prefect server start").removesuffix("/api")
     console.print(
         f"\n  figures:  {page}\n  flow:     {prefect}\n  logs:     {run_directory(config)}/train/\n"

@@ -19,8 +19,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 
 from base.errors import OperationalError
 from cherry.launcher import die_with_parent
-from tasks.process import in_background
-from tasks.programs import module_command, module_environment
+from tasks.processes.process import in_background
+from tasks.processes.programs import module_command, module_environment
 
 _STOP_GRACE_S = 5.0
 _WORKER_S = 10.0

@@ -1,11 +1,10 @@
-"""Owns what a terminal shows while a flow works: one row a step, and a bar where a step tells how far it is.
+"""The terminal's progress display of a flow: one row a step, with a bar for a step that reports progress.
 
-It reads events.jsonl and metrics.jsonl from the run directory; it knows neither Prefect nor the steps.
+It reads events.jsonl from the run directory and asks no server.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from base.json_lines import JsonLinesReader
+from tasks.steps import EVENTS_FILE
+
 _POLL_S = 0.5
 _PRINTED_FRACTION = 1 / 32
 
 
 class RunProgress:
-    """Follows a run directory from a thread, from the time it is entered.
+    """Shows the events of a run directory, by a thread, from entering the context until leaving it.
 
-    On a terminal, steps are rows with bars; elsewhere each event is a line, and of a long step's progress every 3 %.
+    On a terminal, steps are rows with bars; elsewhere each event is a line, and progress one line every 3 %.
     """
 
     def __init__(self, console: Console, run_directory: Path) -> None:
         self._console = console
-        self._events = run_directory / "events.jsonl"
-        self._offset = self._events.stat().st_size if self._events.exists() else 0
+        events = run_directory / EVENTS_FILE
+        self._events = JsonLinesReader(events, events.stat().st_size if events.exists() else 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._rows: dict[str, TaskID] = {}
@@ -35,7 +37,7 @@ class RunProgress:
             TextColumn("{task.fields[mark]} {task.description:<10}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            # Plain: a path or a model's answer may hold what would be markup.
+            # Without markup: a path or a model's answer may hold square brackets.
             TextColumn("{task.fields[line]}", markup=False),
             console=console,
             disable=not console.is_terminal,
@@ -57,15 +59,8 @@ class RunProgress:
         self._read()
 
     def _read(self) -> None:
-        if not self._events.exists():
-            return
-        with self._events.open("rb") as handle:
-            handle.seek(self._offset)
-            content = handle.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            self._show(json.loads(line))
+        for event in self._events.read_new() or []:
+            self._show(event)
 
     def _show(self, event: dict[str, Any]) -> None:
         step, kind = str(event["step"]), str(event["event"])

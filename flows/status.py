@@ -1,28 +1,26 @@
-"""Owns `cherry status`: what every run directory says of itself, read from disk alone.
+"""`cherry status`: the state of every run directory, read from disk alone.
 
-It asks no server, so it answers when Prefect and MLflow are down. It knows file names, not what the steps do.
+It asks no server, so it answers when Prefect and the tracker are down.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from base.json_lines import read_last
 from base.storage import MARKER
-from tasks.process import is_alive
-
-_TAIL_BYTES = 1 << 16
+from cherry.train_record import TrainRecord
+from tasks.processes.process import is_alive
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run directory. `loss`, `step` and `steps_total` are those of the newest logged training step."""
+    """State of one run directory. `loss`, `step` and `steps_total` are those of the newest logged training step."""
 
     name: str
     directory: Path
@@ -35,7 +33,7 @@ class RunStatus:
     checkpoint: str | None = None
     """Name of the newest committed checkpoint."""
     processes: int = 0
-    """Of this host: the one that holds the run, and what it and its step's program have started."""
+    """Live processes on this host: the one that holds the lease, its step's program, and their descendants."""
 
 
 def read_runs(runs_directory: Path, order: list[str]) -> list[RunStatus]:
@@ -47,30 +45,10 @@ def read_runs(runs_directory: Path, order: list[str]) -> list[RunStatus]:
     return [_read_run(directory, order) for directory in directories]
 
 
-def last_metrics(metrics_file: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics stream; a line that is still being written is skipped."""
-    if not metrics_file.is_file():
-        return None
-    with metrics_file.open("rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        tail = _TAIL_BYTES
-        while True:
-            handle.seek(max(0, size - tail))
-            record = _last_record(handle.read(min(size, tail)))
-            if record is not None or tail >= size:
-                return record
-            tail *= 4  # a line with the load of every expert of a large model is longer than a tail
-
-
-def _last_record(tail: bytes) -> dict[str, Any] | None:
-    for line in reversed(tail.split(b"\n")[:-1]):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            return record
-    return None
+def last_metrics(metrics_file: Path) -> TrainRecord | None:
+    """The record of the newest logged training step; a line that is still being written is skipped."""
+    line = read_last(metrics_file, "step")
+    return None if line is None else TrainRecord.from_line(line)
 
 
 def _read_run(directory: Path, order: list[str]) -> RunStatus:
@@ -80,7 +58,7 @@ def _read_run(directory: Path, order: list[str]) -> RunStatus:
             finished[path.stem] = float(json.loads(path.read_text())["seconds"])
         except (ValueError, KeyError, TypeError, OSError):
             continue  # no finished step: removed meanwhile, or not written by a step
-    metrics = last_metrics(directory / "train" / "metrics.jsonl") or {}
+    metrics = last_metrics(directory / "train" / "metrics.jsonl")
     checkpoints = (directory / "train" / "checkpoints").glob(f"step_*/{MARKER}")
     # By number: past step 999,999 the names are longer.
     committed = sorted((path.parent.name for path in checkpoints), key=lambda name: (len(name), name))
@@ -88,10 +66,10 @@ def _read_run(directory: Path, order: list[str]) -> RunStatus:
         name=directory.name,
         directory=directory,
         finished=finished,
-        step=metrics.get("step"),
-        steps_total=metrics.get("steps"),
-        loss=metrics.get("loss"),
-        seconds_left=metrics.get("seconds_left"),
+        step=None if metrics is None else metrics.step,
+        steps_total=None if metrics is None else metrics.steps,
+        loss=None if metrics is None else metrics.loss,
+        seconds_left=None if metrics is None else metrics.seconds_left,
         checkpoint=committed[-1] if committed else None,
         processes=len(_processes(directory)),
     )
@@ -102,7 +80,7 @@ def _rank(step: str, order: list[str]) -> int:
 
 
 def _processes(directory: Path) -> set[int]:
-    """Process ids that the run's own records lead to; whoever only reads its files is not among them."""
+    """Ids of the live processes in the run's lease and program records, with their descendants."""
     found: set[int] = set()
     for name in ("lease.json", "program.json"):
         try:
@@ -113,5 +91,5 @@ def _processes(directory: Path) -> set[int]:
                 root = psutil.Process(record["pid"])
                 found |= {root.pid, *(child.pid for child in root.children(recursive=True))}
         except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-            continue  # given back meanwhile, or its process is gone
+            continue  # released meanwhile, or its process is gone
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
+from base.progress import print_progress
 from base.storage import Progress
 from model.numerics.formats import DEFAULT_FORMAT, QuantizationFormat, find_format, is_release_fp8
 from model.weights.pretrained import WeightsReader, read_model_config, write_index
@@ -181,7 +182,7 @@ def main() -> None:
     report = quantize_folder(
         arguments.source,
         arguments.target,
-        lambda line, fraction: print(f"{fraction:4.0%} {line}", flush=True),
+        lambda line, fraction: print_progress(f"{fraction:4.0%} {line}", fraction),
         format_name=arguments.format,
     )
     print(

@@ -1,6 +1,6 @@
-"""Owns what Prefect's page shows beside a run: how far training is, tables and links.
+"""Prefect artifacts of a run: training's progress, tables and links. Outside of a Prefect run they are left out.
 
-It knows nothing of the figures. A page that cannot be reached is a warning in the log, never the end of a step.
+Best effort: a server that cannot be reached is a warning in the log and never fails a step.
 """
 
 from __future__ import annotations
@@ -18,47 +18,55 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from tasks.run_logger import in_prefect_run
+
 logger = logging.getLogger(__name__)
 # Each update is a request to Prefect's server: twenty of them a run.
 _STEP_PERCENT = 5.0
 
 
 @contextmanager
-def _forgiving(what: str) -> Iterator[None]:
+def _best_effort(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Prefect's, httpx' and the OS's errors
-        logger.warning("Prefect's page: %s failed: %s", what, error)
+        logger.warning("Prefect artifact: %s failed: %s", what, error)
 
 
 def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
-    """A table; `key` is lower case letters, digits and dashes."""
-    with _forgiving(f"table {key}"):
+    """Publish a table; `key` is lower-case letters, digits and dashes."""
+    if not in_prefect_run():
+        return
+    with _best_effort(f"table {key}"):
         create_table_artifact([dict(row) for row in rows], key=key, description=description)
 
 
 def show_markdown(key: str, text: str, description: str) -> None:
-    """A text in Markdown."""
-    with _forgiving(f"text {key}"):
+    """Publish a text in Markdown; `key` is lower-case letters, digits and dashes."""
+    if not in_prefect_run():
+        return
+    with _best_effort(f"text {key}"):
         create_markdown_artifact(text, key=key, description=description)
 
 
 class ProgressArtifact:
-    """How far a step is, in percent, updated every few percent."""
+    """A progress bar of a step, updated every few percent."""
 
     def __init__(self, key: str, description: str) -> None:
         self._key = key
         self._artifact: UUID | None = None
         self._shown = 0.0
-        with _forgiving(f"progress {key}"):
+        if not in_prefect_run():
+            return
+        with _best_effort(f"progress {key}"):
             self._artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=description))
 
-    def reached(self, fraction: float | None) -> None:
-        """Show a new fraction when it is far enough from the one that is shown."""
-        if fraction is None or self._artifact is None:
+    def reached(self, fraction: float) -> None:
+        """Show that `fraction` of the step is done, if that is a few percent more than what is shown."""
+        if self._artifact is None:
             return
         percent = 100.0 * fraction
         if percent - self._shown >= _STEP_PERCENT or percent >= 100.0 > self._shown:
             self._shown = percent
-            with _forgiving(f"progress {self._key}"):
+            with _best_effort(f"progress {self._key}"):
                 update_progress_artifact(artifact_id=self._artifact, progress=percent)

@@ -1,7 +1,4 @@
-"""Owns the data step: documents become token shards, and the dataset is recorded by reference.
-
-It knows nothing of how they are packed; that is cherry/data/prepare.py's.
-"""
+"""The data step: documents are tokenized into shards, and the dataset is recorded by reference."""
 
 from __future__ import annotations
 
@@ -11,11 +8,12 @@ from prefect.cache_policies import NO_CACHE
 from cherry.data.corpus import source_version
 from cherry.data.prepare import prepare
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
+from tasks.tracking.protocol import Dataset
 
 
 @task(name="data", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def prepare_data(context: RunContext) -> StepRecord:
-    """Prepare the run's data, or find it prepared."""
+    """Tokenize the run's documents, unless that is done."""
     config = context.config
     model = config.model
     inputs = {
@@ -40,11 +38,10 @@ def prepare_data(context: RunContext) -> StepRecord:
             documents=manifest.documents, bytes=manifest.bytes, tokens=manifest.tokens, sequences=manifest.sequences
         )
         step.tracker.log(step.run_id, tags={"data_digest": manifest.digest, "data_source": manifest.source})
-        profile = f'{{"documents": {manifest.documents}, "tokens": {manifest.tokens}, "bytes": {manifest.bytes}}}'
+        profile = {"documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.bytes}
+        dataset = Dataset(config.data.source, manifest.digest, manifest.source, profile)
         for run_id in (step.run_id, context.parent_run_id):
-            context.tracker().dataset(
-                run_id, name=config.data.source, digest=manifest.digest, source=manifest.source, profile=profile
-            )
+            step.tracker.log(run_id, inputs=[dataset])
         return {"data": directory}
 
     return perform(context, "data", inputs, work)

@@ -1,6 +1,6 @@
 """Deployment of a registered version: its replica, a smoke test, traffic shifted in steps, and the rollback.
 
-Server processes are in tasks/replicas.py.
+Server processes are in tasks/processes/replicas.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from anything.client import Client
@@ -19,10 +19,11 @@ from anything.keys import read_key_file
 from anything.protocol import Engine, Generation, SamplingParams
 from anything.router.kinds import KINDS
 from base import storage
-from base.errors import CherryError, ConfigError, MissingFileError, ServiceError, without_credentials
+from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
 from tasks.artifacts import show_table
 from tasks.lifecycle import RELEASE_CONFIG
-from tasks.replicas import GATEWAY, Server, ServingDirectory
+from tasks.processes.replicas import GATEWAY, Server, ServingDirectory
+from tasks.run_logger import run_logger
 from tasks.steps import (
     REGISTRY_DELAYS_S,
     RunContext,
@@ -33,7 +34,7 @@ from tasks.steps import (
     worth_retrying,
     write_event,
 )
-from tasks.tracking.protocol import ModelVersion
+from tasks.tracking.protocol import ModelVersion, Point
 
 _PROMPT_CHARACTERS = 60
 # Seconds; a server answers, or says that it could not, within 30 s by default.
@@ -61,7 +62,7 @@ def _serving(context: RunContext) -> ServingDirectory:
 
 
 def _say(context: RunContext, line: str) -> None:
-    get_run_logger().info(line)
+    run_logger().info(line)
     write_event(context.path, "deploy", "progress", line=line)
 
 
@@ -69,13 +70,13 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
     config = context.config.register_model
     tracker = context.tracker()
     if number is not None:
-        found = tracker.version(config.model_name, number=number)
+        found = tracker.registry.version(config.model_name, number=number)
     else:
-        found = tracker.version(config.model_name, alias=alias)
+        found = tracker.registry.version(config.model_name, alias=alias)
     if found is None:
         wanted = f"version {number}" if number is not None else f"version with the alias {alias!r}"
         raise MissingFileError(
-            f"{config.model_name} has no {wanted} in the registry at {without_credentials(tracker.uri)}. "
+            f"{config.model_name} has no {wanted} in the registry at {tracker.address}. "
             "Run the training flow first, or name a version that exists."
         )
     return found
@@ -92,7 +93,7 @@ def _chosen(context: RunContext) -> ModelVersion:
     own = storage.read_json(record.outputs["register"]) if record is not None else {}
     if own.get("name") == config.model_name:
         found = _registered(context, own["version"])
-        registry = without_credentials(context.tracker().uri)
+        registry = context.tracker().address
         if own.get("identity") not in (None, found.tags.get("cherry.identity")):
             raise ConfigError(
                 f"{found.name} version {found.version} in the registry at {registry} is not the one that "
@@ -136,7 +137,7 @@ def resolve_version(context: RunContext, number: int | None, alias: str | None =
         path = find_output(found.uri, found.tags.get("export_fingerprint", ""))
     if not storage.is_committed(path):
         raise MissingFileError(f"{found.name} version {found.version}: its weights are no longer at {path}")
-    get_run_logger().info("%s version %d at %s", found.name, found.version, path)
+    run_logger().info("%s version %d at %s", found.name, found.version, path)
     return Release(found.name, found.version, path)
 
 
@@ -147,7 +148,7 @@ def start(context: RunContext, release: Release) -> Server:
     serving.prepare()
     running = serving.find(release.label)
     if running is not None and (running.model, running.kind) == (release.model_path, deploy.replica_kind):
-        get_run_logger().info("found running: %s at %s", running.name, running.url)
+        run_logger().info("found running: %s at %s", running.name, running.url)
         return running
     _say(context, f"starting a replica of {release.label}")
     return serving.start_replica(
@@ -268,7 +269,7 @@ def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) 
             try:
                 client.infer(f"{config.smoke_prompt}f{percent}_{number}(", max_tokens=config.smoke_max_tokens)
             except CherryError as error:
-                get_run_logger().warning("request failed: %s", error)
+                run_logger().warning("request failed: %s", error)
                 unanswered += 1
             else:
                 latencies.append(time.monotonic() - started)
@@ -320,17 +321,19 @@ def record(
         for number, row in enumerate(shifted["steps"]):
             now = int(time.time() * 1000)
             values = [
-                (key, float(row[key]), number, now)
+                Point(key, float(row[key]), number, now)
                 for key in ("percent", "errors", "median_ms")
                 if row[key] is not None
             ]
             step.tracker.points(step.run_id, values)
         step.tracker.artifact(step.run_id, target)
         found = _registered(context, release.version)
-        context.tracker().tag_version(found, {"deployed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-        context.tracker().set_alias(release.name, "serving", release.version)
+        context.tracker().registry.tag_version(
+            found, {"deployed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        )
+        context.tracker().registry.set_alias(release.name, "serving", release.version)
         return {"deploy": str(target)}
 
     done = perform(context, "deploy", inputs, work, began=context.began)
-    context.tracker().log(context.parent_run_id, metrics={"seconds_deploy": done.seconds})
+    context.tracker().runs.log(context.parent_run_id, metrics={"seconds_deploy": done.seconds})
     return {"url": shifted["gateway"], "version": release.label, "key_file": str(serving.client_key)}

@@ -5,13 +5,12 @@ Models are scored by cherry/scoring.py, and compared by anything/statistics/comp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from anything.statistics.compare import Comparison, compare
@@ -19,6 +18,7 @@ from base import storage
 from tasks.artifacts import show_table
 from tasks.plots import plot_comparison
 from tasks.run_config import EvaluateConfig, RunConfig
+from tasks.run_logger import run_logger
 from tasks.steps import (
     REGISTRY_DELAYS_S,
     RunContext,
@@ -29,7 +29,7 @@ from tasks.steps import (
     sections,
     worth_retrying,
 )
-from tasks.tracking.protocol import ModelVersion
+from tasks.tracking.protocol import Dataset, ModelVersion
 
 UNTRAINED = "untrained"
 
@@ -84,36 +84,34 @@ def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersi
         The champion, and a sentence for one whose weights are gone.
     """
     config = context.config.register_model
-    found = context.tracker().version(config.model_name, alias=config.champion_alias)
+    found = context.tracker().registry.version(config.model_name, alias=config.champion_alias)
     if found is None:
         return None, None
     if found.tags.get("export_fingerprint") == exported.fingerprint:
         before = found.tags.get(f"previous_{config.champion_alias}")
-        found = context.tracker().version(config.model_name, number=int(before)) if before else None
+        found = context.tracker().registry.version(config.model_name, number=int(before)) if before else None
     if found is None:
         return None, None
     uri = find_output(found.uri, found.tags.get("export_fingerprint", ""))
     if not storage.is_committed(uri):
         missing = f"{_label(found)}, the {config.champion_alias}, cannot be compared with: its weights are gone ({uri})"
-        get_run_logger().warning(missing)
+        run_logger().warning(missing)
         return None, missing
     return replace(found, uri=uri), None
 
 
 def _record_inputs(context: RunContext, step: StepRun, champion: ModelVersion | None) -> None:
     """Record held-out documents and champion as inputs; the candidate has no id before the register step adds it."""
-    tracker, manifest = context.tracker(), storage.read_json(f"{context.directory}/data/manifest.json")
+    manifest = storage.read_json(f"{context.directory}/data/manifest.json")
     heldout = {key: manifest["heldout"][key] for key in ("documents", "bytes")}
-    tracker.dataset(
-        step.run_id,
+    dataset = Dataset(
         name=f"{manifest['source']} held out",
         digest=manifest["digest"],
         source=str(context.path.absolute() / "data" / "heldout.jsonl"),
-        profile=json.dumps(heldout),
+        profile=heldout,
         use="evaluation",
     )
-    if champion is not None and champion.model_id is not None:
-        tracker.models(step.run_id, inputs=[champion.model_id])
+    step.tracker.log(step.run_id, inputs=[dataset, *([] if champion is None else [champion])])
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
@@ -122,7 +120,12 @@ def _score(context: RunContext, step: StepRun, name: str, model: list[str], fold
     arguments = [*model, "--data_dir", f"{context.directory}/data", "--output", str(output)]
     evaluation = context.config.evaluate
     arguments += ["--documents", str(evaluation.documents), "--max_tokens", str(evaluation.max_document_tokens)]
-    step.run("cherry.scoring", arguments, on_line=lambda line: step.say(f"{name}: {line}"))
+    step.run(
+        "cherry.scoring",
+        arguments,
+        on_line=lambda line: step.say(f"{name}: {line}"),
+        on_progress=lambda line, _: step.say(f"{name}: {line}"),  # of one of three models
+    )
     result: dict[str, Any] = storage.read_json(str(output))
     step.metrics(**{f"{name}_loss": result["loss"], f"{name}_bits_per_byte": result["bits_per_byte"]})
     return result

@@ -1,7 +1,4 @@
-"""Owns the export step: the newest checkpoint as a Hugging Face folder, by a program of its own.
-
-It knows nothing of tensors.
-"""
+"""The export step: the trained checkpoint as a Hugging Face folder, written by a subprocess."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, wor
 
 @task(name="export", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def export(context: RunContext, trained: StepRecord) -> StepRecord:
-    """Export the trained weights in bf16."""
+    """Export the trained weights in bf16 to `<run>/export`."""
 
     def work(step: StepRun) -> dict[str, str]:
         folder = context.path / "export"

@@ -22,7 +22,7 @@ import psutil
 
 from base import storage
 from base.errors import CherryError, MissingFileError, OperationalError, storage_errors
-from tasks.process import is_alive
+from tasks.processes.process import is_alive
 
 _HOST = socket.gethostname()
 # A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.

@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from prefect import get_run_logger, runtime
+from prefect import runtime
 from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
-from base.errors import CherryError, without_credentials
+from base.errors import CherryError
+from cherry.train_record import FLOW_SERIES
 from tasks.artifacts import show_markdown, show_table
 from tasks.lease import drop_lease, is_held, locked, read_lease, take_lease
 from tasks.overrides import DEFAULT_CONFIG, ConfigParameter, resolve, run_directory, write_resolved
-from tasks.process import end_tree, is_alive
+from tasks.processes.process import end_tree, is_alive
 from tasks.provision import release_hosts
 from tasks.run_config import RunConfig
+from tasks.run_logger import run_logger
 from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_event, write_record
-from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay
-from tasks.tracking.mlflow_tracker import connect, page_of
+from tasks.tracking.connect import connect
+from tasks.tracking.metrics_relay import MetricsRelay
+from tasks.tracking.protocol import RunStatus
 
 logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
@@ -57,7 +60,7 @@ def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
     take_lease(Path(run_directory(resolved)))
     directory = write_resolved(resolved)
     context = RunContext(directory, resolved, _open_flow_run(resolved, directory))
-    context.tracker().log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
+    context.tracker().runs.log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
     return context
 
 
@@ -74,22 +77,22 @@ def begin_release(config: ConfigParameter, overrides: BaseModel) -> RunContext:
     storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
     write_event(Path(directory), "deploy", "started")
     registered = find_finished(Path(directory), "register")
-    parent = registered.mlflow_parent_run_id if registered is not None else None
+    parent = registered.parent_run_id if registered is not None else None
     if parent is None:
         parent = _open_flow_run(resolved, directory)
         # A parent only: the release is a step's run.
-        connect(resolved.tracking, resolved.runs_directory).finish(parent, "FINISHED")
+        connect(resolved.tracking, resolved.runs_directory).runs.finish(parent, "FINISHED")
     return RunContext(directory, resolved, parent)
 
 
 def _open_flow_run(config: RunConfig, directory: str) -> str | None:
-    """Id of the flow's MLflow run, started or found again; `None` when the tracking server could not be reached."""
+    """Id of the flow's tracked run, started or found again; `None` when the tracking server could not be reached."""
     tracker, path = connect(config.tracking, config.runs_directory), Path(directory)
     identity = storage.fingerprint(_lasting(config))
-    run_id = tracker.start(config.name, parent=None, step="flow", identity=identity, run_key=run_key(path))
-    storage.write_json(str(path / FLOW_RUN), {"mlflow_run_id": run_id})
-    tracker.log(run_id, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": directory})
-    get_run_logger().info("run %s in %s, tracked at %s", config.name, directory, without_credentials(tracker.uri))
+    run_id = tracker.runs.start(config.name, parent=None, step="flow", identity=identity, run_key=run_key(path))
+    storage.write_json(str(path / FLOW_RUN), {"run_id": run_id})
+    tracker.runs.log(run_id, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": directory})
+    run_logger().info("run %s in %s, tracked at %s", config.name, directory, tracker.address)
     return run_id
 
 
@@ -99,24 +102,24 @@ def _lasting(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
 
 
-def conclude(context: RunContext, status: str) -> dict[str, Any]:
-    """End the flow's MLflow run as FINISHED, FAILED or KILLED; returns the summary, empty unless it finished.
+def conclude(context: RunContext, status: RunStatus) -> dict[str, Any]:
+    """End the flow's tracked run as FINISHED, FAILED or KILLED; returns the summary, empty unless it finished.
 
     Also shows the steps in Prefect, and writes summary.json when all are done.
     """
-    tracker, parent = context.tracker(), context.parent_run_id
+    tracker, parent = context.tracker().runs, context.parent_run_id
     records = [record for step in TRAIN_STEPS if (record := find_finished(context.path, step)) is not None]
     summary: dict[str, Any] = {}
     text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
     # A failed run may stand beside the steps of another config's.
-    figures = {f"seconds_{record.step}": record.seconds for record in records if record.mlflow_parent_run_id == parent}
+    figures = {f"seconds_{record.step}": record.seconds for record in records if record.parent_run_id == parent}
     if status == "FINISHED":
         summary = summarize(context.path)
         text = _describe(summary)
         storage.write_json(str(context.path / "summary.json"), summary)
         records = _catch_up(context, records)
         figures = _headline(summary)
-        tracker.log(parent, tags={"mlflow.note.content": text, **_reused(context, records)})
+        tracker.log(parent, note=text, tags=_reused(context, records))
         for name in ("summary.json", "config.yaml"):
             tracker.artifact(parent, context.path / name)
         show_markdown(f"links-{context.config.name}", _links(context, records), "Where to look")
@@ -127,10 +130,10 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
 
 
 def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord]:
-    """Log to MLflow what an outage has kept from it: runs, metrics of training, final states. Returns the records."""
-    tracker, updated = context.tracker(), []
+    """Step records, after sending the tracker what an outage has kept from it: runs, training metrics, final states."""
+    tracker, updated = context.tracker().runs, []
     for record in records:
-        if record.mlflow_run_id is None:
+        if record.run_id is None:
             name = f"{context.config.name}-{record.step}"
             run_id = tracker.start(
                 name,
@@ -140,13 +143,13 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
                 run_key=context.key,
             )
             tracker.log(run_id, metrics=record.figures)
-            record = replace(record, mlflow_run_id=run_id, mlflow_parent_run_id=context.parent_run_id, reused=False)
+            record = replace(record, run_id=run_id, parent_run_id=context.parent_run_id, reused=False)
             write_record(context.path, record)
         if record.step == "train":
-            MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
-            MetricsRelay(context.path / "train", tracker, context.parent_run_id, PARENT_SERIES).send_new()
+            MetricsRelay(context.path / "train", tracker, record.run_id).send_new()
+            MetricsRelay(context.path / "train", tracker, context.parent_run_id, FLOW_SERIES).send_new()
         updated.append(record)
-    tracker.finish_family(context.parent_run_id, "FINISHED")
+    tracker.finish(context.parent_run_id, "FINISHED", family=True)
     return updated
 
 
@@ -164,9 +167,9 @@ def _is_reused(context: RunContext, record: StepRecord) -> bool:
 def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
     """Tags with the MLflow runs of the steps that an earlier flow run finished."""
     return {
-        f"cherry.reused.{record.step}": record.mlflow_run_id
+        f"cherry.reused.{record.step}": record.run_id
         for record in records
-        if record.mlflow_run_id is not None and record.mlflow_parent_run_id != context.parent_run_id
+        if record.run_id is not None and record.parent_run_id != context.parent_run_id
     }
 
 
@@ -204,7 +207,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         "verdict": evaluation["verdict"],
         "reason": evaluation["reason"],
         "compared_with": evaluation["baseline"],
-        "mlflow_run_id": records["register"].mlflow_parent_run_id if "register" in records else None,
+        "run_id": records["register"].parent_run_id if "register" in records else None,
         "seconds": {step: round(record.seconds, 3) for step, record in records.items()},
     }
 
@@ -227,15 +230,15 @@ def _readable(value: float) -> str:
 
 
 def _links(context: RunContext, records: list[StepRecord]) -> str:
-    """Markdown with the MLflow runs, as links where there is a server, and the run's files."""
+    """Markdown with the runs in the tracker, as links where it has pages, and the run's files."""
     tracker = context.tracker()
-    runs = {"flow": context.parent_run_id, **{record.step: record.mlflow_run_id for record in records}}
+    runs = {"flow": context.parent_run_id, **{record.step: record.run_id for record in records}}
     lines = [f"- {step}: {tracker.page(run)}" for step, run in runs.items() if run is not None]
     return "\n".join(
         [
             f"# {context.config.name}",
             f"Files: `{context.path.absolute()}`; the metrics stream is `train/metrics.jsonl`.",
-            "MLflow runs:" if tracker.uri.startswith("http") else f"MLflow runs, shown by `{page_of(tracker.uri)}`:",
+            f"Tracked runs (`{tracker.page()}`):",
             "",
             *lines,
         ]
@@ -281,5 +284,6 @@ def end_leftovers(config: RunConfig) -> None:
         release_hosts(directory)
         if lease is not None:
             opened = storage.read_json(str(directory / FLOW_RUN)) if (directory / FLOW_RUN).exists() else {}
-            connect(config.tracking, config.runs_directory).finish_family(opened.get("mlflow_run_id"), "KILLED")
+            tracker = connect(config.tracking, config.runs_directory).runs
+            tracker.finish(opened.get("run_id"), "KILLED", family=True)
             drop_lease(directory)

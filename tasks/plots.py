@@ -1,7 +1,4 @@
-"""Owns the pictures of a run: memory, loss, learning rate, expert load, quantization error, a comparison's interval.
-
-It knows figures, not where they come from or go to.
-"""
+"""Plots of a run: planned memory, loss, learning rate, expert load, quantization error, a comparison's intervals."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cherry.train_record import TrainRecord
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @contextmanager
 def _figure(path: Path, *, height: float = 4.5, rows: int = 1) -> Iterator[list[Axes]]:
-    """Axes under each other, saved to `path`. No pyplot: its global state is not safe in a task's thread."""
+    """Axes in `rows` rows, saved to `path` on the way out. pyplot is not safe in a task's thread."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,28 +28,29 @@ def _figure(path: Path, *, height: float = 4.5, rows: int = 1) -> Iterator[list[
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place."""
+    """Moving average: at each index the mean of the last `window` values."""
     sums = [0.0, *accumulate(values)]
     return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
 
 
-def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path, *, first_moe_layer: int = 0) -> list[Path]:
-    """loss.png, learning_rate.png and, for a mixture of experts, expert_load.png from a metrics stream.
+def plot_training(records: Sequence[TrainRecord], folder: Path, *, first_moe_layer: int = 0) -> list[Path]:
+    """Paths of loss.png, learning_rate.png and, for a mixture of experts, expert_load.png, drawn into `folder`.
 
-    The loss is that of the steps that were taken; a red line marks one that was skipped.
+    The loss is that of the steps that were taken; a red line marks a skipped one.
     """
-    skipped = [line["step"] for line in metrics if "skipped" in line]
-    metrics = [line for line in metrics if "skipped" not in line]
-    steps = [line["step"] for line in metrics]
+    skipped = [record.step for record in records if record.skipped is not None]
+    taken = [record for record in records if record.skipped is None and record.loss is not None]
+    steps = [record.step for record in taken]
     paths = [folder / "loss.png", folder / "learning_rate.png"]
     with _figure(paths[0]) as [axes]:
         window = max(1, len(steps) // 40)
-        for key, label, color in (("mtp_loss", "MTP loss", "tab:orange"), ("loss", "training loss", "tab:blue")):
-            values = [line[key] for line in metrics]
+        mtp = [record.mtp_loss or 0.0 for record in taken]
+        main = [record.loss or 0.0 for record in taken]
+        for values, label, color in ((mtp, "MTP loss", "tab:orange"), (main, "training loss", "tab:blue")):
             if any(values):
                 axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
                 axes.plot(steps, _smooth(values, window), color=color, label=f"{label}, mean of {window}")
-        held = [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
+        held = [(record.step, record.heldout_loss) for record in taken if record.heldout_loss is not None]
         for step in skipped:
             axes.axvline(
                 step, color="tab:red", linewidth=0.8, alpha=0.5, label="skipped" if step == skipped[0] else None
@@ -61,10 +61,10 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path, *, first_m
         axes.grid(alpha=0.3)
         axes.legend()
     with _figure(paths[1], height=3.0) as [axes]:
-        axes.plot(steps, [line["learning_rate"] for line in metrics])
+        axes.plot(steps, [record.learning_rate or 0.0 for record in taken])
         axes.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
         axes.grid(alpha=0.3)
-    loads = [(line["step"], line["expert_load"]) for line in metrics if "expert_load" in line]
+    loads = [(record.step, record.expert_load) for record in taken if record.expert_load is not None]
     if loads:
         paths.append(folder / "expert_load.png")
         _plot_load(loads, paths[-1], first_moe_layer)
@@ -72,7 +72,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], folder: Path, *, first_m
 
 
 def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Path, first_layer: int) -> None:
-    """Rows are experts, layer under layer; columns are steps; 1 is a fair share. MTP modules follow the last layer."""
+    """Draw a heat map: rows are experts by layer (MTP modules last), columns steps; 1 is an even share."""
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     columns = [[share * experts for layer in load for share in layer] for _, load in loads]
     rows = list(zip(*columns, strict=True))
@@ -85,14 +85,14 @@ def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], path: Pat
         )
         for boundary in range(1, layers):
             axes.axhline(boundary * experts - 0.5, color="black", linewidth=0.8)
-        axes.set(xlabel="optimizer step", title="Expert load (tokens over a fair share)")
+        axes.set(xlabel="optimizer step", title="Expert load (tokens over an even share)")
         assert axes.figure is not None
         bar = axes.figure.colorbar(image, ax=axes, extend="max", ticks=[0.0, 0.5, 1.0, 1.5, 2.0])
         bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "2 or more"])
 
 
 def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """The relative error of each quantized tensor, largest first."""
+    """Draw the relative error of each quantized tensor, largest first, to `path`."""
     errors = sorted((tensor["rel_error"] for tensor in tensors), reverse=True)
     with _figure(path, height=3.5) as [axes]:
         axes.plot([100 * error for error in errors])
@@ -104,7 +104,7 @@ def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: float, path: Path) -> Path:
-    """Intervals of differences in nats per token, each on a scale of its own: (label, difference, low, high)."""
+    """Draw intervals of differences in nats per token, each on its own scale: (label, difference, low, high)."""
     with _figure(path, height=1.7 * len(rows) + 0.4, rows=len(rows)) as panels:
         for axes, (label, difference, low, high) in zip(panels, rows, strict=True):
             axes.axvspan(-margin, margin, color="grey", alpha=0.2, label="margin")
@@ -120,9 +120,9 @@ def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: flo
 def plot_memory(
     stages: Mapping[str, Mapping[str, int]], usable_bytes: int, path: Path, *, title: str = "Planned memory"
 ) -> Path:
-    """A plan's memory at each stage of a step, its components on top of each other, and a line where room ends.
+    """Draw a plan's memory at each stage of a step, stacked by component, with a line at the usable memory.
 
-    A component has the same color in every plan, whether the others are there or not.
+    A component has the same color in every plan.
     """
     components = list(next(iter(stages.values())))
     names = [name for name in components if any(stage[name] for stage in stages.values())]

@@ -1,7 +1,4 @@
-"""Owns the register step: a version in the model registry, by reference, with the figures that decided.
-
-It knows nothing of how the verdict came about.
-"""
+"""The register step: a version in the model registry, by reference, tagged with the evaluation's verdict."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _TAG_CHARACTERS = 5000
     retry_condition_fn=worth_retrying,
 )
 def register(context: RunContext, exported: StepRecord, quantized: StepRecord, evaluated: StepRecord) -> StepRecord:
-    """Register the candidate; it becomes champion when it is better than the one before it."""
+    """Register the candidate; it becomes champion when the evaluation found it better than the champion."""
     inputs = {
         **sections(context.config, ["register_model"]),
         "export_fingerprint": exported.fingerprint,
@@ -36,7 +33,7 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
     }
 
     def work(step: StepRun) -> dict[str, str]:
-        config, tracker = context.config.register_model, context.tracker()
+        config, registry = context.config.register_model, context.tracker().registry
         result = storage.read_json(evaluated.outputs["evaluation"])
         tags = {
             "run": context.config.name,
@@ -52,7 +49,7 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             "parent_run_id": context.parent_run_id or "",
         }
         identity = storage.fingerprint([exported.fingerprint, quantized.fingerprint, context.key])
-        version = tracker.register(
+        version = registry.register(
             step.run_id,
             config.model_name,
             _lasting(exported.outputs["export"]),
@@ -60,14 +57,13 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
             alias=config.candidate_alias,
             tags=tags,
         )
-        if version.model_id is not None:
-            for run_id in (step.run_id, context.parent_run_id):
-                tracker.models(run_id, outputs=[version.model_id])
-            # The candidate had no id yet when it was evaluated.
-            tracker.models(evaluated.mlflow_run_id, inputs=[version.model_id])
+        for run_id in (step.run_id, context.parent_run_id):
+            step.tracker.log(run_id, outputs=[version])
+        # The candidate was no version yet when it was evaluated.
+        step.tracker.log(evaluated.run_id, inputs=[version])
         champion = result["verdict"] == "better"
         if champion:
-            tracker.set_alias(config.model_name, config.champion_alias, version.version)
+            registry.set_alias(config.model_name, config.champion_alias, version.version)
         step.metrics(version=version.version)
         step.say(
             f"{version.name} version {version.version}: {config.candidate_alias}"
@@ -83,11 +79,12 @@ def register(context: RunContext, exported: StepRecord, quantized: StepRecord, e
 
 
 def _without_champion(result: dict[str, Any]) -> str:
+    """A remark in brackets when there was no champion to compare with; else empty."""
     if result["champion_missing"]:
         return f" ({result['champion_missing']})"
     return " (there was no champion to beat but the untrained model)" if result["baseline"] == UNTRAINED else ""
 
 
 def _lasting(uri: str) -> str:
-    """A URI that means the same from any working directory."""
+    """The URI, with an absolute path if it is local."""
     return str(Path(storage.local_path(uri)).absolute()) if storage.is_local(uri) else uri

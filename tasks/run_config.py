@@ -108,14 +108,15 @@ class DeployConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where runs are recorded in MLflow."""
+    """Where runs and model versions are recorded."""
 
     uri: str | None = None
-    """MLflow tracking URI; `null` takes MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
+    """Tracking URI of MLflow, or `json:` for JSON files without MLflow (in `<runs_directory>/tracking`, or in PATH with
+    `json:PATH`). `null` takes MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
     experiment: str = "cherry"
     """Experiment that the runs belong to."""
     system_metrics: bool = True
-    """Record this machine's CPU, memory, disk and GPU use during each step."""
+    """Record this machine's CPU, memory, disk and GPU use during each step (MLflow only)."""
 
 
 class RunConfig(JobConfig):

@@ -1,11 +1,10 @@
-"""Owns what makes a step a step: its fingerprint, its record on disk, its MLflow run, and the events a terminal shows.
+"""Pipeline steps: fingerprint, record on disk, run in the tracker, and the events that the terminal shows.
 
-It knows nothing of what the steps compute. Same inputs, same output: found and reused.
+A step with the same inputs and the same code is not run again: its output is found and reused.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,32 +13,36 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger
-
 from base import storage
 from base.errors import CherryError, is_retryable_exit_code
+from base.json_lines import append_json
 from cherry import __version__
-from tasks.process import append_whole, in_background, run_command, run_module
+from tasks.code_version import step_digest
+from tasks.processes.process import in_background, run_command, run_module
 from tasks.run_config import RunConfig
-from tasks.tracking.mlflow_tracker import MlflowTracker, connect
-from tasks.tracking.protocol import Tracker
+from tasks.run_logger import run_logger
+from tasks.tracking.connect import connect
+from tasks.tracking.protocol import RunStatus, RunTracker, Tracker
 
-# Steps that need the model registry wait for a server that is started again; the others do without it.
+# Steps that need the model registry wait for its server to be started again; the others do without it.
 REGISTRY_DELAYS_S = [2.0, 10.0, 30.0]
-# In the run directory, while a program of a step runs: its pid and when it was started.
+EVENTS_FILE = "events.jsonl"
 PROGRAM = "program.json"
+"""File in the run directory while a program of a step runs: its pid and start time."""
+# Keys of step records, by the name that files of earlier versions have for them.
+_RENAMED_KEYS = {"mlflow_run_id": "run_id", "mlflow_parent_run_id": "parent_run_id"}
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every task of one run is given: plain values, so that it passes through any task runner."""
+    """What every task of a run gets: plain values, which any task runner can pass on."""
 
     directory: str
     config: RunConfig
     parent_run_id: str | None = None
-    """MLflow run of the flow; `None` when the tracking server could not be reached."""
+    """The flow's run in the tracker; `None` when the tracker could not be reached."""
     began: float = field(default_factory=time.time)
-    """Unix time at which the flow began."""
+    """Unix time of the flow's start."""
 
     @property
     def path(self) -> Path:
@@ -48,11 +51,11 @@ class RunContext:
 
     @property
     def key(self) -> str:
-        """What tells this run directory from every other one of the same name."""
+        """Random id of this run directory, which no other one of the same name has; made on the first call."""
         return run_key(self.path)
 
-    def tracker(self) -> MlflowTracker:
-        """The run's tracker; never raises because a server is down."""
+    def tracker(self) -> Tracker:
+        """The tracker that the config names; no server is asked yet."""
         return connect(self.config.tracking, self.config.runs_directory)
 
 
@@ -75,29 +78,36 @@ class StepRecord:
     figures: dict[str, Any]
     seconds: float
     finished_at: float
-    mlflow_run_id: str | None
-    mlflow_parent_run_id: str | None
+    run_id: str | None
+    """Of the step in the tracker; `None` when it could not be reached."""
+    parent_run_id: str | None
+    """Of the flow in the tracker."""
     reused: bool = False
+    inputs_fingerprint: str = ""
+    """Of the inputs without the code; empty in records of earlier versions."""
 
 
 @dataclass
 class StepRun:
-    """A step while it works: where it reports to."""
+    """A running step: where its work reports to."""
 
     context: RunContext
     step: str
     fingerprint: str
+    """Of the step's inputs and the code that computes it."""
     run_id: str | None
-    tracker: Tracker
+    tracker: RunTracker
+    inputs_fingerprint: str = ""
+    """Of its inputs alone."""
     figures: dict[str, Any] = field(default_factory=dict)
 
     def say(self, line: str, fraction: float | None = None) -> None:
-        """A line for the Prefect log and the terminal."""
-        get_run_logger().info(line)
+        """Report a line to the run's log and the terminal; `fraction` is how much of the step is done."""
+        run_logger().info(line)
         self.show(line, fraction)
 
     def show(self, line: str, fraction: float | None = None) -> None:
-        """A line for the terminal alone: what comes often costs Prefect's server as much as it costs a small model."""
+        """Report a line to the terminal alone: Prefect's server would be asked for each."""
         write_event(self.context.path, self.step, "progress", line=line, fraction=fraction)
 
     def run(
@@ -106,27 +116,44 @@ class StepRun:
         arguments: Sequence[str],
         *,
         on_line: Callable[[str], None] | None = None,
+        on_progress: Callable[[str, float], None] | None = None,
         log_file: Path | None = None,
     ) -> None:
-        """Run a program to its end, its lines said; program.json names it, for a clean-up by another process.
+        """Run a program to its end and report its lines and its progress; see `tasks.processes.process.run_module`.
+
+        program.json names the program while it runs, for a clean-up by another process.
 
         Raises:
             CherryError: the program's own.
         """
-        record_file = self.context.path / PROGRAM
-        run_module(module, arguments, on_line=on_line or self.say, log_file=log_file, record_file=record_file)
+        run_module(
+            module,
+            arguments,
+            on_line=on_line or self.say,
+            on_progress=on_progress or self.say,
+            log_file=log_file,
+            record_file=self.context.path / PROGRAM,
+        )
 
-    def run_command(self, command: Sequence[str], *, name: str, on_line: Callable[[str], None], log_file: Path) -> None:
+    def run_command(
+        self, command: Sequence[str], *, name: str, on_progress: Callable[[str, float], None], log_file: Path
+    ) -> None:
         """Run a command to its end, as `run` does a module.
 
         Raises:
             CherryError: the program's own.
         """
-        record_file = self.context.path / PROGRAM
-        run_command(command, name=name, on_line=on_line, log_file=log_file, record_file=record_file)
+        run_command(
+            command,
+            name=name,
+            on_line=self.say,
+            on_progress=on_progress,
+            log_file=log_file,
+            record_file=self.context.path / PROGRAM,
+        )
 
     def metrics(self, **values: float) -> None:
-        """Figures of this step: into its MLflow run and its record."""
+        """Record figures of this step, in its run in the tracker and in its record on disk."""
         self.figures.update(values)
         self.tracker.log(self.run_id, metrics=values)
 
@@ -139,31 +166,40 @@ def perform(
     *,
     began: float | None = None,
 ) -> StepRecord:
-    """Do a step, or find it done.
+    """Run a step unless its output is found finished; the step's record.
 
     Args:
-        inputs: everything that its output depends on, as JSON values.
-        work: does it, and returns its outputs by name.
+        inputs: everything but the code that its output depends on, as JSON values.
+        work: computes the outputs and returns them by name.
         began: unix time from which its seconds count, when tasks before this one belong to it.
     """
-    identity = storage.fingerprint({"step": step, "inputs": inputs, "version": __version__})
+    inputs_fingerprint = storage.fingerprint({"step": step, "inputs": inputs, "version": __version__})
+    identity = storage.fingerprint([inputs_fingerprint, step_digest(step)])
     found = find_finished(context.path, step, identity)
     if found is not None:
-        get_run_logger().info("found finished: %s (%s)", step, ", ".join(found.outputs.values()) or "no output")
+        run_logger().info("found finished: %s (%s)", step, ", ".join(found.outputs.values()) or "no output")
         write_event(context.path, step, "reused", seconds=found.seconds)
         return found
-    if began is None:  # else whoever began has said so
+    if began is None:  # else the task that began has reported it
         write_event(context.path, step, "started")
-    tracker = context.tracker()
+    tracker = context.tracker().runs
     name = f"{context.config.name}-{step}"
     run_id = tracker.start(name, parent=context.parent_run_id, step=step, identity=identity, run_key=context.key)
-    running = StepRun(context, step, identity, run_id, tracker)
+    running = StepRun(context, step, identity, run_id, tracker, inputs_fingerprint)
     started = time.time() if began is None else began
     with _watched(running), _system_metrics(running):
         tracker.log(run_id, params=flatten(inputs))
         outputs = dict(work(running))
     record = StepRecord(
-        step, identity, outputs, running.figures, time.time() - started, time.time(), run_id, context.parent_run_id
+        step=step,
+        fingerprint=identity,
+        outputs=outputs,
+        figures=running.figures,
+        seconds=time.time() - started,
+        finished_at=time.time(),
+        run_id=run_id,
+        parent_run_id=context.parent_run_id,
+        inputs_fingerprint=inputs_fingerprint,
     )
     write_record(context.path, record)
     write_event(context.path, step, "finished", seconds=record.seconds)
@@ -172,12 +208,12 @@ def perform(
 
 @contextmanager
 def _watched(running: StepRun) -> Iterator[None]:
-    """Close the step's MLflow run as what became of it, and tell the terminal of a failure."""
-    status = "FINISHED"
+    """Close the step's run in the tracker with its status, and report a failure to the terminal."""
+    status: RunStatus = "FINISHED"
     try:
         yield
     except BaseException as error:
-        # A cancellation and Ctrl-C are no Exceptions.
+        # A cancellation and Ctrl-C are BaseExceptions.
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         line = str(error) if isinstance(error, CherryError) else f"{type(error).__name__}: {error}"
         write_event(running.context.path, running.step, "failed", line=line)
@@ -188,7 +224,7 @@ def _watched(running: StepRun) -> Iterator[None]:
 
 @contextmanager
 def _system_metrics(running: StepRun) -> Iterator[None]:
-    """Follow this node beside the step: its processors, memory, disk and GPUs."""
+    """Record the node's processor, memory, disk and GPU use while the step runs."""
     stop = None
     if running.context.config.tracking.system_metrics:
         with in_background():
@@ -201,16 +237,22 @@ def _system_metrics(running: StepRun) -> Iterator[None]:
 
 
 def write_record(run_directory: Path, record: StepRecord) -> None:
-    """Write steps/<step>.json."""
+    """Write a step's record to steps/<step>.json."""
     storage.write_json(str(run_directory / "steps" / f"{record.step}.json"), asdict(record))
 
 
+def read_record(path: Path) -> StepRecord:
+    """The record in a steps/<step>.json, also of an earlier version's."""
+    stored = {_RENAMED_KEYS.get(key, key): value for key, value in storage.read_json(str(path)).items()}
+    return StepRecord(**{**stored, "reused": True})
+
+
 def find_finished(run_directory: Path, step: str, identity: str | None = None) -> StepRecord | None:
-    """The record of a finished step whose outputs are still valid, with this fingerprint if one is given."""
+    """The record of a finished step whose outputs are valid; `None` if there is none or its fingerprint differs."""
     path = run_directory / "steps" / f"{step}.json"
     if not path.exists():
         return None
-    record = StepRecord(**{**storage.read_json(str(path)), "reused": True})
+    record = read_record(path)
     if identity is not None and record.fingerprint != identity:
         return None
     for output in record.outputs.values():
@@ -221,19 +263,19 @@ def find_finished(run_directory: Path, step: str, identity: str | None = None) -
 
 
 def put_aside(folder: Path, identity: str) -> Path:
-    """Move an output that other inputs made to `<folder>.<fingerprint>`: what was saved is never deleted here."""
+    """Path `<folder>.<fingerprint>` to which an output of other inputs or other code is moved; nothing is deleted."""
     target = _aside(folder, identity)
     number = 1
     while target.exists():
         number += 1
         target = _aside(folder, identity).with_name(f"{_aside(folder, identity).name}.{number}")
     folder.rename(target)
-    get_run_logger().info("another config made %s: it is now %s", folder, target)
+    run_logger().info("%s is of another config or other code: moved to %s", folder, target)
     return target
 
 
 def make_room(context: RunContext, step: str, folder: Path, identity: str) -> None:
-    """Put aside the finished output of `step` in `folder` unless these inputs made it."""
+    """Move the finished output of `step` in `folder` aside unless it has this fingerprint."""
     path = context.path / "steps" / f"{step}.json"
     owner = storage.read_json(str(path))["fingerprint"] if path.exists() else None
     if owner not in (None, identity) and storage.is_committed(str(folder)):
@@ -241,7 +283,7 @@ def make_room(context: RunContext, step: str, folder: Path, identity: str) -> No
 
 
 def find_output(uri: str, identity: str) -> str:
-    """Where an output lies that was at `uri` when `identity` made it: there, or put aside."""
+    """URI of the output that a step with this fingerprint wrote to `uri`: there, or where it was moved since."""
     if storage.is_local(uri) and _aside(Path(uri), identity).is_dir():
         return str(_aside(Path(uri), identity))
     return uri
@@ -252,16 +294,12 @@ def _aside(folder: Path, identity: str) -> Path:
 
 
 def write_event(run_directory: Path, step: str, event: str, **details: Any) -> None:
-    """Append to events.jsonl, which the terminal's progress display reads; an event that storage refuses is dropped.
-
-    A full disk must not end the step that tells how far it is.
-    """
-    line = json.dumps({"time": time.time(), "step": step, "event": event, **details}) + "\n"
-    append_whole(run_directory / "events.jsonl", line)
+    """Append an event to events.jsonl, which the terminal's progress display reads; best effort, see `append_json`."""
+    append_json(run_directory / EVENTS_FILE, {"time": time.time(), "step": step, "event": event, **details})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values with dotted keys, as MLflow shows parameters."""
+    """Nested values with dotted keys, as trackers show parameters."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -272,16 +310,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def sections(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
-    """Some sections of the config as JSON values: what a step's fingerprint is made of."""
+    """Sections of the config as JSON values, by name: a step's inputs."""
     return {name: value for name, value in config.model_dump(mode="json").items() if name in names}
 
 
 def worth_retrying(_task: Any, _task_run: Any, state: Any) -> bool:
-    """Prefect's retry condition: the world's fault may pass, every other one is met again."""
+    """Prefect's retry condition: only transient errors are retried."""
     try:
         state.result()
     except CherryError as error:
         return is_retryable_exit_code(error.exit_code)
     except Exception:
-        return False  # a bug of ours
+        return False  # a bug
     return True

@@ -6,6 +6,7 @@ one; after adding it, see that pyproject.toml bounds its library below the next 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 from collections.abc import Callable, Iterator
@@ -37,12 +38,18 @@ IMPORTS: dict[str, set[str]] = {
 ATTRIBUTES: dict[str, set[str]] = {
     "_apply": {"model/layers.py"},
     "_buffers": {"cherry/distributed/fsdp.py"},
-    "_foreach_add_": {"cherry/optim/adamw.py"},
+    "_dump_snapshot": {"cherry/hooks/profiler.py"},
+    "_foreach_add_": {"cherry/optim/adamw.py", "cherry/optim/muon.py"},
+    "_foreach_copy_": {"cherry/optim/muon.py"},
+    "_foreach_mul": {"cherry/optim/muon.py"},
+    "_foreach_mul_": {"cherry/optim/muon.py"},
     "_foreach_norm": {"cherry/optim/grad_norm.py"},
     "_foreach_zero_": {"cherry/optim/expert_bias.py"},
     "_fsdp_param_group": {HOOKS},
     "_get_fsdp_state": {HOOKS},
     "_grouped_mm": {"model/experts.py"},
+    "_option_string_actions": {"base/errors.py"},
+    "_record_memory_history": {"cherry/hooks/profiler.py"},
     "_spec": {"cherry/checkpoint/staging.py"},
 }
 """Private attributes of a library's module or object."""
@@ -53,7 +60,8 @@ UNDOCUMENTED: dict[str, set[str]] = {
     "torch.distributed.run.get_args_parser": {"cherry/launcher.py"},
 }
 """Names without an underscore that no documentation promises; they are listed by hand."""
-DOCUMENTED = {"os._exit", "_replace"}  # the standard library's: os._exit, and every named tuple's _replace
+# The standard library's: os._exit, and the methods of named tuples.
+DOCUMENTED = {"os._exit", "_replace", "_asdict"}
 
 
 def owner_of(attribute: str) -> object:
@@ -66,6 +74,9 @@ def owner_of(attribute: str) -> object:
     owners: dict[str, Callable[[], object]] = {
         "_apply": torch.nn.Module,
         "_buffers": torch.nn.Module,
+        "_dump_snapshot": lambda: torch.cuda.memory,
+        "_option_string_actions": argparse.ArgumentParser,
+        "_record_memory_history": lambda: torch.cuda.memory,
         "_fsdp_param_group": FSDPState,
         "_get_fsdp_state": lambda: FSDPModule,
         "_spec": lambda: DTensor,

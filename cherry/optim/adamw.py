@@ -103,9 +103,9 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for device, parameters in parameters_by_device(group["params"], gradients).items():
                 coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
-                yield self._update(group, parameters, gradients, coefficient)
+                yield self.group_update(group, parameters, gradients, coefficient)
 
-    def _update(
+    def group_update(
         self, group: dict[str, Any], parameters: list[nn.Parameter], gradients: Gradients, clip: Tensor | None
     ) -> Callable[[], None]:
         """The update of some parameters of one group, all on one device and with gradients."""

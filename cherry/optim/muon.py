@@ -69,11 +69,12 @@ class Muon(AdamW):
         super().forget_shards()
         self._plans.clear()
 
-    def _update(
+    def group_update(
         self, group: dict[str, Any], parameters: list[nn.Parameter], gradients: Gradients, clip: Tensor | None
     ) -> Callable[[], None]:
+        """Callable that updates one group: its matrices by Muon, other parameters by AdamW."""
         if "row_blocks" not in group:
-            return super()._update(group, parameters, gradients, clip)
+            return super().group_update(group, parameters, gradients, clip)
         key = tuple(map(id, parameters))
         if key not in self._plans:
             for parameter in parameters:

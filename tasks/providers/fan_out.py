@@ -13,6 +13,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from base import storage
-from base.errors import CALLER_EXIT_CODES, ConfigError, run_program
+from base.errors import ERROR_FILE_VARIABLE, USER_EXIT_CODES, ConfigError, run_program
 from cherry.launcher import die_with_parent
-from tasks.process import error_of
-from tasks.programs import module_command
+from tasks.processes.process import error_of
+from tasks.processes.programs import module_command
 from tasks.providers.protocol import Hosts
 
 COMMANDS_FILE = "commands.json"
@@ -47,9 +48,15 @@ class _Member:
     """One command, its last lines of output, and a thread that passes them on."""
 
     def __init__(
-        self, name: str, command: Sequence[str], prefix: str, output: threading.Lock, ended: queue.Queue[_Member]
+        self,
+        name: str,
+        command: Sequence[str],
+        prefix: str,
+        error_file: Path,
+        output: threading.Lock,
+        ended: queue.Queue[_Member],
     ) -> None:
-        self.name, self.prefix, self.output = name, prefix, output
+        self.name, self.prefix, self.error_file, self.output = name, prefix, error_file, output
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.process = subprocess.Popen(
             command,
@@ -57,7 +64,7 @@ class _Member:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "CHERRY_PARENT": str(os.getpid())},
+            env={**os.environ, "CHERRY_PARENT": str(os.getpid()), ERROR_FILE_VARIABLE: str(error_file)},
         )
         self.thread = threading.Thread(target=self._pass_on, args=(ended,), name=name, daemon=True)
         self.thread.start()
@@ -76,15 +83,21 @@ def fan_out(names: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
     """Run all commands until all have ended well, or one has failed and the others are ended.
 
     Raises:
-        CherryError: that of the failed command that explains the others, by its exit code and its last lines.
+        CherryError: that of the failed command that explains the others.
     """
+    with tempfile.TemporaryDirectory(prefix="cherry-fan-out-") as folder:
+        _run_all(names, commands, Path(folder))
+
+
+def _run_all(names: Sequence[str], commands: Sequence[Sequence[str]], folder: Path) -> None:
     ended: queue.Queue[_Member] = queue.Queue()
     output = threading.Lock()
     members: list[_Member] = []
     failed: list[_Member] = []
     try:
         for number, (name, command) in enumerate(zip(names, commands, strict=True)):
-            members.append(_Member(name, command, f"{name}: " if number else "", output, ended))
+            prefix, error_file = f"{name}: " if number else "", folder / f"{number}.json"
+            members.append(_Member(name, command, prefix, error_file, output, ended))
         for _ in members:
             try:
                 member = ended.get(timeout=_PEER_GRACE_S if failed else None)
@@ -96,8 +109,9 @@ def fan_out(names: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
         _end(members)
     if failed:
         # The caller's mistakes explain what they do to the other hosts; of equals, the earliest.
-        cause = min(failed, key=lambda member: member.process.returncode not in CALLER_EXIT_CODES)
-        raise error_of(cause.process.returncode, list(cause.lines), f"the launcher on {cause.name}")
+        cause = min(failed, key=lambda member: member.process.returncode not in USER_EXIT_CODES)
+        name = f"the launcher on {cause.name}"
+        raise error_of(cause.process.returncode, list(cause.lines), name, error_file=cause.error_file)
 
 
 def _end(members: Sequence[_Member]) -> None:

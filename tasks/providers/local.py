@@ -9,7 +9,7 @@ import psutil
 
 from base.errors import ConfigError, OperationalError
 from cherry.planner.local import local_gpus
-from tasks.programs import module_command
+from tasks.processes.programs import module_command
 from tasks.providers.protocol import Host, Hosts, Reservation
 
 _GIB = 2**30

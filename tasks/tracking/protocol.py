@@ -1,22 +1,60 @@
-"""Owns what steps know of a tracker: the calls that record a run, and a registered version.
-tasks/tracking/mlflow_tracker.py is one.
+"""The tracker protocols: where runs are recorded, the model registry, and the records that both take.
 
-It knows nothing of MLflow.
+tasks/tracking/connect.py chooses the tracker that the config names: MLflow (mlflow_tracker.py) or JSON files
+(json_tracker.py). Calls on runs are best effort: an outage is a warning in the log and never fails a step, for what
+could not be sent is still on disk. Calls on the registry raise, since nothing else records a version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class Tracker(Protocol):
-    """Where runs are recorded. `None` for a run id means that the run could not be made; calls then do nothing."""
+class Point(NamedTuple):
+    """One point of a series."""
+
+    name: str
+    value: float
+    step: int
+    unix_ms: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset, by reference."""
+
+    name: str
+    digest: str
+    source: str
+    """URI of the data."""
+    profile: Mapping[str, int]
+    """Counts that describe it, like documents and bytes."""
+    use: str = "training"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered version, by reference."""
+
+    name: str
+    version: int
+    uri: str
+    """Where its weights are."""
+    tags: dict[str, str] = field(default_factory=dict)
+    model_id: str | None = None
+    """The tracker's id of the model as an input or output of runs; `None` where it has none."""
+
+
+class RunTracker(Protocol):
+    """Where runs are recorded. A run id of `None` is a run that could not be made: calls on it do nothing."""
 
     def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
-        """Open the run of a step, found again by (step, identity, name, run_key) or new; its id."""
+        """Id of a step's run, opened: found again by (name, step, identity, run_key), or new."""
 
     def log(
         self,
@@ -25,26 +63,70 @@ class Tracker(Protocol):
         params: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
+        note: str | None = None,
+        inputs: Sequence[Dataset | ModelVersion] = (),
+        outputs: Sequence[ModelVersion] = (),
     ) -> None:
-        """Record values. A parameter that exists keeps its first value."""
+        """Record values, a note in Markdown, and what the run took and made.
 
-    def points(self, run_id: str | None, points: Iterable[tuple[str, float, int, int]]) -> bool:
-        """Record (metric, value, step, unix milliseconds); False when they could not be sent."""
+        A parameter keeps its first value. An input or output that is already recorded is not recorded twice.
+        """
+
+    def points(self, run_id: str | None, points: Iterable[Point]) -> bool:
+        """Append points to series; False when they could not be sent."""
 
     def artifact(self, run_id: str | None, path: Path, folder: str = "") -> None:
         """Copy a small file (a plot, a table) to the run."""
 
-    def finish(self, run_id: str | None, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
+    def finish(self, run_id: str | None, status: RunStatus, *, family: bool = False) -> None:
+        """Close a run. With `family`, close it and its children as far as they are open: their process is gone."""
 
 
-@dataclass(frozen=True)
-class ModelVersion:
-    """A registered version, by reference: `uri` is where its weights lie."""
+class ModelRegistry(Protocol):
+    """Registered versions of models, and the aliases that point at them.
 
-    name: str
-    version: int
-    uri: str
-    tags: dict[str, str]
-    model_id: str | None = None
-    """MLflow's id of the logged model behind the version."""
+    Raises:
+        OperationalError: (every method) the registry could not be reached.
+    """
+
+    def register(
+        self, run_id: str | None, name: str, uri: str, *, identity: str, alias: str, tags: Mapping[str, str]
+    ) -> ModelVersion:
+        """The version of the weights at `uri`, with `alias` pointing at it: found again by `identity`, or new."""
+
+    def version(self, name: str, *, alias: str | None = None, number: int | None = None) -> ModelVersion | None:
+        """A version by alias or number; `None` when there is none."""
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point an alias at a version; the one before it is kept in the version's tag `previous_<alias>`."""
+
+    def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+        """Add tags to a version."""
+
+
+class Tracker(Protocol):
+    """One tracking backend."""
+
+    @property
+    def runs(self) -> RunTracker:
+        """Where runs are recorded."""
+
+    @property
+    def registry(self) -> ModelRegistry:
+        """The model registry."""
+
+    @property
+    def address(self) -> str:
+        """Where the backend is, without credentials."""
+
+    def connect_early(self) -> None:
+        """Do the first call's work in a thread; an error in it is left to the first call."""
+
+    def page(self, run_id: str | None = None) -> str:
+        """Where a person sees all runs, or one run: a URL, or a command or path; of a run a Markdown link or its id."""
+
+    def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
+        """Record processor, memory, disk and GPU use of this node until the returned function is called.
+
+        `None` when the backend does not record them.
+        """

@@ -90,7 +90,7 @@ def test_only_the_assistant_bears_loss_and_its_loss_falls_from_the_imported_weig
     ((tokens, targets, _),) = trainer.batches.read(0).micro_batches
     logits = pretrained.logits(pretrained(tokens).hidden_BTD)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    assert trainer._step()["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer._step().loss == pytest.approx(expected.item(), rel=1e-5)
 
     before = assistant_loss(pretrained, directory)
     trainer.run()

@@ -13,6 +13,7 @@ import torch
 from base.errors import SupersededError
 from cherry.checkpoint.fence import Fence
 from cherry.metrics import MetricsWriter, format_line, peak_flops
+from cherry.train_record import TrainRecord
 
 
 def steps(path: Path) -> list[int]:
@@ -22,7 +23,7 @@ def steps(path: Path) -> list[int]:
 def written(path: Path, last: int) -> None:
     writer = MetricsWriter(path, resume_step=0)
     for step in range(1, last + 1):
-        writer.write({"step": step, "loss": 10.0 - step})
+        writer.write(TrainRecord(step=step, loss=10.0 - step))
     writer.close()
 
 
@@ -32,7 +33,7 @@ def test_a_resume_drops_what_lies_past_its_checkpoint(tmp_path: Path) -> None:
     writer = MetricsWriter(path, resume_step=4)
     assert (writer.first_loss, writer.last_loss) == (9.0, 6.0)
     assert steps(path) == [1, 2, 3, 4]
-    writer.write({"step": 5, "loss": 0.5})
+    writer.write(TrainRecord(step=5, loss=0.5))
     assert steps(path) == [1, 2, 3, 4, 5], "a line is in the file when write returns"
     assert (writer.first_loss, writer.last_loss) == (9.0, 0.5)
     writer.close()
@@ -47,16 +48,16 @@ def test_a_new_start_drops_everything(tmp_path: Path) -> None:
     assert writer.first_loss is None
 
 
-@pytest.mark.parametrize("cut", range(1, 25))
+@pytest.mark.parametrize("cut", [*range(1, 9), 20, 100, 300])
 def test_a_line_that_a_kill_cut_short_is_dropped_and_nothing_is_glued_to_it(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, 5)
     content = path.read_text()
-    assert len(content.splitlines()[-1]) == 24
+    assert len(content.splitlines()[-1]) > 300
     path.write_text(content[:-cut])
     whole = 5 if cut == 1 else 4  # without its newline alone the last line still says everything
     writer = MetricsWriter(path, resume_step=100)
-    writer.write({"step": 6, "loss": 4.0})
+    writer.write(TrainRecord(step=6, loss=4.0))
     writer.close()
     assert steps(path) == [*range(1, whole + 1), 6]
 
@@ -64,10 +65,10 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_nothing_is_glued_to_it(tmp_
 def test_an_attempt_that_was_superseded_writes_to_no_file_that_anyone_reads(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     old = MetricsWriter(path, resume_step=0)
-    old.write({"step": 1, "loss": 1.0})
+    old.write(TrainRecord(step=1, loss=1.0))
     new = MetricsWriter(path, resume_step=1)
-    old.write({"step": 2, "loss": 99.0})
-    new.write({"step": 2, "loss": 0.5})
+    old.write(TrainRecord(step=2, loss=99.0))
+    new.write(TrainRecord(step=2, loss=0.5))
     old.close()
     new.close()
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5]
@@ -94,9 +95,11 @@ def test_the_line_for_people(seconds: float, speed: float, expected: str) -> Non
         "expert_load_max_over_mean": 1.2125,
         "seconds_left": seconds,
     }
-    assert format_line(record) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {expected}"
+    assert format_line(TrainRecord(**record)) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {expected}"
     without = expected.replace("mfu 3.1% (causal) ", "")
-    assert format_line({**record, "mfu": None}) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {without}"
+    assert (
+        format_line(TrainRecord(**{**record, "mfu": None})) == f"step 120/300 loss 4.812 grad 0.93 lr 2.9e-03 {without}"
+    )
 
 
 def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are_any() -> None:
@@ -104,9 +107,13 @@ def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are
         **dict.fromkeys(("loss", "grad_norm", "learning_rate", "mfu", "expert_load_max_over_mean"), 1.0),
         **{"step": 5, "steps": 9, "tokens_per_second": 10.0, "seconds_left": 1.0, "skipped_steps": 0, "rollbacks": 0},
     }
-    assert format_line(record).endswith("eta 0m01s")
-    assert format_line({**record, "loss": float("nan"), "skipped_steps": 12}).startswith("step 5/9 loss nan grad 1.00")
-    assert format_line({**record, "skipped_steps": 12, "rollbacks": 1}).endswith("eta 0m01s skipped 12 rollbacks 1")
+
+    def line(**values: Any) -> str:
+        return format_line(TrainRecord(**{**record, **values}))
+
+    assert line().endswith("eta 0m01s")
+    assert line(loss=float("nan"), skipped_steps=12).startswith("step 5/9 loss nan grad 1.00")
+    assert line(skipped_steps=12, rollbacks=1).endswith("eta 0m01s skipped 12 rollbacks 1")
 
 
 def test_a_processor_without_a_data_sheet_is_measured() -> None:

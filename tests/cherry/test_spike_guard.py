@@ -108,8 +108,8 @@ def test_a_skipped_step_leaves_weights_moments_and_biases_as_they_were(make, opt
     with torch.no_grad():
         trainer.model.norm.weight[0] = float("nan")
     record = trainer._step()
-    assert record["skipped"] == "loss nan"
-    assert (record["step"], record["skipped_steps"], record["tokens"]) == (2, 1, 8 * 32)
+    assert record.skipped == "loss nan"
+    assert (record.step, record.skipped_steps, record.tokens) == (2, 1, 8 * 32)
     with torch.no_grad():
         trainer.model.norm.weight.copy_(weights["norm.weight"])
     for name, value in trainer.model.state_dict().items():
@@ -119,7 +119,7 @@ def test_a_skipped_step_leaves_weights_moments_and_biases_as_they_were(make, opt
         assert torch.equal(before, now)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert not any(layer.tokens_per_expert_E.any() for layer in trainer.model.moe_layers())
-    assert "skipped" not in trainer._step()
+    assert trainer._step().skipped is None
 
 
 def spoil(directory, trainer, batches):
@@ -175,7 +175,7 @@ def test_weights_that_blew_up_go_back_to_the_checkpoint_before(make, tmp_path, c
     trainer = make("blown", "train.steps=20", "train.max_skipped_steps=2")
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     blow_up(trainer)
-    assert [trainer._step()["skipped"] is not None, trainer.guard.consecutive_skips] == [True, 1]
+    assert [trainer._step().skipped is not None, trainer.guard.consecutive_skips] == [True, 1]
     trainer._rollback(trainer._step())
     assert "step_8: 3 batches passed over, rollback 1" in capsys.readouterr().out
     for name, value in trainer.model.state_dict().items():

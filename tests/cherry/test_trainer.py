@@ -56,10 +56,10 @@ def test_the_first_step_s_losses_and_norm_are_those_of_plain_torch(make):
     (loss + train.mtp_loss_weight * mtp_loss + train.balance_loss_weight * out.balance_loss).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     record = trainer._step()
-    assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    assert record["mtp_loss"] == pytest.approx(mtp_loss.item(), rel=1e-6)
-    assert record["balance_loss"] == pytest.approx(out.balance_loss.item(), rel=1e-6)
-    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert record.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert record.mtp_loss == pytest.approx(mtp_loss.item(), rel=1e-6)
+    assert record.balance_loss == pytest.approx(out.balance_loss.item(), rel=1e-6)
+    assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -82,7 +82,7 @@ def test_every_token_is_counted_once_and_the_bias_moves_once_a_step(make, recomp
         assert torch.equal(layer.e_score_correction_bias_E, rate * torch.sign(count.mean() - count))
         assert not layer.tokens_per_expert_E.any()
     worst = max((count.max() / count.mean()).item() for count in counts)
-    assert record["expert_load_max_over_mean"] == pytest.approx(worst)
+    assert record.expert_load_max_over_mean == pytest.approx(worst)
 
 
 def test_a_run_cut_in_two_equals_the_unbroken_one_bit_for_bit(make, tmp_path, capsys):

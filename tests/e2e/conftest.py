@@ -223,7 +223,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             assert ended.returncode == 0, ended.stdout + ended.stderr
         yield made
     finally:
-        from tasks.replicas import stop_serving
+        from tasks.processes.replicas import stop_serving
 
         stop_serving(str(made.runs))
         end(server)

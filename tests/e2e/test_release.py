@@ -13,7 +13,7 @@ from anything.keys import read_key_file
 from base.errors import ServiceError
 from tasks.deploy import Release, shift, start
 from tasks.overrides import resolve
-from tasks.replicas import ServingDirectory, stop_serving
+from tasks.processes.replicas import ServingDirectory, stop_serving
 from tasks.steps import RunContext
 
 pytestmark = pytest.mark.slow

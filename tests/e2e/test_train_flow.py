@@ -25,9 +25,9 @@ def test_the_summary_says_what_came_out(project, finished):
     assert abs(finished["quantized_dnll"]) < 0.02
     assert (finished["verdict"], finished["compared_with"]) == ("better", "untrained")
     assert set(finished["seconds"]) == set(STEPS)
-    assert finished["mlflow_run_id"] == tree(project, "first")[0].info.run_id
+    assert finished["run_id"] == tree(project, "first")[0].info.run_id
     opened = json.loads((project.runs / "first" / "flow_run.json").read_text())
-    assert opened == {"mlflow_run_id": finished["mlflow_run_id"]}
+    assert opened == {"run_id": finished["run_id"]}
 
 
 def test_every_step_is_a_finished_mlflow_run_under_the_flow(project, finished):
@@ -130,9 +130,9 @@ def test_the_same_command_finds_every_step_finished(project, finished):
         assert project.step("first", step) == before[step]
     parent, children = tree(project, "first")
     assert {step: run.info.run_id for step, run in children.items()} == {
-        step: record["mlflow_run_id"] for step, record in before.items()
+        step: record["run_id"] for step, record in before.items()
     }
-    assert parent.info.run_id == finished["mlflow_run_id"]
+    assert parent.info.run_id == finished["run_id"]
     assert len(project.versions("first")) == 1
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from base import storage
+from cherry.train_record import TrainRecord
 from flows.status import last_metrics, read_runs
 
 ORDER = ["data", "train", "export"]
@@ -115,10 +116,10 @@ def test_a_line_that_is_still_being_written_is_not_read(tmp_path: Path) -> None:
     stream.write_text("")
     assert last_metrics(stream) is None
     stream.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}')
-    assert last_metrics(stream) == {"step": 1, "loss": 2.0}
+    assert last_metrics(stream) == TrainRecord(step=1, loss=2.0)
     with stream.open("a") as handle:
         handle.write('\n{"note": "no step"}\n')
-    assert last_metrics(stream) == {"step": 2, "loss": 1.0}
+    assert last_metrics(stream) == TrainRecord(step=2, loss=1.0)
 
 
 @pytest.mark.parametrize(("layers", "experts", "lines"), [(10, 64, 300), (59, 256, 3)])
@@ -130,4 +131,4 @@ def test_the_last_line_is_found_however_long_the_stream_or_the_line(
     stream.write_text("".join(json.dumps({"step": step, "expert_load": load}) + "\n" for step in range(lines)))
     found = last_metrics(stream)
     assert found is not None
-    assert found["step"] == lines - 1
+    assert found.step == lines - 1

@@ -82,9 +82,9 @@ def test_a_run_that_registered_nothing_takes_the_candidate_by_the_same_rule(runs
     other = RunContext(str(tmp_path / "none"), runs["first"].config)
     with pytest.raises(ConfigError, match="version 3 was judged worse"):
         resolve_version.fn(other, None)
-    other.tracker().set_alias("cherry-tiny", "candidate", 2)
+    other.tracker().registry.set_alias("cherry-tiny", "candidate", 2)
     assert resolve_version.fn(other, None).version == 2
-    other.tracker().set_alias("cherry-tiny", "candidate", 3)
+    other.tracker().registry.set_alias("cherry-tiny", "candidate", 3)
 
 
 def test_the_same_number_in_another_registry_is_another_model(runs, tmp_path):

@@ -9,7 +9,7 @@ from base import storage
 from tasks.evaluate import find_champion, judge, shortfall
 from tasks.overrides import resolve
 from tasks.steps import RunContext
-from tasks.tracking.mlflow_tracker import MlflowTracker
+from tasks.tracking.mlflow_registry import MlflowRegistry
 from tasks.tracking.protocol import ModelVersion
 
 TOKENS = 100
@@ -69,7 +69,7 @@ def test_quantized_weights_that_cost_too_much_are_reported_without_an_excuse(con
 def test_a_champion_whose_weights_are_gone_is_reported_and_not_replaced(config, tmp_path, monkeypatch):
     folder = tmp_path / "champion" / "export"
     champion = ModelVersion("net", 3, str(folder), {"export_fingerprint": "a" * 64})
-    monkeypatch.setattr(MlflowTracker, "version", lambda *_, **__: champion)
+    monkeypatch.setattr(MlflowRegistry, "version", lambda *_, **__: champion)
     context, exported = RunContext(str(tmp_path / "run"), config), SimpleNamespace(fingerprint="b" * 64)
     with disable_run_logger():
         found, missing = find_champion(context, exported)

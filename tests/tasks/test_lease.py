@@ -15,7 +15,7 @@ from base.errors import OperationalError
 from tasks.lease import take_lease
 from tasks.lifecycle import end_leftovers
 from tasks.overrides import resolve
-from tasks.process import is_alive
+from tasks.processes.process import is_alive
 from tasks.provision import release
 from tasks.steps import RunContext
 

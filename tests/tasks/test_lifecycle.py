@@ -12,7 +12,7 @@ import pytest
 from base import storage
 from tasks.lifecycle import FLOW_RUN, _links, _rows, teardown
 from tasks.overrides import resolve
-from tasks.process import is_alive
+from tasks.processes.process import is_alive
 from tasks.steps import PROGRAM, RunContext, StepRecord
 
 OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
@@ -30,7 +30,7 @@ def left(tmp_path, monkeypatch):
     directory = tmp_path / "left"
     lease = {"pid": gone.pid, "created": created}
     storage.write_json(str(directory / "lease.json"), lease)
-    storage.write_json(str(directory / FLOW_RUN), {"mlflow_run_id": "0" * 32})
+    storage.write_json(str(directory / FLOW_RUN), {"run_id": "0" * 32})
     record = {"pid": program.pid, "created": psutil.Process(program.pid).create_time()}
     storage.write_json(str(directory / PROGRAM), record)
     yield SimpleNamespace(directory=directory, program=program, lease=lease, config=config)

@@ -6,6 +6,7 @@ import struct
 import matplotlib
 import pytest
 
+from cherry.train_record import TrainRecord
 from tasks.plots import _plot_load, plot_comparison, plot_memory, plot_quantization, plot_training
 
 
@@ -24,7 +25,7 @@ def lines(steps, *, mtp=0.5, load=((0.5, 0.5), (0.1, 0.9)), every=10):
         if step == 1 or step % every == 0:
             line |= {"expert_load": [list(layer) for layer in load]} if load else {}
             line["heldout_loss"] = 9.5 / step
-        written.append(line)
+        written.append(TrainRecord.from_line(line))
     return written
 
 
@@ -37,7 +38,7 @@ def test_a_run_has_its_loss_its_rate_and_the_load_of_its_experts(tmp_path):
 @pytest.mark.parametrize("metrics", [lines(1), lines(3, mtp=0.0, load=()), lines(2, every=50, load=((1.0,),))])
 def test_a_run_of_few_steps_without_experts_or_a_second_head_is_drawn(tmp_path, metrics):
     paths = plot_training(metrics, tmp_path)
-    assert len(paths) == 2 + any("expert_load" in line for line in metrics)
+    assert len(paths) == 2 + any(record.expert_load is not None for record in metrics)
     assert all(min(size(path)) > 100 for path in paths)
 
 
@@ -48,7 +49,7 @@ def test_many_experts_stay_within_a_page(tmp_path):
 
 
 def test_loads_carry_the_models_layer_numbers_and_a_scale_that_says_where_it_stops(tmp_path):
-    loads = [(line["step"], line["expert_load"]) for line in lines(4, every=1)]
+    loads = [(record.step, record.expert_load) for record in lines(4, every=1)]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         _plot_load(loads, tmp_path / "load.svg", 3)
     text = (tmp_path / "load.svg").read_text()

@@ -1,19 +1,30 @@
 """Steps without any server: what is found finished, what is done again, what is put aside, and what retries."""
 
 import json
+import logging
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from prefect.logging import disable_run_logger
 
 from base import storage
 from base.errors import ConfigError, MissingFileError, OperationalError, SupersededError, WorkerLostError
 from tasks.overrides import resolve
-from tasks.process import error_of
-from tasks.steps import RunContext, find_finished, find_output, make_room, perform, worth_retrying
-from tasks.tracking.mlflow_tracker import MlflowTracker
-from tasks.train import _claim
+from tasks.processes.process import error_of
+from tasks.steps import (
+    RunContext,
+    StepRecord,
+    StepRun,
+    find_finished,
+    find_output,
+    make_room,
+    perform,
+    worth_retrying,
+    write_record,
+)
+from tasks.tracking.mlflow_tracker import MlflowRuns
+from tasks.train import claim
 
 # Nothing listens on the discard port: every test here runs with the tracking server down.
 NOWHERE = "http://127.0.0.1:9"
@@ -23,8 +34,7 @@ NOWHERE = "http://127.0.0.1:9"
 def context(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config = resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), "tracking": {"uri": NOWHERE}})
-    with disable_run_logger():
-        yield RunContext(str(tmp_path / "tiny"), config)
+    return RunContext(str(tmp_path / "tiny"), config)
 
 
 def write(context, text):
@@ -48,7 +58,7 @@ def events(context):
 
 def test_the_same_inputs_find_the_finished_output(context):
     done = perform(context, "export", {"a": 1}, write(context, "one"))
-    assert (done.reused, done.figures, done.mlflow_run_id) == (False, {"length": 3}, None)
+    assert (done.reused, done.figures, done.run_id) == (False, {"length": 3}, None)
     found = perform(context, "export", {"a": 1}, lambda _: pytest.fail("worked again"))
     assert found.reused
     assert (found.outputs, found.fingerprint, found.finished_at) == (done.outputs, done.fingerprint, done.finished_at)
@@ -65,8 +75,7 @@ def test_each_step_is_followed_by_system_metrics_as_long_as_it_works(tmp_path, w
         followed.extend(thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor")
         return {}
 
-    with disable_run_logger():
-        perform(RunContext(str(tmp_path / "tiny"), config), "export", {"a": 1}, work)
+    perform(RunContext(str(tmp_path / "tiny"), config), "export", {"a": 1}, work)
     assert len(followed) == wanted
     assert not any(thread.is_alive() for thread in followed)
 
@@ -106,16 +115,67 @@ def test_going_back_and_forth_loses_nothing(context):
     assert kept == ["one", "one", "two", "two"]
 
 
-def test_a_train_directory_of_another_config_is_put_aside(tmp_path):
-    run = tmp_path / "run"
-    with disable_run_logger():
-        _claim(run, "a" * 64)
-        (run / "train" / "metrics.jsonl").write_text("kept\n")
-        _claim(run, "a" * 64)
-        assert (run / "train" / "metrics.jsonl").exists()
-        _claim(run, "b" * 64)
-    assert [path.name for path in (run / "train").iterdir()] == ["fingerprint"]
-    assert (run / "train.aaaaaaaa" / "metrics.jsonl").read_text() == "kept\n"
+def step_run(context, inputs, code):
+    return StepRun(context, "train", f"{inputs}{code}" * 32, None, context.tracker().runs, inputs * 64)
+
+
+def finish_training(context, step):
+    """Leave a finished train step of `step`'s fingerprints."""
+    result = context.path / "train" / "result.json"
+    result.write_text("{}")
+    record = StepRecord("train", step.fingerprint, {"result": str(result)}, {}, 1.0, 2.0, None, None)
+    write_record(context.path, replace(record, inputs_fingerprint=step.inputs_fingerprint))
+
+
+def test_a_train_directory_of_another_config_is_put_aside(context):
+    first, other = step_run(context, "a", "1"), step_run(context, "b", "1")
+    assert claim(context, first) == first.fingerprint
+    (context.path / "train" / "metrics.jsonl").write_text("kept\n")
+    assert claim(context, first) == first.fingerprint
+    assert (context.path / "train" / "metrics.jsonl").exists()
+    assert claim(context, other) == other.fingerprint
+    assert [path.name for path in (context.path / "train").iterdir()] == ["fingerprint"]
+    assert (context.path / "train.a1a1a1a1" / "metrics.jsonl").read_text() == "kept\n"
+
+
+def test_unfinished_training_goes_on_with_changed_code_and_finished_training_is_put_aside(context):
+    old, new, newest = (step_run(context, "a", code) for code in "123")
+    claim(context, old)
+    (context.path / "train" / "checkpoint").write_text("kept\n")
+    assert claim(context, new) == old.fingerprint
+    assert (context.path / "train" / "checkpoint").exists()
+    finish_training(context, new)
+    assert claim(context, newest) == newest.fingerprint
+    assert [path.name for path in (context.path / "train").iterdir()] == ["fingerprint"]
+    assert (context.path / "train.a1a1a1a1" / "checkpoint").exists()
+
+
+def test_a_record_of_an_earlier_version_is_read(context):
+    stored = {
+        **{"step": "data", "fingerprint": "f", "outputs": {}, "figures": {"a": 1}, "seconds": 1.5, "finished_at": 9.0},
+        **{"mlflow_run_id": "r", "mlflow_parent_run_id": "p", "reused": False},
+    }
+    storage.write_json(str(context.path / "steps" / "data.json"), stored)
+    found = find_finished(context.path, "data")
+    assert (found.run_id, found.parent_run_id, found.inputs_fingerprint) == ("r", "p", "")
+
+
+def test_step_code_runs_outside_of_prefect_and_logs_to_its_module(context, caplog):
+    caplog.set_level(logging.INFO, logger="tasks.run_logger")
+    done = perform(context, "export", {"a": 1}, lambda step: step.say("a line for the log", 0.5) or {})
+    perform(context, "export", {"a": 1}, write(context, "again"))
+    assert not done.reused
+    assert "a line for the log" in caplog.text
+    assert "found finished: export" in caplog.text
+
+
+def test_other_code_is_another_identity(context, monkeypatch):
+    first = perform(context, "export", {"a": 1}, write(context, "one"))
+    monkeypatch.setattr("tasks.steps.step_digest", lambda step: f"other code of {step}")
+    second = perform(context, "export", {"a": 1}, write(context, "two"))
+    assert not second.reused
+    assert second.inputs_fingerprint == first.inputs_fingerprint
+    assert storage.read_bytes(find_output(f"{context.path}/export", first.fingerprint) + "/text") == b"one"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +184,7 @@ def test_a_train_directory_of_another_config_is_put_aside(tmp_path):
 )
 def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch, error, status):
     ended = []
-    monkeypatch.setattr(MlflowTracker, "finish", lambda _self, _run, status: ended.append(status))
+    monkeypatch.setattr(MlflowRuns, "finish", lambda _self, _run, status: ended.append(status))
 
     def work(step):
         raise error
@@ -146,10 +206,10 @@ def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch,
         (error_of(1, ["Traceback"], "train"), False),
         (error_of(2, ["usage: train.py"], "train"), False),
         (SupersededError("a newer attempt took over"), False),
-        (error_of(36, ["error: a newer attempt took over"], "train"), False),
+        (error_of(36, ["a newer attempt took over"], "train"), False),
         (ConfigError("wrong"), False),
         (MissingFileError("gone"), False),
-        (error_of(16, ["error: loss nan"], "train"), False),
+        (error_of(16, ["loss nan"], "train"), False),
         (error_of(29, [], "train"), False),
         (ZeroDivisionError("a bug"), False),
     ],

@@ -21,7 +21,7 @@ from base import storage
 from base.errors import ConfigError, ServiceError
 from tasks.deploy import Release, smoke, start
 from tasks.overrides import resolve
-from tasks.replicas import Server, ServingDirectory, stop_serving
+from tasks.processes.replicas import Server, ServingDirectory, stop_serving
 from tasks.steps import RunContext
 
 # Answers {"say": text, "words": n} with {"said": the text in capitals}; nothing of it is Anything's.

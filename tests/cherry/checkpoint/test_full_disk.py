@@ -11,7 +11,8 @@ import pytest
 
 from base.errors import DiskFullError
 from cherry.metrics import MetricsWriter
-from tasks.process import run_module
+from cherry.train_record import TrainRecord
+from tasks.processes.process import run_module
 from tasks.steps import write_event
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -49,21 +50,21 @@ def full(disk: Path) -> Iterator[None]:
 
 def test_metrics_wait_for_room_and_no_line_is_cut_or_lost(disk, caplog):
     writer = MetricsWriter(disk / "metrics.jsonl", resume_step=0)
-    writer.write({"step": 1, "loss": 1.0})
+    writer.write(TrainRecord(step=1, loss=1.0))
     assert writer.new_failure() is None
     with full(disk):
         for step in range(2, 402):
-            writer.write({"step": step, "loss": 1.0})
+            writer.write(TrainRecord(step=step, loss=1.0))
         failure = writer.new_failure()
         assert isinstance(failure, DiskFullError)
-        writer.write({"step": 402, "loss": 1.0})
+        writer.write(TrainRecord(step=402, loss=1.0))
         assert writer.new_failure() is None, "it is told once"
-    writer.write({"step": 403, "loss": 1.0})
+    writer.write(TrainRecord(step=403, loss=1.0))
     lines = (disk / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 404))
     with full(disk):
         for step in range(404, 804):
-            writer.write({"step": step, "loss": 1.0})
+            writer.write(TrainRecord(step=step, loss=1.0))
         assert isinstance(writer.new_failure(), DiskFullError), "the next time is told again"
         writer.close()
     assert "metrics lines are lost" in caplog.text

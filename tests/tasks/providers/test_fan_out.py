@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from base.errors import ConfigError, WorkerLostError
-from tasks.process import is_alive, run_command
+from tasks.processes.process import is_alive, run_command
 from tasks.providers.fan_out import one_command
 from tasks.providers.protocol import Host, Hosts
 

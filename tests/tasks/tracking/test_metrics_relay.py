@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay, read_metrics
+from cherry.train_record import FLOW_SERIES
+from tasks.tracking.metrics_relay import MetricsRelay, read_metrics
 
 
 class UnreliableTracker:
@@ -71,7 +72,7 @@ def test_a_line_that_is_being_written_waits_for_its_end(relay):
         handle.flush()
         assert relay.send_new()
         assert steps(relay.sink) == wanted(3)
-        assert [line["step"] for line in read_metrics(relay.file)] == [1, 2]
+        assert [record.step for record in read_metrics(relay.file)] == [1, 2]
         handle.write('ss": 0.42857142857142855, "time": 1003.0}\n')
     assert relay.send_new()
     assert steps(relay.sink) == wanted(4)
@@ -138,7 +139,7 @@ def test_the_flows_run_gets_its_own_series_from_the_first_step_on_under_the_name
     append(relay.file, records)
     assert relay.send_new()
     relay.sink.points_kept.clear()
-    parent = MetricsRelay(tmp_path, relay.sink, "parent", PARENT_SERIES)
+    parent = MetricsRelay(tmp_path, relay.sink, "parent", FLOW_SERIES)
     assert parent.send_new()
     assert parent.send_new()
     assert steps(relay.sink) == [*wanted(4), ("heldout_window_loss", 3, 0.5)]

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from base.errors import DataError
 from cherry.heldout import Heldout
-from cherry.hooks import HookList, TrainerHook
+from cherry.hooks.protocol import HookList, TrainerHook
 from cherry.job_config import JobConfig
+from cherry.train_record import TrainRecord
 from cherry.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -34,8 +35,8 @@ class Recorder(TrainerHook):
         assert heldout.loss > 0
         self.events.append(("evaluate", step))
 
-    def on_step_end(self, record: dict[str, Any]) -> None:
-        self.events.append(("end", record["step"]))
+    def on_step_end(self, record: TrainRecord) -> None:
+        self.events.append(("end", record.step))
 
     def on_save(self, step: int, checkpoint: str) -> None:
         assert checkpoint.endswith(f"/step_{step}")
@@ -115,9 +116,9 @@ class Fails(Recorder):
         super().__init__()
         self.error = error
 
-    def on_step_end(self, record: dict[str, Any]) -> None:
+    def on_step_end(self, record: TrainRecord) -> None:
         super().on_step_end(record)
-        if record["step"] == 3:
+        if record.step == 3:
             raise self.error
 
 
@@ -131,7 +132,7 @@ def test_a_hook_with_a_bug_is_closed_and_left_out_and_training_goes_on(
     assert other.events == [*steps(1, 12, evaluated={12}, saved={4, 8, 12}), ("close", None)]
     line = "Fails failed in on_step_end and is no longer called, training goes on: ZeroDivisionError"
     assert line in capsys.readouterr().out
-    (record,) = [record for record in caplog.records if record.name == "cherry.hooks"]
+    (record,) = [record for record in caplog.records if record.name == "cherry.hooks.protocol"]
     assert record.exc_info is not None and record.exc_info[1] is broken.error
 
 

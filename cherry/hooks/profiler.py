@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cherry.hooks import TrainerHook
+from cherry.hooks.protocol import TrainerHook
 from cherry.job_config import ProfileConfig
+from cherry.train_record import TrainRecord
 
 # Allocations and frees that a CUDA snapshot keeps, as in torchtitan's tools/profiling.py.
 _MEMORY_EVENTS = 100_000
@@ -54,10 +54,10 @@ class ProfilerHook(TrainerHook):
             self._steps.append(step)
             self._range.enter_context(record_function(f"step {step}"))
 
-    def on_step_end(self, record: dict[str, Any]) -> None:
+    def on_step_end(self, record: TrainRecord) -> None:
         """Stop and write after the last step of the range."""
         self._range.close()
-        if self._profile is not None and record["step"] >= self._config.steps[1]:
+        if self._profile is not None and record.step >= self._config.steps[1]:
             self._stop()
 
     def close(self) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from cherry.hooks import TrainerHook
+from cherry.hooks.protocol import TrainerHook
 from cherry.metrics import MetricsWriter, format_line
+from cherry.train_record import TrainRecord
 
 # Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has them all.
 _PRINT_EVERY_S = 1.0
-# A record with one of these is written and printed whatever `log_every_steps` says.
-_ALWAYS = ("heldout_loss", "failed_saves", "skipped")
 
 
 class MetricsHook(TrainerHook):
@@ -25,10 +23,12 @@ class MetricsHook(TrainerHook):
         path: metrics.jsonl.
         resume_step: the last step whose lines are kept.
         log_every_steps: steps between written records; the last step's is always written.
-        say: prints a line for people.
+        say: prints a line for people, with the fraction of the run that is done where it tells progress.
     """
 
-    def __init__(self, path: Path, *, resume_step: int, log_every_steps: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, *, resume_step: int, log_every_steps: int, say: Callable[[str, float | None], None]
+    ) -> None:
         self.print_every_s = _PRINT_EVERY_S
         """Least time between two printed lines of ordinary steps."""
         self._path = path
@@ -49,21 +49,21 @@ class MetricsHook(TrainerHook):
             self._writer.close()
             self._writer = MetricsWriter(self._path, resume_step=step - 1)
 
-    def on_step_end(self, record: dict[str, Any]) -> None:
+    def on_step_end(self, record: TrainRecord) -> None:
         """Write and print the record, if it is due."""
-        self._step = record["step"]
-        marked = record["step"] == record["steps"] or not record.keys().isdisjoint(_ALWAYS)
-        if marked or record["step"] % self._every == 0:
+        self._step = record.step
+        marked = record.step == record.steps or record.marked
+        if marked or record.step % self._every == 0:
             self._writer.write(record)
             if marked or time.monotonic() >= self._print_from:
-                self._say(format_line(record))
+                self._say(format_line(record), record.step / record.steps if record.steps else None)
                 self._print_from = time.monotonic() + self.print_every_s
-        if "skipped" in record:
-            self._say(f"step {record['step']} skipped: {record['skipped']}")
+        if record.skipped is not None:
+            self._say(f"step {record.step} skipped: {record.skipped}", None)
         if failure := self._writer.new_failure():
-            self._say(f"metrics wait in memory, training goes on: {failure}")
-        for failed in record.get("failed_saves", ()):
-            self._say(f"checkpoint not saved, training goes on: {failed}")
+            self._say(f"metrics wait in memory, training goes on: {failure}", None)
+        for failed in record.failed_saves or ():
+            self._say(f"checkpoint not saved, training goes on: {failed}", None)
 
     def close(self) -> None:
         """Close metrics.jsonl."""

@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
-from base.errors import CherryError, ConfigError, DataError, OperationalError, WorkerLostError
-from tasks.process import in_background, is_alive, run_module
+from base.errors import CherryError, ConfigError, DataError, OperationalError, WeightsError, WorkerLostError
+from tasks.processes.process import in_background, is_alive, run_module
 
 _DEADLINE_S = 30.0
 
@@ -47,13 +47,71 @@ def test_lines_arrive_in_order_and_in_the_log(program, tmp_path):
         (77, CherryError),
     ],
 )
-def test_an_exit_code_is_the_error_that_the_program_meant(program, code, kind):
-    name = program(f"import sys\nprint('error: two things:\\n  one\\n  two', file=sys.stderr)\nsys.exit({code})\n")
+def test_an_exit_code_alone_tells_the_kind_of_the_error_and_the_last_lines_what_it_was(program, code, kind):
+    body = "import sys\nfor i in range(50): print('line', i)\nprint('error: not this', flush=True)\n"
+    name = program(f"{body}sys.exit({code})\n")
     with pytest.raises(kind) as caught:
         run_module(name, [], on_line=lambda _: None)
     assert type(caught.value) is kind
-    assert str(caught.value) == "two things:\n  one\n  two"
+    assert str(caught.value).splitlines()[-2:] == ["line 49", "error: not this"]
+    assert f"{name} ended with exit code {code}" in str(caught.value)
     assert caught.value.exit_code == code
+
+
+def test_an_error_crosses_the_process_with_its_class_and_its_text(program):
+    name = program(
+        "from base.errors import DataError, run_program\n"
+        "def main(): raise DataError('two things:\\n  one\\n  two')\n"
+        "code = run_program(main)\n"
+        "print('error: printed after it')\n"
+        "raise SystemExit(code)\n"
+    )
+    with pytest.raises(DataError) as caught:
+        run_module(name, [], on_line=lambda _: None)
+    assert str(caught.value) == "two things:\n  one\n  two"
+
+
+def test_the_error_of_a_rank_crosses_the_launcher_and_a_traceback_leaves_the_last_lines(program, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    body = (
+        "import sys\n"
+        "from base.errors import WeightsError\n"
+        "from cherry import rank_main\n"
+        "def fail(options, rank, hooks):\n"
+        "    raise {}\n"
+        "rank_main._train = fail\n"
+        "rank_main.main([])\n"
+    )
+    name = program(body.format("WeightsError('shard 3 is torn\\n  really')"))
+    launch = ["--nproc_per_node=1", "-m", name]
+    lines: list[str] = []
+    with pytest.raises(WeightsError) as caught:
+        run_module("cherry.launcher", launch, on_line=lines.append)
+    assert str(caught.value) == "shard 3 is torn\n  really"
+    assert "error: shard 3 is torn" in lines
+    program(body.format("KeyError('oops')"))
+    with pytest.raises(CherryError) as caught:
+        run_module("cherry.launcher", launch, on_line=lambda _: None)
+    assert (type(caught.value), caught.value.exit_code) == (CherryError, 1)
+    assert "KeyError: 'oops'" in str(caught.value)
+
+
+def test_progress_arrives_with_its_line_and_other_lines_are_none(program):
+    name = program(
+        "from base.progress import print_progress\n"
+        "print('begins', flush=True)\n"
+        "print_progress('half [50%]', 0.5)\n"
+        "print('between', flush=True)\n"
+        "print_progress('all', 1.0)\n"
+    )
+    lines: list[str] = []
+    progress: list[tuple[str, float]] = []
+    run_module(name, [], on_line=lines.append, on_progress=lambda line, fraction: progress.append((line, fraction)))
+    assert lines == ["begins", "between"]
+    assert progress == [("half [50%]", 0.5), ("all", 1.0)]
+    everything: list[str] = []
+    run_module(name, [], on_line=everything.append)
+    assert everything == ["begins", "half [50%]", "between", "all"]
 
 
 def test_a_signal_is_a_lost_worker(program):

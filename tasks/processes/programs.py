@@ -8,8 +8,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-# The folder that holds the packages: a checkout, or where a wheel was installed.
-_PACKAGES_FOLDER = Path(__file__).resolve().parent.parent
+PACKAGES_FOLDER = Path(__file__).resolve().parents[2]
+"""The folder that holds the packages: a checkout, or where a wheel was installed."""
 
 
 def module_command(module: str, arguments: Sequence[str]) -> list[str]:
@@ -27,7 +27,7 @@ def module_environment() -> dict[str, str]:
     standard library.
     """
     environment = dict(os.environ)
-    if Path(sysconfig.get_path("purelib")) != _PACKAGES_FOLDER:
-        paths = filter(None, [str(_PACKAGES_FOLDER), environment.get("PYTHONPATH")])
+    if Path(sysconfig.get_path("purelib")) != PACKAGES_FOLDER:
+        paths = filter(None, [str(PACKAGES_FOLDER), environment.get("PYTHONPATH")])
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment

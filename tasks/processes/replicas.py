@@ -21,13 +21,13 @@ import psutil
 from anything.keys import KEY_ENVIRONMENT, create_key
 from anything.router.kinds import DEFAULT_KIND, KINDS, Command, Launch, read_port_file, serve_command
 from base import storage
-from base.errors import ServiceError
-from tasks.process import end_tree, error_of, is_alive
-from tasks.programs import module_environment
+from base.errors import ERROR_FILE_VARIABLE, ServiceError
+from tasks.processes.process import end_tree, error_of, is_alive
+from tasks.processes.programs import module_environment
 
 GATEWAY = "gateway"
 _POLL_S = 0.1
-# As long as a process gets to end on SIGTERM (tasks/process.py).
+# As long as a process gets to end on SIGTERM (tasks/processes/process.py).
 _STOP_GRACE_S = 15.0
 
 
@@ -115,10 +115,11 @@ class ServingDirectory:
             CherryError: the server's own error when it ended (a port in use, wrong weights).
             ServiceError: it was not ready in time; it is stopped again.
         """
-        log = self.path / f"{server.name}.log"
+        log, error_file = self.path / f"{server.name}.log", self.path / f"{server.name}.error.json"
         self._port_file(server.name).unlink(missing_ok=True)
+        error_file.unlink(missing_ok=True)
         self._record(server)
-        environment = {**module_environment(), **command.environment}
+        environment = {**module_environment(), **command.environment, ERROR_FILE_VARIABLE: str(error_file)}
         environment.pop(KEY_ENVIRONMENT, None)
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -130,7 +131,8 @@ class ServingDirectory:
         try:
             while (url := ready_url()) is None:
                 if (code := process.poll()) is not None:
-                    raise error_of(code, log.read_text().splitlines(), f"{server.kind} server {server.name}")
+                    lines, name = log.read_text().splitlines(), f"{server.kind} server {server.name}"
+                    raise error_of(code, lines, name, error_file=error_file)
                 if time.monotonic() > deadline:
                     raise ServiceError(f"{server.name} was not ready after {timeout_s:g} s; its log is {log}")
                 time.sleep(_POLL_S)

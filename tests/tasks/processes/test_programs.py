@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks import programs
-from tasks.programs import module_command, module_environment
+from tasks.processes import programs
+from tasks.processes.programs import module_command, module_environment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_module_of_the_working_directory_is_not_taken_for_ours(
@@ -30,5 +30,5 @@ def test_a_module_of_the_working_directory_is_not_taken_for_ours(
 def test_the_packages_folder_comes_first_unless_python_finds_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     assert module_environment()["PYTHONPATH"] == os.pathsep.join([str(ROOT), "/elsewhere"])
-    monkeypatch.setattr(programs, "_PACKAGES_FOLDER", Path(sysconfig.get_path("purelib")))
+    monkeypatch.setattr(programs, "PACKAGES_FOLDER", Path(sysconfig.get_path("purelib")))
     assert module_environment()["PYTHONPATH"] == "/elsewhere"

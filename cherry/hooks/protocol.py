@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from base.errors import CherryError
 from cherry.heldout import Heldout
+from cherry.train_record import TrainRecord
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class TrainerHook(Protocol):
         """After an evaluation on held-out documents, which every rank takes part in."""
         return
 
-    def on_step_end(self, record: dict[str, Any]) -> None:
+    def on_step_end(self, record: TrainRecord) -> None:
         """After the optimizer step, taken or skipped, and its evaluation.
 
         Args:
@@ -78,7 +79,7 @@ class HookList:
         """Call `TrainerHook.on_evaluate` of each hook."""
         self._call("on_evaluate", lambda hook: hook.on_evaluate(step, heldout))
 
-    def on_step_end(self, record: dict[str, Any]) -> None:
+    def on_step_end(self, record: TrainRecord) -> None:
         """Call `TrainerHook.on_step_end` of each hook."""
         self._call("on_step_end", lambda hook: hook.on_step_end(record))
 

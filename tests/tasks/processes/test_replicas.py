@@ -9,8 +9,8 @@ import pytest
 
 from anything.keys import read_key_file
 from base import storage
-from base.errors import CALLER_EXIT_CODES, CherryError
-from tasks.replicas import Server, ServingDirectory, stop_serving
+from base.errors import USER_EXIT_CODES, CherryError
+from tasks.processes.replicas import Server, ServingDirectory, stop_serving
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_server_that_cannot_start_leaves_its_own_error_and_no_record(serving):
         serving.start_replica(
             "net-v9", "embedded", model=missing, version="net-v9", config_path=str(config), timeout_s=120.0
         )
-    assert caught.value.exit_code in CALLER_EXIT_CODES
+    assert caught.value.exit_code in USER_EXIT_CODES
     assert serving.servers() == []
     alive = [one for one in psutil.process_iter(["status", "cmdline"]) if one.info["status"] != psutil.STATUS_ZOMBIE]
     assert not [one for one in alive if missing in (one.info["cmdline"] or [])]

@@ -1,0 +1,108 @@
+"""Files of JSON objects, one a line, that one process appends to while others read: metrics, events, progress.
+
+A line counts once its newline is there. Lines that are no JSON objects (cut short by a kill) are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+# Enough for some hundred lines; a line with the load of every expert of a large model is longer.
+_TAIL_BYTES = 1 << 16
+
+
+class JsonLinesReader:
+    """Reads a growing file from where the last call ended.
+
+    Args:
+        offset: bytes to leave out at the beginning; it must be the end of a line.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path = path
+        self._offset = offset
+
+    def read_new(self) -> list[dict[str, Any]] | None:
+        """Objects of the lines that were finished since the last call; empty when there is no file yet.
+
+        `None` when the file was rewritten meanwhile and where the last call ended is no end of a line any more:
+        the next call begins at the start of the file.
+        """
+        try:
+            with self.path.open("rb") as handle:
+                handle.seek(max(0, self._offset - 1))
+                content = handle.read()
+        except FileNotFoundError:
+            return []
+        if self._offset:
+            if not content.startswith(b"\n"):
+                self._offset = 0
+                return None
+            content = content[1:]
+        whole = _whole_lines(content)
+        self._offset += len(whole)
+        return parse_lines(whole)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of all finished lines; empty when there is no file."""
+    return JsonLinesReader(path).read_new() or []
+
+
+def read_last(path: Path, key: str) -> dict[str, Any] | None:
+    """The last finished line's object that has `key`, read from the end of the file; `None` when there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        tail = _TAIL_BYTES
+        while True:
+            handle.seek(max(0, size - tail))
+            whole = _whole_lines(handle.read(min(size, tail)))
+            found = next((record for record in reversed(parse_lines(whole)) if key in record), None)
+            if found is not None or tail >= size:
+                return found
+            tail *= 4
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """The JSON objects among the lines of `content`, the last one with or without its newline."""
+    records = []
+    for line in content.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one object as a line; best effort, see `append_line`."""
+    append_line(path, json.dumps(record))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line whole, or not at all where storage does not take it.
+
+    Best effort: a full disk costs the line and is a warning in the log, never the work that reports it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as handle:
+            before, data = handle.tell(), f"{line}\n".encode()
+            if handle.write(data) != len(data):
+                handle.truncate(before)
+    except OSError as error:
+        logger.warning("%s: a line is lost: %s", path, error)
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]

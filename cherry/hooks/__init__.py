@@ -1,0 +1,1 @@
+"""Trainer hooks: the protocol, metrics.jsonl and printed lines, profiles."""

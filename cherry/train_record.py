@@ -1,0 +1,166 @@
+"""The record of one optimizer step: a line of metrics.jsonl, a point of each series, a line on the terminal.
+
+Every field says here what it is, in which unit, and whether and how the tracker gets it; nothing else lists the series.
+No torch: the train step, the plots and `cherry status` read the same record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+from base.errors import DataError
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """What a field of a record is, and what becomes of it on its way to the tracker."""
+
+    description: str
+    unit: str = ""
+    tracked: bool = False
+    """The tracker gets it as a series."""
+    tracked_name: str | None = None
+    """Name of the series, where it is not the field's."""
+    every_step: bool = False
+    """Each step sends it. Of the other series one point a second is enough: a point costs more than a line of
+    metrics.jsonl, and a small model takes ten steps in that time, on the same cores."""
+    in_flow_run: bool = False
+    """The flow's own run gets the series too: enough to see in a comparison of two runs why one is better."""
+    marks_step: bool = False
+    """A step with it is one that a person looks for: it is logged whatever the interval, and sends every series."""
+    omitted_when_none: bool = False
+    """Left out of a line when it is not set; every other field is written as null."""
+
+
+@dataclass(kw_only=True)
+class TrainRecord:
+    """One optimizer step. A figure is `None` in a line that does not have it: not finite, not measured, or older."""
+
+    step: Annotated[int, FieldInfo("optimizer steps taken, skipped ones included", "steps")]
+    steps: Annotated[int | None, FieldInfo("optimizer steps of the whole run", "steps")] = None
+    loss: Annotated[
+        float | None,
+        FieldInfo("cross-entropy of the next token", "nats per token", tracked=True, every_step=True, in_flow_run=True),
+    ] = None
+    mtp_loss: Annotated[
+        float | None,
+        FieldInfo("cross-entropy of the multi-token prediction module", "nats per token", tracked=True),
+    ] = None
+    balance_loss: Annotated[
+        float | None, FieldInfo("sequence-wise expert balance loss before its weight", tracked=True)
+    ] = None
+    grad_norm: Annotated[
+        float | None, FieldInfo("L2 norm of the gradient before clipping", tracked=True, in_flow_run=True)
+    ] = None
+    learning_rate: Annotated[float | None, FieldInfo("learning rate of the step", tracked=True, in_flow_run=True)] = (
+        None
+    )
+    tokens_per_second: Annotated[
+        float | None, FieldInfo("tokens of the batch over step_seconds", "tokens/s", tracked=True)
+    ] = None
+    mfu: Annotated[
+        float | None, FieldInfo("model FLOP/s over the device's peak; null on a CPU", "fraction", tracked=True)
+    ] = None
+    mfu_convention: Annotated[str | None, FieldInfo("how mfu counts attention's FLOPs")] = None
+    expert_load_max_over_mean: Annotated[
+        float | None,
+        FieldInfo(
+            "tokens of the busiest expert over the mean, in the worst layer",
+            tracked=True,
+            in_flow_run=True,
+        ),
+    ] = None
+    expert_load: Annotated[
+        list[list[float]] | None,
+        FieldInfo("share of a layer's tokens by expert, [layer][expert]", "fraction", omitted_when_none=True),
+    ] = None
+    bytes_on_wire: Annotated[
+        dict[str, int] | None, FieldInfo("bytes that a rank sent, by `axis.kind` of collective", "bytes")
+    ] = None
+    bytes_on_wire_total: Annotated[int | None, FieldInfo("bytes that a rank sent", "bytes", tracked=True)] = None
+    reduction_bytes_over_fp32: Annotated[
+        float | None,
+        FieldInfo("bytes of the gradient reduction over those of one in fp32", "fraction", tracked=True),
+    ] = None
+    step_seconds: Annotated[float | None, FieldInfo("wall time of the step", "s", tracked=True)] = None
+    seconds_left: Annotated[float | None, FieldInfo("steps left times the mean step time", "s")] = None
+    tokens: Annotated[int | None, FieldInfo("tokens trained on so far, without skipped steps", "tokens")] = None
+    skipped_steps: Annotated[int | None, FieldInfo("steps skipped so far", "steps", tracked=True)] = None
+    rollbacks: Annotated[int | None, FieldInfo("rollbacks to a checkpoint so far", tracked=True)] = None
+    skipped: Annotated[str | None, FieldInfo("why the step was skipped", marks_step=True, omitted_when_none=True)] = (
+        None
+    )
+    time: Annotated[float | None, FieldInfo("unix time at the end of the step", "s")] = None
+    heldout_loss: Annotated[
+        float | None,
+        FieldInfo(
+            "cross-entropy on windows of held-out documents",
+            "nats per token",
+            tracked=True,
+            tracked_name="heldout_window_loss",  # the evaluate step has one over whole documents
+            every_step=True,
+            in_flow_run=True,
+            marks_step=True,
+            omitted_when_none=True,
+        ),
+    ] = None
+    failed_saves: Annotated[
+        list[str] | None,
+        FieldInfo("checkpoints not written since the last step", marks_step=True, omitted_when_none=True),
+    ] = None
+
+    @property
+    def marked(self) -> bool:
+        """Whether the step is one that a person looks for: evaluated, skipped, or with a failed save."""
+        return any(getattr(self, name) is not None for name in _MARKS)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(rollbacks, step), which grows from line to line: a rollback takes the step back, and counts."""
+        return self.rollbacks or 0, self.step
+
+    def as_line(self) -> str:
+        """One line of metrics.jsonl with its newline; what is not finite becomes null, which JSON does have."""
+        values = {
+            name: value if _is_finite(value) else None
+            for name, info in FIELDS.items()
+            if (value := getattr(self, name)) is not None or not info.omitted_when_none
+        }
+        return json.dumps(values) + "\n"
+
+    @classmethod
+    def from_line(cls, values: Mapping[str, Any]) -> TrainRecord:
+        """The record that a parsed line of metrics.jsonl holds; keys of another version are left out.
+
+        Raises:
+            DataError: the line has no step number.
+        """
+        if not isinstance(values.get("step"), int):
+            raise DataError(f"metrics.jsonl: a line needs an integer `step`, got {values.get('step')!r} in {values}")
+        return cls(**{name: value for name, value in values.items() if name in FIELDS})
+
+    def points(self, series: Mapping[str, str]) -> list[tuple[str, float]]:
+        """(series name, value) of the figures that this step has, for some series by field (see `series_of`)."""
+        return [(name, float(value)) for key, name in series.items() if (value := getattr(self, key)) is not None]
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+FIELDS: dict[str, FieldInfo] = {
+    name: next(entry for entry in hint.__metadata__ if isinstance(entry, FieldInfo))
+    for name, hint in get_type_hints(TrainRecord, include_extras=True).items()
+}
+"""Every field by name, in the order of a line."""
+SERIES: dict[str, str] = {name: info.tracked_name or name for name, info in FIELDS.items() if info.tracked}
+"""Series name in the tracker by field: what the run of the train step gets."""
+FLOW_SERIES: dict[str, str] = {name: series for name, series in SERIES.items() if FIELDS[name].in_flow_run}
+"""Those that the flow's run gets too."""
+EVERY_STEP: frozenset[str] = frozenset(name for name, info in FIELDS.items() if info.every_step)
+"""Fields that each step sends."""
+_MARKS = tuple(name for name, info in FIELDS.items() if info.marks_step)
