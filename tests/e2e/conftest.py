@@ -209,7 +209,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     corpus, words = home / "corpus", "the model reads a page and writes the next word while experts share every token"
     corpus.mkdir()
     choose = random.Random(0)
-    for number in range(24):
+    for number in range(44):
         lines = [" ".join(choose.choices(words.split(), k=12)) for _ in range(20)]
         (corpus / f"{number:02d}.txt").write_text("\n".join(lines))
     port = free_port()
