@@ -22,7 +22,8 @@ from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 from model.numerics.int8_layers import use_int8
 from model.transformer import DeepseekV3
-from model.weights.hf_names import config_from_hf, hf_config, is_ignorable, is_projection, pieces, state_to_hf
+from model.weights.hf_config import config_from_hf, hf_config
+from model.weights.hf_names import is_ignorable, is_projection, pieces, state_to_hf
 from model.weights.ranged_read import MAX_GAP_BYTES, Request, fill
 from model.weights.reader import INDEX_NAME, Source, WeightsReader, is_scale, scale_problem
 from model.weights.safetensors_file import Box, SafetensorsFile, whole_box, write_file

@@ -50,7 +50,8 @@ def folder(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel) -> st
 
 @pytest.mark.parametrize("place", ["local", "memory"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"q_lora_rank": None, "scoring_func": "softmax", "num_nextn_predict_layers": 0}]
+    "changes",
+    [{}, {"q_lora_rank": None, "scoring_func": "softmax", "norm_topk_prob": False, "num_nextn_predict_layers": 0}],
 )
 def test_export_and_import_are_bit_exact(
     place: str, changes: dict[str, Any], tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
