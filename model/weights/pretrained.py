@@ -147,7 +147,7 @@ def load_parts(
     problems |= dict.fromkeys(
         f"unexpected {name}{_shape_of(source, name)}"
         for name in source.names
-        if name not in wanted and not is_ignorable(name, config) and not is_scale(source, name)
+        if name not in wanted and not (is_ignorable(name, config) or is_scale(source, name) or _is_empty(source, name))
     )
     if problems:
         raise WeightsError(
@@ -173,6 +173,14 @@ def _shape_of(source: Source, name: str) -> str:
         return f" (shape {list(source.shape(name))})"
     except WeightsError:
         return ""
+
+
+def _is_empty(source: Source, name: str) -> bool:
+    """Whether a tensor has no elements: transformers writes such ones for a model without shared experts."""
+    try:
+        return 0 in source.shape(name)
+    except WeightsError:
+        return False
 
 
 def _overlap(index: tuple[int | slice, ...], part: Part) -> tuple[Tensor, Box] | None:
