@@ -1,4 +1,4 @@
-"""Owns nothing: the program that `cherry-launch` and the flow start on every rank; see cherry/rank_main.py."""
+"""The program that `cherry-launch` and the train flow start on every rank; see cherry/rank_main.py."""
 
 from cherry.rank_main import main
 

@@ -1,6 +1,6 @@
-"""Owns how YAML becomes a frozen, strict configuration, and how every broken rule is reported at once.
+"""Strict configuration: YAML and overrides, merged and validated into frozen sections, with all errors at once.
 
-It knows no section of the configuration: the schemas live beside the code that they configure.
+The schemas of the sections stand beside the code that they configure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Give
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken rule: the dotted key (relative to the section), what the rule says, and the value it got."""
+    """A broken rule: the dotted key (relative to the section), the rule, and the value that breaks it."""
 
     key: str
     rule: str
@@ -36,18 +36,18 @@ class Problem:
 
 
 class Section(BaseModel):
-    """A frozen, strict part of a configuration. Subclasses state impossible combinations in `problems`."""
+    """A frozen, strict section of a configuration. Subclasses check combinations of values in `problems`."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def problems(self) -> Iterator[Problem]:
-        """Yield one `Problem` for every combination of otherwise valid values that cannot work."""
+        """Problems with combinations of values that are each valid."""
         return iter(())
 
     def all_problems(self, prefix: str = "") -> Iterator[Problem]:
-        """The problems of this section and of every section inside it, with whole dotted keys."""
+        """Problems of this section and of every section inside it, with keys relative to `prefix`."""
         for problem in self.problems():
             yield Problem(prefix + problem.key, problem.rule, problem.value)
         for name in type(self).model_fields:
@@ -136,31 +136,49 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with each `dotted.key=value` set; the value is read as YAML.
+def merge(raw: Mapping[str, Any], changes: Mapping[str, Any], *, origin: str, prefix: str = "") -> dict[str, Any]:
+    """A copy of `raw` with `changes` laid over it: sections are merged key by key, any other value is replaced.
+
+    Args:
+        origin: where the mistake is, for an error's text.
+        prefix: dotted key of `raw` itself, with a dot at the end.
 
     Raises:
-        ConfigError: an override is not `key=value`, or its path runs through something that is no mapping.
+        ConfigError: `changes` has a section where `raw` has a value.
     """
-    result: dict[str, Any] = copy.deepcopy(dict(raw))
+    result = copy.deepcopy(dict(raw))
+    for key, value in changes.items():
+        if not isinstance(value, Mapping):
+            result[key] = copy.deepcopy(value)
+            continue
+        old = result.get(key)
+        if old is not None and not isinstance(old, Mapping):
+            raise ConfigError(f"{origin}: {prefix}{key} must be a section to set its keys (got {_short(old)})")
+        result[key] = merge(old or {}, value, origin=origin, prefix=f"{prefix}{key}.")
+    return result
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with each `dotted.key=value` merged into it in turn; the value is read as YAML.
+
+    Raises:
+        ConfigError: an override is not `key=value`, or its path runs through something that is not a section.
+    """
+    result = dict(raw)
     wrong: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
+        path = key.strip().split(".")
+        if not equals or not all(path):
             wrong.append(f"override {override!r}: must read dotted.key=value, like train.learning_rate=2e-6")
             continue
-        node = result
-        for part in parts[:-1]:
-            child = node.get(part)
-            if child is None:
-                child = node[part] = {}
-            if not isinstance(child, dict):
-                wrong.append(f"override {override!r}: {part} is a value, not a section")
-                break
-            node = child
-        else:
-            node[parts[-1]] = parse_yaml(text, f"override {key}")
+        changes = parse_yaml(text, f"override {key}")
+        for name in reversed(path):
+            changes = {name: changes}
+        try:
+            result = merge(result, changes, origin=f"override {override!r}")
+        except ConfigError as error:
+            wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
     return result
@@ -186,7 +204,14 @@ def load(
 
 
 def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Schema:
-    """Validate a plain mapping; see `load`."""
+    """Validate a mapping of plain values against `schema`.
+
+    Args:
+        origin: the file or command line that it comes from, for an error's text.
+
+    Raises:
+        ConfigError: lists every broken rule.
+    """
     try:
         text = json.dumps(raw)
     except (TypeError, ValueError) as error:
@@ -196,8 +221,8 @@ def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Sc
     except ValidationError as error:
         items = error.errors(include_url=False)
         lines = [_line(item, schema) for item in items]
-        # Rules over several keys can only be checked on valid values: take the wrong keys out and look again,
-        # so that a person sees every mistake in one go.
+        # Rules over several keys can only be checked on valid values: remove the wrong keys and check again, so that
+        # all mistakes are reported at once.
         rest = json.loads(text)
         for item in items:
             _remove(rest, item["loc"])
@@ -216,7 +241,7 @@ def _parse(text: str, schema: type[Schema]) -> Schema:
 
 
 def _broken_rules(raw: Any, schema: type[Section], prefix: str) -> Iterator[Problem]:
-    """The broken rules of `raw`; where it lacks a required key, those of every section inside that lacks none."""
+    """Broken rules of `raw`; where a required key is missing, those of the sections in it that are complete."""
     try:
         config = _parse(json.dumps(raw), schema)
     except ValidationError:

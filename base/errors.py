@@ -188,7 +188,8 @@ def storage_errors(uri: str) -> Iterator[None]:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse for programs whose exit code says whose fault it was; parse within `run_program`.
 
-    Flags are written out: an abbreviation would begin to mean another flag when one is added.
+    Flags are written out: an abbreviation would begin to mean another flag when one is added. Dashes and underscores
+    inside a flag are the same.
 
     Raises:
         ConfigError: an unknown flag, a missing one, or a value of another type, where argparse ends with code 2.
@@ -196,6 +197,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse; flags are spelled as they were added first."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(self._spelled, words[:end]), *words[end:]], namespace)
+
+    def _spelled(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        return known.get(flag.replace("_", "-"), flag) + equals + value if flag.startswith("--") else word
 
     def error(self, message: str) -> NoReturn:
         """See the class."""

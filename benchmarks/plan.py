@@ -21,7 +21,7 @@ from benchmarks.plan_cases import benchmark_workload, gpu_of
 from cherry.hardware import GIB, GPUS
 from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.planner.goodput import DAY_S, Reliability, goodput
-from cherry.planner.memory import gathering_of, memory_of
+from cherry.planner.memory import fsdp_buffers, memory_of
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
@@ -96,7 +96,7 @@ _UNSTATED = "The layout was not stated where this was read: experts over 32 rank
 _MEGATRON = "Megatron-Bridge's performance summary, DGX H100: 8,192 sequences a step"
 _NEMO = "NeMo Automodel's performance summary of 2025-10, DGX H100, DeepEP"
 _TITAN = "PyTorch's blog of 2026-03 on MXFP8 and DeepEP with TorchTitan (B200, Nebius)"
-_ONCE = {"expert_ranks_per_node": 8, "fused_exchange": True}  # DeepEP, or a dispatch of their own that does the same
+_ONCE = {"expert_ranks_per_node": 8, "fused_all_to_all": True}  # DeepEP, or a dispatch of their own that does the same
 _ONCE_2, _ONCE_8 = {"accumulation": 2, **_ONCE}, {"accumulation": 8, **_ONCE}
 # Case; arguments of `released`; tokens/s/GPU; source, and in what it is not comparable.
 PUBLISHED = (
@@ -156,7 +156,7 @@ def simulated() -> Iterator[dict[str, object]]:
             "parameters": 4 * network.total("padded"),
             "gradients": 4 * network.total("padded_trained"),
             "states": 8 * network.total("padded_trained"),
-            **asdict(gathering_of(work)),
+            **asdict(fsdp_buffers(work)),
             "peak": memory_of(work)[0].allocated,
         }
         for kind, size in held.items():

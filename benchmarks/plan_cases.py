@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cherry.hardware import GPUS, Gpu
+from cherry.hardware import Gpu, find_gpu
 from cherry.planner.workload import Workload
 from model.model_config import PRESETS, ModelConfig
 
@@ -48,5 +48,5 @@ def benchmark_workload(row: dict) -> Workload:
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """Data sheet of the GPU with this torch device name; `None` if the planner has none."""
-    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+    """By the name that torch gives it; `None` where plans know none."""
+    return find_gpu(name)

@@ -1,6 +1,6 @@
-"""Owns what a cluster spec says: which GPUs in which nodes, what they cost, how often they fail, how fast storage is.
+"""Cluster specs (configs/clusters): GPUs and nodes, provider, price, failure rate and storage bandwidth.
 
-It needs no torch and takes no host: tasks/provision.py takes them, cherry/planner reckons with them.
+A plan computes with them (cherry/planner); a provider takes the hosts (tasks/providers).
 """
 
 from __future__ import annotations
@@ -20,49 +20,56 @@ LLAMA3_INTERRUPTIONS_PER_GPU_DAY = 419 / (54 * 16384)
 
 
 class ClusterSpec(Section):
-    """A file in configs/clusters/."""
+    """A cluster as a file in configs/clusters/ describes it."""
 
     kind: Literal["local", "nodes"]
-    """`local` is this machine; `nodes` are hosts that a plan reckons with."""
+    """`local` is this machine; `nodes` is a cluster of `nodes` equal hosts."""
+    provider: str | None = None
+    """Name of the provider that takes the hosts (tasks/providers); `None` with kind `nodes` is a cluster for plans."""
     slots: PositiveInt | None = None
-    """Ranks that a host may hold at one time; `None` leaves it to its GPUs."""
+    """Ranks that this machine may run at one time; `None` allows as many as it has GPUs."""
     gpu: str | None = None
-    """A name of cherry/hardware.py; `None` for `local` is a laptop without a GPU."""
+    """A name in cherry/hardware.py; with kind `local`, `None` takes the device that is found."""
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 1
     hosts: tuple[str, ...] = ()
-    """Addresses of the nodes, when they are known."""
+    """Addresses of the nodes, for a provider that is given them."""
     price_per_gpu_hour: NonNegativeFloat | None = None
-    """In any currency; `None` leaves costs out."""
+    """Price in any currency; `None` leaves costs out of the plan."""
     interruptions_per_gpu_day: NonNegativeFloat = LLAMA3_INTERRUPTIONS_PER_GPU_DAY
     detection_s: NonNegativeFloat = 60.0
-    """From a failure to the end of the attempt it broke. A lost process is seen in a second, a lost node within a
-    heartbeat; one that hangs only after communication.timeout_s. Assumed."""
+    """Seconds from a failure to the end of the attempt. A lost process is detected in a second, a lost node within a
+    heartbeat, a hang only after communication.timeout_s. Assumed."""
     restart_s: NonNegativeFloat = 240.0
-    """From there to the next attempt's first byte of its checkpoint: another host, imports, NCCL's set-up. Assumed."""
+    """Seconds from there to the next attempt's first byte of its checkpoint: new host, imports, NCCL init. Assumed."""
     storage_write_bytes_s: PositiveFloat = 50e9
-    """All ranks together, to where checkpoints lie. Assumed: a mid-sized parallel file system."""
+    """Bytes/s of all ranks together to checkpoint storage. Assumed: a mid-sized parallel file system."""
     storage_read_bytes_s: PositiveFloat = 100e9
+    """Bytes/s of all ranks together from checkpoint storage. Assumed."""
     assumed_imbalance: float = Field(default=1.22, ge=1.0)
-    """Rows of the busiest rank's experts over the mean. 1.22 is what the selection bias reached by expert
-    (benchmarks/results/load_balance.jsonl); ranks that hold several experts are more even."""
+    """EP load imbalance: routed rows of the busiest EP rank over the mean. 1.22 is what the selection bias reached per
+    expert (benchmarks/results/load_balance.jsonl); ranks that hold several experts are more even."""
 
     @property
     def gpus(self) -> int:
-        """All of the cluster's."""
+        """Number of GPUs of the whole cluster."""
         return self.nodes * self.gpus_per_node
 
     @property
     def hardware(self) -> str:
-        """The name under which cherry/hardware.py knows a rank's device."""
+        """Name in cherry/hardware.py of a rank's device."""
         return self.gpu or "laptop"
 
     def problems(self) -> Iterator[Problem]:
-        """Known hardware, and hosts that are each named once."""
+        """Unknown hardware, keys that do not go with the kind, and hosts named twice or not all."""
         if self.gpu is not None and self.gpu not in GPUS:
             yield Problem("gpu", f"unknown hardware; known are {', '.join(GPUS)}", self.gpu)
         if self.kind == "nodes" and self.gpu is None:
             yield Problem("gpu", f"is required with kind nodes: one of {', '.join(GPUS)}", None)
+        if self.kind == LOCAL and self.provider not in (None, LOCAL):
+            yield Problem("provider", "must be local, or left out, with kind local", self.provider)
+        if self.hosts and (self.kind == LOCAL or self.provider is None):
+            yield Problem("hosts", "are for kind nodes with a provider, which connects to them", list(self.hosts))
         twice = [host for host, count in Counter(self.hosts).items() if count > 1]
         if twice:
             yield Problem("hosts", f"each host must be named once, and {', '.join(twice)} is twice", list(self.hosts))
@@ -73,7 +80,7 @@ class ClusterSpec(Section):
 
 
 def read_cluster(name: str) -> ClusterSpec:
-    """`local`, or the spec at a path.
+    """The cluster spec at a path, or this machine's for `local`.
 
     Raises:
         MissingFileError, ConfigError: no such file, or one that breaks a rule.

@@ -1,6 +1,6 @@
-"""Owns `python -m cherry.export`: a run's newest committed checkpoint as a Hugging Face folder.
+"""`python -m cherry.export`: a run's newest committed checkpoint as a Hugging Face folder.
 
-It knows nothing of training: it reads the weights alone, one tensor at a time.
+Only weights are read, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
 from model.weights.pretrained import save_pretrained
 
-# fp8 is DeepSeek's own format: blocks with scales for projections, bf16 for the rest.
+# fp8 is DeepSeek's release format: projections in blocks with scales, the rest in bf16.
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
 
 
 def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = None) -> str:
-    """Write `<run>/export` from a checkpoint, the newest committed one by default; the checkpoint's URI.
+    """URI of the checkpoint that was exported to `<run>/export`: the given one, or the newest committed one.
 
-    Adapters are merged into the weights: the folder is a plain model's.
+    Adapters are merged into the weights: the folder holds a plain model.
 
     Raises:
         MissingFileError: no checkpoint is committed.
@@ -60,7 +60,7 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
 
 
 def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's weights by name, each read when it is asked for, so that one is in memory at a time.
+    """(name, tensor) of each of the checkpoint's weights, read lazily: one tensor is in memory at a time.
 
     Raises:
         CheckpointError: the checkpoint is of another model.

@@ -1,11 +1,12 @@
-"""Owns what a plan knows of machines: memory, arithmetic, links and how much of each a program reaches.
+"""Hardware figures: peak FLOP/s, memory and links of each accelerator by its data sheet, and the achieved efficiency.
 
-It knows nothing of models or layouts. Every figure has its source beside it; what was measured on one H200 is taken as
-the same share of the data sheet's figure on other GPUs, which no measurement here has shown.
+The one table of devices: plans and the trainer's MFU both read it. The efficiencies were measured on one H200 and are
+taken as the same fraction of the data sheet's figure on other GPUs, which no measurement here has shown.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -13,37 +14,44 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator, or the CPU of a laptop, by its data sheet; rates are a second's."""
+    """One accelerator, or the CPU of a laptop, by its data sheet; rates are per second."""
 
     name: str
+    """As a cluster's spec gives it; all of its words are in the driver's name of the device."""
     memory_bytes: int
     """What torch reports as the device's total memory."""
     flops: dict[str, float]
-    """Dense peak by precision: `fp32`, `bf16`, `fp8`."""
+    """Dense peak FLOP/s by precision: `fp32`, `bf16`, `fp8`."""
     memory_rate: float
-    """Bytes read or written."""
+    """Bytes/s read from or written to device memory."""
     link_rate: float
-    """Bytes to other GPUs of the node, one direction."""
+    """Bytes/s to other GPUs of the node, one direction."""
     network_rate: float
-    """Bytes to other nodes, one direction: this GPU's own adapter."""
+    """Bytes/s to other nodes, one direction: this GPU's own adapter."""
     host_rate: float = 50e9
-    """Bytes to the CPU's memory, one direction: PCIe 5.0 x16 carries 63e9, a pinned copy about 50e9."""
+    """Bytes/s to host memory, one direction: PCIe 5.0 x16 carries 63e9, a pinned copy about 50e9."""
     shared_memory: bool = False
-    """The machine's memory is the programs' too: a CPU."""
+    """Whether the device computes in host memory: a CPU."""
     without_kernels: tuple[str, ...] = ()
-    """Precisions that it has, and for which the engine has no kernels on it."""
+    """Precisions of the hardware for which the engine has no kernels on it."""
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """What the engine can compute in."""
+        """Precisions that the engine can compute in."""
         return tuple(name for name in self.flops if name not in self.without_kernels)
 
 
-# NVIDIA's data sheets, SXM modules: H100 and H200 989.4e12 (bf16), 1978.9e12 (fp8), 67e12 (fp32); 3.35e12 and 4.8e12
-# bytes/s of memory; NVLink 900e9 both ways. H800 has their arithmetic and memory with NVLink 400e9 both ways
-# (DeepSeek-V3, arXiv 2412.19437, section 3.1 and 3.2.2: 160e9 reached one way, 50e9 of InfiniBand a GPU). B200:
-# 2250e12, 4500e12, 75e12; 7.7e12 bytes/s; NVLink 1800e9. Each node of eight has a 400 Gbit/s adapter a GPU (DGX H100,
-# DGX H200 and DGX B200 user guides). Memory is what torch.cuda.get_device_properties tells: 79.1, 139.8 and 178.4 GiB.
+# NVIDIA's data sheets. fp32 is that of CUDA cores: matmuls take them unless TensorFloat32 is asked for.
+# H100, H200 SXM (H100 and H200 data sheets): 989.4e12 (bf16), 1978.9e12 (fp8), 67e12 (fp32); 3.35e12 and 4.8e12 bytes/s
+# of memory; NVLink 900e9 both ways. H100 PCIe (same sheet): 756e12, 1513e12, 51e12; 2.0e12; no NVSwitch, so PCIe 5.0.
+# H800 has the H100's arithmetic and memory with NVLink 400e9 both ways (DeepSeek-V3, arXiv 2412.19437, section 3.1 and
+# 3.2.2: 160e9 reached one way, 50e9 of InfiniBand a GPU).
+# B200 as in HGX and DGX B200 (NVIDIA Blackwell data sheet, column HGX B200): 2250e12, 4500e12, 75e12; 7.7e12 bytes/s;
+# NVLink 1800e9. The sheet's 80e12 (fp32) is the GPU of a GB200 NVL72.
+# A100 SXM (A100 data sheet): 312e12, 19.5e12, no fp8; 2.039e12 (80 GB) and 1.555e12 (40 GB) bytes/s; NVLink 600e9;
+# PCIe 4.0 x16 carries 31.5e9, a pinned copy about 25e9.
+# Each node of eight has a 400 Gbit/s adapter a GPU (DGX H100, H200 and B200 user guides), of A100 a 200 Gbit/s one (DGX
+# A100). Memory is what torch.cuda.get_device_properties reports: 79.1, 139.8 and 178.4 GiB; 39.4 GiB of 40 GB.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -53,6 +61,14 @@ GPUS: dict[str, Gpu] = {
             {"fp32": 67e12, "bf16": 989.4e12, "fp8": 1978.9e12},
             memory_rate=3.35e12,
             link_rate=450e9,
+            network_rate=50e9,
+        ),
+        Gpu(
+            "H100 PCIe",
+            int(79.1 * GIB),
+            {"fp32": 51e12, "bf16": 756e12, "fp8": 1513e12},
+            memory_rate=2.0e12,
+            link_rate=63e9,
             network_rate=50e9,
         ),
         Gpu(
@@ -80,6 +96,24 @@ GPUS: dict[str, Gpu] = {
             network_rate=50e9,
             without_kernels=("fp8",),  # those of blocks of 128 are Hopper's
         ),
+        Gpu(
+            "A100",
+            int(79.1 * GIB),
+            {"fp32": 19.5e12, "bf16": 312e12},
+            memory_rate=2.039e12,
+            link_rate=300e9,
+            network_rate=25e9,
+            host_rate=25e9,
+        ),
+        Gpu(
+            "A100 40GB",
+            int(39.4 * GIB),
+            {"fp32": 19.5e12, "bf16": 312e12},
+            memory_rate=1.555e12,
+            link_rate=300e9,
+            network_rate=25e9,
+            host_rate=25e9,
+        ),
         # Two cores at 3 GHz with AVX2 (two fused multiply-adds of eight floats a cycle) are 192e9; dual-channel
         # DDR4-3200 moves 51e9 bytes/s. Links are gloo over the loopback interface.
         Gpu(
@@ -96,41 +130,56 @@ GPUS: dict[str, Gpu] = {
 }
 
 
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls `device_name`, like `NVIDIA H100 80GB HBM3`; `None` for one that is not listed.
+
+    Words are compared whole, so that a GH200 is no H200; of several entries the one with most words is it.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    found = [gpu for gpu in GPUS.values() if not gpu.shared_memory and words.issuperset(gpu.name.upper().split())]
+    return max(found, key=lambda gpu: len(gpu.name.split()), default=None)
+
+
 @dataclass(frozen=True)
-class Reach:
-    """How much of a data sheet's figures programs reach."""
+class Efficiency:
+    """Achieved efficiency: fractions of the data sheet's figures that programs reach, and fixed host times."""
 
     matmul: dict[str, float]
-    """Share of the peak of a matmul without bounds, by precision; fitted with `matmul_half`."""
+    """Fraction of peak FLOP/s of an unboundedly large matmul, by precision; fitted with `matmul_half`."""
     matmul_half: dict[str, float]
-    """Harmonic mean of a matmul's three sizes at which it reaches half of that share."""
+    """Harmonic mean of a matmul's three sizes at which it reaches half of that fraction."""
     attention_forward: float
+    """Fraction of peak FLOP/s of attention's forward pass."""
     attention_backward: float
+    """Fraction of peak FLOP/s of attention's backward pass."""
     memory: float
+    """Fraction of memory bandwidth of a large copy."""
     link: float
+    """Fraction of the intra-node links in a ring."""
     network: float
-    """Of collectives in a ring."""
-    exchange: float
-    """Of an all-to-all's share that leaves the node."""
-    exchange_once: float
-    """Of the same where a token leaves for each node once: DeepEP's README, EP 64 on H800, 45e9 of 50e9."""
+    """Fraction of the network adapters in a ring."""
+    all_to_all: float
+    """Fraction of the network adapters in an NCCL all-to-all across nodes."""
+    fused_all_to_all: float
+    """Fraction of the network adapters in kernels that send a token to each node once: DeepEP's README, EP 64 on H800,
+    45e9 of 50e9."""
     layer_s: float
     """Host time to queue one layer's kernels, forward and backward: the floor of a step of tiny layers."""
     step_s: float
-    """Of a step in which the device waits for the host: loss and norm are judged before the optimizer runs."""
+    """Seconds of a step in which the device waits for the host: loss and norm are checked before the optimizer runs."""
 
 
 # One H200, torch 2.11, 2026-11-24/25 (benchmarks/results/step_parts.jsonl and docs/decisions.md): matmul of 8192^3
-# 790e12 and the head's (16,384 x 102,400 x 2,048) 757e12, from which share and half follow, and which give the grouped
-# matmuls' 608e12 (1,536 rows an expert) within 5 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy 4.16e12
-# of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's parts add up
-# to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote, over the three passes:
-# 1,044e12 to 1,083e12 on dense shapes where bf16 reaches 758e12 to 784e12, grouped 1,033e12 (gate and up) and 990e12
-# (down), within 3 % of share and half here (benchmarks/results/fp8_matmuls.jsonl, 2026-11-27).
-# Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s,
-# over 4 of them 355e9 (2026-11-13). Shares of adapters are assumed, as no cluster of several nodes was measured here:
-# 0.8 in a ring, 0.7 in an all-to-all, in which every pair of GPUs has a message of its own.
-GPU_REACH = Reach(
+# 790e12 and the head's (16,384 x 102,400 x 2,048) 757e12, from which fraction and half follow, and which give the
+# grouped matmuls' 608e12 (1,536 rows an expert) within 5 %; cuDNN attention of 192/128 heads 535e12 and 406e12; a copy
+# 4.16e12 of 4.8e12. A step of the tiny preset's four layers takes 16.5 ms, all of it the host's; the 3.43 B step's
+# parts add up to 165.9 of 172.7 ms. fp8 with a scale every 128 numbers, whose sums CUDA cores promote, over the three
+# passes: 1,044e12 to 1,083e12 on dense shapes where bf16 reaches 758e12 to 784e12, grouped 1,033e12 (gate and up) and
+# 990e12 (down), within 3 % of fraction and half here (benchmarks/results/fp8_matmuls.jsonl, 2026-11-27).
+# Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s, over 4 of them 355e9 (2026-11-13).
+# Fractions of adapters are assumed, as no cluster of several nodes was measured here: 0.8 in a ring, 0.7 in an
+# all-to-all, in which every pair of GPUs has a message of its own.
+GPU_EFFICIENCY = Efficiency(
     matmul={"fp32": 0.90, "bf16": 0.90, "fp8": 0.555},
     matmul_half={"fp32": 250.0, "bf16": 1000.0, "fp8": 140.0},
     attention_forward=0.54,
@@ -138,14 +187,14 @@ GPU_REACH = Reach(
     memory=0.87,
     link=0.80,
     network=0.80,
-    exchange=0.70,
-    exchange_once=0.90,
+    all_to_all=0.70,
+    fused_all_to_all=0.90,
     layer_s=2.4e-3,
     step_s=6.8e-3,
 )
 # Chosen so that a step of the tiny preset takes what it took on two cores, 103 ms (benchmarks/results/
 # flow_overhead.jsonl). A plan for a laptop is a rough one.
-CPU_REACH = Reach(
+CPU_EFFICIENCY = Efficiency(
     matmul={"fp32": 0.9},
     matmul_half={"fp32": 60.0},
     attention_forward=0.5,
@@ -153,12 +202,12 @@ CPU_REACH = Reach(
     memory=0.8,
     link=0.5,
     network=0.5,
-    exchange=0.5,
-    exchange_once=0.5,
+    all_to_all=0.5,
+    fused_all_to_all=0.5,
     layer_s=10e-3,
     step_s=5e-3,
 )
-# Ring latency a hop, NCCL's own tuning table (src/graph/tuning.cc, Ring/Simple): inside a node and between nodes.
+# Ring latency per hop, NCCL's own tuning table (src/graph/tuning.cc, Ring/Simple): inside a node and between nodes.
 LINK_HOP_S, NETWORK_HOP_S = 3.4e-6, 14e-6
 # NCCL's launch of a collective, its tuning table's base latency of Ring/Simple.
 COLLECTIVE_S = 8.4e-6
@@ -181,16 +230,16 @@ FRAGMENTATION = 0.135
 OTHER_PROGRAMS = 0.4
 
 
-def reach_of(gpu: Gpu) -> Reach:
-    """What programs reach on this device."""
-    return CPU_REACH if gpu.shared_memory else GPU_REACH
+def efficiency_of(gpu: Gpu) -> Efficiency:
+    """Achieved efficiency on this device."""
+    return CPU_EFFICIENCY if gpu.shared_memory else GPU_EFFICIENCY
 
 
 def usable_bytes(gpu: Gpu, ranks: int) -> int:
-    """Memory that a rank's tensors, communication buffers and fragmentation may take together.
+    """Bytes that a rank's tensors, communication buffers and fragmentation may take together.
 
     Args:
-        ranks: of the same node, which share a CPU's memory.
+        ranks: ranks of the node, which share a CPU's memory.
     """
     if gpu.shared_memory:
         return int(gpu.memory_bytes * (1 - OTHER_PROGRAMS)) // ranks - PROCESS_BYTES

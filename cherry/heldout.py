@@ -1,8 +1,8 @@
-"""Owns the held-out loss: per-document negative log-likelihoods, in windows of the trained length.
+"""Held-out loss: negative log-likelihood per document, in windows of the training sequence length.
 
-It knows nothing of where the model came from. Convention: a document is bos and its tokens, cut into windows of
-sequence_length; each token is predicted from those before it in its window, the first of all from bos.
-Only text tokens are scored, so nats convert to bits per byte of exactly the text that they cover.
+A document is bos and its tokens, cut into windows of `sequence_length`. Each token is predicted from those before it in
+its window, the document's first token from bos. Only text tokens are scored, so that nats convert to bits per byte of
+exactly the text they cover.
 
 Shapes: B window, T position.
 """
@@ -28,12 +28,12 @@ from model.transformer import DeepseekV3
 _WINDOWS_PER_BATCH = 16
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""tokens [B, T], targets [B, T] -> nll [B] in nats, summed over the targets that count."""
+"""tokens [B, T], targets [B, T] -> nll [B] in nats, summed over the targets that are not IGNORE_INDEX."""
 
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """One document's sum of -log p over its scored tokens, in nats; `bytes` is the text they cover."""
+    """Sum of -log p over a document's scored tokens, in nats; `bytes` is the UTF-8 length of their text."""
 
     id: str
     nll: float
@@ -43,7 +43,7 @@ class DocumentScore:
 
 @dataclass(frozen=True)
 class Heldout:
-    """The loss over all scored tokens, in nats per token, and per byte of text in bits."""
+    """Held-out loss over all scored tokens: `loss` in nats per token, and bits per byte of text."""
 
     loss: float
     bits_per_byte: float
@@ -52,10 +52,14 @@ class Heldout:
 def score_documents(
     score: Score, documents: Sequence[HeldoutDocument], window: int, on_progress: Callable[[float], None] | None = None
 ) -> list[DocumentScore]:
-    """Score each document with `score`, several windows at a time."""
+    """Scores of the documents, in order; several windows are scored at a time.
+
+    Args:
+        on_progress: called with the fraction that is done.
+    """
     nll = [0.0] * len(documents)
     windows = list(_windows(documents, window))
-    windows.sort(key=lambda item: len(item[1]))  # little padding; the sums do not depend on the order of batches
+    windows.sort(key=lambda item: len(item[1]))  # less padding; sums per document do not depend on the order
     for start in range(0, len(windows), _WINDOWS_PER_BATCH):
         batch = windows[start : start + _WINDOWS_PER_BATCH]
         length = max(len(tokens) for _, tokens, _ in batch)
@@ -87,7 +91,7 @@ def _windows(documents: Sequence[HeldoutDocument], window: int) -> Iterator[tupl
 
 
 def model_score(model: DeepseekV3, device: torch.device) -> Score:
-    """A `Score` by plain forward passes of an unsharded model."""
+    """`Score` function of an unsharded model, by plain forward passes."""
 
     @torch.no_grad()
     def score(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -108,9 +112,9 @@ def model_score(model: DeepseekV3, device: torch.device) -> Score:
 def evaluate_heldout(
     network: nn.Module, config: JobConfig, run_directory: str, device: torch.device, share: DataShard
 ) -> Heldout:
-    """The held-out loss of a model in training, sharded or not; every rank takes part and gets the result.
+    """Held-out loss of a model in training, sharded or not. Every rank takes part and gets the result.
 
-    Every rank runs the same number of forward passes, because each gathers shards from all.
+    All ranks run the same number of forward passes, since each of them all-gathers shards.
     """
     window = config.data.sequence_length
     bearing = (d for d in iterate_heldout(storage.join(run_directory, "data"), window) if any(d.loss_mask))
@@ -121,14 +125,14 @@ def evaluate_heldout(
     try:
         for start in range(0, len(documents), ranks * _WINDOWS_PER_BATCH):
             own = documents[start + rank : start + ranks * _WINDOWS_PER_BATCH : ranks]
-            for batch in [own] if own else [documents[:1]]:  # an idle rank computes along, and counts nothing
+            for batch in [own] if own else [documents[:1]]:  # a rank without documents takes part, but counts nothing
                 tokens_BT = torch.zeros(len(batch), window, dtype=torch.int64)
                 targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
                 for row, (_, tokens, targets) in enumerate(_windows(batch, window)):
                     tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
                     targets_BT[row, : len(targets)] = torch.tensor(targets)
                 loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
-                if own:  # the ranks of a sequence each have a part of its loss, but count the same text
+                if own:  # each context rank has a part of the loss, but counts all of the text
                     counted = sum(sum(document.loss_mask) for document in own) / share.context_ranks
                     size = sum(document.bytes for document in own) / share.context_ranks
                     sums += torch.tensor([float(loss), counted, size], dtype=torch.float64)

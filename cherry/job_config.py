@@ -1,6 +1,6 @@
-"""Owns what a training job can be told: data, parallelism, optimization and checkpoints.
+"""The configuration of a training job: data, parallelism, communication, optimization, checkpoints and launch.
 
-It needs no torch and knows nothing of flows, tracking or serving.
+The docstrings of keys are the user's documentation: they are the descriptions in the JSON schema. No torch is needed.
 """
 
 from __future__ import annotations
@@ -11,82 +11,91 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from base.config import Problem, Section
+from cherry.parallel_rules import experts_shard_evenly, sequence_divides
 from model.model_config import ModelConfig
 
-# Plain rounding of the moments costs nothing at 0.95 (loss -0.01 % against fp32) and 0.2 % at 0.99; stochastic rounding
-# nothing at either. A second moment of noise is off by 0.01 % at 0.95, 0.5 % at 0.98, 4.5 % at 0.99, and at 0.998 no
-# longer decays (7 M parameters, 600 steps, H100, 2026-11-25).
+# Rounding the moments to nearest costs nothing at 0.95 (loss -0.01 % against fp32) and 0.2 % at 0.99; stochastic
+# rounding costs nothing at either. A second moment of noise is off by 0.01 % at 0.95, 0.5 % at 0.98, 4.5 % at 0.99, and
+# at 0.998 no longer decays (7 M parameters, 600 steps, H100, 2026-11-25).
 _BF16_MAX_BETA = 0.98
 
 
 class DataConfig(Section):
-    """Where documents come from and how they become fixed token sequences."""
+    """Documents and how they are packed into token sequences of one length."""
 
     source: str = "python-stdlib"
     """`python-stdlib` (the embedded default), or a file, directory or glob of text or JSONL, as a path or URI."""
     format: Literal["auto", "text", "jsonl", "chat"] = "auto"
-    """`auto` goes by the file name. `chat` is JSONL with `messages`; only the assistant's tokens bear loss."""
+    """Format of the documents. `auto` goes by the file name. `chat` is JSONL with `messages`, and only the assistant's
+    tokens count in the loss."""
     text_key: str = "text"
+    """Key of the text in a JSONL record."""
     tokenizer: str | None = None
-    """Path or URI of a tokenizer.json; `None` trains a byte-level BPE of model.vocab_size on the training split."""
+    """Path or URI of a tokenizer.json; `null` trains a byte-level BPE of model.vocab_size on the training split."""
     sequence_length: PositiveInt = 512
+    """Tokens in a training sequence."""
     heldout_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Fraction of the documents that are held out for evaluation."""
     max_documents: PositiveInt | None = None
-    """Take at most this many documents, chosen by the seed."""
+    """Use at most this many documents, chosen by the seed; `null` uses all."""
     tokenizer_sample_bytes: PositiveInt = 8_000_000
+    """Bytes of text that a tokenizer is trained on, when none is given."""
     fim_rate: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of the training documents that are told prefix, suffix, middle, so that the model learns to fill in
-    (DeepSeek-V3, arXiv 2412.19437, section 4.1, trains at 0.1). 0 leaves documents as they are."""
+    """Fraction of the training documents that are rearranged to prefix, suffix, middle, for fill-in-the-middle training
+    (DeepSeek-V3, arXiv 2412.19437, section 4.1, uses 0.1)."""
     cross_document_attention: bool = True
-    """Whether a token sees the documents before its own in a packed sequence, as DeepSeek-V3 trains (section 4.1).
-    `false` masks them, restarts positions with every document and predicts nothing over a boundary."""
+    """Whether a token attends to earlier documents of its packed sequence, as in DeepSeek-V3 (section 4.1). `false`
+    masks them, restarts positions at each document and leaves targets across a boundary out of the loss."""
     seed: NonNegativeInt = 0
+    """Seed of the choice of documents and of the training and held-out split."""
 
     def problems(self) -> Iterator[Problem]:
-        """A conversation is not cut up."""
+        """Fill-in-the-middle would cut conversations up."""
         if self.fim_rate and self.format == "chat":
             yield Problem("fim_rate", "must be 0 with data.format chat: turns are not filled in", self.fim_rate)
 
 
 class ParallelConfig(Section):
-    """How the ranks are laid out: replicate x shard x context x expert, the last one's neighbours nearest.
+    """The device mesh: replicate x shard x context x expert, with neighbouring ranks on the last axis.
 
-    The product of the four must be the number of ranks. `replicate`, `shard` and `expert` ranks read sequences of their
-    own; `context` ranks share one. Dense parameters are sharded over shard x context x expert. The experts of a layer
-    are first dealt out over `expert`, then sharded over shard x context. `replicate` holds copies of all that: HSDP.
+    The product of the four must be the number of ranks. `replicate`, `shard` and `expert` are data parallel too: their
+    ranks each read their own sequences; `context` ranks share a sequence. Dense parameters are sharded over shard x
+    context x expert (FSDP2). A layer's experts are split over `expert` first, then sharded over shard x context.
     """
 
     replicate: PositiveInt = 1
+    """Replicas of all shards (HSDP)."""
     shard: PositiveInt | None = None
-    """`null` takes all ranks that the other axes leave."""
+    """Ranks that parameters are sharded over (FSDP); `null` takes all ranks that the other axes leave."""
     expert: PositiveInt = 1
-    """Ranks that share out a layer's experts; tokens go to them and back by all-to-all."""
+    """Expert parallel ranks: each holds some of a layer's experts, and tokens are dispatched and combined by
+    all-to-all."""
     expert_ranks_per_node: PositiveInt | None = None
-    """Of the `expert` ranks, those that share a node; `null` takes as many as are launched on each. Where they lie on
-    several nodes, a token goes to each node once, and from there to its experts."""
+    """Expert parallel ranks on one node; `null` takes as many as are launched on each. With several nodes, a token is
+    sent to each node at most once, and from there to its experts."""
     context: PositiveInt = 1
-    """Ranks that share out the positions of a sequence."""
+    """Context parallel ranks, which split the positions of a sequence."""
     reshard_after_forward: bool | PositiveInt = True
     """Free a block's gathered parameters after its forward pass. A number keeps them sharded over that many ranks until
-    the backward pass (a node's, so that the second gathering stays inside it); experts are then freed all the same."""
+    the backward pass (the ranks of a node, so that the second all-gather stays inside it); experts are always freed."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer states in the memory of the CPU; blocks travel to the GPU for use."""
+    """Keep parameters, gradients and optimizer states in host memory; blocks are copied to the GPU for use."""
 
     def shard_ranks(self, ranks: int) -> int:
-        """The size of the `shard` axis."""
+        """Size of the `shard` axis."""
         return self.shard or ranks // (self.replicate * self.expert * self.context)
 
     def experts_on_node(self, ranks_per_node: int) -> int:
-        """Ranks of the `expert` axis that share a node; all of it where it does not divide into nodes."""
+        """Expert parallel ranks on one node; all of them where they do not divide into nodes."""
         on_node = self.expert_ranks_per_node or ranks_per_node
         return on_node if self.expert % on_node == 0 else self.expert
 
     def data_ranks(self, ranks: int) -> int:
-        """Ranks that read sequences of their own."""
+        """Number of data parallel ranks: those that read sequences of their own."""
         return ranks // self.context
 
     def problems_with(self, ranks: int) -> Iterator[Problem]:
-        """Rules about the number of ranks; keys are relative to the whole configuration."""
+        """The axis sizes that do not go with the number of ranks; keys are relative to the whole configuration."""
         axes = {"replicate": self.replicate, "expert": self.expert, "context": self.context}
         if self.expert_ranks_per_node is not None and self.expert % self.expert_ranks_per_node:
             rule = f"must divide parallel.expert ({self.expert})"
@@ -95,11 +104,11 @@ class ParallelConfig(Section):
         for name in alone:
             yield Problem(f"parallel.{name}", f"must divide the number of ranks ({ranks})", axes[name])
         others = self.replicate * self.expert * self.context
-        told = f"replicate * shard * expert * context must be the number of ranks ({ranks})"
+        rule = f"replicate * shard * expert * context must be the number of ranks ({ranks})"
         if not alone and self.shard is None and ranks % others:
-            yield Problem("parallel", f"{told}; replicate * expert * context must divide it", others)
+            yield Problem("parallel", f"{rule}; replicate * expert * context must divide it", others)
         elif not alone and self.shard is not None and others * self.shard != ranks:
-            yield Problem("parallel.shard", f"{told}, and the others give {others}", self.shard)
+            yield Problem("parallel.shard", f"{rule}, and the others give {others}", self.shard)
         elif not alone:
             sharded = self.shard_ranks(ranks) * self.context * self.expert
             if not isinstance(self.reshard_after_forward, bool) and sharded % self.reshard_after_forward:
@@ -107,52 +116,93 @@ class ParallelConfig(Section):
                 yield Problem("parallel.reshard_after_forward", rule, self.reshard_after_forward)
 
 
+class ProfileConfig(Section):
+    """Steps and ranks to profile with torch.profiler; the files go to `train/profile/` in the run directory."""
+
+    steps: tuple[PositiveInt, PositiveInt]
+    """First and last optimizer step to profile, counted from 1. Leave out the first steps, which compile and warm up; a
+    trace grows by megabytes a step."""
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks to profile; the others run as always."""
+    memory: bool = False
+    """Record allocations too: a CUDA memory snapshot, or a timeline of allocated bytes where there is no GPU."""
+
+    def problems(self) -> Iterator[Problem]:
+        """The range is not empty, and some rank is profiled."""
+        if self.steps[0] > self.steps[1]:
+            yield Problem("steps", "must be [first, last] with first <= last", list(self.steps))
+        if not self.ranks:
+            yield Problem("ranks", "must name at least one rank", [])
+
+
 class TrainConfig(Section):
-    """One optimizer's recipe. Defaults follow DeepSeek-V3's paper, section 4.2, where a size is not involved."""
+    """Optimization and loss. Defaults that do not depend on the model's size follow DeepSeek-V3, section 4.2."""
 
     steps: PositiveInt = 200
+    """Optimizer steps."""
     batch_size: PositiveInt = 16
     """Sequences per optimizer step, over all ranks and micro-batches."""
     gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step. More of them need less memory for activations."""
     learning_rate: PositiveFloat = 2.2e-4
+    """Learning rate after the warm-up."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Learning rate that cosine and linear schedules end at, as a fraction of `learning_rate`."""
     warmup_steps: NonNegativeInt = 10
+    """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay of the learning rate after the warm-up."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of AdamW's first moment."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay of AdamW's second moment."""
     optimizer_state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of AdamW's two moments. bf16 saves 4 bytes a parameter (DeepSeek-V3, section 3.3.3)."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, on matrices only."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
     spike_sigma: PositiveFloat | None = 6.0
-    """A step whose loss or gradient norm lies so many standard deviations above the mean of the last 128 is skipped,
-    as OLMo 2 does; `None` skips only what is NaN or infinite. Its data is passed over, its step counts."""
+    """Spike guard: skip a step whose loss or gradient norm is this many standard deviations above the mean of the last
+    128 steps, as OLMo 2 does; `null` skips only NaN and infinity. A skipped step counts; its data is not read again."""
     max_skipped_steps: PositiveInt = 10
-    """So many skipped in a row are a divergence."""
+    """Consecutive skipped steps that trigger `on_divergence`."""
     on_divergence: Literal["rollback", "stop"] = "rollback"
-    """Go back to the last good checkpoint, past the data that was read since (PaLM, arXiv 2204.02311, section 5.1), or
-    end with an error. Without a checkpoint to go back to it is an error, too."""
+    """`rollback` restores the last good checkpoint and skips the data read since (PaLM, arXiv 2204.02311, section 5.1);
+    `stop` ends with an error, as does a rollback without a checkpoint."""
     max_rollbacks: PositiveInt = 3
-    """A run that diverges once more than that ends with an error."""
+    """Rollbacks in a run; the divergence after the last one ends with an error."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Compute precision. Parameters, gradients' reduction and optimizer states stay fp32. fp8 is bf16 with the matmuls
-    of blocks in e4m3 (model/fp8/linear.py), on Hopper GPUs; CPUs emulate it."""
+    """Compute precision. Parameters, gradient reduction and optimizer states stay fp32. fp8 is bf16 with the matmuls of
+    blocks in e4m3 (model/fp8/linear.py), on Hopper GPUs; CPUs emulate it."""
     activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` recomputes each block's activations in the backward pass: less memory, about a third more compute."""
     compile: bool = False
+    """Compile the blocks with torch.compile."""
     loss_chunk_tokens: PositiveInt = 1024
-    """Tokens whose logits exist at one time; fp32 logits of 4,096 x 129,280 would be 2.1 GB."""
+    """Tokens whose logits are in memory at one time; fp32 logits of 4,096 x 129,280 would take 2.1 GB."""
     mtp_loss_weight: NonNegativeFloat = 0.3
+    """Weight of the multi-token prediction loss."""
     balance_loss_weight: NonNegativeFloat = 1e-4
+    """Weight of the experts' sequence-wise auxiliary balance loss."""
     expert_bias_update_rate: NonNegativeFloat = 1e-3
+    """Step size of the router's selection bias, which balances the experts' load without a loss; 0 freezes it."""
     log_every_steps: PositiveInt = 1
+    """Steps between two records in the run's metrics."""
     evaluate_every_steps: PositiveInt | None = None
-    """Held-out loss every so many steps, always at the end; `None` only at the end."""
+    """Steps between two evaluations of the held-out loss; `null` evaluates only at the end."""
     heldout_sequences: PositiveInt = 64
+    """Sequences of a held-out evaluation during training."""
     threads_per_rank: PositiveInt | None = None
-    """CPU threads of a rank; `None` shares the machine's cores among its ranks."""
+    """CPU threads of a rank; `null` divides the machine's cores among its ranks."""
+    deterministic: bool = False
+    """Deterministic kernels only, and seeded random generators: the same job gives the same bits again, more slowly. An
+    operator that has no deterministic kernel is an error."""
+    profile: ProfileConfig | None = None
+    """Profile some steps on some ranks; `null` profiles none."""
 
     def problems(self) -> Iterator[Problem]:
-        """A decay that bf16 can hold."""
+        """bf16 moments stop decaying when beta is too close to 1."""
         if self.optimizer_state_dtype == "bf16" and max(self.beta1, self.beta2) > _BF16_MAX_BETA:
             key = "beta1" if self.beta1 > self.beta2 else "beta2"
             rule = (
@@ -167,47 +217,49 @@ LoraTarget = Literal[
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (arXiv 2106.09685) on frozen weights; an export has them merged in."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on frozen weights; they are merged into an export."""
 
     rank: PositiveInt = 16
+    """Rank of the adapters."""
     alpha: PositiveFloat = 32.0
-    """The adapters' product is multiplied with alpha / rank."""
+    """Scale: the adapters' output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Of the adapters' input, in training."""
+    """Dropout on the adapters' input during training."""
     targets: tuple[LoraTarget, ...] | None = None
-    """Projections of every attention, and `shared_gate_up` and `shared_down` of the shared experts; `None` is all that
-    the model has."""
+    """Adapted projections: those of every attention, and `shared_gate_up` and `shared_down` of the shared experts;
+    `null` adapts all that the model has."""
 
     def problems(self) -> Iterator[Problem]:
-        """Something must be adapted."""
+        """An empty list would train nothing."""
         if self.targets is not None and not self.targets:
             yield Problem("targets", "must name at least one projection; null is all that the model has", [])
 
 
 class CommunicationConfig(Section):
-    """What gradients travel as, and what the communication libraries are told. All of it may change on a resume."""
+    """Gradient reduction and the communication libraries. Any of it may change on a resume."""
 
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """On the shard axis. Sums, and micro-batches' accumulation, are fp32 either way."""
+    """Type of gradients in the reduce-scatter on the shard axis. Sums and gradient accumulation are fp32 either way."""
     replicate: Literal["fp32", "bf16", "int8", "fp8"] = "fp32"
-    """On the replicate axis; int8 and fp8 have a scale per 256 values, and send each step's rounding error later."""
+    """Type of gradients in the all-reduce on the replicate axis. int8 and fp8 have a scale per 256 values and error
+    feedback: the residual of a step is added to the next one's gradient."""
     overlap: bool = True
-    """`false` lets nothing run beside a collective: slower, to see what communication costs."""
+    """Overlap communication with computation. `false` is slower, and shows what communication costs."""
     buffer_size: PositiveInt | Annotated[str, Field(pattern=r"^[1-9][0-9]*(KiB|MiB|GiB)$")] | None = None
-    """NCCL's buffer per channel, in bytes or like `8MiB`; `None` leaves NCCL's own default, 4 MiB."""
+    """NCCL's buffer size per channel, in bytes or like `8MiB`; `null` is NCCL's own default, 4 MiB."""
     max_channels: PositiveInt | None = None
-    """At most so many NCCL channels, each of which takes an SM from computation."""
+    """Maximum number of NCCL channels, each of which takes an SM from computation; `null` is NCCL's own default."""
     interface: str | None = None
-    """Network interface of the ranks' connections, like `eth0`."""
+    """Network interface of NCCL and gloo, like `eth0`; `null` lets them choose."""
     environment: dict[Annotated[str, Field(pattern=r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$")], str] = Field(
         default_factory=dict
     )
-    """Any other variable of NCCL, gloo or their network plug-ins, as is."""
+    """Other environment variables of NCCL, gloo or their network plug-ins, like `NCCL_IB_HCA: mlx5`."""
     timeout_s: PositiveFloat | None = None
-    """How long a collective may take before the job is ended; `None` is torch's default (NCCL 600, gloo 1800)."""
+    """Timeout of a collective in seconds, after which the job ends; `null` is torch's default (NCCL 600, gloo 1800)."""
 
     def variables(self) -> dict[str, str]:
-        """What the libraries read from a rank's environment. A variable that a person has set goes before these."""
+        """Environment variables for the communication libraries; those that are set already take precedence."""
         size = self.buffer_size
         if isinstance(size, str):
             size = int(size[:-3]) * 1024 ** (1 + ["KiB", "MiB", "GiB"].index(size[-3:]))
@@ -221,41 +273,47 @@ class CommunicationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When training state is saved and how much of it is kept."""
+    """When checkpoints are saved, where, and how many are kept."""
 
     every_steps: PositiveInt = 50
+    """Steps between two checkpoints."""
     keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
     keep_every_steps: PositiveInt | None = None
-    """Checkpoints of steps that this divides are kept for good, besides the last ones."""
+    """Also keep, for good, the checkpoints of steps that are multiples of this; `null` keeps only the newest."""
     asynchronous: bool = True
+    """Write checkpoints in the background, from a copy in host memory."""
     directory: str | None = None
-    """Where checkpoints go, as a path or URI; `None` is `checkpoints/` inside the run directory."""
+    """Directory of the checkpoints, a path or URI; `null` is `train/checkpoints` in the run directory."""
 
 
 class LaunchConfig(Section):
-    """How `cherry-launch` starts the ranks of one job on this host."""
+    """Ranks of the job, as in torchrun."""
 
     nproc_per_node: PositiveInt = 1
+    """Ranks on each node."""
     nnodes: PositiveInt = 1
-    master_addr: str = "127.0.0.1"
+    """Number of nodes."""
     master_port: PositiveInt | None = None
-    """`None` picks a free port (one node only)."""
+    """Port of the rendezvous on the first node; `null` picks a free one, with one node only."""
 
 
 class JobConfig(Section):
-    """Everything `train.py` reads. The flow's configuration has these sections and more."""
+    """A training job: the sections of a run's configuration that `train.py` reads."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """Name of the run, and of its directory: lower-case letters, digits and dashes."""
     seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the order of the data."""
     init_from: str | None = None
-    """Weights to start from: a Hugging Face safetensors folder or URI; `None` starts from random weights."""
+    """Weights to start from: a Hugging Face safetensors folder or URI; `null` starts from random weights."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
     communication: CommunicationConfig = CommunicationConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
-    """Train low-rank adapters alone, on frozen weights from `init_from`; `None` trains everything."""
+    """Train only low-rank adapters, on frozen weights from `init_from`; `null` trains all parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
 
@@ -265,9 +323,9 @@ class JobConfig(Section):
         data_ranks = self.parallel.data_ranks(ranks)
         micro = max(1, data_ranks) * self.train.gradient_accumulation_steps
         if self.train.batch_size % micro:
-            told = "ranks" if self.parallel.context == 1 else "ranks / parallel.context"
+            shown = "ranks" if self.parallel.context == 1 else "ranks / parallel.context"
             rule = (
-                f"must be divisible by {told} * train.gradient_accumulation_steps "
+                f"must be divisible by {shown} * train.gradient_accumulation_steps "
                 f"({data_ranks} * {self.train.gradient_accumulation_steps} = {micro})"
             )
             yield Problem("train.batch_size", rule, self.train.batch_size)
@@ -280,6 +338,8 @@ class JobConfig(Section):
         if self.data.sequence_length > self.model.max_position_embeddings:
             rule = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
             yield Problem("data.sequence_length", rule, self.data.sequence_length)
+        if self.train.profile is not None:
+            yield from self._profile_problems(self.train.profile, ranks)
         if self.train.warmup_steps >= self.train.steps:
             yield Problem(
                 "train.warmup_steps", f"must be below train.steps ({self.train.steps})", self.train.warmup_steps
@@ -289,6 +349,14 @@ class JobConfig(Section):
             yield Problem("model.vocab_size", rule, self.model.vocab_size)
         if self.lora is not None:
             yield from self._lora_problems(self.lora)
+
+    def _profile_problems(self, profile: ProfileConfig, ranks: int) -> Iterator[Problem]:
+        if profile.steps[1] > self.train.steps:
+            rule = f"must end at most at train.steps ({self.train.steps})"
+            yield Problem("train.profile.steps", rule, list(profile.steps))
+        if wrong := [rank for rank in profile.ranks if rank >= ranks]:
+            rule = f"must be below the number of ranks ({ranks}), counted from 0"
+            yield Problem("train.profile.ranks", rule, wrong)
 
     def _lora_problems(self, lora: LoraConfig) -> Iterator[Problem]:
         if self.init_from is None:
@@ -310,12 +378,12 @@ class JobConfig(Section):
         elif not found and parallel.expert > 1:
             inner = parallel.shard_ranks(ranks) * parallel.context
             widths = (model.hidden_size, 2 * model.moe_intermediate_size)
-            if model.n_routed_experts // parallel.expert % inner and any(width % inner for width in widths):
+            if not experts_shard_evenly(model.n_routed_experts // parallel.expert, widths, inner):
                 rule = (
                     f"leaves {inner} ranks (shard * context) to share {model.n_routed_experts // parallel.expert} "
                     f"experts of {widths[0]} x {widths[1]}: one of these must divide into {inner} equal parts"
                 )
                 yield Problem("parallel.expert", rule, parallel.expert)
-        if parallel.context > 1 and self.data.sequence_length % (2 * parallel.context):
+        if not sequence_divides(self.data.sequence_length, parallel.context):
             rule = f"must be divisible by 2 * parallel.context ({2 * parallel.context})"
             yield Problem("data.sequence_length", rule, self.data.sequence_length)

@@ -1,6 +1,6 @@
-"""Owns `cherry-launch`: torchrun's flags on torch's elastic launcher, with exit codes that say whose fault it was.
+"""`cherry-launch`: torchrun's flags on torch's elastic launcher, with an exit code for each kind of error.
 
-It knows nothing of training. torch is imported only when something is launched.
+torch is imported only when something is launched. SIGUSR1 to the launcher makes its ranks log their stacks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
+
+import psutil
 
 from base.errors import (
     CALLER_EXIT_CODES,
@@ -30,11 +34,11 @@ LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
 """Environment variable in which a rank finds its launcher's pid."""
 _PR_SET_PDEATHSIG = 1
 OUR_EXIT_CODES = range(10, 50)
-"""Codes of base/errors.py, the caller's side first."""
+"""Exit codes of base/errors.py: user errors, then transient errors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Launch, and end with the code of the rank that failed first (34 when a signal killed it)."""
+    """Launch, and exit with the code of the rank that caused the failure (34 if a signal killed it)."""
     raise SystemExit(run_program(lambda: launch(sys.argv[1:] if arguments is None else list(arguments))))
 
 
@@ -42,9 +46,9 @@ def launch(arguments: list[str]) -> None:
     """Start the ranks of this node and wait for them.
 
     Raises:
-        PortInUseError: the given master port is taken on this node.
+        PortInUseError: the given master port is in use on this node.
         WorkerLostError: a signal killed a rank.
-        InvalidInputError, OperationalError: a rank ended with an exit code of that side.
+        InvalidInputError, OperationalError: a rank exited with the code of a user error or a transient error.
     """
     if parent := os.environ.get("CHERRY_PARENT"):
         die_with_parent(signal.SIGTERM, int(parent))
@@ -57,6 +61,7 @@ def launch(arguments: list[str]) -> None:
 
     options = _parse(torchrun.get_args_parser(), arguments)
     _check_port(options, arguments)
+    _pass_on_sigusr1(options.training_script_args)
     _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
     with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
         options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
@@ -64,11 +69,15 @@ def launch(arguments: list[str]) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
-    """torchrun's flags, whose mistakes end with our code for them."""
+    """Values of torchrun's flags.
+
+    Raises:
+        ConfigError: a flag is unknown, missing, or of the wrong type.
+    """
     parser.allow_abbrev = False
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"cherry-launch: {message}. `cherry-launch --help` tells all flags.")
+        raise ConfigError(f"cherry-launch: {message}. `cherry-launch --help` lists all flags.")
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(arguments)
@@ -98,11 +107,35 @@ def _start(options: Any) -> None:
         raise SystemExit(128 + error.sigval) from error
 
 
+def _pass_on_sigusr1(script_arguments: Sequence[str]) -> None:
+    """Pass SIGUSR1 on to the ranks of this node, from now on.
+
+    It is blocked here and in the ranks, which inherit that, so that it ends no rank that does not handle it yet.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run_dir")
+    run_directory = parser.parse_known_args(script_arguments)[0].run_dir
+    where = f"{run_directory.rstrip('/')}/train" if run_directory else "train/ of the run directory"
+
+    def pass_on() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1})
+            ranks = psutil.Process().children()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGUSR1)
+            pids = ", ".join(str(rank.pid) for rank in ranks) or "none"
+            print(f"stacks of all threads of the ranks (pids {pids}) are in rank-<n>.log in {where}", flush=True)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=pass_on, name="sigusr1", daemon=True).start()
+
+
 def die_with_parent(signal_number: int, parent: int) -> None:
-    """Ask Linux to send this process a signal when the one that started it ends, even by SIGKILL (prctl(2)).
+    """Let Linux send this process a signal when its parent ends, even by SIGKILL (prctl(2)).
 
     Args:
-        parent: the pid of the starter as it knew itself, so that one that ended before the call is noticed.
+        parent: expected pid of the parent; if it ended before this call, this process exits.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
@@ -111,17 +144,17 @@ def die_with_parent(signal_number: int, parent: int) -> None:
 
 
 def _cores() -> int:
-    """Cores that this process may use: a container may allow fewer than the machine has."""
+    """Number of cores that this process may use; a container may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _share_cores(ranks: int) -> None:
-    """Give each rank its share of the cores, unless OMP_NUM_THREADS says otherwise (torchrun would give it one)."""
+    """Set OMP_NUM_THREADS to a rank's share of the cores, unless it is set; torchrun would set it to 1."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
 
 
 def _check_port(options: Any, arguments: Sequence[str]) -> None:
-    """Pick a free port for one node when none was given; refuse a taken one before anything starts."""
+    """Choose a free master port for a single node if none was given; check that a given one is free."""
     if options.standalone or options.rdzv_endpoint:
         return
     single = str(options.nnodes) in ("1", "1:1")
@@ -143,10 +176,10 @@ def _check_port(options: Any, arguments: Sequence[str]) -> None:
 
 
 def _cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
-    """The failure that explains the others: when a rank dies, its peers soon end too, cut off in a collective.
+    """(rank, failure) that caused the others: when a rank ends, its peers soon fail in a collective.
 
-    The caller's fault comes first, then a rank that a signal killed, then an error of the world's side, then a
-    traceback; of equals, the earliest.
+    A user error comes first, then a rank that was killed by a signal, then a transient error, then a traceback; of
+    equals, the earliest.
     """
 
     def weight(item: tuple[int, Any]) -> tuple[int, int, int]:

@@ -1,7 +1,4 @@
-"""Owns filling a sharded model with weights from a file: each rank takes what its own shards need.
-
-It knows nothing of meshes, only of what part of a tensor is here.
-"""
+"""Loading of weights into a sharded model: each rank reads only the bytes that its shards need."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from model.weights.safetensors_file import Box
 
 
 def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
-    """Fill the shards from a Hugging Face folder or a .pt file; each rank reads only the bytes that its shards need.
+    """Load the shards of this rank from a Hugging Face folder or a .pt file.
 
     Args:
-        on_progress: called every few seconds with a line for people and the fraction of this rank's bytes.
+        on_progress: called every few seconds with a line for people and the fraction of this rank's bytes that is read.
 
     Raises:
-        MissingFileError: nothing at `uri`.
-        WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged; the
-            text lists them all, and nothing was changed.
+        MissingFileError: there is nothing at `uri`.
+        WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged. The
+            text lists them all; the model is unchanged.
     """
     source: Source = PickledWeights(uri) if uri.endswith(".pt") else WeightsReader(uri)
     state = [*model.named_parameters(), *_persistent_buffers(model)]
@@ -36,11 +33,11 @@ def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = 
 
 
 class PickledWeights:
-    """A .pt file of tensors under the released names, memory-mapped and read with weights_only: no code in it runs.
+    """Weights of a .pt file under DeepSeek's released names, memory-mapped; `weights_only` runs no code from the file.
 
     Raises:
-        MissingFileError: nothing at `path`.
-        WeightsError: it is no plain mapping of names to tensors.
+        MissingFileError: there is nothing at `path`.
+        WeightsError: the file is not a plain mapping of names to tensors.
     """
 
     def __init__(self, path: str) -> None:
@@ -57,22 +54,22 @@ class PickledWeights:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, in the file's order."""
+        """Names of all tensors, in the order of the file."""
         return list(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
+        """Shape of a tensor."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor."""
+        """Dtype of a tensor, as stored."""
         return self._tensors[name].dtype
 
     def read_box(self, name: str, box: Box) -> Tensor:
-        """A part of one tensor; its pages are read when it is copied."""
+        """Slice of a tensor; its pages are read from disk when it is copied."""
         return self._tensors[name][tuple(slice(*bounds) for bounds in box)]
 
 

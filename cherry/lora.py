@@ -1,7 +1,7 @@
-"""Owns low-rank adapters (arXiv 2106.09685): where they sit, their first values, and how they merge into weights.
+"""Low-rank adapters, LoRA (arXiv 2106.09685): placement, initialization, and merging into the weights.
 
-It knows nothing of steps or files. An adapted projection keeps its weight's name, so loading and sharding see the same
-model; beside it are two small matrices, which alone are trained.
+An adapted projection keeps the name of its weight, so that loading and sharding see the same model. Only the two
+matrices of each adapter are trained.
 
 Shapes: N any leading dimensions, D input width, F output width, R rank.
 """
@@ -27,7 +27,7 @@ _A, _B = ADAPTER_SUFFIXES
 
 
 class LoraLinear(nn.Linear):
-    """A frozen projection without a bias, plus alpha / rank * B A on its dropped-out input."""
+    """Frozen projection without bias, plus alpha / rank * B A of its input after dropout."""
 
     def __init__(self, inputs: int, outputs: int, config: LoraConfig) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -38,16 +38,16 @@ class LoraLinear(nn.Linear):
         self.dropout = config.dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        """Project each row."""
+        """Projection of each row, [..., D] -> [..., F]."""
         x_ND = F.dropout(input, self.dropout, self.training)
         low_NR = F.linear(x_ND, self.lora_A_RD) * self.scale
         return F.linear(input, self.weight) + F.linear(low_NR, self.lora_B_FR)
 
 
 def add_adapters(model: DeepseekV3, config: LoraConfig) -> None:
-    """Freeze the model and put adapters on its attention and shared experts, the MTP module's included, in place.
+    """Freeze the model and add adapters to its attention and shared experts, including the MTP module's, in place.
 
-    Before sharding, on the meta device; `initialize_adapters` gives values.
+    To be called before sharding, on the meta device; `initialize_adapters` sets the values.
     """
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -73,9 +73,9 @@ def _adapt(module: nn.Module, names: set[str], config: LoraConfig) -> None:
 
 @torch.no_grad()
 def initialize_adapters(model: nn.Module, seed: int) -> None:
-    """A from the seed and its name, of variance 1 / (3 D) as the paper's code draws it; B zero: nothing changes yet.
+    """Initialize A with variance 1 / (3 D), as the paper's code does, and B with zeros.
 
-    The values do not depend on how the parameters are sharded.
+    Values depend on the seed and the parameter's name, and not on sharding.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(_B):
@@ -88,10 +88,10 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
 
 
 def merged(tensors: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """A model's state with each adapter added to its weight, in fp32, and left out.
+    """(name, tensor) of a model's state, with adapters merged into their weights (in fp32) and left out.
 
     Args:
-        tensors: name and value, a weight's adapter right behind it, as in the model's state dict.
+        tensors: (name, tensor) in the order of the model's state dict, where an adapter follows its weight.
     """
     held: tuple[str, Tensor] | None = None
     low_RD: Tensor | None = None

@@ -1,7 +1,7 @@
-"""Owns cross-entropy over a large vocabulary without ever holding all logits.
+"""Chunked cross-entropy over a large vocabulary, with never more than one chunk's logits in memory.
 
-It knows nothing of models. Method: the gradient of softmax cross-entropy is known as soon as the logits are, so each
-chunk's logits are made once, used for loss and gradient, and dropped (Liger Kernel, arXiv 2410.10989, section 3.2).
+The gradient of softmax cross-entropy is known as soon as the logits are: each chunk's logits are computed once, used
+for loss and gradient, and freed (Liger Kernel, arXiv 2410.10989, section 3.2).
 
 Shapes: N token, D hidden, V vocabulary, C tokens of a chunk.
 """
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """gradient * scale (0-dim fp32), multiplied in fp32; in the gradient's type."""
+    """gradient * scale (0-dim fp32), multiplied in fp32, in the gradient's dtype."""
     if gradient.is_cuda:
         from cherry.triton_loss import scaled
 
@@ -58,7 +58,7 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, fp32, and its gradient by the logits in their type; the logits are used up."""
+    """Summed loss of a chunk (fp32), and its gradient by the logits in their dtype; overwrites the logits."""
     if logits_CV.is_cuda:
         from cherry.triton_loss import softmax_gradient_
 
@@ -80,10 +80,10 @@ def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *
     """Sum of -log p(target) over the tokens whose target is not IGNORE_INDEX, 0-dim fp32, in nats.
 
     Args:
-        hidden_ND: hidden states after the final norm, in the compute type.
-        weight_VD: the head's weight, in the same type.
+        hidden_ND: hidden states after the final norm, in the compute dtype.
+        weight_VD: weight of the output head, in the same dtype.
         targets_N: int64 token ids or IGNORE_INDEX.
-        chunk_tokens: tokens whose logits exist at one time; memory is chunk_tokens * V * 4 bytes and the gradients.
+        chunk_tokens: tokens per chunk; memory is chunk_tokens * V * 4 bytes, and the gradients.
     """
     total: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_tokens)  # type: ignore[no-untyped-call]
     return total

@@ -19,36 +19,19 @@ from torch import Tensor
 
 from base import storage
 from base.errors import CherryError, storage_errors
+from cherry.hardware import find_gpu
 
 logger = logging.getLogger(__name__)
 MFU_CONVENTION = "causal"
 """Attention counts half of the full square: see ModelConfig.flops_per_token."""
 
-# Dense bf16 tensor-core peaks without sparsity, FLOP/s, from NVIDIA's data sheets (H100/H200/H800 SXM: 989.4e12;
-# H100 PCIe: 756e12; A100: 312e12; B200: 2250e12). The first key that the device's name contains counts.
-_PEAK_BF16 = {
-    "H100 PCIe": 756e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "H800": 989.4e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-}
-# Twice that in fp8 on all of them that have it.
-_PEAK_FP8 = {name: 2 * peak for name, peak in _PEAK_BF16.items() if name != "A100"}
-# fp32 matmuls run on CUDA cores unless tf32 is asked for (H100 SXM data sheet: 67e12; A100: 19.5e12; B200: 80e12).
-_PEAK_FP32 = {"H100 PCIe": 51e12, "H100": 67e12, "H200": 67e12, "H800": 67e12, "A100": 19.5e12, "B200": 80e12}
-
-_PEAKS = {"fp32": _PEAK_FP32, "bf16": _PEAK_BF16, "fp8": _PEAK_FP8}
-
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that the device can reach: the data sheet's, or a short measured matmul where there is none."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        table = _PEAKS[precision]
-        if found := next((peak for key, peak in table.items() if key in name), None):
-            return found
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+        if gpu is not None and precision in gpu.flops:
+            return gpu.flops[precision]
     size = 1024
     a = torch.randn(size, size, device=device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     best = 0.0

@@ -1,11 +1,9 @@
-"""Owns what `train.py` does on each rank: flags into a resolved config, the process group, and the exit code.
-
-It knows nothing of the loop itself.
-"""
+"""The main program of one training rank: flags to a resolved config, logs, the process group, and the exit code."""
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
@@ -15,10 +13,10 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from base import storage
-from base.config import load, validate
+from base.config import apply_overrides, merge, read_yaml, validate
 from base.errors import (
     ArgumentParser,
     CherryError,
@@ -31,14 +29,13 @@ from base.errors import (
 from cherry.job_config import JobConfig
 from cherry.launcher import LAUNCHER_PID, die_with_parent
 
+if TYPE_CHECKING:  # torch is imported once the environment is set
+    from cherry.hooks import TrainerHook
+
 logger = logging.getLogger(__name__)
 
-_FLAGS = {
-    "batch_size": "train.batch_size",
-    "learning_rate": "train.learning_rate",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "steps": "train.steps",
-}
+# Flags that are keys of the `train` section.
+_TRAIN_FLAGS = ("batch_size", "learning_rate", "gradient_accumulation_steps", "steps")
 
 
 def build_parser() -> ArgumentParser:
@@ -53,30 +50,48 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--gradient_accumulation_steps", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="any key of the config, dotted")
+    parser.add_argument(
+        "--pdb",
+        action="store_true",
+        help="open the debugger where an error is raised, and end in a way debuggers see (one rank only)",
+    )
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one rank; ends the process with the error's exit code."""
+def main(arguments: Sequence[str] | None = None, *, hooks: Sequence[TrainerHook] = ()) -> None:
+    """Run one rank; ends the process with the error's exit code.
+
+    Args:
+        arguments: flags of `build_parser`; `None` takes the command line's.
+        hooks: for the trainer; see cherry/hooks.py.
+    """
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
-    code = run_program(lambda: _run(arguments))
+    code = run_program(lambda: _run(arguments, hooks))
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not SystemExit. After an error other ranks may be inside a collective, and torn-down threads would wait for them;
-    # after success a thread that is still inside torch when Python ends takes the process with it (SIGABRT, rarely).
+    if "--pdb" in (sys.argv[1:] if arguments is None else arguments):
+        raise SystemExit(code)  # a debugger around this program (python -m pdb train.py --pdb) sees the end
+    # After an error other ranks may be inside a collective, and torn-down threads would wait for them; after success a
+    # thread that is still inside torch when Python ends takes the process with it (SIGABRT, rarely).
     os._exit(code)
 
 
-def _run(arguments: Sequence[str] | None) -> None:
-    """Train, with an error of ours told once: by rank 0 here, of the others by the launcher if theirs is the cause."""
+def _run(arguments: Sequence[str] | None, hooks: Sequence[TrainerHook]) -> None:
+    """Train. An error of this project's family is printed by rank 0, and left for the launcher by the others."""
     rank = int(os.environ.get("RANK", "0"))
+    options: argparse.Namespace | None = None
     try:
-        _train(build_parser().parse_args(arguments), rank)
-    except CherryError as error:
+        options = build_parser().parse_args(arguments)
+        _train(options, rank, hooks)
+    except Exception as error:
+        if options is not None and options.pdb and os.environ.get("WORLD_SIZE", "1") == "1":
+            _debug(error)
+        if not isinstance(error, CherryError):
+            raise
         logger.error("%s", error, exc_info=error.__cause__)
         if rank == 0:
             raise
@@ -84,42 +99,54 @@ def _run(arguments: Sequence[str] | None) -> None:
         os._exit(error.exit_code)
 
 
+def _debug(error: Exception) -> None:
+    """Open pdb in the frame that raised the error, or its cause where an error of torch was classified."""
+    import pdb  # noqa: T100
+
+    print(f"{type(error).__name__}: {error}", flush=True)
+    pdb.post_mortem((error.__cause__ or error).__traceback__)
+
+
 def _tell_launcher(error: CherryError) -> None:
-    """Leave the text where torch's launcher looks for it (torch.distributed.elastic.multiprocessing.errors)."""
+    """Write the error to the file that torch's launcher reads (torch.distributed.elastic.multiprocessing.errors)."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": detail}}))
 
 
 def resolve(options: argparse.Namespace) -> JobConfig:
-    """The job that the flags describe.
+    """Job configuration of the flags and the launcher's environment variables.
 
     Raises:
-        ConfigError: lists every broken rule.
+        ConfigError: lists every rule that is broken.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    overrides = [
-        f"{key}={getattr(options, flag)}" for flag, key in _FLAGS.items() if getattr(options, flag) is not None
-    ]
-    overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
-    if world > local:
-        overrides.append(f"launch.master_port={os.environ['MASTER_PORT']}")
-    if options.model_path is not None:
-        overrides.append(f"init_from={json.dumps(options.model_path)}")
-    overrides += options.set
     if options.config is not None:
-        return load(options.config, JobConfig, overrides, part_of_file=True)
-    if options.model_path is None:
+        origin, raw = options.config, read_yaml(options.config)
+        raw = {key: value for key, value in raw.items() if key in JobConfig.model_fields}
+    elif options.model_path is not None:
+        origin, raw = f"flags with --model_path={options.model_path}", _from_model_path(options.model_path)
+    else:
         raise ConfigError(
             "train.py needs --config, or --model_path of a folder whose config.json gives the architecture"
         )
-    return _from_model_path(options.model_path, overrides)
+    raw = merge(raw, _given(options), origin=origin)
+    return validate(apply_overrides(raw, options.set), JobConfig, origin=origin)
 
 
-def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
-    """A job around given weights: architecture and tokenizer from their folder, everything else by default."""
-    from base.config import apply_overrides
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Config values from the flags that were given, and the number of ranks that the launcher started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    launch = {"nproc_per_node": local, "nnodes": world // local}
+    if world > local:
+        launch["master_port"] = int(os.environ["MASTER_PORT"])
+    values = {key: getattr(options, key) for key in _TRAIN_FLAGS if getattr(options, key) is not None}
+    weights = {} if options.model_path is None else {"init_from": options.model_path}
+    return {"launch": launch, "train": values, **weights}
+
+
+def _from_model_path(path: str) -> dict[str, Any]:
+    """Config values of a job on given weights: architecture and tokenizer from their folder."""
     from model.weights.pretrained import read_model_config
 
     folder = (path.rpartition("/")[0] or ".") if path.endswith(".pt") else path
@@ -128,66 +155,81 @@ def _from_model_path(path: str, overrides: list[str]) -> JobConfig:
     tokenizer = storage.join(folder, "tokenizer.json")
     if storage.exists(tokenizer):
         raw["data"] = {"tokenizer": tokenizer}
-    return validate(apply_overrides(raw, overrides), JobConfig, origin=f"flags with --model_path={path}")
+    return raw
 
 
-def _train(options: argparse.Namespace, rank: int) -> None:
+def _train(options: argparse.Namespace, rank: int, hooks: Sequence[TrainerHook]) -> None:
+    if options.pdb and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(f"--pdb needs a single rank, got {os.environ['WORLD_SIZE']}. Use --nproc_per_node=1.")
     config = resolve(options)
     run_directory = options.run_dir or f"runs/{config.name}"
     _log_to_file(run_directory, rank)
     for name, value in config.communication.variables().items():
-        os.environ.setdefault(name, value)  # the libraries read it when they connect
+        os.environ.setdefault(name, value)  # libraries read these when they connect
     import torch
-    import torch.distributed as dist
 
     if config.train.threads_per_rank is not None:
         torch.set_num_threads(config.train.threads_per_rank)  # else torch takes the launcher's OMP_NUM_THREADS
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
+    if config.train.deterministic:
+        from cherry.determinism import use_deterministic_algorithms
+
+        use_deterministic_algorithms(config.seed, rank)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        seconds = config.communication.timeout_s
-        timeout = None if seconds is None else timedelta(seconds=seconds)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-        config, resume_from = _prepare(config, run_directory, options)
-        from cherry.trainer import Trainer
-
-        Trainer(config, run_directory, resume_from=resume_from).run()
-        dist.destroy_process_group()
+        _train_in_group(config, run_directory, options, hooks)
     except RuntimeError as error:
-        if (told := _side_of(error)) is error:
+        if (classified := classify_error(error)) is error:
             raise
-        raise told from error
+        raise classified from error
 
 
-def _side_of(error: RuntimeError) -> Exception:
-    """Whose fault an error of torch is; what is neither's, a bug, stays as it is."""
+def _train_in_group(
+    config: JobConfig, run_directory: str, options: argparse.Namespace, hooks: Sequence[TrainerHook]
+) -> None:
     import torch
     import torch.distributed as dist
+
+    seconds = config.communication.timeout_s
+    timeout = None if seconds is None else timedelta(seconds=seconds)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    config, resume_from = _prepare(config, run_directory, options)
+    from cherry.trainer import Trainer
+
+    Trainer(config, run_directory, resume_from=resume_from, hooks=hooks).run()
+    dist.destroy_process_group()
+
+
+def classify_error(error: RuntimeError) -> Exception:
+    """The user or transient error that an error of torch stands for; the error itself if it is neither, but a bug."""
+    import torch
+    import torch.distributed as dist
+
+    from cherry.determinism import determinism_error
 
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return InvalidInputError(
             f"{first} Raise train.gradient_accumulation_steps, set train.activation_checkpointing to full, lower "
-            "train.loss_chunk_tokens, or shard over more ranks. What was committed is whole."
+            "train.loss_chunk_tokens, or shard over more ranks. What was committed is complete."
         )
     # gloo has no error type of its own, but its messages begin with the path of its source.
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
         return WorkerLostError(f"the connection to another rank broke: {first}. Start the same command again to go on.")
     if isinstance(error, torch.AcceleratorError):
         return WorkerLostError(f"the GPU failed: {first}. Start the same command again to go on.")
-    return error
+    return determinism_error(error) or error
 
 
 def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
-    """Rank 0 sees to it that the run can go on; as every rank hears: the config to train by, and the checkpoint that
-    was asked for, if any was.
+    """Configuration to train with, and the URI of the checkpoint that --resume_from names, if any; rank 0 decides.
 
     Raises:
-        ConfigError: what is in the run directory was made by another configuration (see
-        cherry/checkpoint/resume_rules.py).
-        MissingFileError: no such checkpoint; or no such documents, of data that is not prepared yet.
+        ConfigError: the run directory's content was made with another configuration (see
+            cherry/checkpoint/resume_rules.py).
+        MissingFileError: there is no such checkpoint; or no such documents, where data has to be prepared.
     """
     import torch.distributed as dist
 
@@ -205,7 +247,7 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
 
 
 def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
-    """Prepare data and config.yaml as far as no flow did, and see that what is there belongs to this run."""
+    """See `_prepare`. Prepares data and writes config.yaml, unless a flow did; else checks them against the config."""
     from cherry.checkpoint.checkpointer import check_model
     from cherry.checkpoint.naming import newest_checkpoint
     from cherry.checkpoint.resume_rules import check_data, check_resume, checkpoints_of, find_checkpoint, write_config
@@ -238,8 +280,9 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
 
 
 def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Namespace) -> JobConfig:
-    """The config of a resume that was asked for without a word on steps: to the end of the run that the checkpoint is
-    of, or as many steps more as a new run takes where it was the end.
+    """Configuration with `train.steps` set for a resume by --resume_from that does not give the number of steps.
+
+    Training goes to the end of the checkpoint's run or, if it is there already, as many steps on as a new run takes.
     """
     given = options.steps is not None or any(change.startswith("train.steps=") for change in options.set)
     if options.resume_from is None or options.config is not None or given:
@@ -251,6 +294,7 @@ def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Nam
 
 
 def _log_to_file(run_directory: str, rank: int) -> None:
+    """Log to train/rank-<n>.log in the run directory; SIGUSR1 adds the stacks of all threads."""
     directory = Path(storage.local_path(run_directory)) / "train"
     with storage_errors(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
@@ -258,3 +302,7 @@ def _log_to_file(run_directory: str, rank: int) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("cherry").setLevel(logging.INFO)
+    # Python writes them itself, whatever the threads wait for; see "A run hangs" in docs/runbook.md.
+    assert handler.stream is not None
+    faulthandler.register(signal.SIGUSR1, file=handler.stream, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # the launcher starts its ranks with it blocked

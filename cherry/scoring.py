@@ -1,6 +1,6 @@
-"""Owns `python -m cherry.scoring`: the held-out loss of every document under one model, as JSON.
+"""`python -m cherry.scoring`: held-out loss of every document under one model, as JSON.
 
-It knows nothing of verdicts. The conventions (windows, what is scored) are those of cherry/heldout.py.
+Windows and scored tokens are those of cherry/heldout.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model.weights.pretrained import load_pretrained
 
 
 def load_model(model_path: str | None, config_path: str | None) -> DeepseekV3:
-    """The model at `model_path`, or the untrained one of a config (its first weights, before any step).
+    """Model at `model_path`; without one, the untrained model of a config (its initial weights).
 
     Raises:
         ConfigError: neither is given.
@@ -42,7 +42,7 @@ def load_model(model_path: str | None, config_path: str | None) -> DeepseekV3:
 
 
 def score(model: DeepseekV3, data_directory: str, *, documents: int, max_tokens: int, window: int) -> dict[str, Any]:
-    """Per-document scores and totals: nats per token, bits per byte, and zlib's bits per byte on the same bytes."""
+    """Scores per document, and totals: nats per token, bits per byte, and zlib's bits per byte on the same bytes."""
     started = time.perf_counter()
     bearing = (document for document in iterate_heldout(data_directory, max_tokens) if any(document.loss_mask))
     heldout = list(islice(bearing, documents))

@@ -1,11 +1,9 @@
-"""Owns the verdict on an optimizer step: whether its loss and gradient norm are those of training that goes well.
-
-It knows nothing of how they come about, or of what is done when too many steps in a row are skipped.
+"""Loss-spike detection: whether an optimizer step is taken or skipped, by its loss and gradient norm.
 
 The rule is that of OLMo 2 (arXiv 2501.00656, and `SkipStepOptimizer` of its training code): a step is skipped when its
 loss or its gradient norm lies more than 6 standard deviations above the mean of the last 128 steps, once half of them
 are known. Here skipped steps stay out of the window. With them in it, the fourth outlier of a kind passes (its 6
-deviations reach above it), and a run that has diverged would be told to go on.
+deviations reach above it), and a run that has diverged would go on.
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ WINDOW_STEPS = 128
 
 @dataclass(frozen=True)
 class Figures:
-    """What one optimizer step is judged by."""
+    """Loss (nats per token) and gradient norm of one optimizer step, before clipping."""
 
     loss: float
     grad_norm: float
 
 
 class StepGuard:
-    """Judges every step against those before it that were taken. The same figures give the same verdicts.
+    """Compares every step with the taken ones before it. Deterministic: ranks that see the same figures agree.
 
     Args:
         sigma: standard deviations above the mean that make a spike; `None` skips only what is not finite.
@@ -38,20 +36,20 @@ class StepGuard:
         self.sigma = sigma
         self.skipped = 0
         """Steps skipped since the run began."""
-        self.in_a_row = 0
+        self.consecutive_skips = 0
         """Steps skipped since the last one that was taken."""
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
 
-    def judge(self, figures: Figures) -> str | None:
-        """`None` when the step is to be taken, else why not, for a person; the step is counted either way."""
+    def check_step(self, figures: Figures) -> str | None:
+        """The reason to skip this step, as a text for people, or `None` to take it; counts it either way."""
         reason = self._reason(figures)
         if reason is None:
-            self.in_a_row = 0
+            self.consecutive_skips = 0
             self._losses.append(figures.loss)
             self._norms.append(figures.grad_norm)
         else:
-            self.in_a_row += 1
+            self.consecutive_skips += 1
             self.skipped += 1
         return reason
 
@@ -73,30 +71,30 @@ class StepGuard:
         """The loss of the last step that was taken."""
         return self._losses[-1] if self._losses else None
 
-    def forgive(self) -> None:
-        """Begin to count a new row, after the run went back."""
-        self.in_a_row = 0
+    def reset_consecutive_skips(self) -> None:
+        """Count consecutive skips from 0 again, after a rollback."""
+        self.consecutive_skips = 0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on with the same verdicts; JSON keeps it exactly."""
+        """The guard's state for a checkpoint: JSON values from which `restore` continues exactly."""
         return {
             "losses": list(self._losses),
             "grad_norms": list(self._norms),
             "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
+            "in_a_row": self.consecutive_skips,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Continue from what `state` returned."""
         self._losses.clear()
         self._norms.clear()
         self._losses.extend(state["losses"])
         self._norms.extend(state["grad_norms"])
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self.consecutive_skips = state["skipped"], state["in_a_row"]
 
 
 def _limit(values: Iterable[float], sigma: float) -> float:
-    """Mean + sigma * sample deviation; sums that do not depend on the order of the values."""
+    """Mean + sigma * sample standard deviation, by exact sums, which no order of the values changes."""
     values = list(values)
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)

@@ -1,14 +1,18 @@
-"""Owns the training loop of one rank: set-up, the optimizer step, and when to report, evaluate and save.
+"""The training loop of one rank: set-up, the optimizer step, evaluation, saves, and rollback after divergence.
 
-It knows nothing of flows or tracking: a resolved config comes in; checkpoints, metrics.jsonl and result.json go out.
+A resolved config comes in; checkpoints, metrics.jsonl and result.json go out. What else watches a run is a hook
+(cherry/hooks.py).
 
 Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture layer, E expert.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor
 
 from base import storage
@@ -25,48 +28,61 @@ from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import newest_checkpoint
 from cherry.checkpoint.resume_rules import checkpoints_of, identity
-from cherry.data.collate import MicroBatch, check_fits, micro_batch
-from cherry.data.prepare import Sampler, TokenDataset
+from cherry.data.batches import BatchReader, StepBatch
+from cherry.data.collate import check_fits
+from cherry.data.sampler import Sampler
+from cherry.data.shards import TokenDataset
+from cherry.data.target_counts import TargetCounts
 from cherry.distributed import fsdp_hooks
 from cherry.distributed.mesh import data_shard
 from cherry.heldout import Heldout, evaluate_heldout
+from cherry.hooks import HookList, TrainerHook
 from cherry.job_config import JobConfig
-from cherry.metrics import MFU_CONVENTION, MetricsWriter, expert_load, format_line, peak_flops, peak_memory_bytes
+from cherry.metrics import MFU_CONVENTION, expert_load, peak_flops, peak_memory_bytes
 from cherry.optim.build import learning_rate, set_learning_rate
 from cherry.optim.expert_bias import expert_counts, update_expert_bias
+from cherry.profiler import ProfilerHook
+from cherry.reporting import MetricsHook
 from cherry.spike_guard import Figures, StepGuard
 from cherry.training_model import build
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
-# Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has them all.
-_SAY_EVERY_S = 1.0
 
 
 @dataclass
 class Progress:
-    """The listed resume state, with the step guard's."""
+    """Counters that a checkpoint keeps, beside the step guard's state."""
 
     step: int = 0
-    """Optimizer steps, those that were skipped included."""
+    """Optimizer steps, skipped ones included."""
     position: int = 0
-    """Sequences that were read: where the next batch begins. Not the step times the batch's size, which may change,
-    and after a rollback what led to it is not read again."""
+    """Sequences read so far, over all ranks: where the next batch begins. It is not `step` times the batch size, which
+    may change on a resume; after a rollback, data that was read before it is not read again."""
     tokens: int = 0
-    """Of the steps that were taken."""
+    """Tokens of the steps that were not skipped."""
     seconds: float = 0.0
+    """Time spent in optimizer steps."""
     rollbacks: int = 0
 
 
 class Trainer:
-    """One rank of one job.
+    """The training loop of one rank.
 
     Args:
-        resume_from: URI of a committed checkpoint; `None` takes the run's newest one, if there is any.
+        resume_from: URI of a committed checkpoint; `None` resumes from the run's newest one, if there is any.
+        hooks: called after the trainer's own, which write metrics.jsonl and profiles.
     """
 
-    def __init__(self, config: JobConfig, run_directory: str, *, resume_from: str | None = None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        run_directory: str,
+        *,
+        resume_from: str | None = None,
+        hooks: Sequence[TrainerHook] = (),
+    ) -> None:
         self.config = config
         self.run_directory = run_directory
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -75,7 +91,7 @@ class Trainer:
         self.share = data_shard(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
-        self.sampler = Sampler(len(self.dataset), config.seed, config.train.batch_size)
+        self.batches = self._batch_reader()
         self.network = build(config, self.device, self._say)
         self.model = self.network.model
         self.communication = fsdp_hooks.install(self.network.module, config.communication)
@@ -93,15 +109,30 @@ class Trainer:
         )
         self.progress = Progress()
         self.guard = StepGuard(config.train.spike_sigma)
-        self._good_before: int | None = None  # after a rollback, until something new is saved
+        self._rollback_before: int | None = None  # after a rollback, until the next save: the step it restored
         self._save_owed, self._group = False, group
         self._heldout: Heldout | None = None
-        self._say_from = 0.0  # by the monotonic clock
         self._resume(resume_from, directory)
         self.network.start()
-        self.metrics = self._open_metrics()
-        # A processor's is only measured, beside whatever else it does: MFU against it would not compare between runs.
+        self.metrics = self._metrics_hook() if self.rank == 0 else None
+        own = [hook for hook in (self.metrics, self._profiler_hook()) if hook is not None]
+        self.hooks = HookList([*own, *hooks], self._say)
+        # A CPU has no data sheet peak; a measured one depends on its load, so MFU would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
+
+    def _batch_reader(self) -> BatchReader:
+        config, apart = self.config, not self.config.data.cross_document_attention
+        counts = TargetCounts(self.dataset, Path(storage.local_path(self.run_directory)) / "data", keep_apart=apart)
+        return BatchReader(
+            self.dataset,
+            Sampler(len(self.dataset), config.seed, config.train.batch_size),
+            counts,
+            data_rank=self.share.data_rank,
+            data_ranks=self.share.data_ranks,
+            micro_batches=config.train.gradient_accumulation_steps,
+            keep_apart=apart,
+            device=self.device,
+        )
 
     def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
@@ -122,81 +153,98 @@ class Trainer:
             self.guard.restore(record["guard"])
         self.checkpointer.last_saved = uri  # an attempt may have died between the last save and the result
 
-    def _open_metrics(self) -> MetricsWriter | None:
-        path = Path(storage.local_path(self.run_directory)) / "train" / "metrics.jsonl"
-        return MetricsWriter(path, resume_step=self.progress.step) if self.rank == 0 else None
+    def _metrics_hook(self) -> MetricsHook:
+        path, every = self._train_directory / "metrics.jsonl", self.config.train.log_every_steps
+        return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, say=self._say)
+
+    def _profiler_hook(self) -> ProfilerHook | None:
+        wanted = self.config.train.profile
+        if wanted is None or self.rank not in wanted.ranks:
+            return None
+        say = self._say if self.accelerator.is_main_process else logger.info
+        return ProfilerHook(wanted, self._train_directory / "profile", rank=self.rank, say=say)
+
+    @property
+    def _train_directory(self) -> Path:
+        return Path(storage.local_path(self.run_directory)) / "train"
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step; the result that result.json holds (rank 0's; others get the same figures).
+        """Content of result.json, after training to the last step; rank 0 writes the file.
 
         Raises:
-            NonFiniteLossError: too many steps in a row had a loss or gradient norm that was not finite or a spike, and
-                there is no going back.
-            SupersededError: a newer attempt took the run over.
+            NonFiniteLossError: too many steps in a row had a spike or a value that is not finite in loss or gradient
+                norm, and a rollback was not possible.
+            SupersededError: a newer attempt took over the run directory.
             StorageError: the last checkpoint could not be written.
         """
         train = self.config.train
         try:
             while self.progress.step < train.steps:
+                self.hooks.on_step_begin(self.progress.step + 1)
                 record = self._step()
-                if self.guard.in_a_row >= min(train.max_skipped_steps, train.steps):
-                    self._go_back(record)
-                    continue
-                done = self.progress.step
-                last = done == train.steps
-                due = train.evaluate_every_steps is not None and done % train.evaluate_every_steps == 0
-                if last or due:
-                    record["heldout_loss"] = self.heldout().loss
-                if failed := self.checkpointer.new_failures():
-                    record["failed_saves"] = [str(error) for error in failed]
-                self._report(record, last=last)
-                self._save_owed |= done % self.config.checkpoint.every_steps == 0
-                # A checkpoint in the middle of skipped steps would pass for a good one.
-                if last or (self._save_owed and not self.guard.in_a_row):
-                    self._save()
+                diverged = self.guard.consecutive_skips >= min(train.max_skipped_steps, train.steps)
+                if not diverged:
+                    self._evaluate_if_due(record)
+                self.hooks.on_step_end(record)
+                if diverged:
+                    self._rollback(record)
+                else:
+                    self._save_if_due()
             self.checkpointer.wait()
         finally:
             self.close()
-        # What is exported is the last checkpoint: an older one would pass for it.
+        # The newest checkpoint is what is exported: an older one must not be taken for the last.
         if self.checkpointer.failures and self.checkpointer.last_saved_step != self.progress.step:
             raise self.checkpointer.failures[-1]
         return self._result()
 
+    def _evaluate_if_due(self, record: dict[str, Any]) -> None:
+        done, every = self.progress.step, self.config.train.evaluate_every_steps
+        if done == self.config.train.steps or (every is not None and done % every == 0):
+            heldout = self.heldout()
+            record["heldout_loss"] = heldout.loss
+            self.hooks.on_evaluate(done, heldout)
+        if failed := self.checkpointer.new_failures():
+            record["failed_saves"] = [str(error) for error in failed]
+
+    def _save_if_due(self) -> None:
+        done = self.progress.step
+        self._save_owed |= done % self.config.checkpoint.every_steps == 0
+        # Between skipped steps the state may have diverged already: a rollback must not find it.
+        if done == self.config.train.steps or (self._save_owed and not self.guard.consecutive_skips):
+            self._save()
+
     def close(self) -> None:
-        """Finish the save in flight and close the files; `run` does it by itself."""
-        try:
-            self.checkpointer.close()
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
+        """Finish the save in flight, end the reading thread and close the hooks; `run` does it by itself."""
+        with ExitStack() as closing:
+            closing.callback(self.hooks.close)
+            closing.callback(self.batches.close)
+            closing.callback(self.checkpointer.close)
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step over this rank's share of the batch."""
+        """Record of one optimizer step over this rank's share of the batch, for metrics.jsonl."""
         train, started = self.config.train, time.perf_counter()
         step = self.progress.step
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
-        micro_batches = self._micro_batches(self.progress.position)
-        # The loss is divided by the tokens of the whole optimizer step, so that accumulation and ranks change nothing.
-        valid = torch.tensor([batch.valid() for batch in micro_batches], dtype=torch.float64)
-        counts = self._sum_over_ranks(valid.sum(dim=0)) / self.share.context_ranks
-        tokens, tokens_mtp = max(1.0, float(counts[0])), max(1.0, float(counts[1]))
-        parts = len(micro_batches) * self.share.data_ranks
-        sums = self._backward(micro_batches, tokens, tokens_mtp, parts)
+        batch = self.batches.take(self.progress.position)
+        # Losses are divided by the targets of the whole optimizer step, so that accumulation and ranks change nothing.
+        micro_batches = len(batch.micro_batches) * self.share.data_ranks
+        sums = self._backward(batch, micro_batches)
         norm = self.network.gradient_norm()
         take_step = self.network.ready_step(norm, train.max_grad_norm)
         layers = self.model.moe_layers()
         counts_LE = expert_counts(layers).to(sums.device)
-        # One sum for everything, the norm as a mean: all ranks judge the very same numbers, and wait for them once.
+        # One all-reduce for everything (the norm as a mean): all ranks decide by the same numbers, and wait once.
         sums = torch.cat([sums, norm.double()[None] / self.ranks, counts_LE.double().flatten()])
         sums, load = self._sum_over_ranks(sums).tensor_split([4])
         load_LE = load.view_as(counts_LE).float()
-        figures = Figures(float(sums[0]) / tokens, float(sums[3]))
-        skipped = self.guard.judge(figures)
+        figures = Figures(float(sums[0]) / batch.targets, float(sums[3]))
+        skipped = self.guard.check_step(figures)
         if skipped is None:
             take_step()
         else:
             self.communication.reset_error_feedback()
-        # Behind the optimizer's step, which takes the GPU long enough to queue this and the next pass.
+        # After the optimizer's step, which keeps the GPU busy while this and the next forward pass are queued.
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
         update_expert_bias(layers, bias_rate, load_LE.to(self.device))
         self.network.clear()
@@ -210,8 +258,8 @@ class Trainer:
             "step": self.progress.step,
             "steps": train.steps,
             "loss": figures.loss,
-            "mtp_loss": float(sums[1]) / tokens_mtp,
-            "balance_loss": float(sums[2]) / parts,
+            "mtp_loss": float(sums[1]) / batch.mtp_targets,
+            "balance_loss": float(sums[2]) / micro_batches,
             "grad_norm": figures.grad_norm,
             "learning_rate": rate,
             "tokens_per_second": batch_tokens / seconds,
@@ -228,66 +276,61 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _backward(self, micro_batches: list[MicroBatch], tokens: float, tokens_mtp: float, parts: int) -> Tensor:
-        """Gradients of this rank's share; its sums of the three losses, fp64 [3]."""
+    def _backward(self, batch: StepBatch, micro_batches: int) -> Tensor:
+        """Sums of the three losses over this rank's share, fp64 [3]; the gradients are left in the parameters.
+
+        Args:
+            micro_batches: those of all ranks, over which the balance loss is a mean.
+        """
         train = self.config.train
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.communication.traffic.clear()
-        for number, batch in enumerate(micro_batches, 1):
-            self.communication.micro_batch(last=number == len(micro_batches))
-            loss, mtp_loss, balance = self.network.module(*batch.to(self.device))
-            total = loss / tokens + train.mtp_loss_weight * mtp_loss / tokens_mtp
-            (total + train.balance_loss_weight * balance / parts).backward()
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            self.communication.micro_batch(last=number == len(batch.micro_batches))
+            loss, mtp_loss, balance = self.network.module(*micro_batch.to(self.device))
+            total = loss / batch.targets + train.mtp_loss_weight * mtp_loss / batch.mtp_targets
+            (total + train.balance_loss_weight * balance / micro_batches).backward()
             sums += torch.stack([loss.detach(), mtp_loss.detach(), balance.detach()]).double()
         return sums
 
-    def _go_back(self, record: dict[str, Any]) -> None:
-        """Too many steps in a row were skipped: go on from the last good checkpoint with the data after this step's.
+    def _rollback(self, record: dict[str, Any]) -> None:
+        """Restore the last good checkpoint after too many skipped steps; the data read since is not read again.
+
+        Args:
+            record: of the last of these steps.
 
         Raises:
             NonFiniteLossError: `train.on_divergence` says stop, there were too many rollbacks, or no checkpoint.
         """
         train, reached = self.config.train, self.progress
-        self._report(record, last=True)
         target = self._last_good() if train.on_divergence == "rollback" else None
         if target is None or reached.rollbacks == train.max_rollbacks:
-            told = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
+            count = f"{reached.rollbacks} rollbacks" if reached.rollbacks else "no rollback"
             raise NonFiniteLossError(
-                f"step {reached.step}: {record['skipped']}, and the {self.guard.in_a_row} steps up to it were skipped "
-                f"(train.max_skipped_steps) after {told}. What is committed in {self.checkpointer.directory} is whole. "
-                "Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
+                f"step {reached.step}: {record['skipped']}, and the {self.guard.consecutive_skips} steps up to it were "
+                f"skipped (train.max_skipped_steps) after {count}. What is committed in {self.checkpointer.directory} "
+                "is complete. Lower train.learning_rate, raise train.warmup_steps, or look at the data of these steps."
             )
         skipped = self.guard.skipped
         self._restore(target)
         self.guard.skipped = skipped
-        self.guard.forgive()
+        self.guard.reset_consecutive_skips()
         self.progress.position = reached.position
         self.progress.rollbacks = reached.rollbacks + 1
         self.progress.seconds = reached.seconds
-        self._good_before, self._save_owed = self.progress.step, False
-        if self.metrics is not None:
-            self.metrics.close()
-        self.metrics = self._open_metrics()
+        self._rollback_before, self._save_owed = self.progress.step, False
         passed, nth = reached.step - self.progress.step, self.progress.rollbacks
         self._say(f"went back to {target}: {passed} batches passed over, rollback {nth}")
 
     def _last_good(self) -> str | None:
-        """The newest checkpoint of this run; where going back to it led nowhere, the one before it."""
+        """URI of the newest checkpoint of this run, or of the one before it where a rollback to it failed already."""
         self.checkpointer.wait()
         found: list[str | None] = [None]
         if self.rank == 0:
-            limit = self.progress.step + 1 if self._good_before is None else self._good_before
+            limit = self.progress.step + 1 if self._rollback_before is None else self._rollback_before
             found = [newest_checkpoint(self.checkpointer.directory, before=limit)]
         dist.broadcast_object_list(found, group=self._group)
         return found[0] or self._started_from
-
-    def _micro_batches(self, position: int) -> list[MicroBatch]:
-        """This rank's share of the batch that begins at `position`."""
-        chosen = self.sampler.indices(position, self.share.data_rank, self.share.data_ranks)
-        size = len(chosen) // self.config.train.gradient_accumulation_steps
-        parts = (chosen[start : start + size] for start in range(0, len(chosen), size))
-        apart = not self.config.data.cross_document_attention
-        return [micro_batch(self.dataset, part, keep_apart=apart) for part in parts]
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.ranks > 1:
@@ -302,26 +345,9 @@ class Trainer:
         return tokens_per_second * per_token / (self.peak_flops * self.ranks)
 
     def heldout(self) -> Heldout:
-        """The held-out loss now, over `train.heldout_sequences` windows' worth of documents, shared by the ranks."""
+        """Held-out loss now, over at most `train.heldout_sequences` documents, which the data ranks divide."""
         self._heldout = evaluate_heldout(self.network.module, self.config, self.run_directory, self.device, self.share)
         return self._heldout
-
-    def _report(self, record: dict[str, Any], *, last: bool) -> None:
-        if self.metrics is None:
-            return
-        due = self.progress.step % self.config.train.log_every_steps == 0
-        marked = last or not record.keys().isdisjoint(("heldout_loss", "failed_saves", "skipped"))
-        if due or marked:
-            self.metrics.write(record)
-            if marked or time.monotonic() >= self._say_from:
-                self._say(format_line(record))
-                self._say_from = time.monotonic() + _SAY_EVERY_S
-        if "skipped" in record:
-            self._say(f"step {self.progress.step} skipped: {record['skipped']}")
-        if failure := self.metrics.new_failure():
-            self._say(f"metrics wait in memory, training goes on: {failure}")
-        for failure in record.get("failed_saves", ()):
-            self._say(f"checkpoint not saved, training goes on: {failure}")
 
     def _save(self) -> None:
         record = {
@@ -336,11 +362,12 @@ class Trainer:
         residuals = self.communication.state()
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, residuals)
         if residuals:
-            self.checkpointer.wait_until_copied()  # the next backward pass writes over it
-        self._save_owed, self._good_before = False, None
+            self.checkpointer.wait_until_copied()  # the next backward pass overwrites them
+        self.hooks.on_save(self.progress.step, self.checkpointer.uri_of(self.progress.step))
+        self._save_owed, self._rollback_before = False, None
 
     def _result(self) -> dict[str, Any]:
-        heldout = self._heldout or self.heldout()  # evaluated at the last step, but not when there was none left
+        heldout = self._heldout or self.heldout()  # evaluated at the last step, unless the run had no step left
         first = self.metrics.first_loss if self.metrics is not None else None
         result = {
             "steps": self.progress.step,
@@ -367,7 +394,7 @@ class Trainer:
         return result
 
     def _say(self, line: str) -> None:
-        """A line for people, from the main process alone: on stdout, which a flow relays, and in its log."""
+        """Print and log a line for people, on the main process only; a flow relays its stdout."""
         if self.accelerator.is_main_process:
             print(line, flush=True)
-        logger.info(line)
+            logger.info(line)

@@ -1,6 +1,6 @@
-"""Owns the Triton kernels of the cross-entropy: loss and gradient of a row of logits, in place, and gradients' scaling.
+"""Triton kernels of the cross-entropy: loss and in-place gradient of a row of logits, and scaling of gradients.
 
-It knows nothing of chunks or heads, and is imported on CUDA machines only (triton comes with torch's CUDA build).
+Imported on CUDA machines only: triton comes with torch's CUDA build.
 
 Shapes: C tokens of a chunk, V vocabulary.
 """
@@ -62,7 +62,7 @@ def _scale(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x times a 0-dim number on its device. torch's own product of two types reads and writes a number at a time."""
+    """x * scale (0-dim, on the same device), in x's dtype. torch's mixed-dtype product is not vectorized."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         _scale[(triton.cdiv(x.numel(), _SCALE_BLOCK),)](x, scale, out, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)
@@ -70,10 +70,10 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def softmax_gradient_(logits_CV: Tensor, targets_C: Tensor, *, ignore_index: int, gradient: bool) -> Tensor:
-    """-log p(target) of each row, fp32 [C], 0 where the target is `ignore_index`.
+    """-log p(target) of each row, fp32 [C], and 0 where the target is `ignore_index`.
 
-    With `gradient`, `logits_CV` then holds the gradient of their sum. Arithmetic is fp32; a row is read from device
-    memory once and from L2 once more.
+    With `gradient`, `logits_CV` is overwritten by the gradient of their sum. Arithmetic is fp32; each row is read once
+    from device memory and once from L2.
     """
     rows, vocab = logits_CV.shape
     loss_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)

@@ -1,1 +1,1 @@
-"""The order of the steps and the retry policy, and the `cherry` command that starts them."""
+"""Prefect flows, which order the steps and set the retry policy, and the `cherry` command that starts them."""

@@ -1,135 +1,241 @@
-"""Owns the `cherry` command: its arguments, and what a person reads at the end of each of its subcommands.
+"""The `cherry` command: its subcommands and their options, and the tables of `status` and `doctor`.
 
-It knows the flows and the run directory; what the steps do is theirs.
+Imports that take long stand in the subcommands that need them, so that `cherry --help` is fast.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+import click
 
-from base.config import load
 from base.errors import CherryError, run_program
 from cherry import __version__
-from flows.offline import set_offline_defaults
-from flows.prefect_server import TemporaryServer
-from tasks.run_config import RunConfig
+from flows.offline import keep_terminal_free, set_offline_defaults
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flows.prefect_server import TemporaryServer
+    from tasks.run_config import RunConfig
 
 _STATE_STYLE = {"ok": "green", "note": "yellow", "fail": "bold red"}
-# Where the pages and the gateway listen unless a person says otherwise: each tool's own default port.
+# Default port of the gateway, the Prefect page and the MLflow page: each program's own.
 PORTS = (("the Anything gateway", 8080), ("the Prefect page", 4200), ("the MLflow page", 5000))
+DEMO_CONFIG = "configs/tiny.yaml"
+DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="cherry", description="From data to a served, A/B-tested release of a DeepSeek-V3-class model."
-    )
-    parser.add_argument("--version", action="version", version=f"cherry {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+class _WithOverrides(click.Command):
+    """A subcommand with key=value arguments: says how they are written to a person who wrote them as options."""
 
-    run = commands.add_parser("run", help="data, training, quantization, evaluation and registration")
-    deploy = commands.add_parser("deploy", help="serve a registered version and shift traffic to it")
-    for command in (run, deploy):
-        command.add_argument("config", metavar="CONFIG", help="a YAML file, like configs/tiny.yaml")
-        # A default keeps argparse from calling them required.
-        command.add_argument(
-            "overrides", nargs="*", default=[], metavar="key=value", help="like train.learning_rate=2e-6"
-        )
-        command.add_argument("--verbose", action="store_true", help="print every log line of the flow")
-    deploy.add_argument("--model-version", type=int, metavar="N", help="a registered version; default: this run's own")
-
-    plan = commands.add_parser("plan", help="memory, speed, duration and cost of a run, before it takes a GPU")
-    plan.add_argument("config", metavar="CONFIG", help="a YAML file, like configs/671b.yaml")
-    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="like parallel.expert=32")
-    plan.add_argument("--cluster", metavar="CLUSTER", help="a spec of configs/clusters/; default: the config's own")
-    plan.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    plan.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the memory by stage and component: .png, .svg or .pdf"
-    )
-    plan.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted speed")
-
-    status = commands.add_parser("status", help="every run: finished steps, loss, checkpoint, processes")
-    stop = commands.add_parser("stop", help="stop what `cherry deploy` started")
-    doctor = commands.add_parser("doctor", help="whether this machine can run the pipeline")
-    for command in (status, stop, doctor):
-        command.add_argument(
-            "--runs-directory", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie; default: runs"
-        )
-    commands.add_parser("demo", help="text to a served release with configs/tiny.yaml")
-    return parser
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See click."""
+        written = {word.split("=")[0]: word.lstrip("-") for word in args if word.startswith("--") and "=" in word}
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name not in written:
+                raise
+            hint = f"Keys of the config have no dashes: {written[error.option_name]}"
+            raise click.UsageError(f"{error.format_message()} {hint}", ctx) from error
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's values; flags may stand before, between and behind the overrides."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest:
-        # argparse takes what stands behind a flag for unknown: inside a subcommand it cannot intermix them.
-        if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}{_without_dashes(options, rest)}")
-        options.overrides = [*options.overrides, *rest]
-    return options
+def _underscores_to_dashes(token: str) -> str:
+    return token.replace("_", "-")
 
 
-def _without_dashes(options: argparse.Namespace, rest: Sequence[str]) -> str:
-    """A hint for overrides that were written like flags."""
-    dashed = [word.lstrip("-") for word in rest if word.startswith("--") and "=" in word]
-    if not dashed or not hasattr(options, "overrides"):
-        return ""
-    return f". Keys of the config have no dashes: {' '.join(dashed)}"
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": _underscores_to_dashes,
+        "max_content_width": 120,
+    }
+)
+@click.version_option(__version__, message="cherry %(version)s")
+def cli() -> None:
+    """Take a DeepSeek-V3-class model from data to a served, A/B-tested release."""
+
+
+_config = click.argument("config", metavar="CONFIG")
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_verbose = click.option("--verbose", is_flag=True, help="Print every log line of the flow.")
+_runs_directory = click.option(
+    "--runs-directory",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    metavar="DIR",
+    help="Directory of the runs.",
+)
+
+
+@cli.command(cls=_WithOverrides)
+@_config
+@_overrides
+@_verbose
+def run(*, config: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Prepare data, train, export, quantize, evaluate and register.
+
+    CONFIG is a YAML file, like configs/tiny.yaml. KEY=VALUE sets one of its keys, like train.learning_rate=2e-6. The
+    same command resumes a run that was interrupted.
+    """
+    console, server, resolved = _start(config, overrides, verbose=verbose)
+    from flows import commands  # after the server's start: both import Prefect, which takes a second
+
+    commands.run(console, server, resolved, [config, *overrides])
+
+
+@cli.command(cls=_WithOverrides)
+@_config
+@_overrides
+@click.option("--model-version", type=int, metavar="N", help="A registered version.  [default: this run's own]")
+@_verbose
+def deploy(*, config: str, overrides: tuple[str, ...], model_version: int | None, verbose: bool) -> None:
+    """Serve a registered version and shift traffic to it.
+
+    CONFIG and KEY=VALUE are those that the run was made with.
+    """
+    console, server, resolved = _start(config, overrides, verbose=verbose)
+    from flows import commands
+
+    commands.deploy(console, server, resolved, version=model_version)
+
+
+@cli.command()
+@_verbose
+def demo(*, verbose: bool) -> None:
+    """Train and release the tiny model of configs/tiny.yaml, and ask it."""
+    console, server, resolved = _start(DEMO_CONFIG, DEMO_OVERRIDES, verbose=verbose)
+    from flows import commands
+
+    commands.demo(console, server, resolved, [DEMO_CONFIG, *DEMO_OVERRIDES])
+
+
+@cli.command(cls=_WithOverrides)
+@_config
+@_overrides
+@click.option("--cluster", metavar="CLUSTER", help="A cluster file, or `local`.  [default: the config's own]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the memory: .png, .svg or .pdf.")
+@click.option("--search", is_flag=True, help="Rank the parallel layouts that fit by predicted speed.")
+def plan(
+    *, config: str, overrides: tuple[str, ...], cluster: str | None, as_json: bool, plot: Path | None, search: bool
+) -> None:
+    """Predict memory, speed, duration and cost of a run.
+
+    CONFIG is a YAML file, like configs/671b.yaml. KEY=VALUE sets one of its keys, like parallel.expert=32.
+    """
+    from rich.console import Console
+
+    from flows import plan_command
+
+    resolved = _resolve(config, overrides)
+    plan_command.plan(Console(), resolved, cluster, as_json=as_json, with_search=search, plot=plot)
+
+
+@cli.command()
+@_runs_directory
+def status(*, runs_directory: Path) -> None:
+    """Show every run: finished steps, loss, checkpoint, processes."""
+    from rich.console import Console
+
+    _show_status(Console(), runs_directory)
+
+
+@cli.command()
+@_runs_directory
+def stop(*, runs_directory: Path) -> None:
+    """Stop the gateway and the replicas that `cherry deploy` started."""
+    from tasks.replicas import stop_serving
+
+    stopped = stop_serving(str(runs_directory))
+    click.echo(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
+
+
+@cli.command()
+@_runs_directory
+def doctor(*, runs_directory: Path) -> None:
+    """Check whether this machine can run the pipeline."""
+    from rich.console import Console
+
+    _show_checks(Console(), runs_directory)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path(), metavar="[DIR]")
+def init(*, directory: Path) -> None:
+    """Write a commented config and cluster file to start from.
+
+    They go to DIR, by default the working directory. No file is overwritten.
+    """
+    from flows import init_command
+
+    written = init_command.init(directory)
+    click.echo(f"wrote {', '.join(map(str, written))}. Next: cherry plan {written[0]}")
+
+
+@cli.command()
+@click.option("--write", type=click.Path(path_type=Path), metavar="DIR", help="Write it to schema.json in DIR instead.")
+def schema(*, write: Path | None) -> None:
+    """Print the JSON schema of a config: every key with its type, default and description."""
+    from flows import schema_command
+
+    if write is None:
+        click.echo(schema_command.schema_text(), nl=False)
+    else:
+        click.echo(f"wrote {schema_command.write_schema(write)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the error's exit code."""
-    options = parse(arguments)
-    raise SystemExit(run_program(lambda: _dispatch(options)))
+    raise SystemExit(run_program(lambda: _call(arguments)))
 
 
-def _dispatch(options: argparse.Namespace) -> None:
-    console = Console()
-    set_offline_defaults(verbose=getattr(options, "verbose", False))  # before what imports prefect
-    if options.command == "plan":
-        from flows.plan_command import plan
-
-        plan(
-            console,
-            options.config,
-            options.cluster,
-            options.overrides,
-            as_json=options.json,
-            with_search=options.search,
-            plot=options.plot,
-        )
-    elif options.command == "doctor":
-        _doctor(console, options.runs_directory)
-    elif options.command == "status":
-        _status(console, options.runs_directory)
-    elif options.command == "stop":
-        from tasks.replicas import stop_serving
-
-        stopped = stop_serving(str(options.runs_directory))
-        console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
-    else:
-        if options.command != "demo":
-            load(options.config, RunConfig, options.overrides)  # a mistake in it is told before anything starts
-        server = TemporaryServer()
-        server.start()
-        from flows.commands import demo, deploy, run  # which imports Prefect for a second, as the server does
-
-        if options.command == "run":
-            run(console, server, options.config, options.overrides)
-        elif options.command == "deploy":
-            deploy(console, server, options.config, options.overrides, version=options.model_version)
-        else:
-            demo(console, server)
+def _call(arguments: Sequence[str] | None) -> None:
+    set_offline_defaults()  # before anything imports Prefect or MLflow
+    try:
+        cli.main(None if arguments is None else list(arguments), prog_name="cherry", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        raise SystemExit(error.exit_code) from error
+    except click.Abort as error:  # how click passes Ctrl-C on
+        raise KeyboardInterrupt from error
 
 
-def _doctor(console: Console, runs_directory: Path) -> None:
+def _resolve(config: str, overrides: Sequence[str]) -> RunConfig:
+    """The validated config of a run.
+
+    Raises:
+        MissingFileError, ConfigError: the file is missing, or it or an override breaks rules.
+    """
+    from base.config import load
+    from tasks.run_config import RunConfig
+
+    return load(config, RunConfig, overrides)
+
+
+def _start(config: str, overrides: Sequence[str], *, verbose: bool) -> tuple[Console, TemporaryServer, RunConfig]:
+    """What a command that starts a flow needs: the terminal, a Prefect server that is starting, and the config."""
+    from rich.console import Console
+
+    from flows.prefect_server import TemporaryServer
+    from tasks.overrides import run_directory
+
+    if not verbose:
+        keep_terminal_free()
+    resolved = _resolve(config, overrides)
+    run_directory(resolved)  # a mistake in the config ends the command before anything starts
+    server = TemporaryServer()
+    server.start()
+    return Console(), server, resolved
+
+
+def _show_checks(console: Console, runs_directory: Path) -> None:
+    from rich.table import Table
+
     from flows.doctor import examine
 
     table = Table(box=None, pad_edge=False)
@@ -146,7 +252,9 @@ def _doctor(console: Console, runs_directory: Path) -> None:
     console.print("\nReady. Next: cherry run configs/tiny.yaml")
 
 
-def _status(console: Console, runs_directory: Path) -> None:
+def _show_status(console: Console, runs_directory: Path) -> None:
+    from rich.table import Table
+
     from flows.status import read_runs
     from tasks.lifecycle import STEPS
 
@@ -163,10 +271,12 @@ def _status(console: Console, runs_directory: Path) -> None:
         finished = f"{len(run.finished)}: {list(run.finished)[-1]}" if run.finished else "-"
         table.add_row(run.name, finished, training, loss, run.checkpoint or "-", str(run.processes))
     console.print(table)
-    _status_of_serving(console, runs_directory)
+    _show_serving(console, runs_directory)
 
 
-def _status_of_serving(console: Console, runs_directory: Path) -> None:
+def _show_serving(console: Console, runs_directory: Path) -> None:
+    from rich.table import Table
+
     from tasks.replicas import ServingDirectory
 
     serving = ServingDirectory(str(runs_directory))

@@ -1,12 +1,10 @@
-"""Owns what `cherry run`, `cherry deploy` and `cherry demo` do, and the commands that a person needs next.
-
-It knows the flows and where their results lie; the arguments are flows/cli.py's.
-"""
+"""`cherry run`, `cherry deploy` and `cherry demo`: they start flows and print the commands that come next."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,65 +16,66 @@ from rich.table import Table
 from anything.client import Client
 from anything.keys import read_key_file
 from base import storage
-from base.config import load
 from base.errors import CherryError, OperationalError
 from flows.prefect_server import TemporaryServer
 from flows.progress import RunProgress
 from tasks.lifecycle import summarize
-from tasks.overrides import overrides_from, run_directory
+from tasks.overrides import run_directory
 from tasks.run_config import RunConfig
 from tasks.tracking.mlflow_tracker import connect, page_of, tracking_uri
 
-DEMO_CONFIG = "configs/tiny.yaml"
-DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
 DEMO_PROMPT = "def main(argv):\n    "
 DEMO_TOKENS = 48
 
 
-def run(console: Console, server: TemporaryServer, config: str, overrides: list[str]) -> dict[str, Any]:
-    """The training flow, with its progress in the terminal; its summary.
+def run(console: Console, server: TemporaryServer, config: RunConfig, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run the training flow with its progress in the terminal, and return its summary.
+
+    Args:
+        arguments: the config file and the overrides that `config` was resolved from, for the commands that are printed.
 
     Raises:
-        CherryError: what the failing step raised.
+        CherryError: the error of the step that failed.
     """
-    resolved = load(config, RunConfig, overrides)
-    directory = Path(run_directory(resolved))
-    console.print(f"run [bold]{resolved.name}[/] in {directory}", highlight=False)
+    directory = Path(run_directory(config))
+    console.print(f"run [bold]{config.name}[/] in {directory}", highlight=False)
 
     def flow() -> Any:
         if server.starting:  # MLflow's import and database take seconds too
-            connect(resolved.tracking, resolved.runs_directory).connect_early()
+            connect(config.tracking, config.runs_directory).connect_early()
         from flows.train_flow import train_flow
 
         with server.answering():
-            return train_flow(config, overrides_from(overrides), return_state=True)
+            return train_flow(config, return_state=True)
 
     with _hinting(console, lambda: _after_failure(directory)), RunProgress(console, directory):
         _result(flow)
     summary = summarize(directory)
     console.print(_table(summary))
-    _next(console, resolved, f"cherry deploy {' '.join([config, *overrides])}")
+    _next(console, config, f"cherry deploy {shlex.join(arguments)}")
     return summary
 
 
 def deploy(
-    console: Console, server: TemporaryServer, config: str, overrides: list[str], *, version: int | None = None
+    console: Console, server: TemporaryServer, config: RunConfig, *, version: int | None = None
 ) -> dict[str, Any]:
-    """The deployment flow; where the release answers.
+    """Run the deployment flow, and return the release's URL, version and key file.
+
+    Args:
+        version: a registered version; `None` is this run's own.
 
     Raises:
-        CherryError: what the failing step raised.
+        CherryError: the error of the step that failed.
     """
-    resolved = load(config, RunConfig, overrides)
-    logs = f"{Path(resolved.runs_directory) / 'serving'}/*.log"
+    logs = f"{Path(config.runs_directory) / 'serving'}/*.log"
 
     def flow() -> Any:
         from flows.deploy_flow import deploy_flow
 
         with server.answering():
-            return deploy_flow(config, overrides_from(overrides), version, return_state=True)
+            return deploy_flow(config, version=version, return_state=True)
 
-    with _hinting(console, lambda: f"  logs:  {logs}"), RunProgress(console, Path(run_directory(resolved))):
+    with _hinting(console, lambda: f"  logs:  {logs}"), RunProgress(console, Path(run_directory(config))):
         released: dict[str, Any] = _result(flow)
     console.print(f"[bold]{released['version']}[/] answers at {released['url']}", highlight=False)
     body = '{"prompt": "def main(", "max_tokens": 32}'
@@ -84,7 +83,7 @@ def deploy(
         f'  ask:   curl {released["url"]}/v1/anything/infer -H "Authorization: Bearer $(cat {released["key_file"]})" '
         f"-H 'Content-Type: application/json' -d '{body}'\n"
         f"  logs:  {logs}\n"
-        f"  stop:  cherry stop --runs-directory {resolved.runs_directory}",
+        f"  stop:  cherry stop --runs-directory {config.runs_directory}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -92,14 +91,17 @@ def deploy(
     return released
 
 
-def demo(console: Console, server: TemporaryServer) -> None:
-    """Text to a served release: run, deploy, and ask it with the README's client."""
-    overrides = list(DEMO_OVERRIDES)
-    summary = run(console, server, DEMO_CONFIG, overrides)
-    released = deploy(console, server, DEMO_CONFIG, overrides)
+def demo(console: Console, server: TemporaryServer, config: RunConfig, arguments: Sequence[str]) -> None:
+    """Train, release, and send the release one request; writes summary.json.
+
+    Args:
+        arguments: see `run`.
+    """
+    run(console, server, config, arguments)
+    released = deploy(console, server, config)
     with Client(released["url"], read_key_file(released["key_file"])) as client:
         output = client.infer(DEMO_PROMPT, max_tokens=DEMO_TOKENS)
-    directory = Path(run_directory(load(DEMO_CONFIG, RunConfig, overrides)))
+    directory = Path(run_directory(config))
     summary = {**summarize(directory), "infer_prompt": DEMO_PROMPT, "infer_output": output, "url": released["url"]}
     storage.write_json(str(directory / "summary.json"), summary)
     console.print("\n[bold]asked[/]")
@@ -109,7 +111,7 @@ def demo(console: Console, server: TemporaryServer) -> None:
 
 @contextmanager
 def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
-    """After a failure or Ctrl-C, where to look and how to go on; the error itself is told last."""
+    """After a failure or Ctrl-C, print where to look and how to resume; the error itself is printed last."""
     try:
         yield
     except (CherryError, KeyboardInterrupt):
@@ -118,24 +120,24 @@ def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
 
 
 def _after_failure(directory: Path) -> str:
-    """Only what is there: a run may have failed before it trained, or before it began."""
+    """Lines on the logs that exist, which may be none, and on how to resume."""
     logs = [str(path) for path in (directory / "events.jsonl", directory / "train") if path.exists()]
-    told = [f"  logs:     {', '.join(logs)}"] if logs else []
-    return "\n".join([*told, "  resume:   the same command; finished steps are found"])
+    lines = [f"  logs:     {', '.join(logs)}"] if logs else []
+    return "\n".join([*lines, "  resume:   the same command; finished steps are found"])
 
 
 def _result(flow: Callable[[], Any]) -> Any:
-    """The result of a flow that finishes; its error otherwise, without Prefect's frames around it.
+    """The flow's result.
 
     Raises:
-        CherryError: what the failing step raised.
-        OperationalError: Prefect's server could not be reached, or the flow ended in another way.
+        CherryError: the error of the step that failed.
+        OperationalError: Prefect's server could not be reached, or the flow was cancelled or crashed.
     """
     try:
         state = flow()
     except CherryError:
         raise
-    except (RuntimeError, httpx.HTTPError) as error:  # not the flow's, whose errors are in its state
+    except (RuntimeError, httpx.HTTPError) as error:  # errors of the flow itself are in its state
         raise OperationalError(_no_server(error)) from error
     if state.is_completed():
         return state.result()

@@ -1,7 +1,4 @@
-"""Owns `cherry doctor`: whether this machine can run the pipeline, and what to do where it can't.
-
-It starts nothing and changes nothing; it knows no configuration but the addresses that it probes.
-"""
+"""`cherry doctor`: checks of versions, GPU, disk, memory, servers and ports, with advice. It changes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ OLDEST = {
     "fsspec": (2026, 2),
     "sqlalchemy": (2, 0),
 }
-# And the first release that something does not work with.
+# The first release that something does not work with.
 TOO_NEW = {"sqlalchemy": ((2, 1), "Prefect's scheduler makes no runs with it")}
 # A tiny run writes about 0.2 GiB; below this a run of any size ends in the middle of a checkpoint.
 MIN_FREE_DISK_GIB = 2.0
@@ -42,7 +39,7 @@ MIN_FREE_MEMORY_GIB = 2.0
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `advice` says what to do and is empty when nothing needs doing."""
+    """One check of the report; `advice` is empty when there is nothing to do."""
 
     name: str
     state: Literal["ok", "note", "fail"]
@@ -51,11 +48,11 @@ class Check:
 
 
 def examine(runs_directory: Path, ports: Iterable[tuple[str, int]]) -> list[Check]:
-    """Every check, in the order a person would look: software, hardware, servers, ports.
+    """All checks: software, hardware, servers, ports.
 
     Args:
-        runs_directory: where runs are written; its file system's free space is checked.
-        ports: (who wants it, port number) pairs to look at on 127.0.0.1.
+        runs_directory: directory of the runs; the free space of its file system is checked.
+        ports: (program, its port) pairs to check on 127.0.0.1.
     """
     checks = [_python(), *_packages(), _gpu(), _disk(runs_directory), _memory()]
     checks.append(_server("Prefect server", os.environ.get("PREFECT_API_URL"), "/health", "PREFECT_API_URL"))
@@ -142,5 +139,7 @@ def _port(owner: str, port: int) -> Check:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            return Check(name, "note", f"in use ({owner} wants it)", "Fine if that is ours; else choose another port.")
+            return Check(
+                name, "note", f"in use (default of {owner})", "Fine if it is running; else choose another port."
+            )
     return Check(name, "ok", f"free for {owner}")

@@ -1,6 +1,6 @@
-"""Owns what Prefect and MLflow are told before they are imported: send nothing, wait for a cold machine, do not idle.
+"""Defaults of the environment for Prefect and MLflow: no telemetry, a longer start-up timeout, no idle services.
 
-It imports neither, because both read the environment once, at their import.
+Both read the environment once, when they are imported; so this module imports neither.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# Of a temporary Prefect server, which has nothing scheduled: they would poll its database beside the training.
+# Services of a temporary Prefect server that have nothing to do but would poll its database beside training.
 _IDLE_SERVICES = (
     "SCHEDULER",
     "LATE_RUNS",
@@ -22,11 +22,8 @@ _IDLE_SERVICES = (
 )
 
 
-def set_offline_defaults(*, verbose: bool) -> None:
-    """Nothing is sent to anyone, and a cold machine gets the time that it needs; a person's own settings win.
-
-    Unless `verbose`, the terminal is left to the progress display; the log lines still reach Prefect's page.
-    """
+def set_offline_defaults() -> None:
+    """Turn telemetry off and give a cold machine time to start a server, unless the environment says otherwise."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -37,5 +34,8 @@ def set_offline_defaults(*, verbose: bool) -> None:
         # Prefect makes the directory but not its parents, and would wait in vain for a server without one.
         with suppress(OSError):
             Path(home).expanduser().mkdir(parents=True, exist_ok=True)
-    if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+def keep_terminal_free() -> None:
+    """Leave the terminal to the progress display; a flow's log lines still reach Prefect's page."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

@@ -1,7 +1,4 @@
-"""Owns `cherry plan`: what a person reads of a plan and of a search, and the error when a job does not fit.
-
-It knows the planner; what memory and time are made of is its.
-"""
+"""`cherry plan`: memory, speed and cost of a run as tables, JSON or a plot, and an error when it does not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from base.config import load
 from base.errors import ConfigError, DoesNotFitError, storage_errors
 from cherry.cluster import LOCAL, read_cluster
 from cherry.hardware import GIB
@@ -24,41 +20,41 @@ from tasks.run_config import RunConfig
 
 _BAR_CHARACTERS = 20
 _SHOWN_LAYOUTS = 15
-_PICTURES = (".png", ".svg", ".pdf")
+_PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 def plan(
     console: Console,
-    config: str,
+    config: RunConfig,
     cluster: str | None,
-    overrides: Sequence[str],
     *,
     as_json: bool,
     with_search: bool,
     plot: Path | None = None,
 ) -> None:
-    """Print the plan of a config on a cluster.
+    """Print the plan of a run on a cluster.
 
     Args:
-        plot: a PNG, SVG or PDF to draw its memory in.
+        cluster: path of a cluster spec, or `local`; `None` takes the config's own.
+        with_search: also rank the layouts that fit.
+        plot: PNG, SVG or PDF file to draw the memory in.
 
     Raises:
-        StorageError: the picture cannot be written.
-        MissingFileError, ConfigError: a file that is not there or breaks rules; a job that does not go on the cluster.
-        DoesNotFitError: it was told, and there is no room for it.
+        StorageError: the plot cannot be written.
+        MissingFileError, ConfigError: the cluster spec is missing or breaks rules, or cannot hold the run's ranks.
+        DoesNotFitError: there is not enough memory; the plan has been printed.
     """
-    resolved = load(config, RunConfig, overrides)
-    spec = read_cluster(cluster or resolved.cluster)
+    spec = read_cluster(cluster or config.cluster)
     device = local_device() if spec.kind == LOCAL and spec.gpu is None else None
-    made = make_plan(resolved, spec, device)
+    made = make_plan(config, spec, device)
     layouts = search(made) if with_search else None
     nearest = [] if made.fits else nearest_that_fit(made)
     if plot is not None:
         _draw(made, plot)
     if as_json:
-        told = made.as_dict() | {"nearest": [_plain(one) for one in nearest]}
-        told |= {} if layouts is None else {"layouts": [_plain(one) for one in layouts]}
-        console.print_json(json.dumps(told))
+        document = made.as_dict() | {"nearest": [_plain(layout) for layout in nearest]}
+        document |= {} if layouts is None else {"layouts": [_plain(layout) for layout in layouts]}
+        console.print_json(json.dumps(document))
     else:
         _show(console, made)
         if layouts is not None:
@@ -70,8 +66,8 @@ def plan(
 def _draw(made: Plan, path: Path) -> None:
     from tasks.plots import plot_memory
 
-    if path.suffix not in _PICTURES:
-        raise ConfigError(f"--plot: must end with {', '.join(_PICTURES)} (got {str(path)!r})")
+    if path.suffix not in _PLOT_FORMATS:
+        raise ConfigError(f"--plot: must end with {', '.join(_PLOT_FORMATS)} (got {str(path)!r})")
     with storage_errors(str(path)):
         plot_memory(made.worst.stages, made.worst.usable, path, title=memory_title(made))
 
@@ -112,7 +108,7 @@ def _show_layouts(console: Console, layouts: Sequence[Layout]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("tokens/s/GPU", "GiB", "changes"):
         table.add_column(heading, justify="left" if heading == "changes" else "right", overflow="fold")
-    for one in layouts[:_SHOWN_LAYOUTS]:
-        changes = one.overrides or "(as configured)"
-        table.add_row(f"{one.tokens_per_s_gpu:,.0f}", f"{one.total_bytes / GIB:.1f}", changes)
+    for layout in layouts[:_SHOWN_LAYOUTS]:
+        changes = layout.overrides or "(as configured)"
+        table.add_row(f"{layout.tokens_per_s_gpu:,.0f}", f"{layout.total_bytes / GIB:.1f}", changes)
     console.print(table)

@@ -1,8 +1,7 @@
-"""Owns the Prefect server of a `cherry` command that has none to talk to: it idles beside training, and ends with it.
+"""A temporary Prefect server for a `cherry` command without one; it uses little CPU and ends with the command.
 
-It knows nothing of flows. Prefect would start a server of its own (`SubprocessASGIServer`) once a flow runs: after
-importing all of it in the flow's process too, to outlive a command that is killed, and with a worker that looks for
-background work many times a second as long as it lives.
+Prefect's own (`SubprocessASGIServer`) starts later, is imported into the flow's process too, survives a command that is
+killed, and polls for background work for as long as it lives. docs/decisions.md has the figures.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from tasks.process import PROJECT_ROOT, in_background
 
 _STOP_GRACE_S = 5.0
 _WORKER_S = 10.0
-# What Prefect tells its own temporary server.
+# Variables that Prefect sets for its own temporary server.
 _SERVER_VARIABLES = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
 
 class TemporaryServer:
-    """A server of this process, unless Prefect is told of another one; it starts while the caller imports Prefect."""
+    """A Prefect server that belongs to this process; none is started when PREFECT_API_URL names one."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
 
     def start(self) -> None:
-        """Begin to start; `answering` waits for it."""
+        """Start the server in the background; `answering` waits for it."""
         if os.environ.get("PREFECT_API_URL"):
             return
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -57,12 +56,12 @@ class TemporaryServer:
 
     @property
     def starting(self) -> bool:
-        """Whether there is something to wait for."""
+        """Whether a server was started."""
         return self._process is not None
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Prefect talks to this server inside, unless its settings name another one.
+        """Wait for the server, and point Prefect at it inside the context, unless Prefect's settings name another one.
 
         Raises:
             OperationalError: its settings name none and forbid this one, or it ended, or it did not answer within
@@ -104,7 +103,7 @@ class TemporaryServer:
 
 
 def _named() -> bool:
-    """Whether Prefect's settings, its profile's too, name a server."""
+    """Whether Prefect's settings, including its profile, name a server."""
     from prefect.settings import get_current_settings
 
     return get_current_settings().api.url is not None
@@ -118,10 +117,10 @@ def _not_started(why: str) -> OperationalError:
 
 
 def serve(listener: socket.socket) -> None:
-    """Prefect's API on this listener until a signal ends it; it returns at once where another is named or none allowed.
+    """Serve Prefect's API on `listener` until a signal; returns at once if another server is named or none is allowed.
 
-    Its worker for background work leaves after a while: it has removed old events from the database by then, and the
-    loops in which it looks for more take more of a core than everything else here.
+    The background worker is stopped after some seconds: it has removed old events from the database by then, and its
+    polling takes more CPU than everything else here.
     """
     from prefect.settings import get_current_settings
 
@@ -130,10 +129,10 @@ def serve(listener: socket.socket) -> None:
     import uvicorn
     from prefect.server.api import server
 
-    whole = server.background_worker  # type: ignore[attr-defined]
-    server.background_worker = lambda *given, **named: _for_a_while(whole(*given, **named))  # type: ignore[attr-defined]
+    original = server.background_worker  # type: ignore[attr-defined]
+    server.background_worker = lambda *args, **kwargs: _for_a_while(original(*args, **kwargs))  # type: ignore[attr-defined]
     config = uvicorn.Config(server.create_app(), log_level="error", lifespan="on")
-    gc.freeze()  # what is imported stays: looking through it for garbage takes a third of a second each time
+    gc.freeze()  # a garbage collection over all that is imported takes a third of a second
     with in_background():
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -156,8 +155,8 @@ async def _for_a_while(worker: AbstractAsyncContextManager[None]) -> AsyncIterat
 def main(arguments: Sequence[str] | None = None) -> None:
     """The server's process."""
     parser = argparse.ArgumentParser(prog="python -m flows.prefect_server", description="A temporary Prefect server.")
-    parser.add_argument("--fd", type=int, required=True, help="of the socket that it listens on")
-    parser.add_argument("--parent", type=int, required=True, help="the pid of the process that it ends with")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the listening socket")
+    parser.add_argument("--parent", type=int, required=True, help="pid of the process that it ends with")
     options = parser.parse_args(arguments)
     die_with_parent(signal.SIGTERM, options.parent)
     serve(socket.socket(fileno=options.fd))

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from base.storage import MARKER
+from tasks.process import is_alive
 
 _TAIL_BYTES = 1 << 16
 
@@ -108,9 +109,8 @@ def _processes(directory: Path) -> set[int]:
             record = json.loads((directory / name).read_text())
             if record.get("host", socket.gethostname()) != socket.gethostname():
                 continue
-            root = psutil.Process(record["pid"])
-            # A pid that was given away since belongs to another process.
-            if root.status() != psutil.STATUS_ZOMBIE and abs(root.create_time() - record["created"]) < 1.0:
+            if is_alive(record["pid"], record["created"]):
+                root = psutil.Process(record["pid"])
                 found |= {root.pid, *(child.pid for child in root.children(recursive=True))}
         except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
             continue  # given back meanwhile, or its process is gone

@@ -1,6 +1,6 @@
-"""Owns the order of a training run: provision, data, train, export, quantize, evaluate, register.
+"""The training flow: provision, data, train, export, quantize, evaluate, register.
 
-It knows nothing of what a step does. Flow retries stay at 0: each task retries the world's faults itself.
+Flow retries stay at 0: each task retries transient errors itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from tasks.data import prepare_data
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.lifecycle import begin, conclude, run_name, teardown
-from tasks.overrides import Overrides
+from tasks.overrides import DEFAULT_CONFIG, NO_OVERRIDES, ConfigParameter, Overrides
 from tasks.provision import provision, release
 from tasks.quantize import quantize
 from tasks.register import register
 from tasks.train import train
-
-NO_OVERRIDES = Overrides()
 
 
 @flow(
@@ -29,12 +27,12 @@ NO_OVERRIDES = Overrides()
     on_crashed=[teardown],
     validate_parameters=True,
 )
-def train_flow(config: str = "configs/tiny.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
-    """Take a model from documents to a registered version; the headline figures.
+def train_flow(config: ConfigParameter = DEFAULT_CONFIG, overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+    """Take a model from documents to a registered version; returns the summary.
 
     Args:
         config: path of a YAML config.
-        overrides: any of its keys, nested; they win over the file.
+        overrides: keys of the config, nested, that win over the file.
     """
     context = begin(config, overrides)
     retry = context.config.retry

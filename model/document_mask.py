@@ -44,6 +44,12 @@ class Documents:
         self._mask_B1TT = None
         return self
 
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, in place."""
+        for name in ("document_BT", "position_BT", "boundaries_S"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
     @property
     def mask_B1TT(self) -> Tensor:
         """Mask [B, 1, T, T], True where a query (row) attends to a key (column); built once for all layers."""

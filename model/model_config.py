@@ -228,16 +228,31 @@ class ModelConfig(Section):
             scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
         return scale
 
+    def attention_linears(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the projections of one attention block, by name."""
+        width, query = self.hidden_size, self.num_attention_heads * self.qk_head_dim
+        shapes: dict[str, tuple[int, int]] = {}
+        if self.q_lora_rank is None:
+            shapes["q_proj"] = (query, width)
+        else:
+            shapes |= {"q_a_proj": (self.q_lora_rank, width), "q_b_proj": (query, self.q_lora_rank)}
+        shapes["kv_a_proj_with_mqa"] = (self.kv_lora_rank + self.qk_rope_head_dim, width)
+        keys_and_values = self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        shapes["kv_b_proj"] = (keys_and_values, self.kv_lora_rank)
+        return shapes | {"o_proj": (width, self.num_attention_heads * self.v_head_dim)}
+
+    def attention_norms(self) -> tuple[int, ...]:
+        """Widths of the low-rank norms of one attention block."""
+        return tuple(width for width in (self.kv_lora_rank, self.q_lora_rank) if width is not None)
+
+    def shared_expert_linears(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the fused shared experts' projections of one layer, by name; empty without them."""
+        width, inner = self.hidden_size, self.n_shared_experts * self.moe_intermediate_size
+        return {"shared_gate_up": (2 * inner, width), "shared_down": (width, inner)} if inner else {}
+
     def attention_parameters(self) -> int:
         """Parameters of one attention block, its two low-rank norms included."""
-        d, h = self.hidden_size, self.num_attention_heads
-        if self.q_lora_rank is None:
-            query = d * h * self.qk_head_dim
-        else:
-            query = d * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * h * self.qk_head_dim
-        key_value = d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
-        key_value += self.kv_lora_rank * h * (self.qk_nope_head_dim + self.v_head_dim)
-        return query + key_value + h * self.v_head_dim * d
+        return sum(map(math.prod, self.attention_linears().values())) + sum(self.attention_norms())
 
     def expert_parameters(self) -> int:
         """Parameters of one routed expert: gate, up and down."""

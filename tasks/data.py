@@ -8,7 +8,8 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cherry.data.prepare import prepare, source_version
+from cherry.data.corpus import source_version
+from cherry.data.prepare import prepare
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
 

@@ -1,11 +1,9 @@
-"""Owns the beginning and the end of a flow's run: its MLflow parent run, its summary, and cleaning up after a death.
-
-It knows the files that the steps leave, not how they are made.
-"""
+"""Begin and end of a flow run: resolved config, lease, MLflow parent run, summary, and clean-up after a crash."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ from base import storage
 from base.config import dump
 from base.errors import CherryError, without_credentials
 from tasks.artifacts import show_markdown, show_table
-from tasks.overrides import resolve, run_directory, write_resolved
-from tasks.process import end_tree
-from tasks.provision import drop_lease, is_alive, is_held, locked, read_lease, take_lease
+from tasks.lease import drop_lease, is_held, locked, read_lease, take_lease
+from tasks.overrides import DEFAULT_CONFIG, ConfigParameter, resolve, run_directory, write_resolved
+from tasks.process import end_tree, is_alive
+from tasks.provision import release_hosts
 from tasks.run_config import RunConfig
-from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, write_event, write_record
+from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_event, write_record
 from tasks.tracking.metrics_relay import PARENT_SERIES, MetricsRelay
 from tasks.tracking.mlflow_tracker import connect, page_of
 
@@ -30,19 +29,23 @@ logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
 STEPS = (*TRAIN_STEPS, "deploy")
 RELEASE_CONFIG = "release.yaml"
-"""What a deployment was told, beside the config.yaml that the run was trained with."""
+"""The config of the newest release, beside the config.yaml that the run was trained with."""
+FLOW_RUN = "flow_run.json"
+"""Id of the flow's MLflow run, for a clean-up by another process."""
 
 
 def run_name() -> str:
-    """What Prefect calls a run: the run's name when it was overridden, else the config's."""
+    """Name of the Prefect flow run: the run's own where the parameters give it, else that of the config file."""
     parameters = runtime.flow_run.parameters
-    overrides = parameters.get("overrides")
-    given = overrides.get("name") if isinstance(overrides, dict) else getattr(overrides, "name", None)
-    return str(given or Path(str(parameters.get("config", ""))).stem)
+    for given in (parameters.get("overrides"), parameters.get("config")):
+        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
+        if name is not None:
+            return str(name)
+    return Path(str(parameters.get("config", ""))).stem
 
 
-def begin(config: str, overrides: BaseModel) -> RunContext:
-    """Resolve the config once, write it into the run directory, and open the flow's MLflow run.
+def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
+    """Resolve the config, take the run directory, write config.yaml into it, and open the flow's MLflow run.
 
     Raises:
         MissingFileError, ConfigError: see `tasks.overrides.resolve`.
@@ -51,14 +54,19 @@ def begin(config: str, overrides: BaseModel) -> RunContext:
     resolved = resolve(config, overrides)
     end_leftovers(resolved)
     # Before anything is written: a live run's trainer reads config.yaml when it is started again.
-    take_lease(RunContext(run_directory(resolved), resolved))
-    context = _open(RunContext(write_resolved(resolved), resolved), "flow")
+    take_lease(Path(run_directory(resolved)))
+    directory = write_resolved(resolved)
+    context = RunContext(directory, resolved, _open_flow_run(resolved, directory))
     context.tracker().log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
     return context
 
 
-def begin_release(config: str, overrides: BaseModel) -> RunContext:
-    """The same for a deployment, which finds its run directory, and its MLflow run, as training left them."""
+def begin_release(config: ConfigParameter, overrides: BaseModel) -> RunContext:
+    """Resolve the config of a release, and find its run directory and MLflow run as training left them.
+
+    Raises:
+        MissingFileError, ConfigError: see `tasks.overrides.resolve`.
+    """
     resolved = resolve(config, overrides)
     directory = run_directory(resolved)
     if not Path(directory, "config.yaml").exists():
@@ -66,31 +74,33 @@ def begin_release(config: str, overrides: BaseModel) -> RunContext:
     storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
     write_event(Path(directory), "deploy", "started")
     registered = find_finished(Path(directory), "register")
-    if registered is not None and registered.mlflow_parent_run_id is not None:
-        return RunContext(directory, resolved, registered.mlflow_parent_run_id)
-    context = _open(RunContext(directory, resolved), "flow")
-    context.tracker().finish(context.parent_run_id, "FINISHED")  # a parent only: the release is a step's run
-    return context
+    parent = registered.mlflow_parent_run_id if registered is not None else None
+    if parent is None:
+        parent = _open_flow_run(resolved, directory)
+        # A parent only: the release is a step's run.
+        connect(resolved.tracking, resolved.runs_directory).finish(parent, "FINISHED")
+    return RunContext(directory, resolved, parent)
 
 
-def _open(context: RunContext, step: str) -> RunContext:
-    tracker = context.tracker()
-    identity = storage.fingerprint(_lasting(context))
-    parent = tracker.start(context.config.name, parent=None, step=step, identity=identity, run_key=context.key)
-    tracker.log(parent, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": context.directory})
-    where = without_credentials(tracker.uri)
-    get_run_logger().info("run %s in %s, tracked at %s", context.config.name, context.directory, where)
-    return RunContext(context.directory, context.config, parent, context.began)
+def _open_flow_run(config: RunConfig, directory: str) -> str | None:
+    """Id of the flow's MLflow run, started or found again; `None` when the tracking server could not be reached."""
+    tracker, path = connect(config.tracking, config.runs_directory), Path(directory)
+    identity = storage.fingerprint(_lasting(config))
+    run_id = tracker.start(config.name, parent=None, step="flow", identity=identity, run_key=run_key(path))
+    storage.write_json(str(path / FLOW_RUN), {"mlflow_run_id": run_id})
+    tracker.log(run_id, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": directory})
+    get_run_logger().info("run %s in %s, tracked at %s", config.name, directory, without_credentials(tracker.uri))
+    return run_id
 
 
-def _lasting(context: RunContext) -> dict[str, Any]:
-    """The config without what may change between two looks at one run: how it is retried, served and tracked."""
-    values = context.config.model_dump(mode="json")
+def _lasting(config: RunConfig) -> dict[str, Any]:
+    """The config's values without those sections that may change while a run lasts: retries, serving, tracking."""
+    values = config.model_dump(mode="json")
     return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
 
 
 def conclude(context: RunContext, status: str) -> dict[str, Any]:
-    """Close the flow's MLflow run as FINISHED, FAILED or KILLED; its summary, which is empty unless it finished.
+    """End the flow's MLflow run as FINISHED, FAILED or KILLED; returns the summary, empty unless it finished.
 
     Also shows the steps in Prefect, and writes summary.json when all are done.
     """
@@ -99,7 +109,7 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
     # A failed run may stand beside the steps of another config's.
-    figures = {f"seconds_{one.step}": one.seconds for one in records if one.mlflow_parent_run_id == parent}
+    figures = {f"seconds_{record.step}": record.seconds for record in records if record.mlflow_parent_run_id == parent}
     if status == "FINISHED":
         summary = summarize(context.path)
         text = _describe(summary)
@@ -117,8 +127,8 @@ def conclude(context: RunContext, status: str) -> dict[str, Any]:
 
 
 def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord]:
-    """Tell MLflow what an outage kept from it: runs that could not be made, training's metrics, how runs ended."""
-    tracker, told = context.tracker(), []
+    """Log to MLflow what an outage has kept from it: runs, metrics of training, final states. Returns the records."""
+    tracker, updated = context.tracker(), []
     for record in records:
         if record.mlflow_run_id is None:
             name = f"{context.config.name}-{record.step}"
@@ -135,13 +145,13 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
         if record.step == "train":
             MetricsRelay(context.path / "train", tracker, record.mlflow_run_id).send_new()
             MetricsRelay(context.path / "train", tracker, context.parent_run_id, PARENT_SERIES).send_new()
-        told.append(record)
+        updated.append(record)
     tracker.finish_family(context.parent_run_id, "FINISHED")
-    return told
+    return updated
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, float]:
-    """What two runs are compared by; the page shows first what is told first."""
+    """Figures that runs are compared by; MLflow's page shows them in this order."""
     first = {"heldout_bits_per_byte": summary["heldout_bits_per_byte"]}
     figures = first | {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
     return figures | {f"seconds_{step}": float(seconds) for step, seconds in summary["seconds"].items()}
@@ -152,7 +162,7 @@ def _is_reused(context: RunContext, record: StepRecord) -> bool:
 
 
 def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
-    """Tags that lead to the MLflow runs of the steps that another flow run did."""
+    """Tags with the MLflow runs of the steps that an earlier flow run finished."""
     return {
         f"cherry.reused.{record.step}": record.mlflow_run_id
         for record in records
@@ -161,7 +171,7 @@ def _reused(context: RunContext, records: list[StepRecord]) -> dict[str, str]:
 
 
 def summarize(directory: Path) -> dict[str, Any]:
-    """The headline figures of a run whose training flow finished, from its files.
+    """Summary of a run whose training flow finished: its main figures, read from its files.
 
     Raises:
         MissingFileError: a step has not finished; the text names the file that it would have written.
@@ -217,7 +227,7 @@ def _readable(value: float) -> str:
 
 
 def _links(context: RunContext, records: list[StepRecord]) -> str:
-    """The MLflow runs, as links when there is a page, and the files."""
+    """Markdown with the MLflow runs, as links where there is a server, and the run's files."""
     tracker = context.tracker()
     runs = {"flow": context.parent_run_id, **{record.step: record.mlflow_run_id for record in records}}
     lines = [f"- {step}: {tracker.page(run)}" for step, run in runs.items() if run is not None]
@@ -242,19 +252,19 @@ def _describe(summary: dict[str, Any]) -> str:
 
 
 def teardown(flow: Any, flow_run: Any, state: Any) -> None:
-    """Prefect's hook after a cancellation or a crash: it runs in another process, so it works from disk alone.
+    """Clean up after a flow that was cancelled or crashed: a Prefect hook, which runs in another process.
 
-    What the flow's process could not end itself (it was killed outright) is ended here.
+    It works from the run directory alone, and ends what the flow's process could not end because it was killed.
     """
     try:
-        config = flow_run.parameters.get("config", "configs/tiny.yaml")
+        config = flow_run.parameters.get("config", DEFAULT_CONFIG)
         end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
     except CherryError as error:
         logger.warning("nothing to tear down: %s", error)
 
 
 def end_leftovers(config: RunConfig) -> None:
-    """End what a flow left that was killed outright: its program, its lease, and its runs in MLflow."""
+    """End what a flow left that was killed outright: its program, its hosts, its lease, and its runs in MLflow."""
     directory = Path(run_directory(config))
     if not directory.is_dir():
         return
@@ -268,6 +278,8 @@ def end_leftovers(config: RunConfig) -> None:
             if is_alive(record["pid"], record["created"]):
                 end_tree(psutil.Process(record["pid"]))
             program.unlink(missing_ok=True)
+        release_hosts(directory)
         if lease is not None:
-            connect(config.tracking, config.runs_directory).finish_family(lease.get("mlflow_run_id"), "KILLED")
+            opened = storage.read_json(str(directory / FLOW_RUN)) if (directory / FLOW_RUN).exists() else {}
+            connect(config.tracking, config.runs_directory).finish_family(opened.get("mlflow_run_id"), "KILLED")
             drop_lease(directory)

@@ -1,6 +1,7 @@
-"""Owns how a flow's typed parameters become the resolved configuration of a run.
+"""The config parameters of a flow: a YAML file with typed overrides, resolved into one RunConfig.
 
-It knows nothing of the steps. A misspelt key is refused by Prefect's API, from the schema, before a run exists.
+Prefect's API checks a deployment's parameters against the schema of `Overrides`, so a misspelt key is refused before a
+flow run exists. The command line resolves its overrides itself and passes the RunConfig.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     create_model,
     model_serializer,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 from base import storage
-from base.config import Section, apply_overrides, dump, read_yaml, validate
+from base.config import Section, dump, merge, read_yaml, validate
 from base.errors import ConfigError
 from tasks.run_config import RunConfig
 
 
 class _GivenKeys(BaseModel):
-    """Only what was given is written: Prefect's page and API then hold no nulls that would win over the file."""
+    """Base of the models of overrides. Only keys that were set are serialized: a null would win over the file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +37,7 @@ class _GivenKeys(BaseModel):
 
 
 def _partial(section: type[Section]) -> type[BaseModel]:
-    """`section` with every key optional, at every depth; unknown keys stay forbidden, and descriptions stay."""
+    """A model of `section` in which every key is optional, at every depth; unknown keys stay forbidden."""
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         annotation: Any = field.annotation
@@ -59,55 +60,49 @@ Overrides: Any = _partial(RunConfig)
 """Any subset of RunConfig's keys, nested: `{"train": {"learning_rate": 2e-6}}`."""
 
 
-def overrides_from(arguments: list[str]) -> Any:
-    """`Overrides` from dotted `key=value` strings.
-
-    Raises:
-        ConfigError: an argument is not `key=value`, or names a key that does not exist.
-    """
-    try:
-        return Overrides.model_validate(apply_overrides({}, arguments))
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError("overrides:\n" + "\n".join(f"  {line}" for line in lines)) from error
+NO_OVERRIDES = Overrides()
+DEFAULT_CONFIG = "configs/tiny.yaml"
+ConfigParameter = str | SkipJsonSchema[RunConfig]
+"""A flow's `config`: the path of a YAML file. Callers in the same process may pass a resolved config; the API's schema
+does not offer that."""
 
 
-def resolve(config: str, overrides: BaseModel | Mapping[str, Any]) -> RunConfig:
-    """Read a config file, lay the overrides over it, and validate the whole.
+def resolve(
+    config: str | RunConfig | Mapping[str, Any], overrides: BaseModel | Mapping[str, Any] = NO_OVERRIDES
+) -> RunConfig:
+    """The validated configuration of a run: a config with overrides merged into it.
+
+    Args:
+        config: path of a YAML file, a resolved config, or its values as Prefect's API keeps them.
+        overrides: some keys of a RunConfig, nested; they win over `config`.
 
     Raises:
         MissingFileError: no such file.
         ConfigError: lists every broken rule.
     """
     changes = overrides.model_dump(mode="json", exclude_unset=True) if isinstance(overrides, BaseModel) else overrides
-    return validate(_merged(read_yaml(config), changes), RunConfig, origin=config)
+    if isinstance(config, RunConfig):
+        if not changes:
+            return config
+        config = config.model_dump(mode="json", exclude_unset=True)
+    raw, origin = (read_yaml(config), config) if isinstance(config, str) else (config, "the flow's config")
+    return validate(merge(raw, changes, origin=origin), RunConfig, origin=origin)
 
 
-def dated(config: str, overrides: BaseModel, day: date) -> Any:
-    """Overrides that give a run the day in its name, so that each retraining has a directory of its own.
+def dated(config: RunConfig, day: date) -> RunConfig:
+    """The config with the day added to the run's name, so that each retraining has a run directory of its own.
 
     Raises:
-        MissingFileError, ConfigError: see `resolve`.
+        ConfigError: the name is too long with the day.
     """
-    name = resolve(config, overrides).name
-    return Overrides.model_validate({**overrides.model_dump(exclude_unset=True), "name": f"{name}-{day:%Y%m%d}"})
-
-
-def _merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(raw)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = (
-            _merged(old or {}, value) if isinstance(value, Mapping) and isinstance(old, dict | None) else value
-        )
-    return merged
+    return resolve(config, {"name": f"{config.name}-{day:%Y%m%d}"})
 
 
 def run_directory(config: RunConfig) -> str:
-    """Where this run keeps everything.
+    """Path of the run directory, <runs_directory>/<name>.
 
     Raises:
-        ConfigError: it would not be local; tasks and the trainer share it as files.
+        ConfigError: it is not on a file system; tasks and the trainer share it as files.
     """
     directory = storage.join(config.runs_directory, config.name)
     if not storage.is_local(directory):
@@ -119,7 +114,7 @@ def run_directory(config: RunConfig) -> str:
 
 
 def write_resolved(config: RunConfig) -> str:
-    """Write config.yaml into the run directory; the directory's path."""
+    """Write config.yaml into the run directory, and return the directory's path."""
     directory = run_directory(config)
     storage.write_bytes(storage.join(directory, "config.yaml"), dump(config).encode())
     return directory

@@ -1,7 +1,4 @@
-"""Owns what a run does with its plan: made for this machine, held against its memory, shown, and logged.
-
-It knows the planner's figures, not how they come about.
-"""
+"""The plan of a run: checked before hosts are taken, recorded, and compared with what was measured."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from tasks.steps import RunContext, StepRun
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
-# What a run measured, by the prediction that it is held against.
+# Measured figure by the prediction that it is compared with.
 _MEASURED = {
     "predicted_step_seconds": "step_seconds_mean",
     "predicted_tokens_per_second": "tokens_per_second",
@@ -31,7 +28,7 @@ _MEASURED = {
 
 
 def predict(config: RunConfig, cluster: ClusterSpec) -> Plan | None:
-    """The run's plan; `None` on a local device, or for a use of it, that the planner does not know."""
+    """Plan of the run; `None` for a local device, or a use of it, that the planner does not model."""
     if cluster.kind != LOCAL:
         return make_plan(config, cluster)
     try:
@@ -42,21 +39,21 @@ def predict(config: RunConfig, cluster: ClusterSpec) -> Plan | None:
 
 
 def refuse(plan: Plan | None, config: RunConfig) -> None:
-    """Stop before any host is taken when there is no room.
+    """Check that the plan fits into memory; with `plan.refuse: false`, only log a warning.
 
     Raises:
-        DoesNotFitError: and `plan.refuse` is not false.
+        DoesNotFitError: it does not fit.
     """
     if plan is None or plan.fits:
         return
-    told = f"{plan.why_not()} {advice(nearest_that_fit(plan))}"
+    reason = f"{plan.why_not()} {advice(nearest_that_fit(plan))}"
     if config.plan.refuse:
-        raise DoesNotFitError(f"{told} plan.refuse=false goes on all the same.")
-    logger.warning("%s Going on: plan.refuse is false.", told)
+        raise DoesNotFitError(f"{reason} plan.refuse=false goes on all the same.")
+    logger.warning("%s Going on: plan.refuse is false.", reason)
 
 
 def tell(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
-    """Write plan.json, draw it, and show it in Prefect and MLflow; the outputs of the step."""
+    """Write plan.json, plot it, and log it to Prefect and MLflow; returns the step's outputs."""
     target = context.path / PLAN_FILE
     storage.write_json(str(target), plan.as_dict())
     path = context.path / "plots" / "plan_memory.png"
@@ -76,7 +73,7 @@ def tell(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
 
 
 def compared(run_directory: Path, result: dict[str, float]) -> dict[str, float]:
-    """What the run measured over what its plan said, by name; empty without a plan.
+    """Predictions, and the ratios of measured to predicted figures, by name; empty without a plan.
 
     Args:
         result: the figures of train/result.json.

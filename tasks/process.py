@@ -42,16 +42,29 @@ def run_module(
     log_file: Path | None = None,
     record_file: Path | None = None,
 ) -> None:
-    """Run `python -m module arguments` to its end, with its output given line by line.
+    """Run `python -m module arguments` to its end; see `run_command`."""
+    command = [sys.executable, "-m", module, *arguments]
+    run_command(command, name=module, on_line=on_line, log_file=log_file, record_file=record_file)
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    name: str,
+    on_line: Callable[[str], None],
+    log_file: Path | None = None,
+    record_file: Path | None = None,
+) -> None:
+    """Run a command to its end, with its output given line by line.
 
     Args:
+        name: what an error without a text of its own calls it.
         log_file: every line is appended there too, as long as there is room.
         record_file: holds the program's pid while it runs, for a clean-up by another process.
 
     Raises:
         CherryError: the program's own error, by its exit code and its last `error:` text.
     """
-    command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CHERRY_PARENT": str(os.getpid())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
@@ -85,7 +98,7 @@ def run_module(
         if record_file is not None:
             record_file.unlink(missing_ok=True)
     if code:
-        raise error_of(code, lines, module)
+        raise error_of(code, lines, name)
 
 
 @contextmanager
@@ -116,6 +129,15 @@ def append_whole(path: Path, line: str) -> None:
                 handle.truncate(before)
     except OSError as error:
         logger.warning("%s: a line is lost: %s", path, error)
+
+
+def is_alive(pid: int, created: float) -> bool:
+    """Whether the process still runs that was started with this pid at `created`; a reused pid is another process."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < 1.0
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end_tree(root: psutil.Process) -> None:

@@ -1,52 +1,48 @@
-"""Owns the hosts of a run: checked before they are taken, recorded before they are used, given back whatever happens.
+"""Provision: the hosts of a run, checked against its plan, recorded before they are taken, and given back.
 
-It knows one kind of cluster: this machine.
+`reservation.json` stands in the run directory from before hosts are taken until they are released. A process that finds
+one whose flow is gone releases them (`tasks.lifecycle.end_leftovers`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
-from base.errors import CherryError, ConfigError, MissingFileError, OperationalError, storage_errors
-from cherry.cluster import LOCAL, read_cluster
-from cherry.planner.local import local_gpus
-from cherry.planner.plan import Plan
+from base.errors import CherryError, OperationalError
+from cherry.cluster import read_cluster
+from cherry.planner.plan import Plan, checkpoint_bytes
+from tasks.lease import drop_lease, is_own, locked
 from tasks.plan_record import predict, refuse, tell
+from tasks.providers.protocol import (
+    HOSTS_FILE,
+    RESERVATION_FILE,
+    Hosts,
+    Provider,
+    Reservation,
+    read_hosts,
+    read_reservation,
+    write_hosts,
+    write_reservation,
+)
+from tasks.providers.registry import find_provider, provider_name
 from tasks.run_config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
-# fp32 parameter, gradient and two AdamW moments.
-_TRAINING_BYTES_PER_PARAMETER = 16
-# fp32 parameter and two moments in a checkpoint; one more than is kept exists while a new one is written.
-_CHECKPOINT_BYTES_PER_PARAMETER = 12
 # What the plan is made of, besides the cluster and how it is launched.
 _PLANNED = ["model", "data", "parallel", "communication", "train", "lora", "checkpoint"]
-_HOST = socket.gethostname()
-# A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.
-_RENEW_S = 15.0
-_STALE_S = 120.0
+_GIB = 2**30
 logger = logging.getLogger(__name__)
 
 
 @task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def provision(context: RunContext) -> StepRecord:
-    """Check this machine against the run's needs and its plan, and take a lease on it."""
+    """Plan the run, check that its cluster has what the plan needs, and take the hosts."""
     inputs = {
         **sections(context.config, ["cluster", "launch"]),
         "parameters": context.config.model.parameters(),
@@ -54,194 +50,130 @@ def provision(context: RunContext) -> StepRecord:
     }
 
     def work(step: StepRun) -> dict[str, str]:
-        host, plan = preflight(context.config, context.path)
-        step.say(f"{host['address']}: {host['cores']} cores, {host['memory_gib']:.1f} GiB memory, {host['gpus']} GPUs")
-        step.metrics(cores=host["cores"], memory_gib=host["memory_gib"], disk_free_gib=host["disk_free_gib"])
-        target = str(context.path / "hosts.json")
-        storage.write_json(target, {"cluster": context.config.cluster, "hosts": [host]})
-        told = {} if plan is None else tell(plan, context, step)
-        return {"hosts": target, **told}
+        hosts, plan = take_hosts(context)
+        first, disk_free_gib = hosts.hosts[0], _free_disk(context.path) / _GIB
+        more = f", and {len(hosts.hosts) - 1} more hosts" if len(hosts.hosts) > 1 else ""
+        step.say(f"{first.address}: {first.cores} cores, {first.memory_gib:.1f} GiB memory, {first.gpus} GPUs{more}")
+        step.metrics(cores=first.cores, memory_gib=first.memory_gib, disk_free_gib=disk_free_gib)
+        planned = {} if plan is None else tell(plan, context, step)
+        return {"hosts": str(context.path / HOSTS_FILE), **planned}
 
-    take_lease(context)
     return perform(context, "provision", inputs, work)
 
 
-def preflight(config: RunConfig, run_directory: Path) -> tuple[dict[str, Any], Plan | None]:
-    """What this machine has, when that is enough, and the plan; `None` where the planner does not know the GPU.
+def preflight(config: RunConfig, run_directory: Path, name: str) -> tuple[Reservation, Plan | None]:
+    """What to ask of the provider, which has agreed, and the plan; `None` where the planner does not know the device.
+
+    Args:
+        name: unique to the run directory.
 
     Raises:
-        ConfigError: the run wants another cluster or more than this machine has.
-        DoesNotFitError: the plan says so, and the configuration does not say to go on.
+        ConfigError: the provider is not installed, or the cluster does not have what the run wants.
+        DoesNotFitError: by the plan, memory is short, and plan.refuse is not false.
         OperationalError: disk or memory are short now, but may be freed.
     """
-    cluster = read_cluster(config.cluster)
-    if cluster.kind != LOCAL:
-        refuse(predict(config, cluster), config)
-        raise ConfigError(
-            f"cluster: {config.cluster} is planned for, but only this machine (kind local) can be taken by a flow. "
-            "Start cherry-launch on its nodes."
-        )
-    if config.launch.nnodes != 1:
-        raise ConfigError(f"launch.nnodes: cluster {config.cluster!r} has one node (got {config.launch.nnodes})")
-    gpus, ranks = len(local_gpus()), config.launch.nproc_per_node
-    if gpus and ranks > gpus:
-        raise ConfigError(f"launch.nproc_per_node: this machine has {gpus} GPUs (got {ranks})")
-    if cluster.slots is not None and ranks > cluster.slots:
-        raise ConfigError(f"launch.nproc_per_node: cluster {config.cluster} has {cluster.slots} slots (got {ranks})")
-    run_directory.mkdir(parents=True, exist_ok=True)
-    parameters = config.model.parameters(with_mtp=True)
-    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(run_directory).free
-    needed_memory = 0 if gpus else _TRAINING_BYTES_PER_PARAMETER * parameters
-    needed_disk = _CHECKPOINT_BYTES_PER_PARAMETER * parameters * (config.checkpoint.keep_last + 1)
-    if config.checkpoint.directory is not None and not storage.is_local(config.checkpoint.directory):
-        needed_disk = 0
-    for what, needed, free in (("memory", needed_memory, memory), ("disk", needed_disk, disk)):
-        if needed > free:
-            raise OperationalError(
-                f"{what}: {parameters:,} parameters need at least {needed / 2**30:.1f} GiB here, "
-                f"{free / 2**30:.1f} GiB are free. Free some, or take a smaller model."
-            )
-    plan = predict(config, cluster)
+    spec = read_cluster(config.cluster)
+    provider = provider_name(config.cluster, spec)
+    plan = predict(config, spec)
     refuse(plan, config)
-    host = {
-        "address": "127.0.0.1",
-        "slots": ranks,
-        "cores": os.cpu_count() or 1,
-        "gpus": gpus,
-        "memory_gib": memory / 2**30,
-        "disk_free_gib": disk / 2**30,
-    }
-    return host, plan
+    reservation = Reservation(
+        provider=provider,
+        cluster=config.cluster,
+        spec=spec,
+        name=name,
+        run_directory=str(run_directory),
+        nodes=config.launch.nnodes,
+        ranks_per_node=config.launch.nproc_per_node,
+        master_port=config.launch.master_port,
+        # Whoever goes on against the plan is not stopped by its figures here either.
+        memory_bytes_per_node=plan.host_bytes_per_node if plan is not None and config.plan.refuse else 0,
+    )
+    find_provider(provider).check(reservation)
+    check_disk(config, _free_disk(run_directory))
+    return reservation, plan
 
 
-def take_lease(context: RunContext) -> None:
-    """Record that this process uses the run directory, after dropping a lease whose process is gone.
-
-    Raises:
-        OperationalError: a live process, here or on another host, is working on the same run.
-        StorageError: the directory's file system has no locks.
-    """
-    path = _lease(context.path)
-    context.path.mkdir(parents=True, exist_ok=True)
-    with locked(context.path):
-        holder = read_lease(context.path)
-        own = holder is not None and holder["pid"] == os.getpid() and _is_here(holder) and _runs(holder)
-        if holder is not None and not own and is_held(context.path):
-            raise OperationalError(
-                f"{context.directory}: process {holder['pid']} on {holder.get('host', _HOST)} is working on this run. "
-                "Wait for it, stop it, or give this run another name (name=...)."
-            )
-        token = holder["token"] if holder is not None and own else uuid.uuid4().hex
-        process = {"host": _HOST, "boot": _boot(), "pid": os.getpid(), "created": psutil.Process().create_time()}
-        storage.write_json(str(path), {**process, "token": token, "mlflow_run_id": context.parent_run_id})
-    if not own:
-        threading.Thread(target=_keep_fresh, args=(context.path, token), name="lease", daemon=True).start()
-
-
-@contextmanager
-def locked(run_directory: Path) -> Iterator[None]:
-    """Nobody else judges, takes or drops the lease meanwhile: what was read as dead is still dead when it is removed.
-
-    The lock's file stays: whoever removed it could remove another one's lock.
+def check_disk(config: RunConfig, free_bytes: int) -> None:
+    """Refuse a run whose checkpoints have no room where the run directory is.
 
     Raises:
-        MissingFileError: there is no such directory.
-        StorageError: its file system has no locks.
+        OperationalError: there is no room now, but some may be freed.
     """
-    path = run_directory / "lease.lock"
-    with storage_errors(str(path)):
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        with storage_errors(str(path)):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    if config.checkpoint.directory is not None and not storage.is_local(config.checkpoint.directory):
+        return
+    # One more than is kept exists while a new one is written.
+    count, each = config.checkpoint.keep_last + 1, checkpoint_bytes(config)
+    if count * each > free_bytes:
+        raise OperationalError(
+            f"disk: {count} checkpoints of {each / _GIB:.1f} GiB (checkpoint.keep_last and the one being written) need "
+            f"{count * each / _GIB:.1f} GiB, {free_bytes / _GIB:.1f} GiB are free. Free some, or put checkpoints "
+            "elsewhere with checkpoint.directory."
+        )
 
 
-def read_lease(run_directory: Path) -> dict[str, Any] | None:
-    """What the holder wrote; `None` when nobody holds the directory."""
-    try:
-        lease: dict[str, Any] = storage.read_json(str(_lease(run_directory)))
-    except MissingFileError:
-        return None
-    return lease
+def _free_disk(run_directory: Path) -> int:
+    run_directory.mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(run_directory).free
 
 
-def is_held(run_directory: Path) -> bool:
-    """Whether a live process holds the directory. Call it under `locked`.
+def take_hosts(context: RunContext) -> tuple[Hosts, Plan | None]:
+    """The run's hosts, newly taken and recorded, and its plan.
 
-    Another host's processes cannot be seen from here: its lease counts until it has not been renewed for a while.
-    Both times are the file system's, so the hosts' clocks do not matter.
+    Raises:
+        CherryError: see `preflight`, and the provider's own.
     """
-    holder = read_lease(run_directory)
-    if holder is None:
-        return False
-    if _is_here(holder):
-        return _runs(holder)
-    lock = run_directory / "lease.lock"
-    os.utime(lock)
-    # Opened, not only looked at: NFS answers a stat from its cache.
-    with _lease(run_directory).open() as handle:
-        renewed = os.fstat(handle.fileno()).st_mtime
-    return lock.stat().st_mtime - renewed < _STALE_S
+    name = f"{context.config.name}-{context.key[:8]}"
+    left = read_reservation(context.path)
+    if left is not None:  # of an attempt that broke off between asking and getting
+        _give_back(context.path, left)
+    reservation, plan = preflight(context.config, context.path, name)
+    write_reservation(context.path, reservation)
+    hosts = find_provider(reservation.provider).acquire(reservation)
+    write_hosts(context.path, hosts)
+    return hosts, plan
 
 
-def drop_lease(run_directory: Path) -> None:
-    """Remove the lease, whoever's it is. Call it under `locked`, after `is_held`."""
-    _lease(run_directory).unlink(missing_ok=True)
+def hold_hosts(context: RunContext) -> tuple[Provider, Hosts]:
+    """The run's provider and hosts: those it holds, or new ones when they were given back or no longer answer.
+
+    Raises:
+        CherryError: see `take_hosts`.
+    """
+    if read_reservation(context.path) is not None and (context.path / HOSTS_FILE).exists():
+        hosts = read_hosts(context.path)
+        provider = find_provider(hosts.provider)
+        if provider.is_alive(hosts):
+            return provider, hosts
+    hosts, _ = take_hosts(context)
+    return find_provider(hosts.provider), hosts
 
 
 def release(run_directory: str) -> None:
-    """Give the lease back; nothing to do when another process holds it or none does."""
+    """Give back the hosts and the lease; nothing to do when another process holds the run or none does."""
     path = Path(run_directory)
     if not path.is_dir():
         return
     with locked(path):
-        lease = read_lease(path)
-        if lease is not None and lease["pid"] == os.getpid() and _is_here(lease):
-            drop_lease(path)
+        if is_own(path):
+            try:
+                release_hosts(path)
+            finally:
+                drop_lease(path)
 
 
-def _keep_fresh(run_directory: Path, token: str) -> None:
-    """Renew the lease until it is given back or another one's; ends with the process."""
-    while True:
-        time.sleep(_RENEW_S)
-        try:
-            with locked(run_directory):
-                lease = read_lease(run_directory)
-                if lease is None or lease.get("token") != token:
-                    return
-                os.utime(_lease(run_directory))
-        except MissingFileError:
-            return
-        except (OSError, CherryError) as error:
-            logger.warning("the lease of %s was not renewed: %s", run_directory, error)
+def release_hosts(run_directory: Path) -> None:
+    """Give back what the run directory's reservation took. Call it under `tasks.lease.locked`.
 
-
-def _is_here(holder: Mapping[str, Any]) -> bool:
-    """Whether the holder's pid means something here: the same host, not started again since."""
-    return (holder.get("host", _HOST), holder.get("boot", _boot())) == (_HOST, _boot())
-
-
-def _runs(holder: Mapping[str, Any]) -> bool:
-    return is_alive(holder["pid"], holder["created"])
-
-
-def _boot() -> str:
-    """What is another one after each start of this machine."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))
-
-
-def is_alive(pid: int, created: float) -> bool:
-    """Whether the process that was started then still runs; a reused pid is another process."""
+    Best effort: a provider that cannot be reached is logged, and the reservation stays for the run's next start.
+    """
     try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < 1.0
-    except psutil.NoSuchProcess:
-        return False
+        reservation = read_reservation(run_directory)
+        if reservation is not None:
+            _give_back(run_directory, reservation)
+    except CherryError as error:
+        logger.error("hosts of %s are not released: %s Start the run again to release them.", run_directory, error)
 
 
-def _lease(run_directory: Path) -> Path:
-    return run_directory / "lease.json"
+def _give_back(run_directory: Path, reservation: Reservation) -> None:
+    find_provider(reservation.provider).release(reservation)
+    (run_directory / RESERVATION_FILE).unlink(missing_ok=True)

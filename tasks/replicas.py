@@ -19,8 +19,7 @@ import psutil
 from anything.keys import create_key
 from base import storage
 from base.errors import ServiceError
-from tasks.process import PROJECT_ROOT, end_tree, error_of
-from tasks.provision import is_alive
+from tasks.process import PROJECT_ROOT, end_tree, error_of, is_alive
 
 GATEWAY = "gateway"
 _POLL_S = 0.1

@@ -1,6 +1,7 @@
-"""Owns the whole configuration of a run: a training job, and the steps around it.
+"""The configuration of a run: a training job and the steps around it.
 
-It needs no torch, no prefect and no mlflow: `train.py` and a planner read the same file.
+The docstrings of keys are the user's documentation: they are the descriptions in the JSON schema. No torch, Prefect or
+MLflow is needed.
 """
 
 from __future__ import annotations
@@ -16,59 +17,76 @@ from cherry.job_config import JobConfig
 
 
 class RetryConfig(Section):
-    """How often the train task is started again after the world's fault."""
+    """Retries of the train step after a transient error, like a lost node."""
 
     attempts: PositiveInt = 3
+    """Attempts, the first one included."""
     delay_s: NonNegativeFloat = 5.0
+    """Seconds between two attempts."""
 
 
 class PlanConfig(Section):
-    """What a plan that does not fit means for a run (`cherry plan`)."""
+    """What a run does when its plan (`cherry plan`) does not fit into memory."""
 
     refuse: bool = True
-    """Take no hosts when the plan says that memory is short. `false` only warns."""
+    """End before any host is taken when the plan does not fit into memory; `false` only logs a warning."""
 
 
 class QuantizeConfig(Section):
     """Weight-only quantization of experts and projections."""
 
     format: Literal["int8"] = "int8"
+    """Format of the quantized weights."""
     max_dnll: PositiveFloat = 0.02
-    """Largest rise of the held-out loss (nats per token) that the quantized weights may cost, surely: the one-sided
-    bound at evaluate.confidence is held against it."""
+    """Largest increase of the held-out loss, in nats per token, that quantization may cause. The upper confidence bound
+    of the increase, one-sided at evaluate.confidence, must not exceed it."""
 
 
 class EvaluateConfig(Section):
-    """The paired comparison on held-out documents."""
+    """Paired comparison of the candidate with the champion on held-out documents."""
 
     documents: PositiveInt = 200
+    """Held-out documents to score."""
     max_document_tokens: PositiveInt = 512
+    """Tokens of a document that are scored; the rest is cut off."""
     bootstrap_samples: PositiveInt = 2000
+    """Bootstrap samples of the confidence interval."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    """Confidence level of the interval that decides the verdict."""
     margin_nats: NonNegativeFloat = 0.00995
-    """A difference below this (nats per token; ln(1.01)) counts as none."""
+    """Differences below this many nats per token count as none; the default is ln(1.01)."""
     seed: NonNegativeInt = 0
+    """Seed of the bootstrap."""
 
 
 class RegisterConfig(Section):
-    """The MLflow registry."""
+    """The MLflow model registry."""
 
     model_name: str = "cherry-tiny"
+    """Registered model that the run's weights become a version of."""
     champion_alias: str = "champion"
+    """Alias of the best version so far, which new ones are compared with."""
     candidate_alias: str = "candidate"
+    """Alias of the newest version."""
 
 
 class DeployConfig(Section):
     """How a release takes over traffic."""
 
     artifact: Literal["quantized", "export"] = "quantized"
+    """Weights to serve: the quantized ones or the export."""
     traffic_steps_percent: tuple[int, ...] = (25, 100)
+    """Percentages of the traffic that the new version gets, step by step."""
     requests_per_step: PositiveInt = 8
-    """Requests that must have reached the new version before its share is judged."""
+    """Requests that must have reached the new version before a step is judged."""
     max_error_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Largest fraction of failed requests in a step; above it the traffic is rolled back."""
     start_timeout_s: PositiveFloat = 120.0
+    """Seconds that a replica may take to start."""
     smoke_prompt: str = "def "
+    """Prompt of the smoke test, before any traffic is shifted."""
     smoke_max_tokens: PositiveInt = 16
+    """Tokens that the smoke test asks for."""
 
     def problems(self) -> Iterator[Problem]:
         """Traffic must rise to 100 %."""
@@ -79,20 +97,23 @@ class DeployConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where runs are recorded."""
+    """Where runs are recorded in MLflow."""
 
     uri: str | None = None
-    """MLflow tracking URI; `None` takes MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
+    """MLflow tracking URI; `null` takes MLFLOW_TRACKING_URI, else SQLite inside the runs directory."""
     experiment: str = "cherry"
+    """Experiment that the runs belong to."""
     system_metrics: bool = True
+    """Record this machine's CPU, memory, disk and GPU use during each step."""
 
 
 class RunConfig(JobConfig):
     """A whole run, from data to registration (train_flow) and to traffic (deploy_flow)."""
 
     runs_directory: str = "runs"
+    """Directory of the runs, on a file system that all hosts share."""
     cluster: str = "local"
-    """`local`, or the path of a cluster spec in configs/clusters/."""
+    """`local` for this machine, or the path of a cluster file, like those in configs/clusters/."""
     plan: PlanConfig = PlanConfig()
     retry: RetryConfig = RetryConfig()
     quantize: QuantizeConfig = QuantizeConfig()

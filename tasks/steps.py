@@ -19,7 +19,7 @@ from prefect import get_run_logger
 from base import storage
 from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
-from tasks.process import append_whole, in_background, run_module
+from tasks.process import append_whole, in_background, run_command, run_module
 from tasks.run_config import RunConfig
 from tasks.tracking.mlflow_tracker import MlflowTracker, connect
 from tasks.tracking.protocol import Tracker
@@ -48,15 +48,20 @@ class RunContext:
 
     @property
     def key(self) -> str:
-        """What tells this run directory from every other one of the same name; made on the first call."""
-        path = self.path / "run_key"
-        if not path.exists():
-            storage.write_bytes(str(path), uuid.uuid4().hex.encode())
-        return path.read_text()
+        """What tells this run directory from every other one of the same name."""
+        return run_key(self.path)
 
     def tracker(self) -> MlflowTracker:
         """The run's tracker; never raises because a server is down."""
         return connect(self.config.tracking, self.config.runs_directory)
+
+
+def run_key(run_directory: Path) -> str:
+    """What tells this run directory from every other one of the same name; made on the first call."""
+    path = run_directory / "run_key"
+    if not path.exists():
+        storage.write_bytes(str(path), uuid.uuid4().hex.encode())
+    return path.read_text()
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,15 @@ class StepRun:
         """
         record_file = self.context.path / PROGRAM
         run_module(module, arguments, on_line=on_line or self.say, log_file=log_file, record_file=record_file)
+
+    def run_command(self, command: Sequence[str], *, name: str, on_line: Callable[[str], None], log_file: Path) -> None:
+        """Run a command to its end, as `run` does a module.
+
+        Raises:
+            CherryError: the program's own.
+        """
+        record_file = self.context.path / PROGRAM
+        run_command(command, name=name, on_line=on_line, log_file=log_file, record_file=record_file)
 
     def metrics(self, **values: float) -> None:
         """Figures of this step: into its MLflow run and its record."""

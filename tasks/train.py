@@ -20,6 +20,8 @@ from tasks.artifacts import ProgressArtifact
 from tasks.plan_record import compared
 from tasks.plots import plot_training
 from tasks.process import PROJECT_ROOT, in_background
+from tasks.providers.fan_out import one_command
+from tasks.provision import hold_hosts
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
 from tasks.tracking.metrics_relay import PARENT_SERIES, SERIES, MetricsRelay, read_metrics, tracked_name
 
@@ -28,6 +30,8 @@ from tasks.tracking.metrics_relay import PARENT_SERIES, SERIES, MetricsRelay, re
 _IDENTITY = ["seed", "init_from", "model", "data", "train", "lora"]
 # How often a line of a training step goes to Prefect's log too, which is a request to its server.
 _SAY_EVERY_S = 10.0
+# A compressed trace of a few steps is some megabytes; what is larger stays in the run directory.
+_PROFILE_MAX_BYTES = 64 << 20
 
 
 @task(name="train", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
@@ -61,21 +65,20 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
             with in_background():
                 beside.enter_context(relay)
                 beside.enter_context(parent)
-            arguments = _arguments(context, step.fingerprint)
-            step.run("cherry.launcher", arguments, on_line=on_line, log_file=folder / "launcher.log")
+            provider, hosts = hold_hosts(context)
+            commands = provider.commands(hosts, _arguments(context, step.fingerprint))
+            command = one_command(hosts, commands, folder)
+            step.run_command(command, name="cherry-launch", on_line=on_line, log_file=folder / "launcher.log")
         return _conclude(context, step, folder)
 
     return perform(context, "train", inputs, work)
 
 
 def _arguments(context: RunContext, identity: str) -> list[str]:
-    """The launcher's command line."""
-    launch, directory = context.config.launch, context.config.checkpoint.directory
-    arguments = [f"--nproc_per_node={launch.nproc_per_node}", f"--nnodes={launch.nnodes}"]
-    if launch.master_port is not None:
-        arguments.append(f"--master_port={launch.master_port}")
+    """The training program and its arguments, behind the launcher's flags."""
+    directory = context.config.checkpoint.directory
     program = str(PROJECT_ROOT / "train.py")
-    arguments += [program, "--config", str(context.path / "config.yaml"), "--run_dir", context.directory]
+    arguments = [program, "--config", str(context.path / "config.yaml"), "--run_dir", context.directory]
     if directory is not None:
         # The directory may be shared: this run and this config have their own place in it.
         own = storage.join(directory, f"{context.config.name}-{identity[:8]}")
@@ -98,7 +101,15 @@ def _conclude(context: RunContext, step: StepRun, folder: Path) -> dict[str, str
     for path in plot_training(lines, folder / "plots", first_moe_layer=first):
         for run_id in (step.run_id, context.parent_run_id):
             step.tracker.artifact(run_id, path, "plots")
+    for path in _profiles(folder / "profile"):
+        step.tracker.artifact(step.run_id, path, "profile")
     return {"result": str(folder / "result.json"), "checkpoint": result["checkpoint"]}
+
+
+def _profiles(folder: Path) -> list[Path]:
+    """Files of `train.profile` that are small enough for the tracking server, sorted by name."""
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    return [path for path in found if path.stat().st_size <= _PROFILE_MAX_BYTES]
 
 
 def _claim(run_directory: Path, identity: str) -> None:

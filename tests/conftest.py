@@ -203,3 +203,12 @@ def new_job(job_config: Path, prepared_data: Path) -> Callable[[Path], Job]:
 def make_job(tmp_path: Path, new_job: Callable[[Path], Job]) -> Callable[[str], Job]:
     """Makes jobs by name inside the test's own directory."""
     return lambda name: new_job(tmp_path / name)
+
+
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installed package that adds the provider `two-hosts`, importable here and in programs."""
+    folder = ROOT / "tests" / "plugins"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    return folder

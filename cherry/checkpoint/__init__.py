@@ -1,1 +1,1 @@
-"""Distributed checkpoints: background saves, digests, fencing, and what a resume may change."""
+"""Distributed checkpoints: asynchronous saves, digests, fencing, and resume rules."""

@@ -1,7 +1,6 @@
-"""Owns training checkpoints: written in the background, committed by a marker, pruned, and checked when read back.
+"""Training checkpoints: saved asynchronously, committed by a marker file, pruned, and verified when they are loaded.
 
-It knows nothing of training but the names of what a resume needs. One directory a step, never overwritten; a directory
-without its marker does not exist.
+Each step has a directory of its own, which is never overwritten. A directory without its marker counts as absent.
 """
 
 from __future__ import annotations
@@ -36,20 +35,21 @@ from cherry.checkpoint.naming import committed_steps, step_name, step_of
 from cherry.checkpoint.staging import Staging
 
 logger = logging.getLogger(__name__)
-# What a preset is called, and weights' first values, change nothing once training goes on.
+# A preset's name and the scale of initial weights do not matter to a run that resumes.
 _NOT_ARCHITECTURE = {"preset", "initializer_range"}
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Checkpointer:
-    """Saves and restores one job's state. Every method is called by every rank, in the same order.
+    """Saves one job's training state. Every rank calls every method, in the same order.
 
     Args:
-        directory: where the step directories go, as a path or URI.
-        keep_last: so many of the newest are kept.
-        keep_every_steps: those of steps that it divides are kept too, for good.
+        directory: parent of the step directories, as a path or URI.
+        keep_last: number of newest checkpoints to keep.
+        keep_every_steps: checkpoints of steps that this divides are kept for good, too.
+        asynchronous: write in the background; else `save` returns after the commit.
         group: a process group with a CPU backend that nothing else uses.
-        fence: refuses the commit of an attempt that was superseded; rank 0's.
+        fence: refuses the commit of an attempt that was superseded; `None` but on rank 0.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Checkpointer:
     ) -> None:
         self.directory = directory
         self.failures: list[CherryError] = []
-        """Saves that failed, on this rank; training went on."""
+        """Errors of the saves that failed, oldest first; they do not stop training."""
         self.last_saved: str | None = None
         self.stalled_seconds = 0.0
-        """How long the training thread has waited here, over all saves."""
+        """Seconds for which saves have blocked the training thread, in total."""
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         self._asynchronous = asynchronous
@@ -77,23 +77,27 @@ class Checkpointer:
         self._staging = Staging()
         self._copying = False
         self._hooked: torch.optim.Optimizer | None = None
-        self._told = 0
+        self._reported = 0
 
     @property
     def last_saved_step(self) -> int | None:
         """The step of `last_saved`."""
         return step_of(self.last_saved) if self.last_saved is not None else None
 
-    def new_failures(self) -> list[CherryError]:
-        """Failed saves that were not returned before, the one in flight included; for a person's eyes, nothing else.
+    def uri_of(self, step: int) -> str:
+        """URI of a step's checkpoint, committed or not."""
+        return storage.join(self.directory, step_name(step))
 
-        When a save ends differs between ranks: nothing that they do together may depend on it.
+    def new_failures(self) -> list[CherryError]:
+        """Errors of saves that failed since the last call, of the one in flight too; for reports only.
+
+        A save ends at different times on different ranks: no collective decision may depend on this.
         """
         known: list[CherryError] = list(self.failures)
         if self._pending is not None and self._pending.done():
             error = self._pending.exception()
             known += [error] if isinstance(error, CherryError) else []
-        new, self._told = known[self._told :], len(known)
+        new, self._reported = known[self._reported :], len(known)
         return new
 
     def save(
@@ -104,14 +108,14 @@ class Checkpointer:
         record: dict[str, Any],
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save the state as it is now, in the background; waits first for a save that is still going on.
+        """Save the current state in the background, after the previous save has ended.
 
-        The copy is made while training goes on. The optimizer's next step waits for it by itself; whoever changes
-        parameters, optimizer states or large buffers in another way calls `wait_until_copied` first.
+        The state is copied while training continues. The optimizer's next step waits for that copy; any other code
+        that changes parameters, optimizer states or large buffers must call `wait_until_copied` first.
 
         Args:
-            record: the listed resume state (step, tokens, position, ...), kept in state.json and in the marker.
-            extra: more tensors, by a name of their owner's, who reads them back with `read_state`.
+            record: resume state that is not a tensor (step, tokens, position, ...), for state.json and the marker.
+            extra: further tensors under names that their owner reads back with `read_state`.
         """
         with self._stalling():
             self._finish()
@@ -121,7 +125,7 @@ class Checkpointer:
             if self._hooked is not optimizer:
                 optimizer.register_step_pre_hook(lambda *_: self.wait_until_copied())
                 self._hooked = optimizer
-            # A thread a save, because one that stays keeps its OpenMP threads; see `_lone`.
+            # One thread per save: a thread that stays alive keeps its OpenMP threads; see `_is_single_process`.
             thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._pending = thread.submit(self._write, step, snapshot, record)
             thread.shutdown(wait=False)
@@ -129,14 +133,14 @@ class Checkpointer:
                 self._finish()
 
     def wait_until_copied(self) -> None:
-        """Until the state may change without changing what is being saved."""
+        """Block until the state is copied, so that changing it does not change what is being saved."""
         if self._copying:
             with self._stalling():
                 self._staging.wait_until_copied()
             self._copying = False
 
     def wait(self) -> None:
-        """Until the save in flight is committed or has failed. A failure is kept in `failures`, not raised.
+        """Block until the save in flight is committed or has failed; a failure is added to `failures`, not raised.
 
         Raises:
             SupersededError: a newer attempt owns the run directory.
@@ -166,12 +170,12 @@ class Checkpointer:
             self.failures.append(error)
 
     def close(self) -> None:
-        """Finish the save in flight."""
+        """Wait for the save in flight; see `wait`."""
         self.wait()
 
     def _write(self, step: int, snapshot: dict[str, Any], record: dict[str, Any]) -> None:
-        """On the background thread of every rank: copy, clear, write, agree that all have, commit, prune."""
-        target = storage.join(self.directory, step_name(step))
+        """Save on every rank's background thread: copy, clear, write, agree that all ranks wrote, commit, prune."""
+        target = self.uri_of(step)
         rank = dist.get_rank(self._group)
         files: dict[str, list[Any]] = {}
         error: CherryError | None = None
@@ -184,9 +188,9 @@ class Checkpointer:
         failed = failed or self._clear(target)
         if failed is None:
             try:
-                with _lone(self._group) as lone:
+                with _is_single_process(self._group) as single:
                     writer = self._writer(target)
-                    save_state(state, storage_writer=writer, process_group=self._group, no_dist=lone)
+                    save_state(state, storage_writer=writer, process_group=self._group, no_dist=single)
             except (Exception, CheckpointException) as failure:
                 error = as_storage_error(failure, target)
             failed, files = self._digest(target, error)
@@ -198,7 +202,7 @@ class Checkpointer:
                     self._commit(step, record, files)
                 else:
                     storage.remove_tree(target)
-            except Exception as failure:  # whatever it is, the other ranks wait to hear of it
+            except Exception as failure:  # of any kind: the other ranks wait for the outcome
                 verdict = [as_storage_error(failure, target)]
         dist.broadcast_object_list(verdict, group=self._group, group_src=0)
         if verdict[0] is not None:
@@ -208,14 +212,14 @@ class Checkpointer:
     def _agree(
         self, error: CherryError | None, files: dict[str, list[Any]]
     ) -> tuple[CherryError | None, dict[str, list[Any]]]:
-        """What any rank failed with, and the files of all of them."""
+        """First error of any rank, and the digests of all ranks' files."""
         outcomes: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(outcomes, (error, files), group=self._group)
         failed = next((outcome[0] for outcome in outcomes if outcome[0] is not None), None)
         return failed, {name: digest for outcome in outcomes for name, digest in outcome[1].items()}
 
     def _digest(self, target: str, error: CherryError | None) -> tuple[CherryError | None, dict[str, list[Any]]]:
-        """What any rank failed with; else the files of all of them. Rank 0 lists them: a store is not asked by all."""
+        """First error of any rank, or the digests of all ranks' files. Only rank 0 lists the storage."""
         names: list[Any] = [[]]
         files: dict[str, list[Any]] = {}
         try:
@@ -240,7 +244,7 @@ class Checkpointer:
         return writer
 
     def _clear(self, target: str) -> CherryError | None:
-        """Rank 0 removes what an attempt before this one may have left; every rank hears whether it could."""
+        """Error of rank 0 in removing what an earlier attempt left at `target`, on every rank; `None` on success."""
         verdict: list[CherryError | None] = [None]
         if dist.get_rank(self._group) == 0:
             try:
@@ -257,21 +261,21 @@ class Checkpointer:
             self._fence.check()
 
     def _commit(self, step: int, record: dict[str, Any], files: dict[str, list[Any]]) -> None:
-        target = storage.join(self.directory, step_name(step))
+        target = self.uri_of(step)
         storage.write_json(storage.join(target, "state.json"), record)
         storage.commit(target, {**record, "files": files})
         try:
-            self._check_fence()  # what a newer attempt goes on from is not this one's to remove
+            self._check_fence()  # a newer attempt may resume from what this one would remove
             for outdated in self._outdated(step):
-                storage.remove_tree(storage.join(self.directory, step_name(outdated)))
+                storage.remove_tree(self.uri_of(outdated))
         except CherryError as error:
-            logger.warning("an old checkpoint was not removed: %s", error)  # the new one is committed all the same
+            logger.warning("an old checkpoint was not removed: %s", error)  # the new checkpoint is committed anyway
 
     def _outdated(self, saved: int) -> list[int]:
-        """Steps that a save of step `saved` replaces: those before the last ones, and those after it.
+        """Steps whose checkpoints are pruned once step `saved` is committed: older than `keep_last`, or later steps.
 
-        A run's steps only grow, so a later one is of a branch that was left by resuming from an older checkpoint. It
-        must not pass for the newest, nor push this branch's own saves out.
+        Later steps belong to a branch that was left by resuming from an older checkpoint. They must not count as the
+        newest, nor push out this branch's checkpoints.
         """
         steps = committed_steps(self.directory)
         every = self._keep_every_steps
@@ -287,10 +291,10 @@ def restore(
     *,
     expected_model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Load a committed checkpoint into a model and optimizer of any world size; its record.
+    """Record of a committed checkpoint, after loading it into a model and optimizer at any world size.
 
     Args:
-        expected_model: the architecture that the record's `model` must equal.
+        expected_model: architecture that the record's `model` must equal.
 
     Raises:
         MissingFileError: the directory was never committed.
@@ -316,27 +320,27 @@ def restore(
 
 
 def read_state(state: dict[str, Any], reader: FileSystemReader, group: dist.ProcessGroup | None) -> None:
-    """Fill `state` in place from a checkpoint; without a group, this process reads by itself."""
-    with _lone(group) as lone:
-        load_state(state, storage_reader=reader, process_group=group, no_dist=lone)
+    """Fill `state` in place from a checkpoint. Without a group, this process reads alone, without collectives."""
+    with _is_single_process(group) as single:
+        load_state(state, storage_reader=reader, process_group=group, no_dist=single)
 
 
 @contextmanager
-def _lone(group: dist.ProcessGroup | None) -> Iterator[bool]:
-    """Whether one process works by itself, which then asks torch for no collectives.
+def _is_single_process(group: dist.ProcessGroup | None) -> Iterator[bool]:
+    """True where the group has one process, which must then not use collectives.
 
-    Gloo's threads copy what they send with an OpenMP team each, and stay. While a process has more OpenMP threads than
-    cores libgomp does not spin between parallel regions: on 2 cores every step after the first save took 1.7 times as
-    long (torch 2.13, 2026-11-24).
+    Each of gloo's threads copies what it sends with an OpenMP team of its own, and stays alive. While a process has
+    more OpenMP threads than cores, libgomp does not spin between parallel regions: on 2 cores every step after the
+    first save took 1.7 times as long (torch 2.13, 2026-11-24).
     """
-    lone = group is None or dist.get_world_size(group) == 1
+    single = group is None or dist.get_world_size(group) == 1
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be then
-        yield lone
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
+        yield single
 
 
 def reader_of(uri: str) -> FileSystemReader:
-    """A reader of the checkpoint at a path or URI."""
+    """Distributed-checkpoint reader of the checkpoint at a path or URI."""
     if storage.is_local(uri):
         return FileSystemReader(storage.local_path(uri))
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
@@ -346,7 +350,7 @@ def reader_of(uri: str) -> FileSystemReader:
 
 
 def check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
-    """Compare the architecture in a checkpoint's record with the configured one.
+    """Check that the architecture in a checkpoint's record is the configured one.
 
     Raises:
         CheckpointError: names the keys that differ.
@@ -367,7 +371,7 @@ def check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | Non
 
 
 def _random_states(rank: int) -> dict[str, Any]:
-    """This rank's random number generators, by a name that no other rank has."""
+    """States of this rank's random number generators, under a key that is unique to the rank."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -375,7 +379,7 @@ def _random_states(rank: int) -> dict[str, Any]:
 
 
 def _stored_random_states(reader: FileSystemReader, rank: int) -> dict[str, Any]:
-    """Those of `_random_states` that a checkpoint has: at another world size, or device, some are missing."""
+    """Random states of this rank that a checkpoint holds: at another world size or device some are missing."""
     stored = reader.read_metadata().state_dict_metadata
     return {
         name: {kind: state for kind, state in states.items() if f"random.{name}.{kind}" in stored}
@@ -384,6 +388,9 @@ def _stored_random_states(reader: FileSystemReader, rank: int) -> dict[str, Any]
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, random: dict[str, Any]) -> dict[str, Any]:
-    # Also makes the optimizer's states exist, with zeros, when no step was taken yet.
+    """State dicts of model, optimizer and random generators, with sharded tensors.
+
+    Optimizer states that no step has created yet are created, as zeros.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state, "random": random}

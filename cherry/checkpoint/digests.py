@@ -1,7 +1,4 @@
-"""Owns the sizes and digests of a checkpoint's files, and what a failure to write them means.
-
-It knows nothing of what the files hold.
-"""
+"""Sizes and SHA-256 digests of a checkpoint's files, and the classification of write errors."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ import torch.distributed as dist
 from base import storage
 from base.errors import CheckpointError, CherryError, DiskFullError, StorageError, storage_errors
 
-# A zip writer that fails with this much left, or less, failed for want of room.
+# A zip writer that fails with at most this much free space failed because the disk was full.
 _FULL_BYTES = 64 << 20
 
 
 def digest_own(target: str, names: Sequence[str], rank: int) -> dict[str, list[Any]]:
-    """Size and SHA-256 of the files that this rank wrote, of all those `names`; rank 0's include the metadata."""
+    """[size in bytes, SHA-256] of each file among `names` that this rank wrote; rank 0 adds the metadata file."""
     own = [name for name in names if name.startswith(f"__{rank}_")]
     return {name: _digest(storage.join(target, name)) for name in own + ([".metadata"] if rank == 0 else [])}
 
@@ -36,9 +33,9 @@ def _digest(uri: str) -> list[Any]:
 
 
 def verify(uri: str, record: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Compare a checkpoint's files with the sizes and digests of its commit's `record`.
+    """Check a checkpoint's files against the sizes and digests in its commit record.
 
-    With a group each rank checks its share of the files, and all ranks raise what any of them found.
+    With a group each rank checks a share of the files, and all ranks raise an error if any of them found one.
 
     Raises:
         CheckpointError: names every file that is corrupt, truncated or missing.
@@ -71,7 +68,7 @@ def verify(uri: str, record: dict[str, Any], group: dist.ProcessGroup | None = N
 
 
 def as_storage_error(failure: BaseException, target: str) -> CherryError:
-    """The error of this family that says what kept a checkpoint from being written to `target`."""
+    """Error of this project's family for a failure to write a checkpoint to `target`."""
     if isinstance(failure, CherryError):
         return failure
     causes = list(getattr(failure, "failures", {}).values())  # a CheckpointException: (error, traceback) by rank
@@ -83,7 +80,7 @@ def as_storage_error(failure: BaseException, target: str) -> CherryError:
                     raise error
             except CherryError as known:
                 return known
-    # torch reports a full disk in its own zip writer's words
+    # torch's zip writer has no error type for a full disk
     text = str(errors[0]).strip()
     from_writer = "PytorchStreamWriter failed" in text or "enforce fail at inline_container" in text
     if "No space left" in text or (from_writer and _is_full(target)):
@@ -92,7 +89,7 @@ def as_storage_error(failure: BaseException, target: str) -> CherryError:
 
 
 def _is_full(target: str) -> bool:
-    """Whether a local disk has so little left that its writer failed for that; the words alone do not say why."""
+    """True if a local disk is so full that a failed write must be due to it; the message alone does not say why."""
     if not storage.is_local(target):
         return False
     folder = Path(storage.local_path(target))

@@ -1,6 +1,6 @@
-"""Owns who may write to a run directory: the newest attempt, by an epoch taken once and never given back.
+"""Fencing of a run directory: of two attempts that write to it, only the newer may commit.
 
-It knows nothing of checkpoints. Two schedulers may start one run twice; only the later attempt may commit.
+Each attempt takes the next epoch number when it starts. Two schedulers may start the same run twice.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _EPOCH = re.compile(r"^epoch-(\d{6})$")
 
 
 class Fence:
-    """The epoch that this attempt holds.
+    """One attempt's epoch in a run directory.
 
     Args:
-        directory: a local directory that all attempts share.
+        directory: local directory that all attempts share.
     """
 
     def __init__(self, directory: str) -> None:
@@ -26,16 +26,16 @@ class Fence:
         self.epoch = self._take()
 
     def check(self) -> None:
-        """Raise when a newer attempt has taken the directory.
+        """Check that this is still the newest attempt.
 
         Raises:
-            SupersededError: this attempt must stop writing.
+            SupersededError: a newer attempt has started; this one must stop writing.
         """
         newest = _newest(self.directory)
         if newest != self.epoch:
             raise SupersededError(
                 f"{self.directory}: attempt {newest} took over from attempt {self.epoch}, which stops here. "
-                "Nothing is lost: the newer attempt goes on from the newest committed checkpoint."
+                "Nothing is lost: the newer attempt resumes from the newest committed checkpoint."
             )
 
     def _take(self) -> int:
@@ -45,7 +45,7 @@ class Fence:
             while True:
                 epoch = _newest(self.directory) + 1
                 try:
-                    # exclusive: of two attempts that start together, one gets the next number
+                    # exclusive: of two attempts that start together, only one creates the file
                     os.close(os.open(f"{path}/epoch-{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
                 except FileExistsError:
                     continue

@@ -1,7 +1,4 @@
-"""Owns what a run's checkpoints are called, and which of them are committed.
-
-It knows nothing of what is in them, and does without torch.
-"""
+"""Names of checkpoint directories, and the list of committed ones; imports no torch."""
 
 from __future__ import annotations
 
@@ -13,23 +10,23 @@ _STEP = re.compile(r"^step_(\d+)$")
 
 
 def step_name(step: int) -> str:
-    """The directory name of a step's checkpoint."""
+    """Directory name of a step's checkpoint, like `step_1000`."""
     return f"step_{step}"
 
 
 def step_of(uri: str) -> int | None:
-    """The step of a checkpoint's directory, by its name; `None` when the name is another's."""
+    """Step of a checkpoint directory by its name; `None` if it is not named like one."""
     match = _STEP.match(uri.rstrip("/").rsplit("/", 1)[-1])
     return int(match[1]) if match else None
 
 
 def committed_steps(directory: str) -> list[int]:
-    """Steps with a committed checkpoint, oldest first. One rank only: it lists storage."""
+    """Steps with a committed checkpoint, ascending. It lists storage: call it on one rank only."""
     steps = [step for name in storage.list_names(directory) if (step := step_of(name)) is not None]
     return sorted(step for step in steps if storage.is_committed(storage.join(directory, step_name(step))))
 
 
 def newest_checkpoint(directory: str, *, before: int | None = None) -> str | None:
-    """URI of the newest committed checkpoint (of a step below `before`), or `None`. One rank only."""
+    """URI of the newest committed checkpoint of a step below `before` (if given), or `None`. On one rank only."""
     steps = [step for step in committed_steps(directory) if before is None or step < before]
     return storage.join(directory, step_name(steps[-1])) if steps else None

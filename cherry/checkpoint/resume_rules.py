@@ -1,15 +1,15 @@
-"""Owns the rule by which a run directory goes on: what its data and checkpoints were made by, against the config now.
+"""Resume rules: which configuration may continue from the prepared data and checkpoints in a run directory.
 
-It knows nothing of how either is made. What is there binds the next start, so that nothing is ignored in silence:
+No changed value is ignored silently:
 
-- prepared data binds the `data` section, all of it that makes tokens;
-- the newest checkpoint, which is taken up without being asked for, binds everything that says which run this is:
-  seed, init_from, model, and the recipe in `train`;
-- a checkpoint that --resume_from names binds what its weights and its data position mean: model, seed, and the
-  prepared tokens themselves. All else may change, and each change is told.
+- prepared data fixes the keys of the `data` section that determine its tokens;
+- the newest checkpoint, which is resumed by default, fixes what identifies the run: seed, init_from, model, and the
+  recipe in `train`;
+- a checkpoint named by --resume_from fixes model, seed and the prepared tokens, which its weights and data position
+  refer to. Everything else may change, and each change is printed.
 
-How long training goes on (`train.steps`), how it fits into memory, what it reports, how it is launched, sharded and
-saved binds nothing: another number of ranks goes on where the last one stopped.
+Duration (`train.steps`), memory savings, reports, launching, sharding and saving may always change: a run resumes on
+another number of ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cherry.checkpoint.naming import committed_steps, step_name
 from cherry.data.shards import Manifest
 from cherry.job_config import JobConfig
 
-# The model is compared when the checkpoint is read, the data section with what the data was prepared by.
+# The model is compared when the checkpoint is loaded, and the data section with that of the prepared data.
 _NOT_BINDING = {"name", "seed", "model", "data", "parallel", "communication", "checkpoint", "launch"}
 _NOT_RECIPE = {
     "steps",
@@ -37,31 +37,33 @@ _NOT_RECIPE = {
     "evaluate_every_steps",
     "heldout_sequences",
     "threads_per_rank",
+    "deterministic",
+    "profile",
     "spike_sigma",
     "max_skipped_steps",
     "on_divergence",
     "max_rollbacks",
 }
-# Keys of `data` that change how prepared tokens are read, not what they are: part of the recipe.
+# Keys of `data` that change how prepared tokens are used, not which they are: part of the recipe.
 _READING = {"cross_document_attention"}
 Difference = tuple[str, Any, Any]
-"""A dotted key, its value before, and its value now."""
+"""Dotted key, stored value, configured value."""
 
 
 def checkpoints_of(config: JobConfig, run_directory: str) -> str:
-    """URI of the directory that the run's checkpoints go to."""
+    """URI of the directory of the run's checkpoints."""
     return config.checkpoint.directory or storage.join(run_directory, "train", "checkpoints")
 
 
 def find_checkpoint(wanted: str, directory: str) -> str:
-    """URI of the committed checkpoint that a person named. One rank only: it lists storage.
+    """URI of the committed checkpoint that --resume_from names. It lists storage: call it on one rank only.
 
     Args:
-        wanted: a path or URI; or `step_1000` or `checkpoints/step_1000`, which may also be of this run.
-        directory: this run's checkpoints.
+        wanted: a path or URI; `step_1000` and `checkpoints/step_1000` are also looked up in `directory`.
+        directory: of this run's checkpoints.
 
     Raises:
-        MissingFileError: nothing is committed there; the text names what is.
+        MissingFileError: no checkpoint is committed there; the text lists those that are.
     """
     name = wanted.rstrip("/").rpartition("/")[2]
     places = [wanted]
@@ -78,7 +80,7 @@ def find_checkpoint(wanted: str, directory: str) -> str:
 
 
 def identity(config: JobConfig, manifest: Manifest) -> dict[str, Any]:
-    """What a checkpoint's record keeps of the run that wrote it; `check_resume` compares it."""
+    """Seed, prepared data and recipe of a run, for its checkpoints' records; `check_resume` compares them."""
     sections = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NOT_BINDING}
     sections["train"] = {key: value for key, value in sections["train"].items() if key not in _NOT_RECIPE}
     sections["data"] = {key: getattr(config.data, key) for key in sorted(_READING)}
@@ -86,7 +88,7 @@ def identity(config: JobConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def _prepared(manifest: Manifest) -> dict[str, Any]:
-    """The prepared tokens, wherever their documents came from."""
+    """Identity of the prepared tokens, independent of where their documents are."""
     return {
         "digest": manifest.digest,
         "sequence_length": manifest.sequence_length,
@@ -96,32 +98,32 @@ def _prepared(manifest: Manifest) -> dict[str, Any]:
 
 
 def check_data(config: JobConfig, directory: str, manifest: Manifest) -> None:
-    """Refuse prepared data that another `data` section made.
+    """Check that data was prepared with the configured `data` section.
 
     Raises:
-        ConfigError: names the keys that differ.
+        ConfigError: lists the keys that differ.
     """
     made_by = storage.read_commit(directory).get("config", {})
     made_by = {"source": manifest.source, "sequence_length": manifest.sequence_length, **made_by}
     now = config.data.model_dump(mode="json", exclude=_READING)
     if wrong := _differences({k: v for k, v in made_by.items() if k not in _READING}, now, "data."):
         raise ConfigError(
-            f"{directory} was prepared by another configuration. Give another --run_dir, or remove that folder to "
-            "prepare it anew. It was made with:\n" + _told(wrong)
+            f"{directory} was prepared with another configuration. Give another --run_dir, or remove that folder to "
+            "prepare it again. It was made with:\n" + _listed(wrong)
         )
 
 
 def check_resume(
     config: JobConfig, manifest: Manifest, uri: str, record: Mapping[str, Any], *, named: bool
 ) -> list[str]:
-    """What changes when training goes on from the checkpoint at `uri`, a line each.
+    """Lines that describe what changes when training resumes from the checkpoint at `uri`.
 
     Args:
-        record: what its commit says.
-        named: whether --resume_from named it; else it is the newest one, found in the run directory.
+        record: the checkpoint's commit record.
+        named: --resume_from named it; else it is the newest one in the run directory.
 
     Raises:
-        ConfigError: it is of another run, with the keys that differ; or a named one leaves nothing to train.
+        ConfigError: it belongs to another run (lists the keys that differ), or is not before `train.steps`.
     """
     if named and record["step"] >= config.train.steps:
         raise ConfigError(f"{uri} is at step {record['step']}, train.steps is {config.train.steps}: raise --steps.")
@@ -133,17 +135,17 @@ def check_resume(
         way = "" if other else f", or --resume_from={uri} to go on from there with the new values"
         raise ConfigError(
             f"{uri} is of another run. Give another --run_dir for a run of its own{way}. It was made with:\n"
-            + _told(other + changed)
+            + _listed(other + changed)
         )
     return [f"{key}: {before!r} before, {after!r} now" for key, before, after in changed]
 
 
-def _told(differences: list[Difference]) -> str:
+def _listed(differences: list[Difference]) -> str:
     return "\n".join(f"  {key}: {before!r}, not {after!r}" for key, before, after in differences)
 
 
 def _differences(made: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    """Keys of both with other values; one that only one side has is of another version of this code."""
+    """Keys with different values, among those on both sides; others are of another version of this code."""
     found: list[Difference] = []
     for key in sorted(made.keys() & now.keys()):
         if isinstance(made[key], Mapping) and isinstance(now[key], Mapping):
@@ -154,7 +156,7 @@ def _differences(made: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 
 def write_config(config: JobConfig, run_directory: str, given: str | None) -> None:
-    """Write config.yaml, unless it is the file that was `given`, or a flow's, which has more sections."""
+    """Write config.yaml, unless it is the file `given` by --config, or a flow's, which has more sections."""
     path = os.path.join(storage.local_path(run_directory), "config.yaml")
     if os.path.exists(path):
         is_given = given is not None and os.path.realpath(given) == os.path.realpath(path)

@@ -1,7 +1,7 @@
-"""Owns the copy of a training state that a background save is written from: buffers made once, filled beside training.
+"""Host snapshots of the training state for background saves, in buffers that are reused (pinned on CUDA).
 
-It knows nothing of files. Large tensors are copied while the next forward and backward passes run, which change no
-parameter and no optimizer state; whoever does change them waits first (`Staging.wait_until_copied`).
+Large tensors are copied while the next forward and backward passes run, which change neither parameters nor optimizer
+states; code that does change them calls `Staging.wait_until_copied` first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Smaller tensors (selection biases, step counts, random states) are copied at once: they may change outside a step.
+# Smaller tensors (expert biases, step counts, random states) are copied at once: they may change outside of a step.
 _SMALL_BYTES = 1 << 16
 
 
 class Staging:
-    """The buffers of one job's saves. One save at a time: `begin` overwrites what the one before was written from."""
+    """Snapshot buffers of one job. For one save at a time: `begin` invalidates the previous snapshot."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ class Staging:
         self._event: torch.cuda.Event | None = None
 
     def begin(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """On the training thread: copy small tensors now, and note where the others are, for `copy`."""
+        """Snapshot for `copy`: small tensors copied, large ones by reference. Call it on the training thread."""
         self._copied.clear()
         if torch.cuda.is_available():
             self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -40,7 +40,7 @@ class Staging:
         return snapshot
 
     def copy(self, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-        """On another thread: the state on the CPU, valid until the next `begin`."""
+        """State on the CPU, valid until the next `begin`. Call it on the saving thread."""
         try:
             with torch.cuda.stream(self._stream):
                 if self._stream is not None and self._event is not None:
@@ -54,7 +54,7 @@ class Staging:
         return staged
 
     def wait_until_copied(self) -> None:
-        """Before the state is changed: on a CPU until it is copied; on a GPU only the work queued from now on waits."""
+        """Wait for the copy before the state is changed: the thread on a CPU, the current stream on a GPU."""
         self._copied.wait()
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
@@ -67,8 +67,8 @@ class Staging:
         if tensor.is_cuda:
             buffer.copy_(tensor, non_blocking=True)
         elif tensor.is_contiguous():
-            # Not torch's copy: it would give this thread an OpenMP team, which slows the training thread's (see
-            # `_lone` in cherry/checkpoint/checkpointer.py). This one holds no interpreter lock either.
+            # Not torch's copy: it would give this thread an OpenMP team, which slows down the training thread's (see
+            # `_is_single_process` in cherry/checkpoint/checkpointer.py). numpy's also releases the interpreter lock.
             np.copyto(_bytes(buffer), _bytes(tensor))
         else:
             buffer.copy_(tensor)
@@ -84,14 +84,14 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _map(value: Any, key: str, function: Callable[[str, Tensor], Tensor]) -> Any:
-    """`value` with every local tensor replaced by `function(its place, it)`."""
+    """`value` with every local tensor replaced by `function(key path, tensor)`."""
     if isinstance(value, Mapping):
         return {name: _map(item, f"{key}.{name}", function) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_map(item, f"{key}.{place}", function) for place, item in enumerate(value))
     if isinstance(value, DTensor):
         local = function(key, value.to_local().detach())
-        # As torch's own staging has it: `from_local` would move the copy back to the mesh's device.
+        # As in torch's own staging: `from_local` would move the copy back to the mesh's device.
         return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
     if isinstance(value, Tensor):
         return function(key, value.detach())

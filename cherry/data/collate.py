@@ -1,6 +1,4 @@
-"""Owns how packed sequences become a micro-batch: tokens, targets, and which targets bear no loss.
-
-It knows nothing of the order in which sequences are read, or of losses.
+"""Collation: packed sequences to a micro-batch of tokens, targets, and the targets that bear no loss.
 
 Shapes: B sequences of a micro-batch, T position.
 """
@@ -21,10 +19,10 @@ from model.document_mask import Documents
 
 
 def check_fits(manifest: Manifest, config: JobConfig, run_directory: str) -> None:
-    """Refuse prepared data that is not what the configuration says.
+    """Check that prepared data fits the configuration.
 
     Raises:
-        ConfigError: another sequence length, or more tokens than the model has.
+        ConfigError: the sequence length differs, or the vocabulary is larger than the model's.
     """
     if manifest.sequence_length != config.data.sequence_length:
         raise ConfigError(
@@ -39,32 +37,33 @@ def check_fits(manifest: Manifest, config: JobConfig, run_directory: str) -> Non
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass reads, on the CPU."""
+    """Input of one forward pass."""
 
     tokens_BT: Tensor
     """int64."""
     targets_BT: Tensor
-    """int64; those that bear no loss are IGNORE_INDEX."""
+    """int64; IGNORE_INDEX where the target bears no loss."""
     documents: Documents | None
-    """Set where documents are kept apart."""
+    """Boundaries of documents, where attention stays within them; else `None`."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device; the documents are moved."""
+        """This micro-batch on a device; pinned memory is copied without waiting. The documents move in place."""
         documents = self.documents.to(device) if self.documents is not None else None
-        return MicroBatch(self.tokens_BT.to(device), self.targets_BT.to(device), documents)
+        tokens_BT, targets_BT = (x.to(device, non_blocking=True) for x in (self.tokens_BT, self.targets_BT))
+        return MicroBatch(tokens_BT, targets_BT, documents)
 
-    def valid(self) -> tuple[int, int]:
-        """Targets that bear loss: the model's, and the MTP module's."""
-        further_BT = mtp_targets(self.targets_BT, self.documents)
-        return int((self.targets_BT != IGNORE_INDEX).sum()), int((further_BT != IGNORE_INDEX).sum())
+    def pin_memory(self) -> MicroBatch:
+        """This micro-batch in page-locked memory. The documents move in place."""
+        documents = self.documents.pin_memory() if self.documents is not None else None
+        return MicroBatch(self.tokens_BT.pin_memory(), self.targets_BT.pin_memory(), documents)
 
 
 def micro_batch(dataset: TokenDataset, indices: Iterable[int], *, keep_apart: bool) -> MicroBatch:
-    """Some sequences of the dataset as one micro-batch.
+    """Micro-batch of the given sequences of a dataset, on the CPU.
 
     Args:
-        keep_apart: attention is to stay within documents. Nothing then predicts a document's first token, as the
-            tokens before it are another document's.
+        keep_apart: attention stays within documents. A document's first token is then no target, since the tokens
+            before it belong to another document.
     """
     rows = [dataset.sequence(int(index)) for index in indices]
     tokens = torch.stack([torch.from_numpy(row[0]) for row in rows])
@@ -78,9 +77,10 @@ def micro_batch(dataset: TokenDataset, indices: Iterable[int], *, keep_apart: bo
 
 
 def mtp_targets(targets_BT: Tensor, documents: Documents | None = None) -> Tensor:
-    """What the MTP module predicts: one token further; the last position of each row has none.
+    """Targets of the MTP module [B, T]: the targets of the next position; none at the last position of a row.
 
-    With `documents`, neither has the last position of each of them, which would see the next one's first token.
+    With `documents` there is also none at the last position of each document, which would use the next document's
+    first token as input.
     """
     further_BT = torch.cat([targets_BT[:, 1:], torch.full_like(targets_BT[:, :1], IGNORE_INDEX)], dim=1)
     if documents is None:

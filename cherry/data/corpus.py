@@ -1,6 +1,6 @@
-"""Owns where documents come from: text files, JSONL, chat JSONL, or the standard library's own sources.
+"""Corpus sources: text files, JSONL, chat JSONL, or the source files of Python's standard library.
 
-It knows nothing of tokens. A document's id is its path (and line) relative to the source: the same on every machine.
+A document's id is its path (and line) relative to the source: the same on every machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One document. `messages` is set for chat only, as (role, content) pairs; `text` is then their contents."""
+    """One document. `messages` is set for chats only, as (role, content) pairs; `text` then joins their contents."""
 
     id: str
     text: str
@@ -36,10 +36,10 @@ class Document:
 
 
 class Source:
-    """The documents of `config.source`, read anew by each `documents()` so that no corpus has to fit in memory.
+    """Documents of `data.source`. They are streamed, so that a corpus need not fit in memory.
 
     Raises:
-        MissingFileError: nothing is at the source.
+        MissingFileError: there is no file at the source.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -47,16 +47,16 @@ class Source:
         self.files = list_files(config.source)
         self.bytes = sum(file.bytes for file in self.files)
         self.skipped = 0
-        """Text files of the last reading that are not UTF-8, and were left out."""
+        """Number of text files that the last pass left out because they are not UTF-8."""
         self._chosen: list[Document] | None = None
 
     def documents(self) -> Iterator[Document]:
-        """Every document that is not blank, in the order of file names and lines.
+        """Every document that is not blank, ordered by file name and line; each call reads the files again.
 
-        With `max_documents`, those with the lowest seeded hash of their id, which are kept in memory.
+        With `max_documents`, the documents with the lowest seeded hash of their id, which are kept in memory.
 
         Raises:
-            DataError: a JSONL line is broken; the text names file and line.
+            DataError: a JSONL line is malformed; the text names file and line.
         """
         config = self.config
         if config.max_documents is None:
@@ -86,10 +86,10 @@ class Source:
 
 
 def list_files(source: str) -> list[FoundFile]:
-    """The files of a source, sorted by name.
+    """Files of a source, sorted by name.
 
     Raises:
-        MissingFileError: nothing is at the source, or no file matches.
+        MissingFileError: there is no file at the source, or none matches.
     """
     if source == STDLIB:
         return sorted(_library(), key=lambda file: file.name)
@@ -109,28 +109,28 @@ def _library() -> Iterator[FoundFile]:
 
 
 def source_version(source: str) -> str:
-    """Changes when a file of the source is added, removed or written again; reads the listing alone.
+    """Fingerprint of a source's file listing: it changes when a file is added, removed or rewritten.
 
     Raises:
-        MissingFileError: nothing is at the source.
+        MissingFileError: there is no file at the source.
     """
     return storage.fingerprint([[file.name, file.bytes, file.version] for file in list_files(source)])
 
 
 def seeded(seed: int, purpose: str, document_id: str) -> int:
-    """A number below 2^64 that looks random, made of the document's id alone: its neighbours never matter."""
+    """Pseudo-random number below 2^64 from a seed, a purpose and a document's id, independent of other documents."""
     return int.from_bytes(hashlib.sha256(f"{purpose}{seed}:{document_id}".encode()).digest()[:8], "big")
 
 
 def is_heldout(document_id: str, *, seed: int, fraction: float) -> bool:
-    """Whether a document is kept from training."""
+    """True if a document is held out from training."""
     return seeded(seed, "", document_id) < fraction * 2**64
 
 
 def sample_texts(documents: Iterable[Document], *, size_bytes: int, seed: int) -> list[str]:
-    """At least `size_bytes` of text (less when there is no more): the documents of the lowest seeded hash.
+    """Texts of the documents with the lowest seeded hash, at least `size_bytes` in total if there is that much.
 
-    The same documents in any order give the same sample.
+    The sample does not depend on the order of the documents.
     """
     heap: list[tuple[int, str, str]] = []
     size = 0
@@ -168,29 +168,31 @@ def _document(line: bytes, name: str, where: str, text_key: str, *, chat: bool) 
     try:
         record = json.loads(line)
     except ValueError as error:
-        # The decoder counts lines, too, and would name the first of this one.
-        told = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON ({told}). Mend or remove the line.") from error
+        # Not str(error): the decoder's line number is always 1 here.
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not valid JSON ({reason}). Fix or remove the line.") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}. Mend or remove the line.")
+        raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}. Fix or remove the line.")
     messages = _messages(record, where) if chat else None
     text = "\n".join(content for _, content in messages) if messages is not None else record.get(text_key)
     if not isinstance(text, str):
         raise DataError(
             f"{where}: must have a string under {text_key!r} (data.text_key), got {text!r:.60}. "
-            "Mend or remove the line, or name another key."
+            "Fix or remove the line, or name another key."
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half of a surrogate pair is no text ({error}). Mend or remove the line.") from error
+        raise DataError(
+            f"{where}: an unpaired surrogate cannot be encoded ({error}). Fix or remove the line."
+        ) from error
     return Document(name, text, messages)
 
 
 def _messages(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: must have a list of messages under 'messages'. Mend or remove the line.")
+        raise DataError(f"{where}: must have a list of messages under 'messages'. Fix or remove the line.")
     pairs: list[tuple[str, str]] = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
@@ -198,9 +200,9 @@ def _messages(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]
         if role not in ROLES or not isinstance(content, str):
             raise DataError(
                 f"{where}: a message must have a role of {', '.join(ROLES)} and a string content, got "
-                f"{message!r:.80}. Mend or remove the line."
+                f"{message!r:.80}. Fix or remove the line."
             )
         pairs.append((role, content))
     if all(role != "assistant" for role, _ in pairs):
-        raise DataError(f"{where}: no message is the assistant's, so no token would bear loss. Remove the line.")
+        raise DataError(f"{where}: no message has the role assistant, so no token would bear loss. Remove the line.")
     return tuple(pairs)

@@ -1,7 +1,4 @@
-"""Owns how a document becomes tokens: where it begins and ends, the chat template, and which tokens bear loss.
-
-It knows nothing of files or sequences.
-"""
+"""Encoding of documents: bos and eos, the chat template, fill-in-the-middle, and which tokens bear loss."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ from cherry.data.corpus import ROLES, Document
 from cherry.data.fim import Fim
 from cherry.data.tokenizer import ROLE_TOKENS
 
-# chat_template of DeepSeek-V3's released tokenizer_config.json: the system's text stands bare, and only the
-# assistant's ends with eos.
+# chat_template of DeepSeek-V3's released tokenizer_config.json: system text has no marker, and only assistant text ends
+# with eos.
 _DEEPSEEK_ROLES = ("<｜User｜>", "<｜Assistant｜>")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document's tokens: bos first, eos last.
+    """A document's tokens, from bos to eos.
 
-    `bears` says which of them bear loss: for plain text all, for chat what the assistant says and the eos after it.
-    `text` is what the loss-bearing tokens spell. `ends` holds, for each token, how many of its characters the tokens
-    up to this one spell, and None after a token in the middle of a character.
+    `bears` marks the tokens that bear loss: all of plain text; in a chat the assistant's text and the eos after it.
+    `text` is the text of the loss-bearing tokens. `ends[i]` is the number of its characters that tokens 0 to i decode
+    to, and None where token i ends inside a character.
     """
 
     tokens: list[int]
@@ -37,16 +34,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before each role's text, and after whose text an eos stands."""
+    """Chat template: the tokens before each role's text, and the roles whose text ends with eos."""
 
     before: dict[str, list[int]]
     closed: frozenset[str]
 
 
 def template_of(tokenizer: Tokenizer) -> Template:
-    """DeepSeek's own template where the tokenizer has its role tokens; else `(role text eos)*`.
+    """DeepSeek's chat template if the tokenizer has its role tokens; else `(role text eos)*`.
 
-    There the role is a token of its own in a tokenizer trained here, and the role's name and a line break in another.
+    In the latter a role is a special token of a tokenizer trained here, else the role's name and a line break.
     """
     user, assistant = (tokenizer.token_to_id(token) for token in _DEEPSEEK_ROLES)
     if user is not None and assistant is not None:
@@ -61,7 +58,7 @@ def template_of(tokenizer: Tokenizer) -> Template:
 def encode_filled(
     tokenizer: Tokenizer, documents: Sequence[Document], fim: Fim | None, *, bos_id: int, eos_id: int
 ) -> Iterator[Encoded]:
-    """Like `encode`, but documents that `fim` cuts are told prefix, suffix, middle; all their tokens bear loss."""
+    """Encoded documents in order, those that `fim` cuts as prefix, suffix, middle; all of their tokens bear loss."""
     cuts = [fim.cut(document) if fim is not None else None for document in documents]
     plain = encode(
         tokenizer, [d for d, cut in zip(documents, cuts, strict=True) if cut is None], bos_id=bos_id, eos_id=eos_id
@@ -80,9 +77,10 @@ def encode_filled(
 def encode(
     tokenizer: Tokenizer, documents: Sequence[Document], *, bos_id: int, eos_id: int, with_ends: bool = False
 ) -> Iterator[Encoded]:
-    """Each document's tokens, in order; all texts are encoded in one call, which uses every core.
+    """Encoded documents in order. All texts are encoded in one call, which uses all cores.
 
-    `ends` is empty unless `with_ends` asks for it: it costs as much again.
+    Args:
+        with_ends: fill in `Encoded.ends`, which doubles the time; else it is empty.
     """
     template = template_of(tokenizer)
     turns = [document.messages or ((None, document.text),) for document in documents]
@@ -102,7 +100,10 @@ def encode(
             bears += [False] * len(before) + [answers] * (len(inner) + len(after))
             ends += [len(text)] * len(before)
             if answers and with_ends:
-                ends += [None if end is None else len(text) + end for end in _whole(encoding.offsets, len(content))]
+                ends += [
+                    None if end is None else len(text) + end
+                    for end in _ends_of_characters(encoding.offsets, len(content))
+                ]
             else:
                 ends += [len(text)] * len(inner)
             text += content if answers else ""
@@ -110,8 +111,8 @@ def encode(
         yield Encoded(tokens, bears, text, ends if with_ends else [])
 
 
-def _whole(offsets: Sequence[tuple[int, int]], length: int) -> list[int | None]:
-    """Where each token's last character ends; None when the next token spells the rest of that character."""
+def _ends_of_characters(offsets: Sequence[tuple[int, int]], length: int) -> list[int | None]:
+    """End offset of each token's last character; None where the next token completes that character."""
     if not offsets:
         return []
     return [*(end if start >= end else None for (_, end), (start, _) in pairwise(offsets)), length]

@@ -1,8 +1,8 @@
-"""Owns fill-in-the-middle: which documents are told as prefix, suffix, middle, where they are cut, and by which tokens.
+"""Fill-in-the-middle (FIM): which documents are reordered to prefix, suffix, middle, and where they are cut.
 
-It knows nothing of files or sequences. The form is PSM at document level, before packing (DeepSeek-V3, arXiv
-2412.19437, section 4.1): bos, begin, prefix, hole, suffix, end, middle, eos. Cuts fall between characters, so that a
-model also learns to go on from the middle of a token (Bavarian et al., arXiv 2207.14255, section 3).
+The format is PSM at document level, before packing (DeepSeek-V3, arXiv 2412.19437, section 4.1): bos, begin, prefix,
+hole, suffix, end, middle, eos. Cuts fall between characters, so that a model also learns to continue from the middle of
+a token (Bavarian et al., arXiv 2207.14255, section 3).
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ _DEEPSEEK_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end�
 
 @dataclass(frozen=True)
 class Fim:
-    """Fills in a share of the documents; the same seed and document always give the same cut.
-
-    `begin`, `hole` and `end` are token ids.
-    """
+    """FIM settings: the share of documents, a seed, and the ids of the three FIM tokens. Cuts are deterministic."""
 
     rate: float
     seed: int
@@ -33,7 +30,7 @@ class Fim:
     end: int
 
     def cut(self, document: Document) -> tuple[str, str, str] | None:
-        """Prefix, middle and suffix of a document that is filled in; each may be empty."""
+        """Prefix, middle and suffix (each may be empty) of a document; `None` if it stays in its order."""
         if document.messages is not None or seeded(self.seed, "fim", document.id) >= self.rate * 2**64:
             return None
         places = len(document.text) + 1
@@ -42,10 +39,10 @@ class Fim:
 
 
 def fim_of(tokenizer: Tokenizer, config: DataConfig) -> Fim | None:
-    """What fills documents in with the tokens that a tokenizer has for it; `None` for a rate of 0.
+    """FIM settings with a tokenizer's own FIM tokens; `None` at a rate of 0.
 
     Raises:
-        DataError: it has none.
+        DataError: the tokenizer has no FIM tokens.
     """
     if not config.fim_rate:
         return None

@@ -1,8 +1,4 @@
-"""Owns how documents become what training and evaluation read: token shards, and held-out documents.
-
-It knows nothing of models or torch. This module is the package's door to its data: the parts are documents, tokenizer,
-chat, packing and sampler.
-"""
+"""Data preparation: documents to token shards for training and held-out documents for evaluation; imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,38 +16,26 @@ from tokenizers import Tokenizer
 from base import storage
 from base.errors import ConfigError, DataError, storage_errors
 from base.storage import Progress
-from cherry.data.corpus import Document, Source, is_heldout, sample_texts, source_version
+from cherry.data.corpus import Document, Source, is_heldout, sample_texts
 from cherry.data.encode import Encoded, encode, encode_filled
 from cherry.data.fim import TRAINED_TOKENS, fim_of
-from cherry.data.sampler import Sampler
 from cherry.data.shards import SHARD_TOKENS, Manifest, ShardWriter, TokenDataset, read_manifest
+from cherry.data.target_counts import write_target_counts
 from cherry.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 from cherry.job_config import DataConfig
 
-__all__ = [
-    "HeldoutDocument",
-    "Manifest",
-    "Sampler",
-    "TokenDataset",
-    "iterate_heldout",
-    "load_heldout",
-    "prepare",
-    "source_version",
-    "zlib_bits_per_byte",
-]
-
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2_000_000
-# Shares of the whole work, for the progress bar: measured on the standard library's sources, 2026-11-24.
+# Fraction of the total time, for the progress bar: measured on the standard library's sources, 2026-11-24.
 _TOKENIZER_SHARE = 0.3
 
 
 @dataclass(frozen=True)
 class HeldoutDocument:
-    """One held-out document: bos, then at most max_tokens tokens, the last of which ends a character.
+    """Held-out document: bos, then at most `max_tokens` tokens, the last of which ends at a character boundary.
 
-    `loss_mask` marks the tokens to score: those that spell text, in a chat only the assistant's. `text` is exactly
-    what they spell, and `bytes` its length in UTF-8: bits per byte and zlib's are over the same bytes.
+    `loss_mask` marks the tokens to score: those of text, in a chat only the assistant's. `text` is what exactly these
+    tokens decode to, and `bytes` its UTF-8 length: the model's and zlib's bits per byte cover the same bytes.
     """
 
     id: str
@@ -72,14 +55,14 @@ def prepare(
     on_progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
-    """Read the documents, split them, make or load the tokenizer, pack tokens into shards, and commit.
+    """Prepare a directory: split documents, train or load the tokenizer, write token shards, commit; its manifest.
 
-    The corpus is streamed: once, and once more before that when a tokenizer has to be trained.
+    The corpus is streamed once, and once before that if a tokenizer is trained.
 
     Raises:
-        ConfigError: `directory` is not local: shards are memory-mapped.
-        MissingFileError: no such source or tokenizer.
-        DataError: a broken record, a tokenizer that does not fit, or too little text.
+        ConfigError: `directory` is not local, but shards are memory-mapped.
+        MissingFileError: the source or the tokenizer does not exist.
+        DataError: a record is malformed, the tokenizer does not fit, or there is too little text.
         DiskFullError: no space is left.
     """
     if not storage.is_local(directory):
@@ -109,13 +92,14 @@ def prepare(
         heldout.flush()
         os.fsync(heldout.fileno())
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
+    write_target_counts(TokenDataset(directory, manifest), path)
     storage.write_json(str(path / "manifest.json"), asdict(manifest))
     storage.commit(directory, {"digest": manifest.digest, "config": config.model_dump(mode="json")})
-    report(_told(manifest), 1.0)
+    report(_summary(manifest), 1.0)
     return manifest
 
 
-def _told(manifest: Manifest) -> str:
+def _summary(manifest: Manifest) -> str:
     left_out = f", {manifest.skipped_files} files that are not UTF-8 left out" if manifest.skipped_files else ""
     return f"{manifest.sequences:,} sequences of {manifest.sequence_length} tokens{left_out}"
 
@@ -151,7 +135,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @dataclass
 class _Tally:
-    """What was seen of the documents so far."""
+    """Running totals over the documents."""
 
     documents: int = 0
     bytes: int = 0
@@ -161,7 +145,7 @@ class _Tally:
     zlib: _Zlib = field(default_factory=lambda: _Zlib())
 
     def add(self, document: Document, config: DataConfig, heldout: TextIO) -> bool:
-        """Count a document; write it to `heldout` and return True when it is kept from training."""
+        """True if the document is held out: it is then written to `heldout`. Counts it either way."""
         text = document.text.encode()
         content = text if document.messages is None else json.dumps(document.messages).encode()
         self.digest.update(f"{document.id}\0{len(content)}\0".encode() + content)
@@ -232,22 +216,17 @@ def _manifest(
 
 
 def iterate_heldout(directory: str, max_tokens: int | None) -> Iterator[HeldoutDocument]:
-    """The held-out documents one after the other, each cut to `max_tokens` tokens after bos; see `HeldoutDocument`.
+    """Held-out documents in order, each cut to at most `max_tokens` tokens after bos.
 
     Raises:
-        MissingFileError: the directory was never committed.
+        MissingFileError: the directory is not committed.
     """
     manifest = read_manifest(directory)
     tokenizer = load_tokenizer(storage.join(directory, "tokenizer.json"))
     for batch in _batches(_read_heldout(storage.join(directory, "heldout.jsonl"))):
         encoded = encode(tokenizer, batch, bos_id=manifest.bos_id, eos_id=manifest.eos_id, with_ends=True)
-        for document, whole in zip(batch, encoded, strict=True):
-            yield _cut(document.id, whole, max_tokens, manifest.eos_id)
-
-
-def load_heldout(directory: str, max_documents: int | None, max_tokens: int | None) -> list[HeldoutDocument]:
-    """The first `max_documents` (all when None) of `iterate_heldout`."""
-    return list(islice(iterate_heldout(directory, max_tokens), max_documents))
+        for document, tokens in zip(batch, encoded, strict=True):
+            yield _cut(document.id, tokens, max_tokens, manifest.eos_id)
 
 
 def _read_heldout(uri: str) -> Iterator[Document]:
@@ -258,21 +237,21 @@ def _read_heldout(uri: str) -> Iterator[Document]:
             yield Document(record["id"], record["text"], messages)
 
 
-def _cut(name: str, whole: Encoded, max_tokens: int | None, eos_id: int) -> HeldoutDocument:
-    """Everything but the last eos, or as much of it as `max_tokens` allow up to the end of a character."""
-    length = len(whole.tokens) - (whole.tokens[-1] == eos_id)
+def _cut(name: str, encoded: Encoded, max_tokens: int | None, eos_id: int) -> HeldoutDocument:
+    """Held-out document of an encoded one: without the last eos, cut to `max_tokens` at a character boundary."""
+    length = len(encoded.tokens) - (encoded.tokens[-1] == eos_id)
     if max_tokens is not None:
         length = min(length, max_tokens + 1)
-    while (end := whole.ends[length - 1]) is None:
+    while (end := encoded.ends[length - 1]) is None:
         length -= 1
-    tokens, text = whole.tokens[:length], whole.text[:end]
-    scored = [bears and token != eos_id for token, bears in zip(tokens, whole.bears, strict=False)]
+    tokens, text = encoded.tokens[:length], encoded.text[:end]
+    scored = [bears and token != eos_id for token, bears in zip(tokens, encoded.bears, strict=False)]
     scored[0] = False
     return HeldoutDocument(name, tokens, scored, len(text.encode()), text)
 
 
 class _Zlib:
-    """The size of one growing zlib stream."""
+    """Compressed size of one growing zlib stream."""
 
     def __init__(self) -> None:
         self._stream = zlib.compressobj(9)
@@ -283,14 +262,14 @@ class _Zlib:
         self._written += len(self._stream.compress(data))
 
     def bits_per_byte(self) -> float:
-        """Ends the stream."""
+        """Compressed bits per byte read; ends the stream."""
         return 8 * (self._written + len(self._stream.flush())) / max(1, self._read)
 
 
 def zlib_bits_per_byte(texts: Iterable[str]) -> float:
-    """What zlib at level 9 needs for the texts joined into one stream, in bits per byte of UTF-8.
+    """Compressed size of the texts, joined into one zlib stream at level 9, in bits per UTF-8 byte.
 
-    Joined, it may reuse what it saw in earlier documents: a harder reference than one stream a document.
+    In one stream zlib can refer back to earlier documents: a stronger baseline than one stream per document.
     """
     stream = _Zlib()
     for text in texts:

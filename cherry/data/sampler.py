@@ -1,7 +1,4 @@
-"""Owns the order in which training reads sequences: a function of a seed and a position.
-
-It knows nothing of data: sequences are numbers below a length.
-"""
+"""Order in which training reads sequences: a pure function of a seed and a position, without stored state."""
 
 from __future__ import annotations
 
@@ -17,12 +14,11 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Sampler:
-    """Which sequences each optimizer step reads: a seeded permutation for each epoch, one after the other.
+    """Sequences of each optimizer step: a seeded permutation per epoch, one epoch after the other.
 
-    The order is a function of the seed and the position alone, which counts sequences: it is the same for any number
-    of ranks, and goes on where it was when the size of a batch changes. A batch may span two epochs, so no sequence is
-    left out and every batch is whole. Any place of an epoch is found without the others, at the same cost whatever the
-    length.
+    The order depends on the seed and the position only (a number of sequences): it is the same for any number of ranks,
+    and continues at the same place when the batch size changes. A batch may span two epochs, so that no sequence is
+    left out and every batch is full. Any position is computed directly, at the same cost for any length.
     """
 
     length: int
@@ -30,12 +26,12 @@ class Sampler:
     batch_size: int
 
     def indices(self, position: int, data_rank: int = 0, data_ranks: int = 1) -> NDArray[np.int64]:
-        """Sequence ids of this rank in the batch that begins at `position`: every `data_ranks`-th of them.
+        """Sequence ids of a rank in the batch that begins at `position`: every `data_ranks`-th of the batch.
 
-        Ranks beyond the batch's size get none.
+        Empty for ranks beyond the batch size.
 
         Args:
-            position: how many sequences come before the batch, all ranks' together.
+            position: number of sequences before the batch, over all ranks.
         """
         positions = np.arange(position + data_rank, position + self.batch_size, data_ranks, dtype=np.int64)
         chosen = np.empty_like(positions)
@@ -46,10 +42,10 @@ class Sampler:
 
 
 def permuted(places: NDArray[np.int64], length: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where a seeded permutation of range(length) takes each of `places`.
+    """Images of `places` under a seeded permutation of range(length).
 
-    A Feistel network permutes the numbers of an even count of bits; what falls outside is permuted again until it is
-    inside (cycle walking, Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes the numbers of an even number of bits; a result that is not below `length` is permuted
+    again until it is (cycle walking, Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)

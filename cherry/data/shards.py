@@ -1,9 +1,9 @@
-"""Owns token shards on disk: documents one after the other, cut into sequences of a fixed length.
+"""Token shards on disk: concatenated documents, read as sequences of a fixed length.
 
-It knows nothing of where tokens come from, or of the order in which sequences are read. A document starts with bos
-and ends with eos; neither occurs inside one, so the boundaries can be read off the tokens.
+A document starts with bos and ends with eos. Neither occurs inside a document, so that boundaries can be found from
+the tokens alone.
 
-Shapes: T sequence length.
+Shapes: S sequence, T sequence length.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from base import storage
@@ -26,7 +27,7 @@ SHARD_TOKENS = 1 << 28
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was prepared; manifest.json holds the same."""
+    """Description of prepared data: the content of manifest.json."""
 
     source: str
     digest: str
@@ -43,12 +44,12 @@ class Manifest:
     shards: list[str]
     shard_tokens: int
     masked: bool
-    """Whether a mask file stands beside each shard (chat: only the assistant's tokens bear loss)."""
+    """True if each shard has a mask file (chat: only the assistant's tokens bear loss)."""
     heldout: dict[str, float]
-    """documents, bytes, and zlib_bits_per_byte of the whole held-out documents."""
+    """`documents`, `bytes` and `zlib_bits_per_byte` of the held-out documents, uncut."""
     files: int = 0
     skipped_files: int = 0
-    """Text files that are not UTF-8, and were left out."""
+    """Number of text files that are not UTF-8 and were left out."""
 
 
 def read_manifest(directory: str) -> Manifest:
@@ -56,7 +57,7 @@ def read_manifest(directory: str) -> Manifest:
 
     Raises:
         MissingFileError: the directory was never committed.
-        DataError: manifest.json is not one.
+        DataError: manifest.json is not a manifest of this version.
     """
     storage.read_commit(directory)
     uri = storage.join(directory, "manifest.json")
@@ -71,9 +72,9 @@ def read_manifest(directory: str) -> Manifest:
 
 
 class ShardWriter:
-    """Appends documents to train-00000.bin and so on, each of `shard_tokens` tokens but the last.
+    """Writes documents to train-00000.bin, train-00001.bin, ...; all but the last hold `shard_tokens` tokens.
 
-    With `masked`, train-00000.mask beside it has one byte for each token: 1 where it bears loss.
+    With `masked`, train-00000.mask holds one byte per token: 1 where the token bears loss.
 
     Raises:
         DiskFullError: no space is left.
@@ -89,7 +90,11 @@ class ShardWriter:
         self._open: list[BinaryIO] = []
 
     def add(self, tokens: list[int], bears: list[bool]) -> None:
-        """Append one document."""
+        """Append one document.
+
+        Args:
+            bears: which of its tokens bear loss; ignored unless `masked`.
+        """
         columns = [np.asarray(tokens, dtype=self.dtype)]
         if self.masked:
             columns.append(np.asarray(bears, dtype=np.uint8))
@@ -111,7 +116,7 @@ class ShardWriter:
         self._open = [open(name, "wb") for name in [path, path.with_suffix(".mask")][: 1 + self.masked]]  # noqa: SIM115
 
     def _close(self) -> None:
-        """Bring everything to the disk: a marker will vouch for it."""
+        """Close the open files after an fsync, which the commit marker relies on."""
         with ExitStack() as closing:
             handles, self._open = [closing.enter_context(handle) for handle in self._open], []
             for handle in handles:
@@ -127,15 +132,18 @@ class ShardWriter:
 
 
 class TokenDataset:
-    """The packed sequences of a prepared directory, memory-mapped.
+    """Packed sequences of a prepared directory, memory-mapped.
+
+    Args:
+        manifest: given for a directory that is not committed yet; by default a committed directory's is read.
 
     Raises:
-        MissingFileError: the directory was never committed, or a shard is gone.
-        DataError: a shard has another size than the manifest says.
+        MissingFileError: the directory is not committed, or a shard is missing.
+        DataError: the size of a shard is not the one in the manifest.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.manifest = read_manifest(directory)
+    def __init__(self, directory: str, manifest: Manifest | None = None) -> None:
+        self.manifest = manifest or read_manifest(directory)
         self._root = Path(storage.local_path(directory))
         self._shards = [self._map(name, np.dtype(self.manifest.token_type)) for name in self.manifest.shards]
         names = [name.replace(".bin", ".mask") for name in self.manifest.shards] if self.manifest.masked else []
@@ -155,13 +163,21 @@ class TokenDataset:
         return self.manifest.sequences
 
     def sequence(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens [T+1] and which of them bear loss [T+1]; neighbours share one token."""
-        start = index * self.manifest.sequence_length
-        end = start + self.manifest.sequence_length + 1
-        tokens = self._read(self._shards, start, end).astype(np.int64)
-        if not self._masks:
-            return tokens, np.ones(len(tokens), dtype=np.bool_)
-        return tokens, self._read(self._masks, start, end).astype(np.bool_)
+        """Tokens [T+1] of a sequence, and which of them bear loss [T+1]; neighbours share one token."""
+        tokens_ST, bears_ST = self.sequences(index, index + 1)
+        return tokens_ST[0], bears_ST[0]
+
+    def sequences(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens [S, T+1] of the sequences from `first` up to `end`, and which of them bear loss [S, T+1]."""
+        length = self.manifest.sequence_length
+        start, stop = first * length, end * length + 1
+        tokens = self._read(self._shards, start, stop).astype(np.int64)
+        bears = np.ones(len(tokens), dtype=np.bool_)
+        if self._masks:
+            bears = self._read(self._masks, start, stop).astype(np.bool_)
+        tokens_ST = sliding_window_view(tokens, length + 1, writeable=True)[::length]
+        bears_ST = sliding_window_view(bears, length + 1, writeable=True)[::length]
+        return tokens_ST, bears_ST
 
     def _read(self, shards: list[NDArray[Any]], start: int, end: int) -> NDArray[Any]:
         size = self.manifest.shard_tokens

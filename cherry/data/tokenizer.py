@@ -1,7 +1,4 @@
-"""Owns the tokenizer of a run: a byte-level BPE trained on its documents, or one that was given.
-
-It knows nothing of sequences. Training and encoding are the `tokenizers` library's.
-"""
+"""Tokenizer of a run: a byte-level BPE trained on its documents, or a given tokenizer.json (`tokenizers` library)."""
 
 from __future__ import annotations
 
@@ -19,17 +16,17 @@ ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assis
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, bos_id: int, eos_id: int, more_special: Sequence[str] = ()
 ) -> Tokenizer:
-    """Train a byte-level BPE (as GPT-2's) of at most `vocab_size` tokens. The same texts give the same tokenizer.
+    """Byte-level BPE tokenizer (like GPT-2's) of at most `vocab_size` tokens, trained on `texts`. Deterministic.
 
     Args:
-        more_special: control tokens behind bos, eos and the roles.
+        more_special: control tokens after bos, eos and the roles.
 
     Raises:
-        DataError: the model's bos and eos ids are not 0 and 1, which a tokenizer trained here has.
+        DataError: `bos_id` and `eos_id` are not 0 and 1, the ids that a trained tokenizer has.
     """
     if (bos_id, eos_id) != (0, 1):
         raise DataError(
-            f"a tokenizer that is trained here has bos 0 and eos 1, the model wants {bos_id} and {eos_id}. "
+            f"a tokenizer that is trained here has bos 0 and eos 1, the model has {bos_id} and {eos_id}. "
             "Give data.tokenizer, or set model.bos_token_id=0 and model.eos_token_id=1."
         )
     tokenizer = Tokenizer(models.BPE())
@@ -42,19 +39,19 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _whole_plain_text(tokenizer)
+    return _as_plain_text(tokenizer)
 
 
 def load_tokenizer(uri: str) -> Tokenizer:
-    """Load a tokenizer.json.
+    """Tokenizer of a tokenizer.json.
 
     Raises:
-        MissingFileError: nothing is at `uri`.
-        DataError: it is no tokenizer.
+        MissingFileError: there is no file at `uri`.
+        DataError: the file is not a tokenizer.
     """
     content = storage.read_bytes(uri)
     try:
-        return _whole_plain_text(Tokenizer.from_buffer(content))
+        return _as_plain_text(Tokenizer.from_buffer(content))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(
             f"{uri}: not a tokenizer.json that the tokenizers library reads: {error}. Export or copy it again."
@@ -62,7 +59,10 @@ def load_tokenizer(uri: str) -> Tokenizer:
 
 
 def check_fit(tokenizer: Tokenizer, origin: str, *, vocab_size: int, bos_id: int, eos_id: int) -> None:
-    """Refuse a tokenizer that does not belong to the model.
+    """Check that a tokenizer fits the model.
+
+    Args:
+        origin: path or URI, for the error.
 
     Raises:
         DataError: a token id is not below `vocab_size`, or bos or eos is not one of the tokenizer's added tokens
@@ -84,11 +84,10 @@ def check_fit(tokenizer: Tokenizer, origin: str, *, vocab_size: int, bos_id: int
             )
 
 
-def _whole_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Encode documents whole and as the text that they are.
+def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, set to encode documents without truncation or padding, and special tokens' names as plain text.
 
-    A tokenizer.json may ask to cut or pad what it encodes. A special token's name inside a document is ordinary text,
-    so that no document can end or pose as another.
+    Otherwise a document that contains the name of a special token could end itself or begin another.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -21,6 +21,7 @@ from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
 from cherry.distributed.local_part import local_part
 from cherry.distributed.mesh import Meshes, build_meshes
 from cherry.job_config import ParallelConfig
+from cherry.parallel_rules import keeps_working_copies, shards_by_width
 from model.experts import Experts
 from model.moe import MoE
 from model.transformer import Block, DeepseekV3, initial_values
@@ -36,7 +37,9 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Meshes | None:
 def keeps_resident_params(meshes: Meshes | None, precision: str, parallel: ParallelConfig) -> bool:
     """True where half-precision parameters stay unsharded between passes: on a mesh of one rank
     (cherry/distributed/resident_params.py)."""
-    return meshes is not None and meshes.dense.size() == 1 and precision != "fp32" and not parallel.cpu_offload
+    if meshes is None:
+        return False
+    return keeps_working_copies(meshes.dense.size(), precision, cpu_offload=parallel.cpu_offload)
 
 
 def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel: ParallelConfig | None = None) -> None:
@@ -96,25 +99,21 @@ def _shard_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], *
 
 
 def _shard_placement_fn(module: nn.Module, mesh: DeviceMesh) -> Any:
-    """Function from a parameter to its shard dimension: 0, but 1 for experts whose count the ranks do not divide.
+    """Function from a parameter to its shard dimension: 0, but 1 for experts that dimension 0 shards unevenly.
 
     At 2,048 ranks 256 experts sharded on dimension 0 would be padded eightfold.
     """
     ranks = mesh.size(-1)
     fused = {
-        parameter
-        for experts in module.modules()
-        if isinstance(experts, Experts)
-        for parameter in experts.parameters()
-        if parameter.shape[1] % ranks == 0
+        parameter for experts in module.modules() if isinstance(experts, Experts) for parameter in experts.parameters()
     }
 
     def place(parameter: nn.Parameter) -> Shard | None:
         if parameter not in fused:
             return None
+        own_unit = isinstance(parameter, DTensor)
         rows = parameter.to_local().shape[0] if isinstance(parameter, DTensor) else parameter.shape[0]
-        uneven = rows % ranks != 0 if isinstance(parameter, DTensor) else rows < ranks
-        return Shard(1) if uneven else None
+        return Shard(1) if shards_by_width(rows, parameter.shape[1], ranks, expert_parallel=own_unit) else None
 
     return place
 

@@ -1,4 +1,4 @@
-"""Owns the plan of a run: what fits, how fast it is and what it costs, before a GPU is taken.
+"""The planner: memory, step time, checkpoints, failures and cost of a run before a GPU is taken.
 
-It needs no torch and measures nothing: it reckons from the model's shapes, data sheets and a few measured rates.
+It needs no torch and measures nothing: it computes from the model's shapes, data sheets and measured efficiencies.
 """

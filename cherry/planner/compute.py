@@ -1,7 +1,7 @@
-"""Owns how long a device computes on one layer, on the head and on the optimizer's step.
+"""Compute time of one device: a layer, the head and the optimizer's step, forward and backward apart.
 
-It knows nothing of other ranks. A matmul's rate depends on its sizes and precision; all that moves memory goes at the
-rate of a large copy. Forward and backward are told apart because communication hides behind each of them by itself.
+A matmul's rate depends on its sizes and precision; memory-bound operations go at the rate of a large copy. The two
+passes are apart because communication overlaps with each of them by itself.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from cherry.planner.matmuls import (
     compute_precision,
     forward_seconds,
     head_matmul,
-    held_seconds,
     layer_matmuls,
     memory_seconds,
     mtp_matmul,
+    requantize_seconds,
 )
 from cherry.planner.units import EXPERTS, network_of
 from cherry.planner.workload import Workload
@@ -28,15 +28,15 @@ from cherry.planner.workload import Workload
 _WIDTH_PASSES_FORWARD, _WIDTH_PASSES_BACKWARD = 14.0, 26.0
 _HEAD_PASSES_FORWARD, _HEAD_PASSES_BACKWARD = 2.0, 3.0
 _EAGER = 3.8
-# Rows to experts and back by index: 3.55 ms for 2.26 ms of bytes, same rows.
-_ROWS_REACH = 0.64
+# Permute and unpermute, rows by index: 3.55 ms for 2.26 ms of bytes, same rows.
+_PERMUTE_EFFICIENCY = 0.64
 # Loss and gradient from logits: 3.04 ms for 1.61 ms of bytes.
-_LOSS_REACH = 0.53
+_LOSS_EFFICIENCY = 0.53
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a forward and of a backward pass, by kind of work."""
+    """Seconds of a pass, by kind of operation."""
 
     matmuls: float = 0.0
     experts: float = 0.0
@@ -45,7 +45,7 @@ class Times:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of the whole pass."""
         return self.matmuls + self.experts + self.attention + self.memory
 
     def __add__(self, other: Times) -> Times:
@@ -62,52 +62,55 @@ class Times:
 
 @dataclass(frozen=True)
 class Passes:
-    """One layer, or the head."""
+    """Forward and backward pass of one layer, or of the head."""
 
     forward: Times
     backward: Times
 
 
 def layer_passes(work: Workload, *, moe: bool) -> Passes:
-    """One decoder layer over a micro-batch, on the busiest rank; with full recompute the forward pass runs twice."""
+    """Times of one decoder layer over a micro-batch, on the EP rank with most rows.
+
+    With full recompute the backward pass contains another forward pass.
+    """
     matmuls = layer_matmuls(work, moe=moe)
-    dense = [one for one in matmuls if not one.name.startswith(EXPERTS)]
-    grouped = [one for one in matmuls if one.name.startswith(EXPERTS)]
-    rows = _rows_seconds(work) if moe else 0.0
+    dense = [matmul for matmul in matmuls if not matmul.name.startswith(EXPERTS)]
+    grouped = [matmul for matmul in matmuls if matmul.name.startswith(EXPERTS)]
+    rows = _permute_seconds(work) if moe else 0.0
     attention = _attention_flops(work) / work.gpu.flops[compute_precision(work)]
     forward_memory, backward_memory = _memory_bytes(work, moe=moe)
     forward = Times(
-        matmuls=sum(forward_seconds(work, one) for one in dense),
-        experts=sum(forward_seconds(work, one) for one in grouped),
-        attention=attention / work.reach.attention_forward,
+        matmuls=sum(forward_seconds(work, matmul) for matmul in dense),
+        experts=sum(forward_seconds(work, matmul) for matmul in grouped),
+        attention=attention / work.efficiency.attention_forward,
         memory=memory_seconds(work, forward_memory) + rows,
     )
     backward = Times(
-        matmuls=sum(backward_seconds(work, one) for one in dense),
-        experts=sum(backward_seconds(work, one) for one in grouped),
-        # It makes its scores again: five products for two.
-        attention=2.5 * attention / work.reach.attention_backward,
+        matmuls=sum(backward_seconds(work, matmul) for matmul in dense),
+        experts=sum(backward_seconds(work, matmul) for matmul in grouped),
+        # It recomputes its scores: five products for two.
+        attention=2.5 * attention / work.efficiency.attention_backward,
         memory=memory_seconds(work, backward_memory) + rows,
     )
     return Passes(forward, backward + forward if work.recompute == "full" else backward)
 
 
-def _rows_seconds(work: Workload) -> float:
-    """The way of rows to experts and back: gathered, summed by token, and permuted on both ends where they travel."""
+def _permute_seconds(work: Workload) -> float:
+    """Seconds to permute rows by expert and back: gather, sum by token, and with EP a permute on both ends."""
     routed = work.tokens * work.model.num_experts_per_tok
     moved = 2 * (routed + work.tokens) + (4 * routed * work.imbalance if work.expert > 1 else 0)
-    return memory_seconds(work, work.type_bytes * work.model.hidden_size * moved) / _ROWS_REACH
+    return memory_seconds(work, work.type_bytes * work.model.hidden_size * moved) / _PERMUTE_EFFICIENCY
 
 
 def _attention_flops(work: Workload) -> float:
-    """Forward, the causal half; a token of a context rank sees as much of its sequence as any other."""
+    """FLOPs of a layer's attention forward, causal half; the split over context ranks is balanced."""
     model = work.model
     pairs = 0.5 * work.tokens * work.sequence_length
     return 2.0 * pairs * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
 
 
 def _memory_bytes(work: Workload, *, moe: bool) -> tuple[float, float]:
-    """Bytes between the matmuls of a layer, forward and backward."""
+    """Bytes moved by the memory-bound operations of a layer, forward and backward."""
     model, size, tokens = work.model, work.type_bytes, work.tokens
     factor = 1.0 if work.compile else _EAGER
     heads = model.num_attention_heads * (2 * model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
@@ -129,12 +132,12 @@ def _memory_bytes(work: Workload, *, moe: bool) -> tuple[float, float]:
 
 
 def head_passes(work: Workload) -> Passes:
-    """The head and its loss, whose gradient is made in the forward pass (cherry/loss.py), for all losses."""
+    """Times of the head and its loss, for all losses; its gradient is made in the forward pass (cherry/loss.py)."""
     model, tokens = work.model, work.tokens
     losses = 1 + model.num_nextn_predict_layers
     chunks = -(-tokens // min(work.loss_chunk_tokens, tokens))
     elements = model.vocab_size * model.hidden_size
-    logits = memory_seconds(work, 2 * work.type_bytes * tokens * model.vocab_size) / _LOSS_REACH
+    logits = memory_seconds(work, 2 * work.type_bytes * tokens * model.vocab_size) / _LOSS_EFFICIENCY
     # Every chunk's part of the weight's gradient is read, and the fp32 sum read and written.
     summed = chunks * elements * (work.type_bytes + 8) if chunks > 1 else 0
     scaled = elements * (8 + 4 + work.type_bytes if chunks > 1 else 2 * work.type_bytes)
@@ -145,29 +148,32 @@ def head_passes(work: Workload) -> Passes:
 
 
 def mtp_passes(work: Workload) -> Passes:
-    """The MTP module's projection; its block counts as a layer."""
+    """Times of the MTP module's projection; its block counts as a layer."""
     matmul = mtp_matmul(work)
     return Passes(Times(matmuls=forward_seconds(work, matmul)), Times(matmuls=backward_seconds(work, matmul)))
 
 
 def optimizer_seconds(work: Workload) -> float:
-    """AdamW with the clip in one pass, the norm's pass before it, and what is cast again behind it."""
-    trained = network_of(work).total("trained_elements" if work.unsharded else "padded_trained")
-    gradient = work.type_bytes if work.alone and work.accumulation == 1 else 4
+    """Seconds of the norm's pass, of AdamW with the clip in one pass, and of casting working copies again."""
+    network = network_of(work)
+    trained = network.total("trained_elements" if work.unsharded else "padded_trained")
+    moments = network.total("moments" if work.unsharded else "padded_moments")
+    gradient = work.type_bytes if work.keeps_working_copies and work.accumulation == 1 else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.
-    each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.alone else 0)
-    seconds = memory_seconds(work, each * trained) + held_seconds(work)
+    each = 8 + 2 * gradient + (work.type_bytes if work.keeps_working_copies else 0)
+    moved = each * trained + 2 * work.moment_bytes * moments
+    seconds = memory_seconds(work, moved) + requantize_seconds(work)
     if work.cpu_offload:  # parameters' copies and gradients travel, and the CPU's memory is the slower one
-        seconds = max(seconds, 4 * trained / work.gpu.host_rate) + each * trained / work.gpu.host_rate
+        seconds = max(seconds, 4 * trained / work.gpu.host_rate) + moved / work.gpu.host_rate
     return seconds
 
 
-def gathering_bytes(work: Workload, elements: int, trained: int) -> tuple[float, float]:
-    """Memory traffic that FSDP2 adds to a forward and a backward pass.
+def fsdp_copy_bytes(work: Workload, elements: int, trained: int) -> tuple[float, float]:
+    """Bytes that FSDP2 moves in device memory in a forward and in a backward pass.
 
-    Copies out of the gathered buffer, and gradients laid out anew for their sum.
+    Copies out of the all-gather buffer, and copies of gradients into the reduce-scatter buffer.
     """
-    if work.alone or work.unsharded:
+    if work.keeps_working_copies or work.unsharded:
         return 0.0, 0.0
     out = 2.0 * work.type_bytes * elements
     return out, (out if work.kept_share < 1 else 0.0) + (work.type_bytes + work.reduce_bytes) * trained

@@ -1,6 +1,6 @@
-"""Owns what failures cost: the share of time that becomes progress, and how often to save for the largest share.
+"""Goodput: the fraction of wall-clock time that becomes progress under failures, and the best checkpoint interval.
 
-It knows nothing of models. Failures come at random at a constant rate (a Poisson process); the closed form extends
+Failures come at random at a constant rate (a Poisson process); the closed form extends
 Daly's (Future Generation Computer Systems 22, 2006) by saves that are written in the background.
 """
 
@@ -14,20 +14,20 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True)
 class Reliability:
-    """What interrupts a run, and what an interruption and a save cost; seconds."""
+    """Failure rate of a run, and what a failure and a save cost; seconds."""
 
     failures_per_s: float
-    """Of the whole job: any rank's failure ends the attempt."""
+    """Failures per second of the whole job: any rank's ends the attempt."""
     restart_s: float
-    """From a failure to the first new step: noticed, started again, state read."""
+    """Seconds from a failure to the first new step: detection, restart, checkpoint read."""
     stall_s: float
-    """For which a save stops training."""
+    """Seconds for which a save stops training."""
     write_s: float
-    """From the end of the stall until the save counts: training goes on meanwhile."""
+    """Seconds from the end of the stall until the checkpoint is committed: training goes on meanwhile."""
 
 
 def goodput(reliability: Reliability, interval_s: float) -> float:
-    """The share of wall-clock time that becomes lasting progress, saving after every `interval_s` of training.
+    """Fraction of wall-clock time that becomes lasting progress, saving after every `interval_s` of training.
 
     Between two failures a job makes as many saves as are written in time: k of them need k (interval + stall) + write.
     Failures at rate f end uptime after an exponential time, so
@@ -47,7 +47,7 @@ def goodput(reliability: Reliability, interval_s: float) -> float:
 
 
 def best_interval_s(reliability: Reliability) -> float:
-    """The interval of the largest goodput; a save must be written before the next one begins."""
+    """Seconds between saves of the largest goodput; a save must be written before the next one begins."""
     rate = reliability.failures_per_s
     lowest = max(reliability.write_s, reliability.stall_s, 1.0)
     if rate <= 0:
@@ -64,5 +64,5 @@ def best_interval_s(reliability: Reliability) -> float:
 
 
 def young_interval_s(reliability: Reliability) -> float:
-    """sqrt(2 stall / f): Young's first-order optimum (Communications of the ACM 17, 1974)."""
+    """Seconds between saves by Young's first-order optimum, sqrt(2 stall / f) (Communications of the ACM 17, 1974)."""
     return math.sqrt(2 * reliability.stall_s / reliability.failures_per_s)

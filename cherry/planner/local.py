@@ -1,7 +1,4 @@
-"""Owns what this machine is to a plan: its GPU by the driver's name, or its CPU with the memory that it has.
-
-It knows nothing of clusters, and needs no torch to look.
-"""
+"""This machine's device for a plan, found without torch: its GPU by the driver's name, or its CPU and its memory."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ from pathlib import Path
 import psutil
 
 from base.errors import ConfigError
-from cherry.hardware import GPUS, Gpu
+from cherry.hardware import GPUS, Gpu, find_gpu
 
 _GPU_ROOT = Path("/proc/driver/nvidia/gpus")
 
 
 def local_gpus() -> list[str]:
-    """Names of this machine's GPUs as the driver lists them."""
+    """Names of this machine's GPUs, as the driver lists them."""
     if not _GPU_ROOT.is_dir():
         return []
     return [_model_name(folder / "information") for folder in sorted(_GPU_ROOT.iterdir())]
@@ -29,7 +26,7 @@ def _model_name(path: Path) -> str:
 
 
 def local_device() -> Gpu:
-    """This machine's GPU as the planner knows it, or its CPU.
+    """Figures of this machine's GPU, or of its CPU.
 
     Raises:
         ConfigError: a GPU that the planner does not know.
@@ -37,7 +34,7 @@ def local_device() -> Gpu:
     names = local_gpus()
     if not names:
         return replace(GPUS["laptop"], name="this CPU", memory_bytes=psutil.virtual_memory().total)
-    found = next((gpu for name, gpu in GPUS.items() if name in names[0]), None)
+    found = find_gpu(names[0])
     if found is None:
         known = ", ".join(name for name, gpu in GPUS.items() if not gpu.shared_memory)
         raise ConfigError(f"no plan for this machine's {names[0]}: known are {known}. Name a cluster's spec instead.")

@@ -1,7 +1,4 @@
-"""Owns the plan of one job on one cluster: memory, speed, checkpoints, failures, duration and cost, and how it is told.
-
-It knows nothing of alternatives: cherry/planner/search.py compares plans.
-"""
+"""The plan of one job on one cluster: memory, speed, checkpoints, failures, duration and cost; as JSON too."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from cherry.job_config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
 from cherry.planner.memory import RankMemory, memory_of
 from cherry.planner.step_time import StepTime, step_time
-from cherry.planner.units import network_of
-from cherry.planner.workload import Workload, workload_of
+from cherry.planner.units import whole_network
+from cherry.planner.workload import Workload, moment_bytes, workload_of
 
 # A save's stall where the copy hides behind the next passes: 49 ms (benchmarks/results/checkpoint_stall.jsonl).
 _STALL_S = 0.05
 _HOUR_S = 3600.0
-# What a plan leaves out, told with it.
+# What a plan leaves out; printed with it.
 NOT_MODELLED = (
     "other jobs on the network and on storage, slow links and slow GPUs",
     "computation slowed down by NCCL's kernels beside it",
@@ -32,13 +29,13 @@ NOT_MODELLED = (
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The whole run; seconds and bytes."""
+    """Figures of the whole run; seconds and bytes."""
 
     steps: int
     tokens: int
     checkpoint_bytes: int
     save_s: float
-    """Until a save counts; training goes on meanwhile but for the stall."""
+    """Seconds until a save is committed; training goes on meanwhile but for the stall."""
     stall_s: float
     restore_s: float
     every_steps: int
@@ -48,7 +45,7 @@ class RunPlan:
     best_goodput: float
     interruptions: float
     compute_s: float
-    """Steps alone."""
+    """Seconds of the steps alone."""
     wall_s: float
     gpu_hours: float
     cost: float | None
@@ -56,7 +53,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will need and do."""
+    """Predicted memory, step time and run of one job on one cluster."""
 
     job: str
     cluster: ClusterSpec
@@ -72,11 +69,11 @@ class Plan:
 
     @property
     def worst(self) -> RankMemory:
-        """The ranks that need most."""
+        """Memory of the ranks that need most."""
         return max(self.memory, key=lambda ranks: ranks.total)
 
     def why_not(self) -> str:
-        """Which component breaks it, for a plan that does not fit: the one that the room ends within."""
+        """Sentences that say why a plan does not fit: by how much, and at which component the memory ends."""
         ranks, left = self.worst, self.worst.usable
         largest = max(ranks.components, key=lambda name: ranks.components[name])
         breaking = largest
@@ -85,17 +82,24 @@ class Plan:
             if left < 0:
                 breaking = name
                 break
-        told = (
+        reason = (
             f"{self.job} does not fit: memory of {ranks.name} must hold {ranks.total / GIB:.1f} GiB in "
             f"'{ranks.peak_stage}', and {ranks.usable / GIB:.1f} GiB of {self.work.gpu.name} are usable. "
             f"There is no room for {breaking} ({ranks.components[breaking] / GIB:.1f} GiB)"
         )
         same = f", the largest is {largest} ({ranks.components[largest] / GIB:.1f} GiB)" if largest != breaking else ""
-        return f"{told}{same}."
+        return f"{reason}{same}."
+
+    @property
+    def host_bytes_per_node(self) -> int:
+        """Bytes of a node's own memory that its ranks take at the peak: 0 where a GPU has memory of its own."""
+        if not self.work.gpu.shared_memory:
+            return 0
+        return (self.worst.total + PROCESS_BYTES) * self.work.gpus_per_node
 
     def predictions(self) -> dict[str, float]:
-        """What a run can be held against, under the names of the measured figures."""
-        # On a CPU the process is measured, on a GPU torch's tensors.
+        """Predicted figures that a run also measures, under the names of the measured ones."""
+        # On a CPU the whole process is measured, on a GPU torch's tensors.
         process = PROCESS_BYTES if self.work.gpu.shared_memory else 0
         return {
             "predicted_step_seconds": self.step.total,
@@ -105,7 +109,7 @@ class Plan:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """The plan as JSON values: what plan.json holds."""
         work, step, run = self.work, self.step, self.run
         return {
             "job": self.job,
@@ -128,10 +132,10 @@ class Plan:
                 "busy_s": step.busy,
                 "exposed_s": step.exposed,
                 "bubbles_s": step.bubbles,
-                "travelling_s": step.travelling,
+                "travelling_s": step.collectives,
                 "matmuls": [
-                    {**asdict(one.matmul), "seconds": one.seconds, "flops_per_s": one.flops / one.seconds}
-                    for one in step.matmuls
+                    {**asdict(timed.matmul), "seconds": timed.seconds, "flops_per_s": timed.flops / timed.seconds}
+                    for timed in step.matmuls
                 ],
                 "tokens_per_s_gpu": step.tokens_per_s_gpu,
                 "tokens_per_s": step.tokens_per_s,
@@ -149,7 +153,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def layout_of(work: Workload) -> dict[str, Any]:
-    """The keys that a search varies, by their names in the configuration."""
+    """Values of the configuration's keys that a search varies."""
     return {
         "parallel.replicate": work.replicate,
         "parallel.shard": work.shard,
@@ -169,21 +173,25 @@ def make_plan(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None) -
         gpu: the device, where it is known better than by the cluster's spec.
 
     Raises:
-        ConfigError: the job does not go on the cluster.
+        ConfigError: the job asks for what the cluster does not have.
     """
     return plan_of(config, cluster, workload_of(config, cluster, gpu))
 
 
 def plan_of(config: JobConfig, cluster: ClusterSpec, work: Workload) -> Plan:
-    """The same for a workload that may differ from the job's own layout."""
+    """The plan of a job in the layout of `work`, which may differ from the job's own."""
     step = step_time(work)
     return Plan(config.name, cluster, work, memory_of(work), step, _run(config, cluster, work, step))
 
 
+def checkpoint_bytes(config: JobConfig) -> int:
+    """Bytes of one checkpoint over all ranks: fp32 parameters, frozen ones included, and the optimizer's states."""
+    network = whole_network(config.model, config.lora)
+    return 4 * network.total("elements") + moment_bytes(config.train) * network.total("moments")
+
+
 def _run(config: JobConfig, cluster: ClusterSpec, work: Workload, step: StepTime) -> RunPlan:
-    network, train = network_of(work), config.train
-    trained = network.whole("trained_elements", work.expert)
-    held = 4 * network.whole("elements", work.expert) + 2 * work.moment_bytes * trained
+    train, held = config.train, checkpoint_bytes(config)
     copy_s = held / work.ranks * work.replicate / work.gpu.host_rate
     stall_s = _STALL_S + max(0.0, copy_s - step.total) if config.checkpoint.asynchronous else 0.0
     save_s = copy_s + held / cluster.storage_write_bytes_s

@@ -1,7 +1,4 @@
-"""Owns how a plan is told in rows: by a terminal, Prefect's page or MLflow alike.
-
-It knows nothing of any of them.
-"""
+"""Report of a plan as titled rows, for a terminal, Prefect and MLflow alike."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from cherry.planner.plan import Plan
 from cherry.planner.search import Layout
 
 _SHOWN_SECONDS = 5e-4
-"""Shorter parts of a step are left out."""
+"""Seconds below which a part of a step is left out."""
 _SHOWN_SHARE = 0.01
-"""Of the step: smaller matmuls are told together."""
-# What each collective runs beside, and what of a step's waiting is its own.
-_BESIDE = {
+"""Fraction of a step below which matmuls are summed up in one row."""
+# What each collective overlaps with, and under which name the step has what is exposed of it.
+_OVERLAPS = {
     "all-gather, forward": ("the forward pass", "gathering"),
     "all-gather, backward": ("the backward pass", "gathering and reducing"),
     "reduce-scatter": ("the backward pass", "gathering and reducing"),
@@ -26,19 +23,30 @@ _BESIDE = {
 }
 
 
+# Labels for a person, where the keys of plan.json are not the field's terms.
+_MEMORY = {"gathered layers": "unsharded parameters"}
+_COMPUTE = {"matmuls": "dense matmuls", "experts' matmuls": "expert matmuls", "between matmuls": "memory-bound ops"}
+_EXPOSED = {
+    "gathering": "forward all-gather",
+    "gathering and reducing": "backward all-gather, reduce-scatter",
+    "context": "context parallel",
+    "replicas": "all-reduce of replicas",
+}
+
+
 @dataclass(frozen=True)
 class Row:
-    """One figure."""
+    """One figure of the report."""
 
     name: str
     value: str
     share: float | None = None
-    """Of its section's whole, for a bar."""
+    """Fraction of its section's total, for a bar."""
     note: str = ""
 
 
 def headline(plan: Plan) -> str:
-    """Where and how it would run."""
+    """One line with devices, layout, micro-batches, precision and recompute."""
     work = plan.work
     axes = {"replicate": work.replicate, "shard": work.shard, "context": work.context, "expert": work.expert}
     layout = ", ".join(f"{axis} {size}" for axis, size in axes.items())
@@ -48,44 +56,45 @@ def headline(plan: Plan) -> str:
 
 
 def memory_title(plan: Plan) -> str:
-    """Of a picture of its memory."""
+    """Title of a plot of the plan's memory."""
     return f"{plan.job} on {plan.work.ranks} x {plan.work.gpu.name}: memory of {plan.worst.name}"
 
 
 def unused(plan: Plan) -> str:
-    """What of the cluster the job leaves idle; empty when it takes all."""
+    """Sentence about the GPUs of the cluster that the job leaves idle; empty when it takes all."""
     cluster, work = plan.cluster, plan.work
     if cluster.kind != "nodes" or work.ranks >= cluster.gpus:
         return ""
     nodes, on_node = work.ranks // work.gpus_per_node, work.gpus_per_node
     keys = {"launch.nnodes": (nodes, cluster.nodes), "launch.nproc_per_node": (on_node, cluster.gpus_per_node)}
-    overrides = " ".join(f"{key}={there}" for key, (asked, there) in keys.items() if asked != there)
+    overrides = " ".join(f"{key}={available}" for key, (asked, available) in keys.items() if asked != available)
     return f"takes {work.ranks} of the cluster's {cluster.gpus} GPUs; all with {overrides}"
 
 
 def sections_of(plan: Plan) -> list[tuple[str, list[Row]]]:
-    """Titles and their rows."""
+    """Sections of the report: title and rows."""
     worst = plan.worst
+    stage = worst.peak_stage.replace("mixture", "MoE")
     return [
         (
-            f"memory of {worst.name}, GiB, in {worst.peak_stage}; {worst.usable / GIB:.1f} usable",
+            f"memory of {worst.name}, GiB, in {stage}; {worst.usable / GIB:.1f} usable",
             _memory(plan),
         ),
         ("a step, seconds", _step(plan)),
         ("matmuls of a step, seconds; rows x inputs x outputs, precision, TFLOP/s", _matmuls(plan)),
-        ("communication of a step, seconds; what it hides behind", _communication(plan)),
+        ("communication of a step, seconds; what it overlaps with", _communication(plan)),
         ("speed", _speed(plan)),
         ("the run", _run(plan)),
     ]
 
 
 def _memory(plan: Plan) -> list[Row]:
-    """The ranks that need most; what the others have less, beside it."""
+    """Rows of the ranks that need most, with the other class's figure beside where it differs."""
     worst, others = plan.worst, [ranks for ranks in plan.memory if ranks is not plan.worst]
 
     def row(name: str, size: int, other: dict[str, int]) -> Row:
         differing = [f"{size / GIB:.2f} {ranks}" for ranks, size in other.items()]
-        return Row(name, f"{size / GIB:.2f}", min(1.0, size / worst.usable), ", ".join(differing))
+        return Row(_MEMORY.get(name, name), f"{size / GIB:.2f}", min(1.0, size / worst.usable), ", ".join(differing))
 
     rows = [
         row(name, size, {ranks.name: ranks.components[name] for ranks in others if ranks.components[name] != size})
@@ -97,41 +106,47 @@ def _memory(plan: Plan) -> list[Row]:
 
 def _step(plan: Plan) -> list[Row]:
     step = plan.step
-    rows = [Row(name, f"{s:.3f}", s / step.total) for name, s in step.busy.items() if s >= _SHOWN_SECONDS]
-    rows += [
-        Row(f"waiting: {name}", f"{s:.3f}", s / step.total) for name, s in step.exposed.items() if s >= _SHOWN_SECONDS
+    rows = [
+        Row(_COMPUTE.get(name, name), f"{s:.3f}", s / step.total)
+        for name, s in step.busy.items()
+        if s >= _SHOWN_SECONDS
     ]
-    hidden = sum(step.travelling.values()) - sum(s for name, s in step.exposed.items() if name != "host")
-    rows.append(Row("all", f"{step.total:.3f}", None, f"{max(0.0, hidden):.3f} of communication hidden"))
+    rows += [
+        Row(f"exposed: {_EXPOSED.get(name, name)}", f"{s:.3f}", s / step.total)
+        for name, s in step.exposed.items()
+        if s >= _SHOWN_SECONDS
+    ]
+    hidden = sum(step.collectives.values()) - sum(s for name, s in step.exposed.items() if name != "host")
+    rows.append(Row("all", f"{step.total:.3f}", None, f"{max(0.0, hidden):.3f} of communication overlapped"))
     if step.bubbles >= _SHOWN_SECONDS:
-        rows.append(Row("of it, bubbles", f"{step.bubbles:.3f}", None, "waiting for the busiest ranks"))
+        rows.append(Row("EP load imbalance", f"{step.bubbles:.3f}", None, "of it, waiting for the busiest ranks"))
     return rows
 
 
 def _matmuls(plan: Plan) -> list[Row]:
-    """Largest first: rows, inputs and outputs, precision and rate."""
+    """Rows of the matmuls, largest first, with their sizes, precision and TFLOP/s."""
     step = plan.step
-    shown = [one for one in step.matmuls if one.seconds >= _SHOWN_SHARE * step.total]
+    shown = [timed for timed in step.matmuls if timed.seconds >= _SHOWN_SHARE * step.total]
     rows = []
-    for one in sorted(shown, key=lambda one: -one.seconds):
-        matmul = one.matmul
+    for timed in sorted(shown, key=lambda timed: -timed.seconds):
+        matmul = timed.matmul
         sizes = f"{matmul.rows:,.0f} x {matmul.into:,} x {matmul.out:,}"
-        note = f"{sizes}, {matmul.precision}, {one.flops / one.seconds / 1e12:,.3g}"
-        rows.append(Row(matmul.name, f"{one.seconds:.3f}", None, note))
-    rest = sum(one.seconds for one in step.matmuls) - sum(one.seconds for one in shown)
+        note = f"{sizes}, {matmul.precision}, {timed.flops / timed.seconds / 1e12:,.3g}"
+        rows.append(Row(matmul.name, f"{timed.seconds:.3f}", None, note))
+    rest = sum(timed.seconds for timed in step.matmuls) - sum(timed.seconds for timed in shown)
     return [*rows, Row("others", f"{rest:.3f}")] if rest >= _SHOWN_SECONDS else rows
 
 
 def _communication(plan: Plan) -> list[Row]:
-    """How long each collective travels, and what hides it; both that run in the backward pass share its waiting."""
+    """Rows of the collectives, what each overlaps with, and what is exposed; both of the backward pass share that."""
     step = plan.step
     rows = []
-    for name, seconds in step.travelling.items():
-        beside, waiting = _BESIDE.get(name, ("nothing", ""))
-        left = step.exposed.get(waiting, 0.0)
-        note = f"{beside}, but for {left:.3f}" if left >= _SHOWN_SECONDS else beside
+    for name, seconds in step.collectives.items():
+        overlap, exposed = _OVERLAPS.get(name, ("nothing", ""))
+        left = step.exposed.get(exposed, 0.0)
+        note = f"{overlap}, {left:.3f} exposed" if left >= _SHOWN_SECONDS else overlap
         if seconds >= _SHOWN_SECONDS:
-            rows.append(Row(name, f"{seconds:.3f}", None, note))
+            rows.append(Row(_EXPOSED.get(name, name), f"{seconds:.3f}", None, note))
     return rows or [Row("none", "0.000")]
 
 
@@ -147,7 +162,7 @@ def _speed(plan: Plan) -> list[Row]:
 
 def _run(plan: Plan) -> list[Row]:
     run, cluster = plan.run, plan.cluster
-    background = "in the background, but for the stall" if run.save_s else ""
+    background = "asynchronous, but for the stall" if run.save_s else ""
     every = f"every {run.every_steps} steps; best every {run.best_every_steps} ({100 * run.best_goodput:.2f} %)"
     rows = [
         Row("steps", f"{run.steps:,}", None, f"{run.tokens:,} tokens"),
@@ -156,9 +171,12 @@ def _run(plan: Plan) -> list[Row]:
         Row("checkpoint stall", f"{run.stall_s:.2f} s", None, f"{run.stall_s / run.every_steps:.2g} s a step"),
         Row("restore", duration(run.restore_s)),
         Row(
-            "interruptions", f"{run.interruptions:.2f}", None, f"{cluster.interruptions_per_gpu_day:.2e} a GPU and day"
+            "interruptions",
+            f"{run.interruptions:.2f}",
+            None,
+            f"{cluster.interruptions_per_gpu_day:.2e} a GPU and day",
         ),
-        Row("goodput", f"{100 * run.goodput:.2f} %", None, "of the wall-clock time"),
+        Row("goodput", f"{100 * run.goodput:.2f} %", None, "of wall-clock time"),
         Row("duration", duration(run.wall_s), None, f"{run.gpu_hours:,.0f} GPU hours"),
     ]
     if run.cost is not None:
@@ -174,7 +192,7 @@ def _size(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For a person."""
+    """A duration as text, in the largest unit of which there are 1.5."""
     if math.isinf(seconds):
         return "never"
     for unit, scale in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
@@ -184,11 +202,11 @@ def duration(seconds: float) -> str:
 
 
 def advice(nearest: Sequence[Layout]) -> str:
-    """What would fit, in a sentence."""
+    """Sentence with the nearest layouts that fit."""
     if not nearest:
         return "No one or two changes that the planner knows make it fit: take more nodes or a smaller model."
-    told = "; ".join(
-        f"{one.overrides} ({one.total_bytes / GIB:.1f} GiB, {one.tokens_per_s_gpu:,.0f} tokens/s/GPU)"
-        for one in nearest
+    layouts = "; ".join(
+        f"{layout.overrides} ({layout.total_bytes / GIB:.1f} GiB, {layout.tokens_per_s_gpu:,.0f} tokens/s/GPU)"
+        for layout in nearest
     )
-    return f"What would fit: {told}."
+    return f"What would fit: {layouts}."

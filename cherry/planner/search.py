@@ -1,6 +1,6 @@
-"""Owns the layouts that a job could have on a cluster: which of them fit, which are fastest, which are nearest.
+"""Search over parallel layouts: all that fit on the plan's ranks, fastest first, and the nearest that would fit.
 
-It knows nothing of how a plan is told. The optimizer's batch stays as it is, so what is trained does not change.
+The optimizer's batch stays as it is, so what is trained does not change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import get_args
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS, Gpu
 from cherry.job_config import TrainConfig
+from cherry.parallel_rules import experts_shard_evenly, sequence_divides
 from cherry.planner.memory import busiest_of
 from cherry.planner.plan import Plan, layout_of
 from cherry.planner.step_time import step_time
@@ -26,10 +27,10 @@ _MORE_NODES = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout and what it would reach."""
+    """One layout, its peak memory and its speed."""
 
     changes: dict[str, object]
-    """Keys of the configuration that lead to it."""
+    """Keys of the configuration that differ from the plan's, with their values."""
     work: Workload
     total_bytes: int
     fits: bool
@@ -37,13 +38,13 @@ class Layout:
 
     @property
     def overrides(self) -> str:
-        """As `cherry` takes them."""
-        told = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.changes.items()}
-        return " ".join(f"{key}={value}" for key, value in told.items())
+        """The changes as `key=value` words of the `cherry` command."""
+        words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.changes.items()}
+        return " ".join(f"{key}={value}" for key, value in words.items())
 
 
 def search(plan: Plan) -> list[Layout]:
-    """Every layout on the plan's ranks that fits, fastest first; of equals, the one with the most room."""
+    """All layouts on the plan's ranks that fit, fastest first; of equals, the one with the most room."""
     own = plan.work
     found: list[Layout] = []
     for replicate in _powers(own.ranks):
@@ -51,7 +52,7 @@ def search(plan: Plan) -> list[Layout]:
         if not fitting and replicate > 1:
             break  # more replicas share a parameter among fewer ranks
         found += fitting
-    return sorted(found, key=lambda one: (-one.tokens_per_s_gpu, one.total_bytes))
+    return sorted(found, key=lambda layout: (-layout.tokens_per_s_gpu, layout.total_bytes))
 
 
 def _search_keys(own: Workload, work: Workload) -> dict[str, object]:
@@ -64,15 +65,15 @@ def _layouts(own: Workload, replicate: int) -> Iterator[Workload]:
     precisions = offered_precisions(own.gpu, _PRECISIONS)
     for expert in _powers(min(own.ranks, own.model.n_routed_experts)):
         for context in _CONTEXT:
-            laid = _laid_out(own, replicate=replicate, expert=expert, context=context)
-            for micro in _micro_batches(laid) if laid is not None else ():
+            base = _relayout(own, replicate=replicate, expert=expert, context=context)
+            for micro in _micro_batches(base) if base is not None else ():
                 for precision in precisions:
                     for recompute in ("none", "full"):
                         yield replace(micro, precision=precision, recompute=recompute)
 
 
 def offered_precisions(gpu: Gpu, known: Sequence[str]) -> list[str]:
-    """Those that both the configuration and the device have."""
+    """Precisions that both the configuration and the device have."""
     return [name for name in known if name in gpu.precisions]
 
 
@@ -83,17 +84,17 @@ def _powers(limit: int) -> Iterator[int]:
         value *= 2
 
 
-def _laid_out(own: Workload, **axes: int) -> Workload | None:
-    """The same ranks and batch in other axes; `None` where the configuration would refuse them."""
+def _relayout(own: Workload, **axes: int) -> Workload | None:
+    """The workload on the same ranks and batch with other axes; `None` where the configuration would refuse them."""
     replicate = axes.get("replicate", own.replicate)
     expert, context = axes.get("expert", own.expert), axes.get("context", own.context)
     inner = replicate * expert * context
-    if own.ranks % inner or own.model.n_routed_experts % expert or own.sequence_length % (2 * context):
+    if own.ranks % inner or own.model.n_routed_experts % expert or not sequence_divides(own.sequence_length, context):
         return None
     shard = own.ranks // inner
     experts, shards = own.model.n_routed_experts // expert, shard * context
     widths = (own.model.hidden_size, 2 * own.model.moe_intermediate_size)
-    if expert > 1 and experts % shards and any(width % shards for width in widths):
+    if expert > 1 and not experts_shard_evenly(experts, widths, shards):
         return None
     data_ranks = own.ranks // context
     if own.batch_sequences % data_ranks:
@@ -112,31 +113,31 @@ def _laid_out(own: Workload, **axes: int) -> Workload | None:
 
 
 def _micro_batches(work: Workload) -> Iterator[Workload]:
-    """The same batch in every number of micro-batches that it divides into."""
+    """The workload with its batch in every number of micro-batches that it divides into."""
     each = work.micro_sequences * work.accumulation
     for sequences in range(1, each + 1):
         if each % sequences == 0:
             yield replace(work, micro_sequences=sequences, accumulation=each // sequences)
 
 
-def _judge(work: Workload, changes: dict[str, object]) -> Layout:
+def _evaluate(work: Workload, changes: dict[str, object]) -> Layout:
     ranks = busiest_of(work)
     speed = step_time(work).tokens_per_s_gpu if ranks.fits else 0.0
     return Layout(changes, work, ranks.total, ranks.fits, speed)
 
 
 def nearest_that_fit(plan: Plan, limit: int = 5) -> list[Layout]:
-    """Changes to a plan that does not fit after which it does: single ones, else two at a time; fastest first."""
+    """Layouts one change, or else two, away from a plan that does not fit, after which it does; fastest first."""
     found = _fitting(_changes(plan.work, plan.cluster)) or _fitting(_pairs(plan))
-    return sorted(found, key=lambda one: -one.tokens_per_s_gpu)[:limit]
+    return sorted(found, key=lambda layout: -layout.tokens_per_s_gpu)[:limit]
 
 
 def _fitting(candidates: Iterable[tuple[dict[str, object], Workload]]) -> list[Layout]:
-    return [one for changes, work in candidates if (one := _judge(work, changes)).fits]
+    return [layout for changes, work in candidates if (layout := _evaluate(work, changes)).fits]
 
 
 def _pairs(plan: Plan) -> Iterator[tuple[dict[str, object], Workload]]:
-    """Two changes of different keys after each other, each pair once."""
+    """Pairs of changes of different keys, each pair once, with the workload after both."""
     seen: set[frozenset[tuple[str, object]]] = set()
     for first, work in _changes(plan.work, plan.cluster):
         for second, both in _changes(work, plan.cluster):
@@ -148,7 +149,7 @@ def _pairs(plan: Plan) -> Iterator[tuple[dict[str, object], Workload]]:
 
 
 def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, object], Workload]]:
-    """Every single change that could make room, with the workload after it."""
+    """Single changes that could make room, each with the workload after it."""
     if own.recompute == "none":
         yield {"train.activation_checkpointing": "full"}, replace(own, recompute="full")
     if own.moment_bytes == 4:
@@ -164,9 +165,9 @@ def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, ob
             yield {"train.gradient_accumulation_steps": micro.accumulation}, micro
     for axis, sizes in (("expert", _powers(own.model.n_routed_experts)), ("context", _CONTEXT), ("replicate", (1,))):
         for size in sizes:
-            laid = _laid_out(own, **{axis: size}) if size != getattr(own, axis) else None
-            if laid is not None and laid.accumulation == own.accumulation:
-                yield {f"parallel.{axis}": size}, laid
+            other = _relayout(own, **{axis: size}) if size != getattr(own, axis) else None
+            if other is not None and other.accumulation == own.accumulation:
+                yield {f"parallel.{axis}": size}, other
     # A chunk as large as the micro-batch needs no fp32 sum of the head's gradient, smaller ones have fewer logits.
     for chunk in sorted({*_CHUNKS, own.tokens} - {own.loss_chunk_tokens}):
         if chunk <= own.tokens:
@@ -190,5 +191,5 @@ def _other_machines(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[
             changes["train.gradient_accumulation_steps"] = accumulation
         yield changes, replace(own, shard=own.shard * times, micro_sequences=micro, accumulation=accumulation)
     for gpu in GPUS.values():
-        if not gpu.shared_memory and gpu.memory_bytes > own.gpu.memory_bytes:
+        if own.precision in gpu.precisions and gpu.memory_bytes > own.gpu.memory_bytes and not gpu.shared_memory:
             yield {"the cluster's gpu": gpu.name}, replace(own, gpu=gpu)

@@ -1,8 +1,7 @@
-"""Owns how long an optimizer step takes: what computes, what travels, and what of that nothing hides.
+"""Time of an optimizer step: compute, communication, and the communication that compute does not hide.
 
-It knows nothing of runs or costs. FSDP2's collectives run beside computation, in a forward and a backward pass each for
-themselves; the experts' all-to-all stands still with everything else, as cherry/distributed/expert_parallel.py waits
-for it.
+FSDP2's collectives overlap with compute, separately in the forward and in the backward pass; the experts' all-to-all
+overlaps with nothing, as cherry/distributed/expert_parallel.py waits for it.
 """
 
 from __future__ import annotations
@@ -13,32 +12,32 @@ from functools import cached_property
 from cherry.planner.compute import (
     Passes,
     Times,
-    gathering_bytes,
+    fsdp_copy_bytes,
     head_passes,
     layer_passes,
     mtp_passes,
     optimizer_seconds,
 )
-from cherry.planner.links import all_reduce_seconds, exchange_seconds, ring_seconds
+from cherry.planner.links import all_reduce_seconds, all_to_all_seconds, ring_seconds
 from cherry.planner.matmuls import MatmulTime, head_matmul, layer_matmuls, memory_seconds, mtp_matmul, time_of
 from cherry.planner.units import EXPERTS, Layer, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload
 
-# Exchanges of rows in a pass: there and back.
-_EXCHANGES = 2
+# All-to-alls of a pass: dispatch and combine.
+_ALL_TO_ALLS = 2
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One optimizer step, seconds."""
+    """Time of one optimizer step, seconds."""
 
     work: Workload
     busy: dict[str, float]
-    """Of the device by kind of work, whatever else runs meanwhile."""
-    travelling: dict[str, float]
-    """Of the network by kind of collective."""
+    """Compute seconds of the device by kind of operation, overlapped or not."""
+    collectives: dict[str, float]
+    """Communication seconds by kind of collective, overlapped or not."""
     exposed: dict[str, float]
-    """What the step waits for beside its computation."""
+    """Seconds that the step takes beyond its compute, by what it waits for."""
     total: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,41 +45,41 @@ class StepTime:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all ranks."""
+        """Tokens per second of all ranks."""
         return self.work.batch_sequences * self.work.sequence_length / self.total
 
     @property
     def tokens_per_s_gpu(self) -> float:
-        """Of one rank."""
+        """Tokens per second of one rank."""
         return self.tokens_per_s / self.work.ranks
 
     @cached_property
     def matmuls(self) -> tuple[MatmulTime, ...]:
-        """What `busy` has of them, by name and size."""
+        """Time of each matmul in the step, by name and size; `busy` has their sum."""
         work, network, found = self.work, network_of(self.work), dict[str, MatmulTime]()
         forwards = 2 if work.recompute == "full" else 1
         for moe, count in ((False, network.dense_layers), (True, network.mixture_layers)):
             for matmul in layer_matmuls(work, moe=moe) if count else ():
                 taken = time_of(work, matmul, times=count * work.accumulation, forwards=forwards)
                 found[matmul.name] = found[matmul.name] + taken if matmul.name in found else taken
-        outside = [one for one in (head_matmul(work), mtp_matmul(work)) if one.count]
-        return (*found.values(), *(time_of(work, one, times=work.accumulation) for one in outside))
+        outside = [matmul for matmul in (head_matmul(work), mtp_matmul(work)) if matmul.count]
+        return (*found.values(), *(time_of(work, matmul, times=work.accumulation) for matmul in outside))
 
     @cached_property
     def bubbles(self) -> float:
-        """Of the total, what average ranks wait for the busiest ones, whose experts are chosen most."""
+        """Seconds that average ranks wait for those whose experts get most rows: the cost of EP load imbalance."""
         even = step_time(replace(self.work, assumed_imbalance=1.0)) if self.work.imbalance > 1 else self
         return self.total - even.total
 
     def mfu(self, *, causal: bool) -> float:
-        """Model FLOPs over the peak of the compute precision, MTP included; attention by its causal half or in full."""
+        """MFU: model FLOPs over the peak of the compute precision, MTP included; attention's causal half or in full."""
         work = self.work
         each = work.model.flops_per_token(work.sequence_length, causal=causal, with_mtp=True)
         return self.tokens_per_s_gpu * each / work.gpu.flops[work.precision]
 
 
 def step_time(work: Workload) -> StepTime:
-    """A step of this workload."""
+    """Time of a step of this workload."""
     return _Step(work, network_of(work)).time()
 
 
@@ -103,13 +102,13 @@ class _Step:
         work, count = self.work, self.work.accumulation
         forward, backward = self._compute()
         copies = self._copies()
-        inside, across = self._exchange()
+        inside, across = self._all_to_all()
         gather_forward, gather_backward, reduce = self._collectives()
         root_gather, root_reduce = self._root()
         # A queue that the host fills more slowly than the device empties it.
         layers = self.network.dense_layers + self.network.mixture_layers
         computed = forward.total + backward.total + copies + inside + across
-        hosted = max(0.0, layers * work.reach.layer_s - computed)
+        hosted = max(0.0, layers * work.efficiency.layer_s - computed)
         hidden_forward = max(0.0, gather_forward - forward.total - copies / 2)
         hidden_backward = max(0.0, gather_backward + reduce - backward.total - copies / 2)
         both = forward + backward
@@ -131,9 +130,9 @@ class _Step:
             "all-to-all across nodes": count * across,
             "context": count * self._context(),
             "replicas": max(0.0, replicas - spare),
-            "host": count * hosted + work.reach.step_s,
+            "host": count * hosted + work.efficiency.step_s,
         }
-        travelling = {
+        collectives = {
             "all-gather, forward": count * (gather_forward + root_gather),
             "all-gather, backward": count * gather_backward,
             "reduce-scatter": count * (reduce + root_reduce),
@@ -142,7 +141,7 @@ class _Step:
             "context": exposed["context"],
             "all-reduce of replicas": replicas,
         }
-        return StepTime(work, busy, travelling, exposed)
+        return StepTime(work, busy, collectives, exposed)
 
     def _compute(self) -> tuple[Times, Times]:
         forward, backward = Times(), Times()
@@ -153,21 +152,21 @@ class _Step:
         return forward, backward
 
     def _copies(self) -> float:
-        """FSDP2's own traffic in memory."""
+        """Seconds of FSDP2's copies in device memory."""
         network = self.network
-        moved = sum(gathering_bytes(self.work, network.total("elements"), network.total("trained_elements")))
+        moved = sum(fsdp_copy_bytes(self.work, network.total("elements"), network.total("trained_elements")))
         return memory_seconds(self.work, moved)
 
-    def _exchange(self) -> tuple[float, float]:
-        """Rows to experts and back, in and across nodes: forward, backward, and again where forward runs twice."""
+    def _all_to_all(self) -> tuple[float, float]:
+        """Seconds of dispatch and combine, intra-node and across nodes: forward, backward, and recompute's forward."""
         work = self.work
         passes = 3 if work.recompute == "full" else 2
-        inside, across = exchange_seconds(work, work.type_bytes * work.model.hidden_size)
-        count = passes * _EXCHANGES * self.network.mixture_layers
+        inside, across = all_to_all_seconds(work, work.type_bytes * work.model.hidden_size)
+        count = passes * _ALL_TO_ALLS * self.network.mixture_layers
         return count * inside, count * across
 
     def _collectives(self) -> tuple[float, float, float]:
-        """Gathering of blocks in the forward and in the backward pass, and the sum of their gradients."""
+        """Seconds of the blocks' all-gathers in the forward and in the backward pass, and of their reduce-scatters."""
         forward = reduce = 0.0
         for layer, count, _ in self._layers:
             for unit in layer.units:
@@ -183,7 +182,7 @@ class _Step:
         return seconds
 
     def _root(self) -> tuple[float, float]:
-        """The root's gathering, before anything computes, and its sum, after everything has."""
+        """Seconds of the root's all-gather, before any compute, and of its reduce-scatter, after all of it."""
         unit, group = self.network.root, self.work.dense_group
         reduce = ring_seconds(self.work, group, self.work.reduce_bytes * unit.trained_elements)
         return self._gather(unit, group), reduce
@@ -192,7 +191,7 @@ class _Step:
         return self.work.expert_shard_group if unit.name == EXPERTS else self.work.dense_group
 
     def _context(self) -> float:
-        """Latents of the whole sequence, gathered in the forward pass and summed in the backward pass."""
+        """Seconds of context parallelism: latents all-gathered in the forward pass, reduced in the backward pass."""
         work, model = self.work, self.work.model
         if work.context == 1:
             return 0.0

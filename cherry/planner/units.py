@@ -1,7 +1,7 @@
-"""Owns which parameters FSDP2 gathers and reduces together, and how large a rank's shards of them are.
+"""FSDP units: the parameters that FSDP2 all-gathers and reduce-scatters together, and the size of a rank's shards.
 
-It knows nothing of time. The units are those of cherry/distributed/fsdp.py: each block by itself, a block's experts by
-themselves where an expert axis deals them out, and the root with embedding, head and the MTP module's own parts.
+The units are those of cherry/distributed/fsdp.py: each block, with expert parallelism a block's experts by themselves,
+and the root with embedding, head and the MTP module's own parts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from cherry.job_config import LoraConfig
+from cherry.parallel_rules import shards_by_width
 from cherry.planner.workload import Workload
 from model.model_config import ModelConfig
 
 Shape = tuple[int, ...]
 EXPERTS = "experts"
-"""The unit of experts that an expert axis deals out."""
+"""Name of the unit that holds an EP rank's experts of a layer."""
+
+
+def moments_per_element(shape: Shape) -> int:
+    """Numbers that the optimizer keeps for each element of a trained parameter of this shape.
+
+    The one place of the planner that knows the optimizer's states: memory, checkpoints and the optimizer's time follow.
+    """
+    return 2  # AdamW's first and second moment, whatever the shape
 
 
 @dataclass(frozen=True)
@@ -26,67 +35,77 @@ class Unit:
 
     name: str
     shapes: tuple[Shape, ...]
-    """As FSDP2 cuts them; experts' first dimension is what the expert axis leaves to a rank."""
+    """Shapes before FSDP2 shards them; experts' first dimension is the number of an EP rank's experts."""
     shards: int
+    """Ranks that they are sharded over."""
     trained: tuple[Shape, ...]
-    """Those of them that have gradients: all, or adapters alone."""
+    """Shapes of those that have gradients: all, or with LoRA the adapters."""
 
     @cached_property
     def elements(self) -> int:
-        """Gathered whole."""
+        """Elements of the unit, unsharded."""
         return sum(map(math.prod, self.shapes))
 
     @cached_property
     def trained_elements(self) -> int:
-        """Gathered whole, of those that have gradients."""
+        """Elements with gradients of the unit, unsharded."""
         return sum(map(math.prod, self.trained))
 
     @cached_property
     def padded(self) -> int:
-        """Elements of a rank's shard as FSDP2 allocates it on every rank: rows are padded to the fullest rank's."""
+        """Elements of a rank's shard as FSDP2 allocates it: rows are padded to those of the fullest rank."""
         return sum(self._shard(shape) for shape in self.shapes)
 
     @cached_property
     def padded_trained(self) -> int:
-        """The same of those that have gradients."""
+        """Elements with gradients of a rank's padded shard."""
         return sum(self._shard(shape) for shape in self.trained)
 
+    @cached_property
+    def moments(self) -> int:
+        """Numbers in the optimizer's states of the whole unit."""
+        return sum(moments_per_element(shape) * math.prod(shape) for shape in self.trained)
+
+    @cached_property
+    def padded_moments(self) -> int:
+        """Numbers in the optimizer's states of a rank's shard, as FSDP2 pads it."""
+        return sum(moments_per_element(shape) * self._shard(shape) for shape in self.trained)
+
     def _shard(self, shape: Shape) -> int:
-        """Elements of the fullest rank's part: by rows; experts that do not go round are cut by width (sharding.py)."""
-        if len(shape) == 3 and shape[1] % self.shards == 0:
-            uneven = shape[0] % self.shards != 0 if self.name == EXPERTS else shape[0] < self.shards
-            if uneven:
-                return math.prod(shape) // self.shards
-        return math.ceil(shape[0] / self.shards) * math.prod(shape[1:])
+        """Elements of the fullest rank's shard of one parameter."""
+        ranks = self.shards
+        if len(shape) == 3 and shards_by_width(shape[0], shape[1], ranks, expert_parallel=self.name == EXPERTS):
+            return math.prod(shape) // ranks
+        return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its dense unit, and its experts where they are a unit of their own."""
+    """FSDP units of one decoder layer: the block, and with expert parallelism its experts."""
 
     moe: bool
     units: tuple[Unit, ...]
 
     @property
     def elements(self) -> int:
-        """Gathered whole."""
+        """Elements of the layer, unsharded."""
         return sum(unit.elements for unit in self.units)
 
     @property
     def trained_elements(self) -> int:
-        """Gathered whole, of those that have gradients."""
+        """Elements with gradients of the layer, unsharded."""
         return sum(unit.trained_elements for unit in self.units)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model as a rank holds it."""
+    """FSDP units of a model, as one rank holds them."""
 
     dense: Layer
     mixture: Layer
     dense_layers: int
     mixture_layers: int
-    """The MTP module's block included."""
+    """Number of MoE layers, the MTP module's block included."""
     root: Unit
 
     @cached_property
@@ -94,22 +113,22 @@ class Network:
         units = [(unit, self.dense_layers) for unit in self.dense.units]
         units += [(unit, self.mixture_layers) for unit in self.mixture.units]
         units += [(self.root, 1)]
-        names = ("elements", "trained_elements", "padded", "padded_trained")
+        names = ("elements", "trained_elements", "padded", "padded_trained", "moments", "padded_moments")
         return {name: sum(count * getattr(unit, name) for unit, count in units) for name in names}
 
     def total(self, of: str) -> int:
-        """The sum of a property of units (`elements`, `padded`, `padded_trained`, ...) over the whole network."""
+        """Sum of a property of units (`elements`, `padded`, `moments`, ...) over all units of the network."""
         return self._totals[of]
-
-    def whole(self, of: str, expert: int) -> int:
-        """The same over all ranks of an expert axis of that size: what a checkpoint holds."""
-        dealt = sum(self.mixture_layers * getattr(unit, of) for unit in self.mixture.units if unit.name == EXPERTS)
-        return self.total(of) + int((expert - 1) * dealt)
 
 
 def network_of(work: Workload) -> Network:
-    """The units of a workload's model."""
+    """FSDP units of a workload's model on its layout."""
     return _network(work.model, work.dense_shards, work.expert_shards, work.expert, work.lora)
+
+
+def whole_network(model: ModelConfig, lora: LoraConfig | None) -> Network:
+    """FSDP units of a model on one rank: their totals are those of all ranks of any layout, without padding."""
+    return _network(model, 1, 1, 1, lora)
 
 
 @lru_cache(maxsize=512)
@@ -130,12 +149,12 @@ def _layer(
     model: ModelConfig, dense_shards: int, expert_shards: int, expert: int, lora: LoraConfig | None, *, moe: bool
 ) -> Layer:
     width = model.hidden_size
-    linears = attention_linears(model)
-    shapes: list[Shape] = [(width,), (width,), *_attention_norms(model), *linears.values()]
+    linears = model.attention_linears()
+    shapes: list[Shape] = [(width,), (width,), *((size,) for size in model.attention_norms()), *linears.values()]
     if not moe:
         shapes += [(2 * model.intermediate_size, width), (width, model.intermediate_size)]
         return Layer(moe, (_unit("dense block", shapes, dense_shards, list(linears.items()), lora),))
-    shared = shared_linears(model)
+    shared = model.shared_expert_linears()
     shapes += [(model.n_routed_experts, width), *shared.values()]
     own = model.n_routed_experts // expert
     experts: list[Shape] = [(own, 2 * model.moe_intermediate_size, width), (own, width, model.moe_intermediate_size)]
@@ -154,31 +173,6 @@ def _unit(
     chosen = [shape for key, shape in adapted if lora.targets is None or key in lora.targets]
     adapters = [part for out, into in chosen for part in ((lora.rank, into), (out, lora.rank))]
     return Unit(name, (*shapes, *adapters), shards, tuple(adapters))
-
-
-def attention_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Attention's projections by name, (outputs, inputs)."""
-    width, heads = model.hidden_size, model.num_attention_heads
-    query = heads * model.qk_head_dim
-    found: dict[str, tuple[int, int]] = {}
-    if model.q_lora_rank is None:
-        found["q_proj"] = (query, width)
-    else:
-        found |= {"q_a_proj": (model.q_lora_rank, width), "q_b_proj": (query, model.q_lora_rank)}
-    found["kv_a_proj_with_mqa"] = (model.kv_lora_rank + model.qk_rope_head_dim, width)
-    found["kv_b_proj"] = (heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
-    return found | {"o_proj": (width, heads * model.v_head_dim)}
-
-
-def shared_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The shared experts' projections by name, (outputs, inputs)."""
-    width, shared = model.hidden_size, model.n_shared_experts * model.moe_intermediate_size
-    return {"shared_gate_up": (2 * shared, width), "shared_down": (width, shared)} if shared else {}
-
-
-def _attention_norms(model: ModelConfig) -> list[Shape]:
-    widths = (model.kv_lora_rank, model.q_lora_rank)
-    return [(width,) for width in widths if width is not None]
 
 
 def _root(model: ModelConfig) -> list[Shape]:

@@ -1,6 +1,6 @@
-"""Owns what is planned: one model on one layout of ranks, and where the members of each group of ranks sit.
+"""Workload of a plan: one model on one parallel layout, and how the ranks of each process group lie on nodes.
 
-It knows nothing of memory or time. A rank's number is ((replicate * shard + s) * context + c) * expert + e, as in
+A rank's number is ((replicate * shard + s) * context + c) * expert + e, as in
 cherry/distributed/mesh.py.
 """
 
@@ -12,13 +12,14 @@ from functools import cached_property
 
 from base.config import Problem
 from base.errors import ConfigError
+from cherry import parallel_rules
 from cherry.cluster import ClusterSpec
-from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Gpu, Reach, reach_of
-from cherry.job_config import JobConfig, LoraConfig
+from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Efficiency, Gpu, efficiency_of
+from cherry.job_config import JobConfig, LoraConfig, TrainConfig
 from model.model_config import ModelConfig
 
 _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
-"""Bytes of a parameter's gathered copy and of an activation; with fp8, matmuls alone take narrower operands."""
+"""Bytes of an unsharded parameter and of an activation; with fp8, only matmuls take narrower operands."""
 
 
 # int8 and fp8 have a scale per 256 values: 0.2545 of fp32's bytes (benchmarks/results/compression.jsonl).
@@ -27,7 +28,7 @@ _REPLICATE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 4 * 0.2545, "fp8": 4 * 0.2
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk with each other, and how many of them share a node."""
+    """A process group: its size, and how many of its ranks share a node."""
 
     ranks: int
     on_node: int
@@ -40,7 +41,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that memory and time depend on."""
+    """Model, device and layout: everything that memory and time depend on."""
 
     model: ModelConfig
     gpu: Gpu
@@ -50,7 +51,7 @@ class Workload:
     context: int
     expert: int
     micro_sequences: int
-    """Sequences that a rank's forward pass takes at one time (with context ranks: parts of them)."""
+    """Sequences of a rank's micro-batch; with context parallelism each context group shares them."""
     accumulation: int
     sequence_length: int
     precision: str
@@ -60,110 +61,109 @@ class Workload:
     moment_bytes: int = 4
     loss_chunk_tokens: int = 1024
     kept_share: float = 0.0
-    """Of a gathered block, what stays between its passes: nothing, all, or its part in a group of some ranks."""
+    """Fraction of a block's parameters kept from forward to backward: 0, 1 (unsharded), or 1/n (resharded over n)."""
     reduce_bytes: int = 4
     replicate_bytes: float = 4.0
-    """Of a gradient's element between replicas."""
+    """Bytes per gradient element in the all-reduce between replicas."""
     cpu_offload: bool = False
     assumed_imbalance: float = 1.0
-    """Rows of the busiest rank's experts over the mean, where ranks share out experts."""
+    """EP load imbalance: routed rows of the busiest EP rank over the mean."""
     nccl_bytes: int = NCCL_CHANNELS * NCCL_BUFFER_BYTES
-    """Of buffers in one direction of one communicator."""
+    """Bytes of NCCL's buffers of one communicator in one direction."""
     lora: LoraConfig | None = None
     expert_ranks_per_node: int | None = None
-    """Where experts lie on several nodes: ranks of each, to which a token goes once
-    (cherry/distributed/expert_parallel_nodes.py). `None` sends it once for each expert."""
-    fused_exchange: bool = False
-    """By kernels like DeepEP's, which reach more of the adapters than NCCL's all-to-all; for comparison with what
-    others have measured."""
+    """EP ranks per node when a token is sent to each node once (cherry/distributed/expert_parallel_nodes.py); `None`
+    sends it once for each expert."""
+    fused_all_to_all: bool = False
+    """All-to-all by fused kernels like DeepEP's instead of NCCL; for comparison with what others have measured."""
 
     @cached_property
     def ranks(self) -> int:
-        """All of them."""
+        """Number of ranks of the job."""
         return self.replicate * self.shard * self.context * self.expert
 
     @cached_property
     def tokens(self) -> int:
-        """Of a rank's forward pass."""
+        """Tokens of a rank's micro-batch."""
         return self.micro_sequences * self.sequence_length // self.context
 
     @property
     def batch_sequences(self) -> int:
-        """Of an optimizer step over all ranks."""
+        """Sequences of an optimizer step over all ranks."""
         return self.micro_sequences * self.accumulation * self.ranks // self.context
 
     @cached_property
     def dense_shards(self) -> int:
-        """Ranks that share a dense parameter."""
+        """Ranks that shard a dense parameter."""
         return self.shard * self.context * self.expert
 
     @cached_property
     def expert_shards(self) -> int:
-        """Ranks that share each of a rank's own experts."""
+        """Ranks that shard the experts of one EP rank."""
         return self.shard * self.context
 
     @cached_property
     def imbalance(self) -> float:
-        """The same, of this layout."""
+        """EP load-imbalance factor of this layout: 1.0 without expert parallelism."""
         return self.assumed_imbalance if self.expert > 1 else 1.0
 
     @property
     def once_per_node(self) -> bool:
-        """Whether a token goes to each node once."""
+        """Whether the dispatch sends a token to each node once, and from there to its experts."""
         on_node = self.expert_ranks_per_node
         return on_node is not None and on_node < self.expert and self.expert % on_node == 0
 
     @cached_property
     def nodes_of_a_token(self) -> float:
-        """Nodes that a token's experts lie on, by chance; a group of experts lies on one node where it can."""
+        """Expected number of nodes that a token's experts lie on; a routing group lies on one node where it can."""
         model = self.model
-        open_nodes = max(1.0, self.expert_group.nodes * model.topk_group / model.n_group)
-        return open_nodes * (1.0 - (1.0 - 1.0 / open_nodes) ** model.num_experts_per_tok)
+        eligible = max(1.0, self.expert_group.nodes * model.topk_group / model.n_group)
+        return eligible * (1.0 - (1.0 - 1.0 / eligible) ** model.num_experts_per_tok)
 
     @cached_property
-    def alone(self) -> bool:
-        """Whether working copies of the parameters stay between passes (`fsdp.keeps_resident_params`)."""
+    def keeps_working_copies(self) -> bool:
+        """Whether working copies of the parameters stay between passes; one CPU rank has nothing sharded at all."""
         on_gpu = not self.gpu.shared_memory
-        return on_gpu and self.ranks == 1 and self.precision != "fp32" and not self.cpu_offload
+        return on_gpu and parallel_rules.keeps_working_copies(self.ranks, self.precision, cpu_offload=self.cpu_offload)
 
     @cached_property
     def unsharded(self) -> bool:
-        """One CPU rank, on which nothing is sharded at all."""
+        """Whether the job is one CPU rank, on which nothing is sharded at all."""
         return self.gpu.shared_memory and self.ranks == 1
 
     @cached_property
     def type_bytes(self) -> int:
-        """Of an activation, a gathered parameter and its gradient."""
+        """Bytes per element of an activation, an unsharded parameter and its gradient."""
         return _TYPE_BYTES[self.precision]
 
     @cached_property
-    def reach(self) -> Reach:
-        """What programs reach on this device."""
-        return reach_of(self.gpu)
+    def efficiency(self) -> Efficiency:
+        """Achieved efficiency on this device."""
+        return efficiency_of(self.gpu)
 
     @cached_property
     def dense_group(self) -> Group:
-        """Ranks that gather a dense parameter."""
+        """Group that all-gathers dense parameters."""
         return self._group(self.dense_shards, stride=1)
 
     @cached_property
     def expert_group(self) -> Group:
-        """Ranks that deal out the experts of a layer."""
+        """Expert-parallel group: ranks that split the experts of a layer."""
         return self._group(self.expert, stride=1)
 
     @cached_property
     def expert_shard_group(self) -> Group:
-        """Ranks that gather the same experts."""
+        """Group that all-gathers the experts of one EP rank."""
         return self._group(self.expert_shards, stride=self.expert)
 
     @cached_property
     def context_group(self) -> Group:
-        """Ranks that share a sequence."""
+        """Context-parallel group: ranks that share a sequence."""
         return self._group(self.context, stride=self.expert)
 
     @cached_property
     def replicate_group(self) -> Group:
-        """Ranks that hold copies of the same shard."""
+        """Data-parallel group of HSDP: ranks with copies of the same shard."""
         return self._group(self.replicate, stride=self.dense_shards)
 
     def _group(self, ranks: int, *, stride: int) -> Group:
@@ -171,13 +171,13 @@ class Workload:
 
 
 def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None) -> Workload:
-    """A job on a cluster.
+    """The workload of a job on a cluster.
 
     Args:
         gpu: the device, where it is known better than by the cluster's spec.
 
     Raises:
-        ConfigError: the job's ranks are not the cluster's.
+        ConfigError: the job asks for what the cluster does not have.
     """
     found = [str(problem) for problem in cluster_problems(config, cluster, gpu or GPUS[cluster.hardware])]
     if found:
@@ -198,9 +198,9 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         precision=train.precision,
         recompute=train.activation_checkpointing,
         compile=train.compile,
-        moment_bytes=_TYPE_BYTES[train.optimizer_state_dtype],
+        moment_bytes=moment_bytes(train),
         loss_chunk_tokens=train.loss_chunk_tokens,
-        # True is freed, False is kept whole, a number is kept in parts of so many.
+        # True reshards fully, False not at all, a number over so many ranks.
         kept_share=0.0 if parallel.reshard_after_forward is True else 1.0 / max(1, int(parallel.reshard_after_forward)),
         reduce_bytes=_TYPE_BYTES[config.communication.reduce_dtype],
         replicate_bytes=_REPLICATE_BYTES[config.communication.replicate],
@@ -212,21 +212,26 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
     )
 
 
+def moment_bytes(train: TrainConfig) -> int:
+    """Bytes of one number of the optimizer's state."""
+    return _TYPE_BYTES[train.optimizer_state_dtype]
+
+
 def _nccl_bytes(config: JobConfig) -> int:
     size = int(config.communication.variables().get("NCCL_BUFFSIZE", NCCL_BUFFER_BYTES))
     return size * min(NCCL_CHANNELS, config.communication.max_channels or NCCL_CHANNELS)
 
 
 def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> Iterator[Problem]:
-    """What the job asks for and the cluster has not."""
+    """Problems with a job on a cluster: nodes, GPUs or a precision that the cluster does not have."""
     launch = config.launch
     if cluster.kind == "nodes":
-        for key, asked, there in (
+        for key, asked, available in (
             ("nnodes", launch.nnodes, cluster.nodes),
             ("nproc_per_node", launch.nproc_per_node, cluster.gpus_per_node),
         ):
-            if asked > there:
-                yield Problem(f"launch.{key}", f"the cluster has {there}", asked)
+            if asked > available:
+                yield Problem(f"launch.{key}", f"the cluster has {available}", asked)
         axes = config.parallel.replicate * config.parallel.expert * config.parallel.context
         if cluster.gpus % axes:
             rule = f"replicate * expert * context must divide the cluster's {cluster.gpus} GPUs"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, PositiveInt, ValidationError
 
-from base.config import Problem, Section, apply_overrides, dump, load, parse_yaml, read_yaml, validate
+from base.config import Problem, Section, apply_overrides, dump, load, merge, parse_yaml, read_yaml, validate
 from base.errors import ConfigError, MissingFileError
 from tasks.overrides import resolve
 from tasks.run_config import RunConfig
@@ -223,6 +223,18 @@ def test_bad_overrides_are_all_named() -> None:
     ]
     with pytest.raises(ConfigError, match=r"override rate.*not valid YAML"):
         apply_overrides({}, ["rate=[1,"])
+
+
+def test_sections_are_merged_key_by_key_and_values_are_replaced() -> None:
+    raw = {"a": {"b": {"c": 1, "d": [1, 2]}, "e": None}, "f": 2}
+    changes = {"a": {"b": {"d": [3]}, "e": {"g": 4}}, "f": None, "h": {}}
+    merged = merge(raw, changes, origin="here")
+    assert merged == {"a": {"b": {"c": 1, "d": [3]}, "e": {"g": 4}}, "f": None, "h": {}}
+    merged["a"]["b"]["d"].append(9)
+    assert changes == {"a": {"b": {"d": [3]}, "e": {"g": 4}}, "f": None, "h": {}}
+    assert merge(raw, {}, origin="here") == raw
+    with pytest.raises(ConfigError, match=r"here: a\.b\.c must be a section .*got 1"):
+        merge(raw, {"a": {"b": {"c": {"x": 1}}}}, origin="here")
 
 
 def test_an_override_may_open_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:

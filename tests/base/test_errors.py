@@ -14,6 +14,7 @@ import pytest
 
 from base import errors, storage
 from base.errors import (
+    ArgumentParser,
     CherryError,
     ConfigError,
     DiskFullError,
@@ -156,3 +157,21 @@ def test_the_code_crosses_a_process_and_a_bug_keeps_its_traceback() -> None:
     code, text = code_of("KeyError('oops')")
     assert code == 1
     assert text.startswith("Traceback")
+
+
+def test_dashes_and_underscores_in_a_flag_are_the_same_and_values_are_left_alone() -> None:
+    parser = ArgumentParser(prog="program")
+    parser.add_argument("--run_dir")
+    commands = parser.add_subparsers(dest="command")
+    serve = commands.add_parser("serve")
+    serve.add_argument("--key-file")
+    serve.add_argument("--set", action="append")
+    serve.add_argument("rest", nargs="*")
+    for run_dir, key_file in (("--run_dir", "--key-file"), ("--run-dir", "--key_file")):
+        words = [f"{run_dir}=a_b-c", "serve", key_file, "d_e-f", "--set", "x_y=z-w", "--", "--key_file"]
+        found = parser.parse_args(words)
+        assert (found.run_dir, found.key_file, found.set, found.rest) == ("a_b-c", "d_e-f", ["x_y=z-w"], ["--key_file"])
+    with pytest.raises(ConfigError, match="unrecognized arguments: --run_dri=x"):
+        parser.parse_args(["--run_dri=x"])
+    assert "--run_dir" in parser.format_help()
+    assert "--run-dir" not in parser.format_help()

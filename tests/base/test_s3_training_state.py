@@ -16,7 +16,9 @@ from base import storage
 from base.errors import CheckpointError, MissingFileError, StorageError
 from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.checkpoint.naming import committed_steps, newest_checkpoint
-from cherry.data.prepare import Sampler, TokenDataset, prepare
+from cherry.data.prepare import prepare
+from cherry.data.sampler import Sampler
+from cherry.data.shards import TokenDataset
 from cherry.job_config import DataConfig
 from model.model_config import ModelConfig
 from model.transformer import DeepseekV3

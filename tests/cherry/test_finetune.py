@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from base.config import dump
-from cherry.data.prepare import load_heldout, prepare
+from cherry.data.prepare import iterate_heldout, prepare
 from cherry.export import export
 from cherry.heldout import model_score, score_documents
 from cherry.trainer import Trainer
@@ -59,7 +59,7 @@ def finetune(mini, base, tmp_path):
 
 
 def assistant_loss(model, directory):
-    documents = load_heldout(str(directory / "data"), None, 32)
+    documents = list(iterate_heldout(str(directory / "data"), 32))
     scores = score_documents(model_score(model, torch.device("cpu")), documents, 32)
     return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
 
@@ -87,7 +87,7 @@ def test_only_the_assistant_bears_loss_and_its_loss_falls_from_the_imported_weig
     assert bears == said_by_the_assistant(stream)
     assert 0.1 < sum(bears) / len(bears) < 0.9
 
-    ((tokens, targets, _),) = trainer._micro_batches(0)
+    ((tokens, targets, _),) = trainer.batches.read(0).micro_batches
     logits = pretrained.logits(pretrained(tokens).hidden_BTD)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert trainer._step()["loss"] == pytest.approx(expected.item(), rel=1e-5)
@@ -128,7 +128,7 @@ def test_adapters_alone_are_trained_and_their_export_is_a_plain_model_that_trans
     export(str(directory), dtype=torch.float32)
     loaded = load_pretrained(str(directory / "export"), dtype=torch.float32)
     assert assistant_loss(loaded, directory) < 0.95 * before
-    tokens = trainer._micro_batches(0)[0].tokens_BT
+    tokens = trainer.batches.read(0).micro_batches[0].tokens_BT
     model = trainer.model.eval()
     with torch.no_grad():
         expected = model.logits(model(tokens).hidden_BTD)

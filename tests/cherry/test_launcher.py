@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ LONELY = """
 import sys, torch.distributed as dist
 from base.errors import WeightsError
 from cherry import rank_main
-def fail(options, rank):
+def fail(options, rank, hooks):
     dist.init_process_group("gloo")
     if rank == 1:
         raise WeightsError("the shard that only rank 1 reads is broken")
@@ -121,6 +122,26 @@ def test_the_error_of_a_rank_that_fails_alone_is_told_and_is_the_code(tmp_path):
     assert ended.returncode == WeightsError.exit_code, ended.stderr
     assert "rank 1" in ended.stderr
     assert "the shard that only rank 1 reads is broken" in ended.stderr
+
+
+@pytest.mark.slow
+def test_sigusr1_logs_the_stacks_of_all_ranks_and_training_goes_on(make_job):
+    job = make_job("stacks")
+    process = job.start("--steps=100000", "--set", "train.schedule=constant", ranks=2)
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("step ") for line in lines)
+    process.send_signal(signal.SIGUSR1)
+    line = next(line for line in lines if "stacks of all threads" in line)
+    assert f"rank-<n>.log in {job.directory}/train" in line
+    # A step takes both ranks, and none goes on before it has handled the signal.
+    for _ in range(2):
+        assert any(line.startswith("step ") for line in lines)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    for rank in (0, 1):
+        log = (job.directory / "train" / f"rank-{rank}.log").read_text()
+        assert "most recent call first" in log and "trainer.py" in log, log
+        assert "in run" in log
 
 
 @dataclass

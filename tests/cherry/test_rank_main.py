@@ -1,13 +1,20 @@
-"""Whose fault an error of torch is: what the world did may be tried again, what a person asked for may not."""
+"""One rank's program: what an error of torch counts as, and the debuggers that it works with."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from base.errors import InvalidInputError, WorkerLostError, is_retryable_exit_code
-from cherry.rank_main import _side_of
+from cherry.rank_main import classify_error
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -19,12 +26,43 @@ from cherry.rank_main import _side_of
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), WorkerLostError, "GPU failed"),
     ],
 )
-def test_what_torch_raises_gets_a_side(error: RuntimeError, kind: type[Exception], words: str) -> None:
-    told = _side_of(error)
-    assert type(told) is kind and words in str(told)
-    assert is_retryable_exit_code(told.exit_code) == (kind is WorkerLostError)
+def test_an_error_of_torch_is_classified(error: RuntimeError, kind: type[Exception], words: str) -> None:
+    classified = classify_error(error)
+    assert type(classified) is kind and words in str(classified)
+    assert is_retryable_exit_code(classified.exit_code) == (kind is WorkerLostError)
 
 
 def test_a_bug_stays_what_it_is() -> None:
     bug = RuntimeError("shape '[2]' is invalid for input of size 3")
-    assert _side_of(bug) is bug
+    assert classify_error(bug) is bug
+
+
+def debug(job: Any, environment: dict[str, str], program: list[str], commands: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py alone, with commands for the debugger on its standard input."""
+    command = [sys.executable, *program, "--config", str(job.config), "--run_dir", str(job.directory)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, input=commands, capture_output=True, text=True, check=False
+    )
+
+
+def test_pdb_opens_where_an_error_was_raised(make_job: Any, environment: dict[str, str]) -> None:
+    job = make_job("missing")
+    flags = ["train.py", "--pdb", "--resume_from=nowhere/step_5"]
+    ended = debug(job, environment, flags, "p 'frame of', wanted\nq\n")
+    assert "('frame of', 'nowhere/step_5')" in ended.stdout, ended.stdout + ended.stderr
+    assert ended.returncode == 12 and "error: nowhere/step_5 holds no finished checkpoint" in ended.stderr
+
+
+def test_a_program_under_pdb_comes_to_its_end_in_the_debugger(make_job: Any, environment: dict[str, str]) -> None:
+    job = make_job("whole")
+    flags = ["-m", "pdb", "train.py", "--pdb", "--steps=3"]
+    ended = debug(job, environment, flags, "continue\np 'still', 'here'\nq\n")
+    assert "The program exited via sys.exit(). Exit status: 0" in ended.stdout, ended.stdout + ended.stderr
+    assert "('still', 'here')" in ended.stdout
+    assert len(job.losses) == 3
+
+
+def test_pdb_with_several_ranks_is_refused(make_job: Any) -> None:
+    ended = make_job("ranks").run("--pdb", ranks=2)
+    assert ended.returncode == 11
+    assert "--pdb needs a single rank, got 2" in ended.stderr

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cherry.data.prepare import load_heldout, prepare
+from cherry.data.prepare import iterate_heldout, prepare
 from cherry.scoring import score
 from model.transformer import DeepseekV3
 
@@ -24,7 +24,7 @@ def chats(mini, tmp_path):
 
 def test_documents_without_a_scored_token_take_no_other_s_place(chats):
     model, directory = chats
-    held = load_heldout(directory, None, 32)
+    held = list(iterate_heldout(directory, 32))
     bearing = [document.id for document in held if any(document.loss_mask)]
     assert 0 < len(bearing) < len(held)
     untrained = DeepseekV3(model)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.errors import NonFiniteLossError
+from cherry.data.sampler import Sampler
 from cherry.spike_guard import WINDOW_STEPS, Figures, StepGuard
 from cherry.trainer import Trainer
 
@@ -23,7 +24,7 @@ FINITE = st.floats(min_value=0.01, max_value=20.0)
 def filled(losses, norm=1.0, sigma=6.0):
     guard = StepGuard(sigma)
     for loss in losses:
-        assert guard.judge(Figures(loss, norm)) is None
+        assert guard.check_step(Figures(loss, norm)) is None
     return guard
 
 
@@ -35,32 +36,32 @@ def test_a_spike_is_what_lies_above_six_deviations_of_the_last_128():
     losses = waves(300)
     window = losses[-WINDOW_STEPS:]
     limit = statistics.fmean(window) + 6 * statistics.stdev(window)
-    assert filled(losses).judge(Figures(limit - 1e-9, 1.0)) is None
+    assert filled(losses).check_step(Figures(limit - 1e-9, 1.0)) is None
     guard = filled(losses)
-    assert "loss 3.426 above 3.425" in guard.judge(Figures(limit + 1e-3, 1.0))
-    assert "gradient norm 1.001 above 1" in guard.judge(Figures(3.0, 1.001))
-    assert (guard.skipped, guard.in_a_row) == (2, 2)
-    assert guard.judge(Figures(3.0, 1.0)) is None
-    assert (guard.skipped, guard.in_a_row) == (2, 0)
+    assert "loss 3.426 above 3.425" in guard.check_step(Figures(limit + 1e-3, 1.0))
+    assert "gradient norm 1.001 above 1" in guard.check_step(Figures(3.0, 1.001))
+    assert (guard.skipped, guard.consecutive_skips) == (2, 2)
+    assert guard.check_step(Figures(3.0, 1.0)) is None
+    assert (guard.skipped, guard.consecutive_skips) == (2, 0)
 
 
 def test_nothing_is_a_spike_before_half_the_window_is_known_or_when_it_is_off():
-    assert filled(waves(63)).judge(Figures(1e9, 1e9)) is None
-    assert filled(waves(64)).judge(Figures(1e9, 1.0)) is not None
-    assert filled(waves(300), sigma=None).judge(Figures(1e9, 1e9)) is None
+    assert filled(waves(63)).check_step(Figures(1e9, 1e9)) is None
+    assert filled(waves(64)).check_step(Figures(1e9, 1.0)) is not None
+    assert filled(waves(300), sigma=None).check_step(Figures(1e9, 1e9)) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_skipped_from_the_first_step(value):
     for sigma in (6.0, None):
-        assert StepGuard(sigma).judge(Figures(value, 1.0)) == f"loss {value}"
-        assert StepGuard(sigma).judge(Figures(1.0, value)) == f"gradient norm {value}"
+        assert StepGuard(sigma).check_step(Figures(value, 1.0)) == f"loss {value}"
+        assert StepGuard(sigma).check_step(Figures(1.0, value)) == f"gradient norm {value}"
 
 
 def test_however_many_outliers_come_none_becomes_the_measure():
     guard = filled(waves(128))
-    assert all(guard.judge(Figures(9.0, 1.0)) is not None for _ in range(500))
-    assert guard.in_a_row == 500
+    assert all(guard.check_step(Figures(9.0, 1.0)) is not None for _ in range(500))
+    assert guard.consecutive_skips == 500
 
 
 @settings(max_examples=30, deadline=None)
@@ -68,11 +69,11 @@ def test_however_many_outliers_come_none_becomes_the_measure():
 def test_a_restored_guard_gives_the_same_verdicts(before, after):
     one = StepGuard(2.0)
     for value in before:
-        one.judge(Figures(value, value))
+        one.check_step(Figures(value, value))
     other = StepGuard(2.0)
     other.restore(json.loads(json.dumps(one.state())))
     for value in after:
-        assert one.judge(Figures(value, value)) == other.judge(Figures(value, value))
+        assert one.check_step(Figures(value, value)) == other.check_step(Figures(value, value))
     assert one.state() == other.state()
 
 
@@ -126,8 +127,9 @@ def spoil(directory, trainer, batches):
     tokens = np.memmap(path, dtype=np.uint16, mode="r+")
     generator = np.random.default_rng(0)
     length = trainer.config.data.sequence_length
+    sampler = Sampler(len(trainer.dataset), trainer.config.seed, trainer.config.train.batch_size)
     for batch in batches:
-        for index in trainer.sampler.indices(batch * trainer.config.train.batch_size):
+        for index in sampler.indices(batch * trainer.config.train.batch_size):
             tokens[index * length + 1 : (index + 1) * length] = generator.integers(2, 290, length - 1)
     tokens.flush()
 
@@ -172,8 +174,8 @@ def test_weights_that_blew_up_go_back_to_the_checkpoint_before(make, tmp_path, c
     trainer = make("blown", "train.steps=20", "train.max_skipped_steps=2")
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     blow_up(trainer)
-    assert [trainer._step()["skipped"] is not None, trainer.guard.in_a_row] == [True, 1]
-    trainer._go_back(trainer._step())
+    assert [trainer._step()["skipped"] is not None, trainer.guard.consecutive_skips] == [True, 1]
+    trainer._rollback(trainer._step())
     assert "step_8: 3 batches passed over, rollback 1" in capsys.readouterr().out
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -181,7 +183,7 @@ def test_weights_that_blew_up_go_back_to_the_checkpoint_before(make, tmp_path, c
     # It blows up again before anything new was saved: that checkpoint led nowhere, the one before it is next.
     blow_up(trainer)
     trainer._step()
-    trainer._go_back(trainer._step())
+    trainer._rollback(trainer._step())
     assert (trainer.progress.step, trainer.progress.position, trainer.progress.rollbacks) == (4, 14 * 8, 2)
     assert trainer.run()["skipped_steps"] == 4
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_first_step_s_losses_and_norm_are_those_of_plain_torch(make):
     trainer = make("plain", "train.max_grad_norm=1e9")
     model = DeepseekV3(trainer.config.model)
     model.init_weights(trainer.config.seed)
-    ((tokens, targets, _),) = trainer._micro_batches(0)
+    ((tokens, targets, _),) = trainer.batches.read(0).micro_batches
     out = model.train()(tokens)
 
     def mean(hidden, wanted):
@@ -68,7 +69,7 @@ def test_every_token_is_counted_once_and_the_bias_moves_once_a_step(make, recomp
     config, rate = trainer.config, trainer.config.train.expert_bias_update_rate
     assert len(layers) == 2  # one in the stack, one in the MTP module
     per_layer = config.train.batch_size * config.data.sequence_length * config.model.num_experts_per_tok
-    for tokens, targets, _ in trainer._micro_batches(0):
+    for tokens, targets, _ in trainer.batches.read(0).micro_batches:
         loss, mtp_loss, balance = trainer.network.module(tokens, targets)
         (loss + mtp_loss + balance).backward()
     counts = [layer.tokens_per_expert_E.clone() for layer in layers]
@@ -91,6 +92,7 @@ def test_a_run_cut_in_two_equals_the_unbroken_one_bit_for_bit(make, tmp_path, ca
     resumed = make("cut")
     assert resumed.progress.step == 8
     result = resumed.run()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")], "run ends its thread"
     assert "resumed from" in capsys.readouterr().out
     assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
     assert len(losses(tmp_path, "cut")) == 12
@@ -118,9 +120,10 @@ def test_what_is_reported(make, tmp_path):
     assert json.loads((tmp_path / "report" / "train" / "result.json").read_text()) == result
 
 
-def test_of_fast_steps_the_first_the_evaluated_and_the_last_one_are_told(make, monkeypatch, capfd):
-    monkeypatch.setattr("cherry.trainer._SAY_EVERY_S", 3600.0)
-    make("told", "train.evaluate_every_steps=5").run()
+def test_of_fast_steps_the_first_the_evaluated_and_the_last_one_are_printed(make, capfd):
+    trainer = make("told", "train.evaluate_every_steps=5")
+    trainer.metrics.print_every_s = 3600.0
+    trainer.run()
     told = [line.split(" ")[1] for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
     assert told == ["1/12", "5/12", "10/12", "12/12"]
 

@@ -1,12 +1,8 @@
 """One rank of an expert parallel check: all-to-all dispatch and combine against all experts on this rank.
 
-<<<<<<< HEAD
-python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE. An assertion that fails is the answer.
-=======
     python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE
 
 A failed assertion is the result.
->>>>>>> h8
 """
 
 import sys

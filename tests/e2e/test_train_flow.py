@@ -26,6 +26,8 @@ def test_the_summary_says_what_came_out(project, finished):
     assert (finished["verdict"], finished["compared_with"]) == ("better", "untrained")
     assert set(finished["seconds"]) == set(STEPS)
     assert finished["mlflow_run_id"] == tree(project, "first")[0].info.run_id
+    opened = json.loads((project.runs / "first" / "flow_run.json").read_text())
+    assert opened == {"mlflow_run_id": finished["mlflow_run_id"]}
 
 
 def test_every_step_is_a_finished_mlflow_run_under_the_flow(project, finished):

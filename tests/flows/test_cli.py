@@ -1,5 +1,7 @@
 """The `cherry` command's arguments, what it answers without a server, and what it must not import for that."""
 
+import ast
+import inspect
 import json
 import os
 import subprocess
@@ -7,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 from base.errors import ConfigError, DoesNotFitError, MissingFileError
-from flows.cli import main, parse
+from flows.cli import cli, main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -24,17 +27,63 @@ def code(*arguments):
     return ended.value.code
 
 
+def parse(name, *words):
+    """The values that a subcommand is called with."""
+    parent = click.Context(cli, **cli.context_settings)
+    return cli.commands[name].make_context(name, list(words), parent=parent).params
+
+
 def test_a_run_takes_a_config_and_dotted_overrides():
-    options = parse(["run", "a.yaml", "train.steps=3", "name=b", "--verbose"])
-    assert (options.config, options.overrides, options.verbose) == ("a.yaml", ["train.steps=3", "name=b"], True)
+    expected = {"config": "a.yaml", "overrides": ("train.steps=3", "name=b"), "verbose": True}
+    assert parse("run", "a.yaml", "train.steps=3", "name=b", "--verbose") == expected
 
 
 def test_a_release_takes_a_version():
-    options = parse(["deploy", "a.yaml", "name=b", "--model-version", "3"])
-    assert (options.model_version, options.overrides) == (3, ["name=b"])
-    options = parse(["deploy", "a.yaml", "name=b", "--model-version", "2", "--verbose", "train.steps=1"])
-    assert (options.model_version, options.verbose, options.overrides) == (2, True, ["name=b", "train.steps=1"])
-    assert parse(["deploy", "a.yaml"]).model_version is None
+    expected = {"config": "a.yaml", "overrides": ("name=b",), "model_version": 3, "verbose": False}
+    assert parse("deploy", "a.yaml", "name=b", "--model-version", "3") == expected
+    assert parse("deploy", "a.yaml")["model_version"] is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a.yaml", "name=b", "train.steps=1", "--model-version", "2", "--verbose"),
+        ("a.yaml", "name=b", "--model-version", "2", "--verbose", "train.steps=1"),
+        ("--verbose", "a.yaml", "name=b", "--model-version=2", "train.steps=1"),
+        ("--model_version", "2", "a.yaml", "--verbose", "name=b", "train.steps=1"),
+    ],
+)
+def test_overrides_stand_anywhere_among_the_options(words):
+    expected = {"config": "a.yaml", "overrides": ("name=b", "train.steps=1"), "model_version": 2, "verbose": True}
+    assert parse("deploy", *words) == expected
+
+
+def options():
+    return [
+        (command, option)
+        for command in cli.commands.values()
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    ]
+
+
+def test_every_option_is_known_with_dashes_and_with_underscores_and_shown_with_dashes():
+    assert len(options()) > 10
+    parent = click.Context(cli, **cli.context_settings)
+    for command, option in options():
+        assert "_" not in option
+        parser = command.make_parser(click.Context(command, parent=parent))
+        for written in (option, "--" + option[2:].replace("-", "_")):
+            _, _, order = parser.parse_args([written, "x"])
+            assert [parameter for parameter in order if option in parameter.opts], written
+
+
+def test_every_option_reaches_its_subcommand():
+    for command in cli.commands.values():
+        body = ast.parse(inspect.getsource(command.callback)).body[0].body
+        read = {node.id for line in body for node in ast.walk(line) if isinstance(node, ast.Name)}
+        assert {parameter.name for parameter in command.params} <= read, command.name
 
 
 @pytest.mark.parametrize(
@@ -42,23 +91,34 @@ def test_a_release_takes_a_version():
 )
 def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsys):
     assert code(*arguments) == 2
-    assert "usage: cherry" in capsys.readouterr().err
+    assert "Usage: cherry" in capsys.readouterr().err
 
 
 def test_an_override_that_is_written_like_a_flag_is_told_how_to_write_it(capsys):
     assert code("run", "a.yaml", "--train.steps=3", "name=b") == 2
-    assert "--train.steps=3 name=b. Keys of the config have no dashes: train.steps=3\n" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--train.steps" in error
+    assert "Keys of the config have no dashes: train.steps=3\n" in error
+
+
+def test_a_shell_completes_subcommands_and_options(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_CHERRY_COMPLETE": "bash_complete"}
+    for words, index, expected in (("cherry pl", 1, "plan"), ("cherry plan --clu", 2, "--cluster")):
+        given = {"COMP_WORDS": words, "COMP_CWORD": str(index)}
+        command = [sys.executable, "-m", "flows.cli"]
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment | given, check=False)
+        assert ended.stdout.split(",")[-1].strip() == expected
 
 
 @pytest.mark.parametrize("command", ["status", "stop", "doctor"])
 def test_the_runs_directory_is_explained(command, capsys):
     assert code(command, "--help") == 0
-    assert "--runs-directory DIR where runs lie; default: runs" in " ".join(capsys.readouterr().out.split())
+    assert "--runs-directory DIR Directory of the runs. [default: runs]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_only_the_config_is_required(capsys):
     assert code("run") == 2
-    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+    assert "Missing argument 'CONFIG'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["run", "deploy"])
@@ -91,6 +151,7 @@ def test_nothing_to_show_and_nothing_to_stop(tmp_path, capsys):
     "command",
     [
         ["--version"],
+        ["--help"],
         ["run", "--help"],
         ["status", "--runs-directory", "none"],
         ["plan", LARGE, "--cluster", CLUSTER, "--search"],
@@ -103,6 +164,7 @@ def test_a_question_is_answered_without_torch_or_mlflow(command, tmp_path):
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
         "heavy = {'torch', 'mlflow'} & set(sys.modules)\n"
+        "if '--help' in sys.argv:\n    heavy |= {'prefect', 'pydantic', 'rich', 'asyncio'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}

@@ -76,7 +76,7 @@ def test_a_listening_port_is_noted_and_a_free_one_is_free(tmp_path: Path) -> Non
         port = listener.getsockname()[1]
         taken = check(f"Port {port}", tmp_path, ("the gateway", port))
         assert taken.state == "note"
-        assert "in use (the gateway wants it)" in taken.found
+        assert "in use (default of the gateway)" in taken.found
     freed = check(f"Port {port}", tmp_path, ("the gateway", port))
     assert (freed.state, freed.found) == ("ok", "free for the gateway")
 

@@ -18,7 +18,7 @@ STARTS = """
 import os, sys
 from flows.offline import set_offline_defaults
 from flows.prefect_server import TemporaryServer
-set_offline_defaults(verbose=False)
+set_offline_defaults()
 server = TemporaryServer()
 server.start()
 import psutil

@@ -1,5 +1,6 @@
 """What is cleaned up after a flow that was killed outright, from what it left on disk."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import psutil
 import pytest
 
 from base import storage
-from tasks.lifecycle import _links, _rows, teardown
+from tasks.lifecycle import FLOW_RUN, _links, _rows, teardown
 from tasks.overrides import resolve
-from tasks.provision import is_alive
+from tasks.process import is_alive
 from tasks.steps import PROGRAM, RunContext, StepRecord
 
 OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
@@ -27,8 +28,9 @@ def left(tmp_path, monkeypatch):
     created = psutil.Process(gone.pid).create_time()
     gone.wait()
     directory = tmp_path / "left"
-    lease = {"pid": gone.pid, "created": created, "mlflow_run_id": "0" * 32}
+    lease = {"pid": gone.pid, "created": created}
     storage.write_json(str(directory / "lease.json"), lease)
+    storage.write_json(str(directory / FLOW_RUN), {"mlflow_run_id": "0" * 32})
     record = {"pid": program.pid, "created": psutil.Process(program.pid).create_time()}
     storage.write_json(str(directory / PROGRAM), record)
     yield SimpleNamespace(directory=directory, program=program, lease=lease, config=config)
@@ -50,6 +52,12 @@ def test_the_program_of_a_dead_flow_is_ended(left):
     assert not (left.directory / "lease.json").exists()
     assert not (left.directory / PROGRAM).exists()
     hook(left)  # nothing is left, and nothing is done
+
+
+def test_a_hook_takes_the_resolved_config_that_the_command_line_started_a_flow_with(left):
+    parameters = json.loads(json.dumps({"config": left.config.model_dump(mode="json"), "overrides": {}}))
+    teardown(None, SimpleNamespace(parameters=parameters), None)
+    assert not (left.directory / PROGRAM).exists()
 
 
 def test_a_live_flow_is_left_alone(left):

@@ -1,11 +1,14 @@
 """Typed parameters: refused early when misspelt, merged over the file when right."""
 
+from datetime import date
+
 import pytest
 from pydantic import ValidationError
 
-from base.config import dump
+from base.config import dump, load
 from base.errors import ConfigError
-from tasks.overrides import Overrides, overrides_from, resolve, run_directory, write_resolved
+from tasks.overrides import Overrides, dated, resolve, run_directory, write_resolved
+from tasks.run_config import RunConfig
 
 
 def test_a_misspelt_key_is_refused_at_any_depth():
@@ -24,7 +27,7 @@ def test_the_schema_that_prefect_checks_forbids_unknown_keys_everywhere():
 def test_keys_are_described_in_the_schema_as_they_are_in_the_code():
     found = Overrides.model_json_schema()["$defs"]
     margin = found["EvaluateConfigOverrides"]["properties"]["margin_nats"]
-    assert margin["description"].startswith("A difference below this")
+    assert margin["description"].startswith("Differences below this")
     assert "default" not in margin
     described = [
         one for section in found.values() for one in section.get("properties", {}).values() if "description" in one
@@ -32,25 +35,60 @@ def test_keys_are_described_in_the_schema_as_they_are_in_the_code():
     assert len(described) > 30
 
 
-def test_arguments_become_nested_overrides_with_only_what_was_given():
-    overrides = overrides_from(["train.learning_rate=2e-6", "deploy.traffic_steps_percent=[5, 100]", "name=mine"])
+def test_the_api_keeps_only_keys_that_were_given():
     given = {"train": {"learning_rate": 2e-6}, "deploy": {"traffic_steps_percent": [5, 100]}, "name": "mine"}
-    assert overrides.model_dump(mode="json", exclude_unset=True) == given
-
-
-def test_an_argument_that_is_no_pair_or_no_key_is_told():
-    with pytest.raises(ConfigError, match="must read dotted"):
-        overrides_from(["train.steps"])
-    with pytest.raises(ConfigError, match=r"train\.stpes"):
-        overrides_from(["train.stpes=3"])
+    assert Overrides.model_validate(given).model_dump(mode="json") == given
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest():
-    config = resolve("configs/tiny.yaml", overrides_from(["train.steps=77", "data.sequence_length=64"]))
-    plain = resolve("configs/tiny.yaml", {})
+    overrides = Overrides.model_validate({"train": {"steps": 77}, "data": {"sequence_length": 64}})
+    config = resolve("configs/tiny.yaml", overrides)
+    plain = resolve("configs/tiny.yaml")
     assert (config.train.steps, config.data.sequence_length) == (77, 64)
     assert config.train.learning_rate == plain.train.learning_rate
     assert config.model == plain.model
+
+
+@pytest.mark.parametrize(
+    ("words", "nested"),
+    [
+        (["train.steps=77", "data.sequence_length=64"], {"train": {"steps": 77}, "data": {"sequence_length": 64}}),
+        (["train={steps: 77}"], {"train": {"steps": 77}}),
+        (["lora.rank=4", "init_from=base"], {"lora": {"rank": 4}, "init_from": "base"}),
+        (["train.spike_sigma=null"], {"train": {"spike_sigma": None}}),
+        (
+            ["communication.environment.NCCL_DEBUG=INFO"],
+            {"communication": {"environment": {"NCCL_DEBUG": "INFO"}}},
+        ),
+    ],
+)
+def test_the_command_line_and_a_deployment_resolve_the_same_overrides_to_the_same_config(words, nested):
+    by_api = resolve("configs/tiny.yaml", Overrides.model_validate(nested))
+    assert load("configs/tiny.yaml", RunConfig, words) == by_api == resolve("configs/tiny.yaml", nested)
+
+
+def test_a_resolved_config_is_taken_as_it_is_and_as_the_api_keeps_it():
+    config = resolve("configs/tiny.yaml", {"name": "mine"})
+    assert resolve(config) is config
+    assert resolve(config.model_dump(mode="json")) == config
+    assert resolve(config, {"train": {"steps": 77}}).train.steps == 77
+
+
+def test_the_api_offers_a_flow_a_path_and_no_resolved_config():
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.train_flow import train_flow
+
+    properties = parameter_schema(train_flow).properties
+    assert properties["config"]["type"] == "string"
+    assert "anyOf" not in properties["config"]
+
+
+def test_the_day_is_added_to_the_name():
+    config = resolve("configs/tiny.yaml")
+    assert dated(config, date(2026, 3, 9)) == resolve("configs/tiny.yaml", {"name": "tiny-20260309"})
+    with pytest.raises(ConfigError, match="name: "):
+        dated(resolve("configs/tiny.yaml", {"name": "n" * 60}), date(2026, 3, 9))
 
 
 def test_a_combination_that_cannot_work_is_told_with_its_key(tmp_path):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from base.errors import CherryError, ConfigError, DataError, OperationalError, WorkerLostError
-from tasks.process import in_background, run_module
+from tasks.process import in_background, is_alive, run_module
 
 _DEADLINE_S = 30.0
 
@@ -101,3 +101,8 @@ def test_threads_from_the_background_stay_in_it_and_programs_started_after_it_do
     thread.join()
     assert found == {"thread": os.SCHED_BATCH}
     assert (lines, os.sched_getscheduler(0)) == ([str(os.SCHED_OTHER)], os.SCHED_OTHER)
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_the_holder():
+    assert is_alive(os.getpid(), psutil.Process().create_time())
+    assert not is_alive(os.getpid(), psutil.Process().create_time() - 100.0)

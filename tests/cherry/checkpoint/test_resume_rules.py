@@ -11,6 +11,7 @@ from base.config import load
 from base.errors import CheckpointError, ConfigError, MissingFileError
 from cherry.checkpoint.resume_rules import find_checkpoint
 from cherry.data.prepare import prepare
+from cherry.data.sampler import Sampler
 from cherry.job_config import DataConfig, JobConfig
 from cherry.rank_main import _prepare
 from cherry.trainer import Trainer
@@ -68,11 +69,10 @@ def test_what_resume_from_names_goes_on_otherwise_where_the_data_was_left(start,
     assert resumed.progress.position == 4 * 8 + 2 * 16
     assert storage.read_commit(f"{tmp_path}/run/train/checkpoints/step_6")["position"] == 4 * 8 + 2 * 16
     # The batch after the checkpoint is the next sixteen of the same order, whatever it was cut into before.
-    resumed.sampler = resumed.sampler.__class__(len(resumed.dataset), 0, 8)
-    halves = [resumed.sampler.indices(position) for position in (32, 40)]
+    sampler = Sampler(len(resumed.dataset), 0, 8)
+    halves = [sampler.indices(position) for position in (32, 40)]
     expected = torch.tensor([resumed.dataset.sequence(int(index))[0][0] for half in halves for index in half])
-    resumed.sampler = resumed.sampler.__class__(len(resumed.dataset), 0, 16)
-    read = torch.cat([batch.tokens_BT[:, 0] for batch in resumed._micro_batches(32)])
+    read = torch.cat([batch.tokens_BT[:, 0] for batch in resumed.batches.read(32).micro_batches])
     assert torch.equal(read, expected)
     start("run", *changed, "train.steps=8")  # from now on these are the run's values
 
@@ -96,7 +96,7 @@ def test_other_data_or_another_seed_is_never_resumed(start, tmp_path, mini):
 def test_prepared_data_of_another_source_is_not_taken(start, tmp_path):
     start("run")
     for key, value in (("source", "'elsewhere'"), ("max_documents", "30"), ("tokenizer", "'t.json'")):
-        with pytest.raises(ConfigError, match=rf"prepared by another configuration(.|\n)*data\.{key}: .*, not {value}"):
+        with pytest.raises(ConfigError, match=rf"data\.{key}: .*, not {value}"):
             start("run", f"data.{key}={value}")
 
 

@@ -100,7 +100,7 @@ def test_a_broken_line_is_refused_with_its_file_and_number(tmp_path: Path, line:
         ({"messages": ["hi"]}, "a role of system, user, assistant"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "robot"),
         ({"messages": [{"role": "user", "content": None}]}, "a string content"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "no message is the assistant's"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no message has the role assistant"),
     ],
 )
 def test_a_chat_that_is_none_is_refused(tmp_path: Path, record: object, message: str) -> None:

@@ -143,7 +143,7 @@ def test_training_the_same_texts_gives_the_same_tokenizer_of_the_size_asked() ->
 
 
 def test_a_trained_tokenizer_has_its_ends_where_the_model_looks() -> None:
-    with pytest.raises(DataError, match=r"bos 0 and eos 1, the model wants 5 and 1\. Give data\.tokenizer"):
+    with pytest.raises(DataError, match=r"bos 0 and eos 1, the model has 5 and 1\. Give data\.tokenizer"):
         train_tokenizer(TEXTS, 600, bos_id=5, eos_id=1)
 
 

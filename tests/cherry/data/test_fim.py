@@ -15,7 +15,8 @@ from base.errors import ConfigError, DataError
 from cherry.data.corpus import Document
 from cherry.data.encode import encode_filled
 from cherry.data.fim import TRAINED_TOKENS, Fim, fim_of
-from cherry.data.prepare import TokenDataset, load_heldout, prepare
+from cherry.data.prepare import iterate_heldout, prepare
+from cherry.data.shards import TokenDataset
 from cherry.data.tokenizer import ROLE_TOKENS, train_tokenizer
 from cherry.job_config import DataConfig
 
@@ -84,7 +85,7 @@ def test_preparing_fills_in_training_documents_only(tmp_path: Path) -> None:
     begun = stream.count(0)
     assert begun > 100
     assert all(abs(stream.count(number) - begun) <= 1 for number in ids)
-    held = load_heldout(str(tmp_path / "data"), None, None)
+    held = list(iterate_heldout(str(tmp_path / "data"), None))
     assert len(held) == manifest.heldout["documents"]
     assert not any(set(ids) & set(document.tokens) for document in held)
 

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from base import storage
 from base.errors import ConfigError, DataError, DiskFullError, MissingFileError
 from cherry.data.corpus import is_heldout
-from cherry.data.prepare import Manifest, TokenDataset, load_heldout, prepare, zlib_bits_per_byte
-from cherry.data.shards import SHARD_TOKENS
+from cherry.data.prepare import iterate_heldout, prepare, zlib_bits_per_byte
+from cherry.data.shards import SHARD_TOKENS, Manifest, TokenDataset
 from cherry.job_config import DataConfig
 
 ROOT = Path(__file__).parents[3]
@@ -158,7 +158,7 @@ def test_another_seed_holds_out_others_and_the_number_of_documents_does_not_move
 ) -> None:
     def held(name: str, source: object = corpus, **options: Any) -> set[str]:
         make(source, tmp_path / name, **options)
-        return {document.id for document in load_heldout(str(tmp_path / name), None, None)}
+        return {document.id for document in list(iterate_heldout(str(tmp_path / name), None))}
 
     first = held("first")
     assert held("other", seed=1) != first
@@ -223,7 +223,7 @@ def test_held_out_tokens_spell_exactly_the_bytes_that_they_are_counted_for(
 ) -> None:
     make(chats if kind == "chat" else corpus, tmp_path / "data", format=kind)
     tokenizer = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
-    documents = load_heldout(str(tmp_path / "data"), None, max_tokens)
+    documents = list(iterate_heldout(str(tmp_path / "data"), max_tokens))
     assert documents
     for document in documents:
         assert document.tokens[0] == 0
@@ -251,11 +251,11 @@ def test_a_cut_never_falls_inside_a_character(tmp_path: Path, kind: str) -> None
         lines.append(json.dumps(message if kind == "chat" else {"text": text}))
     source.write_text("\n".join(lines))
     make(source, tmp_path / "data", format="chat" if kind == "chat" else "jsonl")
-    (whole, *_) = load_heldout(str(tmp_path / "data"), 1, None)
+    whole = next(iterate_heldout(str(tmp_path / "data"), None))
     before = whole.loss_mask.index(True)
     assert len(whole.tokens) == before + 1 + 3 * 16
     for tokens in range(1, 3 * 16 + 2):
-        (document, *_) = load_heldout(str(tmp_path / "data"), 1, before - 1 + tokens)
+        document = next(iterate_heldout(str(tmp_path / "data"), before - 1 + tokens))
         assert document.text == f"a{rare}"[: 1 + (tokens - 1) // 3]
         assert sum(document.loss_mask) == 1 + (tokens - 1) // 3 * 3
         assert document.bytes == sum(document.loss_mask)
@@ -263,11 +263,10 @@ def test_a_cut_never_falls_inside_a_character(tmp_path: Path, kind: str) -> None
 
 def test_whole_held_out_documents_are_the_files(corpus: Path, tmp_path: Path) -> None:
     manifest = make(corpus, tmp_path / "data")
-    documents = load_heldout(str(tmp_path / "data"), None, None)
+    documents = list(iterate_heldout(str(tmp_path / "data"), None))
     assert [document.text for document in documents] == [(corpus / document.id).read_text() for document in documents]
     texts = [document.text for document in documents]
     assert zlib_bits_per_byte(texts) == manifest.heldout["zlib_bits_per_byte"]
-    assert load_heldout(str(tmp_path / "data"), 3, None) == documents[:3]
 
 
 def test_zlib_is_one_stream_at_its_hardest() -> None:
@@ -350,7 +349,7 @@ def test_a_failure_leaves_nothing_that_looks_prepared(corpus: Path, tmp_path: Pa
     with pytest.raises(MissingFileError, match="no finished output"):
         TokenDataset(str(tmp_path / "data"))
     with pytest.raises(MissingFileError, match="no finished output"):
-        load_heldout(str(tmp_path / "data"), None, None)
+        list(iterate_heldout(str(tmp_path / "data"), None))
 
 
 def test_shards_are_mapped_from_a_local_disk_alone(corpus: Path) -> None:

@@ -15,7 +15,7 @@ from benchmarks.simulated_step import simulate, slice_of_671b
 from cherry.hardware import GIB, GPUS
 from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.planner.activations import layer_activations
-from cherry.planner.memory import gathering_of, memory_of
+from cherry.planner.memory import fsdp_buffers, memory_of
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
@@ -71,7 +71,7 @@ def test_a_simulated_step_holds_what_the_plan_says(ranks: int, axes: dict[str, i
         "parameters": 4 * network.total("padded"),
         "gradients": 4 * network.total("padded_trained"),
         "states": 8 * network.total("padded_trained"),
-        **asdict(gathering_of(work)),
+        **asdict(fsdp_buffers(work)),
         "peak": memory_of(work)[0].allocated,
     }
     for kind, size in asdict(held).items():

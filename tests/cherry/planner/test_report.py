@@ -60,9 +60,9 @@ def test_matmuls_by_size_add_up_to_the_steps() -> None:
     assert "fp8" in narrow["experts_gate_up"].note and "bf16" in narrow["lm_head"].note
 
 
-def test_each_collective_is_told_with_what_hides_it() -> None:
+def test_each_collective_stands_with_what_it_overlaps() -> None:
     rows = told(plan_for(), "communication")
-    assert rows["all-gather, forward"].note.startswith("the forward pass, but for 0.0")
+    assert rows["all-gather, forward"].note.startswith("the forward pass, 0.0")
     assert rows["reduce-scatter"].note.startswith("the backward pass")
     assert rows["all-to-all across nodes"].note == "nothing"
     assert "all-reduce of replicas" not in rows
@@ -74,7 +74,7 @@ def test_what_average_ranks_wait_for_the_busiest_is_told() -> None:
     plan = plan_for()
     even = step_time(replace(plan.work, assumed_imbalance=1.0))
     assert 0 < plan.step.bubbles == pytest.approx(plan.step.total - even.total)
-    assert told(plan, "a step")["of it, bubbles"].value == f"{plan.step.bubbles:.3f}"
+    assert told(plan, "a step")["EP load imbalance"].value == f"{plan.step.bubbles:.3f}"
     assert even.bubbles == 0
 
 
@@ -88,7 +88,7 @@ def test_both_classes_of_ranks_stand_in_one_table() -> None:
 
 def test_a_save_in_the_foreground_is_not_told_as_one_behind_the_steps() -> None:
     behind, before = plan_for(), plan_for("checkpoint.asynchronous=false")
-    assert told(behind, "the run")["save"].note == "in the background, but for the stall"
+    assert told(behind, "the run")["save"].note == "asynchronous, but for the stall"
     rows = told(before, "the run")
     assert (rows["save"].note, rows["save"].value) == ("", "2.7 min")
     assert before.run.stall_s == pytest.approx(behind.run.save_s)

@@ -1,0 +1,42 @@
+"""Rules of how parameters, experts and sequences divide among ranks, for the configuration, FSDP2 and the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def experts_shard_evenly(experts: int, widths: Sequence[int], ranks: int) -> bool:
+    """Whether the experts of an expert-parallel rank shard over `ranks` without padding: by expert, or else by width.
+
+    Args:
+        widths: the second dimension of each fused expert tensor.
+    """
+    return experts % ranks == 0 or all(width % ranks == 0 for width in widths)
+
+
+def shards_by_width(experts: int, width: int, ranks: int, *, expert_parallel: bool) -> bool:
+    """Whether FSDP2 shards a fused expert tensor [experts, width, ...] along its width instead of by expert.
+
+    At 2,048 ranks 256 experts sharded by expert would be padded eightfold.
+
+    Args:
+        expert_parallel: the tensor is a unit of its own with what expert parallelism leaves to a rank; else it is part
+            of its block.
+    """
+    if width % ranks:
+        return False
+    return experts % ranks != 0 if expert_parallel else experts < ranks
+
+
+def sequence_divides(sequence_length: int, context: int) -> bool:
+    """Whether context parallelism can split a sequence: each rank takes two chunks of it, an early and a late one."""
+    return context == 1 or sequence_length % (2 * context) == 0
+
+
+def keeps_working_copies(ranks: int, precision: str, *, cpu_offload: bool) -> bool:
+    """Whether one GPU rank keeps the half-precision copies of its parameters between passes, with nothing to gather.
+
+    Args:
+        ranks: ranks that share or replicate a parameter.
+    """
+    return ranks == 1 and precision != "fp32" and not cpu_offload

@@ -1,0 +1,70 @@
+"""Reports of a training run, as a trainer hook: metrics.jsonl, and lines for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cherry.hooks import TrainerHook
+from cherry.metrics import MetricsWriter, format_line
+
+# Nobody reads ten lines a second, and whoever relays them pays for each; metrics.jsonl has them all.
+_PRINT_EVERY_S = 1.0
+# A record with one of these is written and printed whatever `log_every_steps` says.
+_ALWAYS = ("heldout_loss", "failed_saves", "skipped")
+
+
+class MetricsHook(TrainerHook):
+    """Writes the records of one run to metrics.jsonl and prints them; rank 0's.
+
+    After a rollback or a resume, lines of steps that are trained again are dropped from the file.
+
+    Args:
+        path: metrics.jsonl.
+        resume_step: the last step whose lines are kept.
+        log_every_steps: steps between written records; the last step's is always written.
+        say: prints a line for people.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int, log_every_steps: int, say: Callable[[str], None]) -> None:
+        self.print_every_s = _PRINT_EVERY_S
+        """Least time between two printed lines of ordinary steps."""
+        self._path = path
+        self._every = log_every_steps
+        self._say = say
+        self._print_from = 0.0  # by the monotonic clock
+        self._step = resume_step
+        self._writer = MetricsWriter(path, resume_step=resume_step)
+
+    @property
+    def first_loss(self) -> float | None:
+        """The first loss in the file, in nats per token."""
+        return self._writer.first_loss
+
+    def on_step_begin(self, step: int) -> None:
+        """Drop the lines of steps that a rollback undid."""
+        if step <= self._step:
+            self._writer.close()
+            self._writer = MetricsWriter(self._path, resume_step=step - 1)
+
+    def on_step_end(self, record: dict[str, Any]) -> None:
+        """Write and print the record, if it is due."""
+        self._step = record["step"]
+        marked = record["step"] == record["steps"] or not record.keys().isdisjoint(_ALWAYS)
+        if marked or record["step"] % self._every == 0:
+            self._writer.write(record)
+            if marked or time.monotonic() >= self._print_from:
+                self._say(format_line(record))
+                self._print_from = time.monotonic() + self.print_every_s
+        if "skipped" in record:
+            self._say(f"step {record['step']} skipped: {record['skipped']}")
+        if failure := self._writer.new_failure():
+            self._say(f"metrics wait in memory, training goes on: {failure}")
+        for failed in record.get("failed_saves", ()):
+            self._say(f"checkpoint not saved, training goes on: {failed}")
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        self._writer.close()

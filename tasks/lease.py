@@ -1,0 +1,153 @@
+"""Lease of a run directory: at most one flow works in it, whichever host it runs on.
+
+`lease.json` names the holder; `lease.lock` is locked (flock) while anyone reads, judges or changes it. The holder
+renews the lease by the file's time, so that a lease from a host that died goes stale.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from base import storage
+from base.errors import CherryError, MissingFileError, OperationalError, storage_errors
+from tasks.process import is_alive
+
+_HOST = socket.gethostname()
+# A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.
+RENEW_S = 15.0
+_STALE_S = 120.0
+logger = logging.getLogger(__name__)
+
+
+def take_lease(run_directory: Path, *, renew_s: float = RENEW_S) -> None:
+    """Record that this process uses the run directory, after dropping a lease whose process is gone.
+
+    Args:
+        renew_s: seconds between two renewals.
+
+    Raises:
+        OperationalError: a live process, here or on another host, is working on the same run.
+        StorageError: the directory's file system has no locks.
+    """
+    path = _lease(run_directory)
+    run_directory.mkdir(parents=True, exist_ok=True)
+    with locked(run_directory):
+        holder = read_lease(run_directory)
+        own = holder is not None and holder["pid"] == os.getpid() and _is_here(holder) and _runs(holder)
+        if holder is not None and not own and is_held(run_directory):
+            raise OperationalError(
+                f"{run_directory}: process {holder['pid']} on {holder.get('host', _HOST)} is working on this run. "
+                "Wait for it, stop it, or give this run another name (name=...)."
+            )
+        token = holder["token"] if holder is not None and own else uuid.uuid4().hex
+        process = {"host": _HOST, "boot": _boot(), "pid": os.getpid(), "created": psutil.Process().create_time()}
+        storage.write_json(str(path), {**process, "token": token})
+    if not own:
+        threading.Thread(target=_keep_fresh, args=(run_directory, token, renew_s), name="lease", daemon=True).start()
+
+
+@contextmanager
+def locked(run_directory: Path) -> Iterator[None]:
+    """Lock the lease: while it is locked no other process takes or drops it, so a holder read as dead stays dead.
+
+    The lock's file is never removed: that could remove the lock of another process.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        StorageError: its file system has no locks.
+    """
+    path = run_directory / "lease.lock"
+    with storage_errors(str(path)):
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        with storage_errors(str(path)):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_lease(run_directory: Path) -> dict[str, Any] | None:
+    """The holder's lease.json; `None` when nobody holds the directory."""
+    try:
+        lease: dict[str, Any] = storage.read_json(str(_lease(run_directory)))
+    except MissingFileError:
+        return None
+    return lease
+
+
+def is_held(run_directory: Path) -> bool:
+    """Whether a live process holds the directory. Call it under `locked`.
+
+    Another host's processes cannot be seen from here: its lease counts until it has not been renewed for a while.
+    Both times are the file system's, so the hosts' clocks do not matter.
+    """
+    holder = read_lease(run_directory)
+    if holder is None:
+        return False
+    if _is_here(holder):
+        return _runs(holder)
+    lock = run_directory / "lease.lock"
+    os.utime(lock)
+    # Opened, not only looked at: NFS answers a stat from its cache.
+    with _lease(run_directory).open() as handle:
+        renewed = os.fstat(handle.fileno()).st_mtime
+    return lock.stat().st_mtime - renewed < _STALE_S
+
+
+def is_own(run_directory: Path) -> bool:
+    """Whether this process holds the directory. Call it under `locked`."""
+    holder = read_lease(run_directory)
+    return holder is not None and holder["pid"] == os.getpid() and _is_here(holder)
+
+
+def drop_lease(run_directory: Path) -> None:
+    """Remove the lease, whoever's it is. Call it under `locked`, after `is_held`."""
+    _lease(run_directory).unlink(missing_ok=True)
+
+
+def _keep_fresh(run_directory: Path, token: str, renew_s: float) -> None:
+    """Renew the lease until it is given back or another process has it; ends with the process."""
+    while True:
+        time.sleep(renew_s)
+        try:
+            with locked(run_directory):
+                lease = read_lease(run_directory)
+                if lease is None or lease.get("token") != token:
+                    return
+                os.utime(_lease(run_directory))
+        except MissingFileError:
+            return
+        except (OSError, CherryError) as error:
+            logger.warning("the lease of %s was not renewed: %s", run_directory, error)
+
+
+def _is_here(holder: Mapping[str, Any]) -> bool:
+    """Whether the holder's pid is one of this host's, and this host has not rebooted since."""
+    return (holder.get("host", _HOST), holder.get("boot", _boot())) == (_HOST, _boot())
+
+
+def _runs(holder: Mapping[str, Any]) -> bool:
+    return is_alive(holder["pid"], holder["created"])
+
+
+def _boot() -> str:
+    """Identifier of this boot of the machine."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))
+
+
+def _lease(run_directory: Path) -> Path:
+    return run_directory / "lease.json"
