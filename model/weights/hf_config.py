@@ -314,7 +314,11 @@ def _unsupported_quantization(described: object) -> Iterator[Problem]:
     if not isinstance(described, Mapping | None):
         yield Problem("quantization_config", "must be an object or null", described)
     elif described is not None and described.get("quant_method") == "fp8":
-        allowed = {"weight_block_size": [[BLOCK, BLOCK]], "fmt": ["e4m3", None], "activation_scheme": ["dynamic", None]}
+        allowed: dict[str, list[Any]] = {
+            "weight_block_size": [[BLOCK, BLOCK]],
+            "fmt": ["e4m3", None],
+            "activation_scheme": ["dynamic", None],
+        }
         for key, values in allowed.items():
             if described.get(key) not in values:
                 yield Problem(f"quantization_config.{key}", f"must be {json.dumps(values[0])}", described.get(key))

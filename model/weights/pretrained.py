@@ -6,6 +6,7 @@ It knows nothing of training state: optimizer and data position are a checkpoint
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from base import storage
-from base.errors import WeightsError
+from base.errors import MissingFileError, WeightsError
 from base.storage import Progress
 from model.experts import Experts
 from model.model_config import ModelConfig
@@ -22,8 +23,9 @@ from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 from model.numerics.int8_layers import use_int8
 from model.transformer import DeepseekV3
-from model.weights.hf_config import config_from_hf, hf_config
+from model.weights.hf_config import config_from_hf, hf_config, text_config
 from model.weights.hf_names import is_ignorable, is_projection, pieces, state_to_hf
+from model.weights.misfit import Misfit
 from model.weights.ranged_read import MAX_GAP_BYTES, Request, fill
 from model.weights.reader import INDEX_NAME, Source, WeightsReader, is_scale, scale_problem
 from model.weights.safetensors_file import Box, SafetensorsFile, whole_box, write_file
@@ -44,12 +46,17 @@ __all__ = [
     "write_tokenizer",
 ]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_SHARD_BYTES = 2 << 30
 _BIAS_SUFFIX = "e_score_correction_bias"
 
 
 def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model configuration of a folder, and its whole config.json.
+    """ModelConfig of a folder, and its whole config.json (of Kimi-K2.5, the language model's).
+
+    A folder whose weights have no MTP layer has a model without one, whatever config.json says: transformers neither
+    loads nor saves that layer, but writes `num_nextn_predict_layers` 1 by default.
 
     Raises:
         MissingFileError: no config.json.
@@ -58,9 +65,23 @@ def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
     path = storage.join(uri, "config.json")
     try:
         raw = storage.read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}. Copy or export it again.") from error
-    return config_from_hf(raw, path), raw
+    config = config_from_hf(raw, path)
+    if config.num_nextn_predict_layers and _lacks_mtp(uri, config):
+        logger.warning("%s: the weights have no MTP layer, so num_nextn_predict_layers 1 is taken as 0", uri)
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    return config, text_config(raw)
+
+
+def _lacks_mtp(uri: str, config: ModelConfig) -> bool:
+    """Whether a folder holds weights of the model's last layer and none of the MTP layer behind it."""
+    try:
+        names = WeightsReader(uri).names
+    except MissingFileError:
+        return False
+    last, mtp = (f"model.layers.{config.num_hidden_layers + offset}." for offset in (-1, 0))
+    return any(name.startswith(last) for name in names) and not any(name.startswith(mtp) for name in names)
 
 
 def load_pretrained(uri: str, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> DeepseekV3:
@@ -132,55 +153,48 @@ def load_parts(
     """
     if isinstance(source, WeightsReader):
         source.open_files()
-    problems: dict[str, None] = {}  # in order, and a damaged file only once
+    misfit = Misfit()
     wanted: set[str] = set()
     requests: list[Request] = []
     for part in parts:
         whole = torch.empty(part.shape, device="meta")
         for piece in pieces(part.name, part.shape, config):
             wanted.add(piece.hf_name)
-            if (problem := _problem(source, piece.hf_name, tuple(whole[piece.part].shape))) is not None:
-                problems[problem] = None
+            shape = tuple(whole[piece.part].shape)
+            if piece.hf_name not in source:
+                misfit.missing[piece.hf_name] = shape
+            elif (problem := _problem(source, piece.hf_name, shape, part.values.dtype)) is not None:
+                misfit.wrong[problem] = None
             elif (overlap := _overlap(piece.part, part)) is not None:
                 target, box = overlap
                 requests.append(Request(piece.hf_name, box, target))
-    problems |= dict.fromkeys(
-        f"unexpected {name}{_shape_of(source, name)}"
-        for name in source.names
-        if name not in wanted and not (is_ignorable(name, config) or is_scale(source, name) or _is_empty(source, name))
-    )
-    if problems:
-        raise WeightsError(
-            f"{source.uri} does not fit the model: {len(problems)} problems. Check that model and weights belong "
-            "together:\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
+    for name in source.names:
+        if name in wanted or is_ignorable(name, config) or is_scale(source, name):
+            continue
+        # transformers writes tensors without elements for a model without shared experts.
+        if (found := _shape_of(source, name)) is None or 0 not in found:
+            misfit.unexpected[name] = found
+    misfit.raise_if_any(source.uri, source.names, config)
     fill(source, requests, on_progress=on_progress, max_gap_bytes=max_gap_bytes)
 
 
-def _problem(source: Source, name: str, expected: tuple[int, ...]) -> str | None:
-    if name not in source:
-        return f"missing {name} (shape {list(expected)})"
+def _problem(source: Source, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """What keeps a stored tensor from filling one of the model's of this shape and type."""
     try:
         if (found := source.shape(name)) != expected:
             return f"wrong shape of {name}: the model has {list(expected)}, the file {list(found)}"
+        if (stored := source.dtype(name)).is_floating_point != dtype.is_floating_point:
+            return f"wrong type of {name}: the model has {dtype}, the file {stored} (integers need their scales)"
         return scale_problem(source, name)
     except WeightsError as error:
         return str(error)
 
 
-def _shape_of(source: Source, name: str) -> str:
+def _shape_of(source: Source, name: str) -> tuple[int, ...] | None:
     try:
-        return f" (shape {list(source.shape(name))})"
+        return source.shape(name)
     except WeightsError:
-        return ""
-
-
-def _is_empty(source: Source, name: str) -> bool:
-    """Whether a tensor has no elements: transformers writes such ones for a model without shared experts."""
-    try:
-        return 0 in source.shape(name)
-    except WeightsError:
-        return False
+        return None
 
 
 def _overlap(index: tuple[int | slice, ...], part: Part) -> tuple[Tensor, Box] | None:

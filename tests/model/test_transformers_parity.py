@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
+from model.weights.hf_config import config_from_hf
 from model.weights.pretrained import load_pretrained, save_pretrained, state_to_hf
 
 transformers = pytest.importorskip("transformers")
@@ -96,6 +97,29 @@ def test_softmax_logits_equal_transformers_v2(
         num_nextn_predict_layers=0,
     )
     assert difference(make_model(config).eval(), make_tokens(config, 2, 70), tmp_path) < 1e-4
+
+
+RELEASES: dict[str, Any] = json.loads((Path(__file__).parent / "released_configs.json").read_text())
+# Widths and counts of a model of milliseconds; everything else stays as it was released.
+SCALED_DOWN: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "n_routed_experts": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "num_nextn_predict_layers": 0, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", list(RELEASES))
+def test_released_configurations_compute_as_in_transformers(
+    release: str, tmp_path: Path, make_model: Callable[..., DeepseekV3], make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    full = config_from_hf(RELEASES[release])
+    ranks = {
+        "q_lora_rank": full.q_lora_rank and 24,
+        "v_head_dim": 16 * full.v_head_dim // full.qk_nope_head_dim,
+        "first_k_dense_replace": 1,
+    }
+    config = ModelConfig(**{**full.model_dump(), **SCALED_DOWN, **ranks})
+    assert difference(make_model(config).eval(), make_tokens(config, 2, 120), tmp_path) < 1e-4
 
 
 YARN_VALUES = st.fixed_dictionaries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,103 +14,9 @@ from base.errors import ConfigError, WeightsError
 from model.model_config import PRESETS, ModelConfig
 from model.weights.hf_config import _V2_DEFAULTS, _V3_DEFAULTS, config_from_hf, hf_config
 
-# The released config.json of DeepSeek-V3 and R1, of DeepSeek-V3.1, and of others of the family.
-V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1,
-    "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
-    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
-    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
-    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True, "v_head_dim": 128,
-    "vocab_size": 129280,
-    "rope_scaling": {
-        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096, "type": "yarn",
-    },
-    "quantization_config": {
-        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
-    },
-}  # fmt: skip
-V31 = {**V3, "quantization_config": {**V3["quantization_config"], "scale_fmt": "ue8m0"}}
-V2: dict[str, Any] = {
-    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}, "aux_loss_alpha": 0.001,
-    "bos_token_id": 100000, "eos_token_id": 100001, "ep_size": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
-    "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 12288, "kv_lora_rank": 512,
-    "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1536, "moe_layer_freq": 1,
-    "n_group": 8, "n_routed_experts": 160, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 128,
-    "num_experts_per_tok": 6, "num_hidden_layers": 60, "num_key_value_heads": 128, "pretraining_tp": 1,
-    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096, "type": "yarn",
-    },
-    "rope_theta": 10000, "routed_scaling_factor": 16.0, "scoring_func": "softmax", "seq_aux": True,
-    "tie_word_embeddings": False, "topk_group": 3, "topk_method": "group_limited_greedy", "torch_dtype": "bfloat16",
-    "transformers_version": "4.39.3", "use_cache": True, "v_head_dim": 128, "vocab_size": 102400,
-}  # fmt: skip
-V2_LITE = {
-    **V2, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1,
-    "n_routed_experts": 64, "num_attention_heads": 16, "num_hidden_layers": 27, "num_key_value_heads": 16,
-    "q_lora_rank": None, "routed_scaling_factor": 1.0, "topk_group": 1, "topk_method": "greedy",
-}  # fmt: skip
-KIMI_K2 = {
-    **V3, "architectures": ["DeepseekV3ForCausalLM"], "aux_loss_alpha": 0.001, "bos_token_id": 163584,
-    "eos_token_id": 163586, "first_k_dense_replace": 1, "max_position_embeddings": 262144, "model_type": "kimi_k2",
-    "n_group": 1, "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "seq_aux": True,
-    "topk_group": 1, "vocab_size": 163840,
-    "rope_scaling": {
-        "beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096, "type": "yarn",
-    },
-}  # fmt: skip
-# Its text_config is a dump of every key that transformers 4.57 knew, and the experts are packed int4.
-KIMI_K25 = {
-    "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "ignore_index": -100,
-    "media_placeholder_token_id": 163605, "vision_config": {"model_type": "kimi_k25_vision"},
-    "text_config": {
-        **KIMI_K2, "_name_or_path": "", "add_cross_attention": False, "bad_words_ids": None, "do_sample": False,
-        "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "decoder_start_token_id": None,
-        "dtype": "bfloat16", "early_stopping": False, "is_encoder_decoder": False, "length_penalty": 1.0,
-        "max_length": 20, "num_beams": 1, "pruned_heads": {}, "return_dict": True, "temperature": 1.0, "top_k": 50,
-        "torchscript": False, "typical_p": 1.0, "use_bfloat16": False, "quantization_config": None,
-    },
-}  # fmt: skip
-MOONLIGHT = {
-    **V3, "aux_loss_alpha": 0.001, "bos_token_id": 163584, "eos_token_id": 163585, "first_k_dense_replace": 1,
-    "hidden_size": 2048, "intermediate_size": 11264, "max_position_embeddings": 8192, "moe_intermediate_size": 1408,
-    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6,
-    "num_hidden_layers": 27, "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "pretraining_tp": 1,
-    "q_lora_rank": None, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.446, "seq_aux": True, "topk_group": 1, "vocab_size": 163840,
-    "quantization_config": None,
-}  # fmt: skip
-# Written by transformers 5: rope_parameters, no beta keys, values of another width than the keys.
-GIGACHAT = {
-    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
-    "dtype": "bfloat16", "eos_token_id": 2, "first_k_dense_replace": 1, "head_dim": 64, "hidden_act": "silu",
-    "hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960, "kv_lora_rank": 512,
-    "max_position_embeddings": 262144, "model_type": "deepseek_v3", "moe_intermediate_size": 1280, "n_group": 1,
-    "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 32,
-    "num_experts_per_tok": 4, "num_hidden_layers": 26, "num_key_value_heads": 32, "num_nextn_predict_layers": 1,
-    "output_router_logits": False, "pad_token_id": None, "pretraining_tp": 1, "q_lora_rank": None, "qk_head_dim": 192,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_interleave": True,
-    "rope_parameters": {
-        "factor": 64.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
-        "rope_theta": 100000.0, "rope_type": "yarn",
-    },
-    "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "transformers_version": "5.17.0",
-    "use_cache": True, "v_head_dim": 192, "vocab_size": 128256,
-}  # fmt: skip
-RELEASES = {
-    "DeepSeek-V3 and R1": V3, "DeepSeek-V3.1": V31, "DeepSeek-V2": V2, "DeepSeek-V2-Lite": V2_LITE, "Kimi-K2": KIMI_K2,
-    "Kimi-K2.5": KIMI_K25, "Moonlight": MOONLIGHT, "GigaChat": GIGACHAT,
-}  # fmt: skip
+# config.json as it was released, by model.
+RELEASES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "released_configs.json").read_text())
+V3, V2, GIGACHAT = (RELEASES[name] for name in ("DeepSeek-V3 and R1", "DeepSeek-V2", "GigaChat"))
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -131,12 +38,12 @@ def test_released_configurations_are_read_and_survive_an_export(release: str) ->
 
 def test_values_of_released_configurations() -> None:
     assert config_from_hf(V3) == ModelConfig(**{**PRESETS["671b"], "initializer_range": 0.02})
-    assert config_from_hf(V31) == config_from_hf(V3)
+    assert config_from_hf(RELEASES["DeepSeek-V3.1"]) == config_from_hf(V3)
     assert config_from_hf(V3).softmax_scale == pytest.approx(0.135234, abs=1e-6)
-    assert config_from_hf(V2_LITE) == ModelConfig(**PRESETS["16b"])
-    kimi = config_from_hf(KIMI_K2)
+    assert config_from_hf(RELEASES["DeepSeek-V2-Lite"]) == ModelConfig(**PRESETS["16b"])
+    kimi = config_from_hf(RELEASES["Kimi-K2"])
     assert (kimi.n_routed_experts, kimi.rope_theta, kimi.routed_scaling_factor) == (384, 50000.0, 2.827)
-    assert config_from_hf(KIMI_K25) == kimi
+    assert config_from_hf(RELEASES["Kimi-K2.5"]) == kimi
     assert (v2 := config_from_hf(V2)).scoring_func == "softmax"
     assert (v2.n_group, v2.topk_group, v2.norm_topk_prob) == (8, 3, False)
     giga = config_from_hf(GIGACHAT)
