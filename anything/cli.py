@@ -1,6 +1,6 @@
-"""Owns the `anything` command: serve a model or a set of replicas, make keys, ask a server.
+"""Command line `anything`: serve a model or a set of replicas, manage keys, query a server.
 
-It knows nothing of torch until a model is served.
+torch is imported only to serve a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from anything.client import client_from_environment
 from anything.http.app import create_app
 from anything.http.serve import DrainingServer, bind, freeze_heap
 from anything.keys import KEY_ENVIRONMENT, create_key, list_keys, load_keys, revoke_key
-from anything.protocol import Engine
+from anything.protocol import DEFAULT_MAX_TOKENS, Engine
 from anything.router.routing import Router, read_routes
 from anything.serve_config import ServeConfig
 from base import storage
@@ -26,13 +26,13 @@ DEFAULT_KEY_FILE = os.path.join("~", ".config", "anything", "keys.json")
 
 
 class _ServeFile(Section):
-    """The part of a run's configuration that a server reads."""
+    """Section of a run's configuration that a server reads."""
 
     serve: ServeConfig = ServeConfig()
 
 
 def parser() -> ArgumentParser:
-    """The command line of `anything`."""
+    """Argument parser of `anything`."""
     root = ArgumentParser(prog="anything", description="Serve a model, and ask it.")
     commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve a model, or route to replicas")
@@ -54,8 +54,9 @@ def parser() -> ArgumentParser:
     infer = commands.add_parser("infer", help=f"ask a server; the key is read from {KEY_ENVIRONMENT}")
     infer.add_argument("prompt")
     infer.add_argument("--url", help="the server (ANYTHING_URL, else http://127.0.0.1:8080)")
-    infer.add_argument("--max_tokens", type=int, default=256)
+    infer.add_argument("--max_tokens", type=int, default=DEFAULT_MAX_TOKENS)
     infer.add_argument("--temperature", type=float, default=0.0)
+    infer.add_argument("--seed", type=int, help="seed of the sampling (drawn anew each time)")
     infer.add_argument("--stream", action="store_true", help="print the text as it is written")
     return root
 
@@ -86,7 +87,7 @@ def _serve_config(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def _key_file(given: str | None) -> str | None:
-    """The key file to serve with: the one that was named, else the default one if there is one."""
+    """Path of the key file to serve with: the named one, else the default one if it exists."""
     if given is not None:
         return os.path.expanduser(given)
     default = os.path.expanduser(DEFAULT_KEY_FILE)
@@ -109,7 +110,7 @@ def _engine(arguments: argparse.Namespace, config: ServeConfig) -> Engine:
 
 
 def key_command(arguments: argparse.Namespace) -> None:
-    """Make, list or revoke keys."""
+    """Create, list or revoke keys."""
     path = os.path.expanduser(arguments.key_file)
     if arguments.action == "create":
         key = create_key(path)
@@ -124,8 +125,8 @@ def key_command(arguments: argparse.Namespace) -> None:
 
 
 def infer_command(arguments: argparse.Namespace) -> None:
-    """Print what a server writes after a prompt."""
-    options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+    """Print the text that a server generates after a prompt."""
+    options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature, "seed": arguments.seed}
     with client_from_environment(arguments.url) as client:
         if not arguments.stream:
             print(client.infer(arguments.prompt, **options))
@@ -136,7 +137,7 @@ def infer_command(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script; returns the exit code."""
+    """Exit code of the console script."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,7 +1,4 @@
-"""Owns asking an Anything server from Python, synchronously.
-
-It knows nothing of models and needs no torch.
-"""
+"""Synchronous Python client of an Anything server; it needs no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +13,12 @@ import httpx
 
 from anything import sse
 from anything.keys import KEY_ENVIRONMENT
+from anything.protocol import DEFAULT_MAX_TOKENS, SamplingParams
 from base.errors import AuthenticationError, CherryError, ConfigError, RequestError, ServiceError
 
 URL_ENVIRONMENT = "ANYTHING_URL"
 DEFAULT_URL = "http://127.0.0.1:8080"
-# A server answers, or says that it could not, within its own 30 s; twice that means it is gone.
+# A server answers, or says that it could not, within 30 s by default; twice that means it is gone.
 _TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
 # A server takes more tokens than this only as a stream.
@@ -28,7 +26,7 @@ _MAX_TOKENS_WITHOUT_STREAM = 2048
 
 
 class Client:
-    """A server's API for one key. Keeps connections open; may be used by several threads, and as a context manager.
+    """API of a server for one key. Keeps connections open; may be used by several threads, and as a context manager.
 
     Every method raises AuthenticationError (the key is missing, wrong or revoked), RequestError (the request breaks a
     rule) or ServiceError (no answer, too late, overloaded, or a failure of the server's).
@@ -48,18 +46,23 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.base_url!r})"
 
-    def infer(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-        """The text that follows `prompt`. Above 2048 tokens it is streamed, as the server demands."""
+    def infer(
+        self, prompt: str, *, max_tokens: int = DEFAULT_MAX_TOKENS, temperature: float = 0.0, seed: int | None = None
+    ) -> str:
+        """Text that follows `prompt`. Above 2048 tokens it is streamed, as the server demands.
+
+        Args:
+            seed: of the sampling: the same seed, prompt and model give the same text; `None` draws one.
+        """
         if max_tokens > _MAX_TOKENS_WITHOUT_STREAM:
-            return "".join(self.stream(prompt, max_tokens=max_tokens, temperature=temperature))
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
-        answer = self._ask("POST", "infer", body)
+            return "".join(self.stream(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
+        answer = self._ask("POST", "infer", _body(prompt, max_tokens, temperature, seed))
         if "output" not in answer:
             raise self._no_server_of_ours(str(answer))
         return str(answer["output"])
 
     def routes(self) -> dict[str, Any]:
-        """What a gateway says of its replicas, their shares, and each version's requests, errors and latencies."""
+        """Replicas of a gateway, their shares, and each version's requests, errors and latencies."""
         return self._ask("GET", "routes")
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -78,9 +81,11 @@ class Client:
     def _no_server_of_ours(self, text: str) -> ServiceError:
         return ServiceError(f"{self.base_url} did not answer as an Anything server: {text[:80]!r}")
 
-    def stream(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
-        """The text piece by piece. Closing the iterator cancels the generation."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    def stream(
+        self, prompt: str, *, max_tokens: int = DEFAULT_MAX_TOKENS, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[str]:
+        """Text chunk by chunk; see `infer`. Closing the iterator cancels the generation."""
+        body = {**_body(prompt, max_tokens, temperature, seed), "stream": True}
         reader = sse.EventReader()
         with self._errors(), self._http.stream("POST", "/v1/anything/infer", json=body) as response:
             if response.status_code != httpx.codes.OK:
@@ -135,14 +140,22 @@ class Client:
         return RequestError(text)
 
 
-def infer(prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-    """Ask the server at ANYTHING_URL (else the local default) with the key in ANYTHING_API_KEY; see `Client`."""
+def infer(
+    prompt: str, *, max_tokens: int = DEFAULT_MAX_TOKENS, temperature: float = 0.0, seed: int | None = None
+) -> str:
+    """Text from the server at ANYTHING_URL (else the local default), with the key in ANYTHING_API_KEY; see `Client`."""
     with client_from_environment() as client:
-        return client.infer(prompt, max_tokens=max_tokens, temperature=temperature)
+        return client.infer(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+def _body(prompt: str, max_tokens: int, temperature: float, seed: int | None) -> dict[str, Any]:
+    # Not validated here: the server says which rule a value breaks.
+    sampling = SamplingParams.model_construct(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    return {"prompt": prompt, **sampling.as_body()}
 
 
 def client_from_environment(url: str | None = None) -> Client:
-    """A client for `url`, else ANYTHING_URL, else the local default.
+    """Client for `url`, else ANYTHING_URL, else the local default.
 
     Raises:
         AuthenticationError: ANYTHING_API_KEY is not set.

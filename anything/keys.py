@@ -1,6 +1,6 @@
-"""Owns API keys: how they are made, how they rest on disk (as hashes), and how one is recognised.
+"""API keys: creation, storage as hashes, and lookup.
 
-It knows nothing of HTTP. A key has 256 bits of randomness, so one round of SHA-256 is enough to store it.
+A key has 256 bits of randomness, so one round of SHA-256 is enough to store it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MODE = 0o600
 
 @dataclass(frozen=True)
 class KeyRecord:
-    """What is stored of one key."""
+    """Stored record of one key."""
 
     key_id: str
     sha256: str
@@ -32,7 +32,7 @@ class KeyRecord:
 
 
 class KeyStore:
-    """Recognises keys. It holds hashes only, so nothing secret can reach a log through it."""
+    """Lookup of keys. It has hashes only, so nothing secret can reach a log through it."""
 
     def __init__(self, records: list[KeyRecord]) -> None:
         self._records = list(records)
@@ -41,10 +41,10 @@ class KeyStore:
         return len(self._records)
 
     def find(self, key: str) -> KeyRecord:
-        """The record of `key`. Every record is compared, in constant time.
+        """Record of `key`. Every record is compared, in constant time.
 
         Raises:
-            AuthenticationError: no record is of this key.
+            AuthenticationError: no record matches this key.
         """
         presented = _hash(key)
         found: KeyRecord | None = None
@@ -59,7 +59,7 @@ class KeyStore:
 
 
 def load_keys(path: str | None, environment_key: str | None = None) -> KeyStore:
-    """The keys in a file and the one from the environment.
+    """Keys of a file and the key from the environment.
 
     Raises:
         ConfigError: the file is malformed or others may read it, or there is no key at all.
@@ -77,7 +77,7 @@ def load_keys(path: str | None, environment_key: str | None = None) -> KeyStore:
 
 
 def create_key(path: str) -> str:
-    """Add a new key to the file (made with mode 0600 if need be) and return it: it cannot be read back later."""
+    """New key, whose hash is added to the file (created with mode 0600); it cannot be read back later."""
     key = _PREFIX + secrets.token_urlsafe(32)
     records = _read(path) if os.path.exists(path) else []
     records.append(KeyRecord(secrets.token_hex(4), _hash(key), created=time.time()))
@@ -99,12 +99,12 @@ def revoke_key(path: str, key_id: str) -> None:
 
 
 def list_keys(path: str) -> list[KeyRecord]:
-    """The records in a key file; see `load_keys` for errors."""
+    """Records of a key file; see `load_keys` for errors."""
     return _read(path)
 
 
 def read_key_file(path: str) -> str:
-    """A plain key from the first line of a file, as a client keeps it.
+    """Plain key on the first line of a client's key file.
 
     Raises:
         MissingFileError: no file at `path`.

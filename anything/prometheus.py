@@ -1,31 +1,121 @@
-"""Owns the counters of a server: requests by status, and requests, errors and latency by model version.
+"""Prometheus metrics: counters and histograms of a server, and of each model version that it routes to.
 
-It knows nothing of HTTP or engines; it is written and read on the event loop only, so it needs no lock.
+Each server and each router has a registry of its own, so several live in one process. Latencies are histograms, whose
+buckets add up over replicas.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
-# Latencies kept for the quantiles: at 1 % error on p99 a few hundred are needed, and old ones must fade.
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from anything.protocol import EngineStatus
+
+# Latencies kept for the quantiles of `VersionStats.describe`: p99 within 1 % needs a few hundred, and old ones must
+# leave.
 _WINDOW = 1024
 _QUANTILES = (0.5, 0.95, 0.99)
+# Seconds; vLLM's buckets of the time to the first token (vllm/v1/metrics/loggers.py), which span milliseconds of a
+# small model and minutes of a long answer.
+_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_VERSION = ["version"]
+
+
+class ServerMetrics:
+    """Counters of one server's HTTP responses and tokens."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.responses = Counter("anything_responses", "Responses by HTTP status.", ["status"], registry=registry)
+        self.disconnects = Counter(
+            "anything_disconnects", "Requests whose client went away before the answer.", registry=registry
+        )
+        self.prompt_tokens = Counter("anything_prompt_tokens", "Prompt tokens of finished requests.", registry=registry)
+        self.completion_tokens = Counter(
+            "anything_completion_tokens", "Generated tokens of finished requests.", registry=registry
+        )
+        self.latency = Histogram(
+            "anything_request_seconds", "Seconds from request to last token.", buckets=_BUCKETS, registry=registry
+        )
+
+    def exposition(self, status: EngineStatus) -> str:
+        """Metrics of the server and its engine in Prometheus' text format, version 0.0.4."""
+        gauges = CollectorRegistry()
+        for name, value in status.gauges.items():
+            Gauge(f"anything_{name}", f"Current {name.replace('_', ' ')}.", registry=gauges).set(value)
+        registries = [self._registry, gauges, *([status.registry] if status.registry is not None else [])]
+        return "".join(generate_latest(registry).decode() for registry in registries)
+
+
+class VersionMetrics:
+    """Counters and latencies of every model version that requests were routed to."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._counters = {
+            name: Counter(f"anything_version_{name}", text, _VERSION, registry=registry)
+            for name, text in (
+                ("requests", "Requests routed to the version."),
+                ("errors", "Requests that the version failed, or answered too late."),
+                ("cancelled", "Requests that the client gave up."),
+            )
+        }
+        self._latency = Histogram(
+            "anything_version_seconds", "Seconds to the last token.", _VERSION, buckets=_BUCKETS, registry=registry
+        )
+        self._first_token = Histogram(
+            "anything_version_first_token_seconds",
+            "Seconds to the first token.",
+            _VERSION,
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._versions: dict[str, VersionStats] = {}
+
+    def of(self, version: str) -> VersionStats:
+        """Metrics of one version, from zero when it was not seen before."""
+        if version not in self._versions:
+            requests, errors, cancelled = (counter.labels(version) for counter in self._counters.values())
+            self._versions[version] = VersionStats(
+                requests=requests,
+                errors=errors,
+                cancelled=cancelled,
+                latency=Latencies(self._latency.labels(version)),
+                first_token=Latencies(self._first_token.labels(version)),
+            )
+        return self._versions[version]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Counts and latency quantiles (seconds) of each version, as JSON."""
+        return {
+            version: {
+                **{name: self._count(name, version) for name in self._counters},
+                "latency_s": stats.latency.quantiles(),
+                "first_token_s": stats.first_token.quantiles(),
+            }
+            for version, stats in self._versions.items()
+        }
+
+    def _count(self, name: str, version: str) -> int:
+        return int(self.registry.get_sample_value(f"anything_version_{name}_total", {"version": version}) or 0)
 
 
 class Latencies:
-    """Quantiles over the newest observations."""
+    """A histogram, and quantiles over its newest observations."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.total_s = 0.0
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
         self._newest: deque[float] = deque(maxlen=_WINDOW)
 
     def observe(self, seconds: float) -> None:
         """Add one observation."""
-        self.count += 1
-        self.total_s += seconds
+        self._histogram.observe(seconds)
         self._newest.append(seconds)
 
     def quantiles(self) -> dict[str, float]:
@@ -34,75 +124,12 @@ class Latencies:
         return {f"p{q * 100:g}": ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in _QUANTILES if ordered}
 
 
+@dataclass(frozen=True)
 class VersionStats:
-    """What happened to the requests that one model version was asked."""
+    """Metrics of one model version."""
 
-    def __init__(self) -> None:
-        self.requests = 0
-        self.errors = 0
-        self.cancelled = 0
-        self.latency = Latencies()
-        self.first_token = Latencies()
-
-    def describe(self) -> dict[str, Any]:
-        """The numbers as JSON; times in seconds."""
-        return {
-            "requests": self.requests,
-            "errors": self.errors,
-            "cancelled": self.cancelled,
-            "latency_s": self.latency.quantiles(),
-            "first_token_s": self.first_token.quantiles(),
-        }
-
-
-class ServerMetrics:
-    """The gateway's own counters."""
-
-    def __init__(self) -> None:
-        self.responses: Counter[int] = Counter()
-        self.disconnects = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self.latency = Latencies()
-
-    def exposition(self, gauges: Mapping[str, float], versions: Mapping[str, VersionStats]) -> str:
-        """Everything in Prometheus' text format (version 0.0.4)."""
-        statuses = [({"status": str(status)}, float(n)) for status, n in sorted(self.responses.items())]
-        lines = _family("anything_responses_total", "counter", statuses)
-        lines += _family("anything_disconnects_total", "counter", [({}, self.disconnects)])
-        lines += _family("anything_prompt_tokens_total", "counter", [({}, self.prompt_tokens)])
-        lines += _family("anything_completion_tokens_total", "counter", [({}, self.completion_tokens)])
-        lines += _summary("anything_request_seconds", [({}, self.latency)])
-        for name, value in gauges.items():
-            lines += _family(f"anything_{name}", "gauge", [({}, value)])
-        for name in ("requests", "errors", "cancelled"):
-            samples = [({"version": version}, float(getattr(stats, name))) for version, stats in versions.items()]
-            if samples:
-                lines += _family(f"anything_version_{name}_total", "counter", samples)
-        if versions:
-            lines += _summary("anything_version_seconds", [({"version": v}, s.latency) for v, s in versions.items()])
-        return "\n".join(lines) + "\n"
-
-
-def _family(name: str, kind: str, samples: Iterable[tuple[dict[str, str], float]]) -> list[str]:
-    return [f"# TYPE {name} {kind}", *(f"{name}{_labels(labels)} {value:g}" for labels, value in samples)]
-
-
-def _summary(name: str, samples: Iterable[tuple[dict[str, str], Latencies]]) -> list[str]:
-    lines = [f"# TYPE {name} summary"]
-    for labels, latencies in samples:
-        for quantile, value in latencies.quantiles().items():
-            share = {**labels, "quantile": f"{float(quantile[1:]) / 100:g}"}
-            lines.append(f"{name}{_labels(share)} {value:g}")
-        lines.append(f"{name}_sum{_labels(labels)} {latencies.total_s:g}")
-        lines.append(f"{name}_count{_labels(labels)} {latencies.count:g}")
-    return lines
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    if not labels:
-        return ""
-    escaped = {
-        name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name, value in labels.items()
-    }
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
+    requests: Counter
+    errors: Counter
+    cancelled: Counter
+    latency: Latencies
+    first_token: Latencies

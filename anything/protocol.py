@@ -1,6 +1,6 @@
-"""Owns what the gateway and an engine say to each other: a generation, its chunks, its deadline, and refusals.
+"""Engine protocol: a generation with its sampling fields, its chunks, its deadline, and how it is refused.
 
-It knows neither HTTP nor torch: an engine may live in this process or behind another server.
+An engine may live in this process or behind another server, so there is neither torch nor HTTP here.
 """
 
 from __future__ import annotations
@@ -8,15 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from base.errors import RequestError, ServiceError
 
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
 FinishReason = Literal["stop", "length"]
+# Some twenty lines of text: an answer that a default timeout leaves time for.
+DEFAULT_MAX_TOKENS = 256
+# What torch.Generator.manual_seed and a signed 64-bit integer of other engines both take.
+_MAX_SEED = 2**63 - 1
 
 
 class RefusedError(RequestError):
-    """The caller's fault, with the HTTP status that says which."""
+    """A user error, with its HTTP status."""
 
     def __init__(self, message: str, *, status: int = 422, code: str = "invalid_request") -> None:
         super().__init__(message)
@@ -25,7 +34,7 @@ class RefusedError(RequestError):
 
 
 class UnavailableError(ServiceError):
-    """The service's fault, or its load; the same request may succeed later."""
+    """A transient error of the service, or its load; the same request may succeed later."""
 
     def __init__(self, message: str, *, status: int, code: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -35,7 +44,7 @@ class UnavailableError(ServiceError):
 
 
 class Deadline:
-    """The time that is left for the next thing a caller waits for: the whole answer, or each gap of a stream."""
+    """Time that is left for a whole answer, or for the next chunk of a stream."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.timeout_s = timeout_s
@@ -48,12 +57,29 @@ class Deadline:
         return max(0.0, self._end - self._clock())
 
     def restart(self) -> None:
-        """Give the next gap of a stream the whole time again."""
+        """Start the time again, for the next chunk of a stream."""
         self._end = self._clock() + self.timeout_s
 
     def expire(self) -> None:
-        """Record that the gateway gave up, so that an engine that is cancelled next knows why."""
+        """Record that the gateway gave up, so that the engine it cancels next knows why."""
         self.expired = True
+
+
+class SamplingParams(BaseModel):
+    """Sampling fields of a request: the one list that clients, the HTTP API and engines share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    max_tokens: Annotated[int, Field(ge=1)] = DEFAULT_MAX_TOKENS
+    """Largest number of tokens to generate."""
+    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 0.0
+    """0 is greedy."""
+    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
+    """Seed of the sampling; `None` draws one."""
+
+    def as_body(self) -> dict[str, Any]:
+        """Fields of a request body; those that are `None` are left to the server."""
+        return self.model_dump(exclude_none=True)
 
 
 @dataclass(frozen=True)
@@ -61,19 +87,15 @@ class Generation:
     """One request for text."""
 
     prompt: str = field(repr=False)
-    max_tokens: int
-    temperature: float = 0.0
-    """0 is greedy."""
-    seed: int | None = None
-    """Of the sampling; `None` draws one."""
+    sampling: SamplingParams
     subject: str = ""
-    """Whom a sticky route is kept for."""
+    """Key of sticky routing: requests of one subject go to one replica."""
     deadline: Deadline | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that a generation took in and gave out."""
+    """Token counts of a finished generation."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -81,17 +103,29 @@ class Usage:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the output, whole characters only. The last one carries why generation ended, and the usage."""
+    """A piece of the output, in whole characters. The last one has the finish reason and the usage."""
 
     text: str
     version: str
-    """The model version that wrote it."""
+    """Label of the model version that generated it."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
 
+@dataclass(frozen=True)
+class EngineStatus:
+    """Figures of an engine for /metrics and /v1/anything/routes."""
+
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    """Current values by metric name, without the prefix `anything_`."""
+    registry: CollectorRegistry | None = None
+    """Further metrics of the engine's own."""
+    routes: Mapping[str, Any] | None = None
+    """Routes in force and figures of each version, as JSON; `None` for an engine that does not route."""
+
+
 class Engine(Protocol):
-    """What the gateway needs from whatever generates text.
+    """An engine that generates text for the gateway.
 
     `generate` yields at least one chunk, ends after the one with a finish reason, and cancels its generation when
     its iterator is closed or its waiting task is cancelled.
@@ -99,16 +133,16 @@ class Engine(Protocol):
     """
 
     async def start(self) -> None:
-        """Load what is needed; return once `generate` may be called."""
+        """Load the model or connect to it; return once `generate` may be called."""
 
     def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
-        """The chunks of one generation."""
+        """Chunks of one generation."""
 
     async def ready(self) -> bool:
-        """Whether a generation would be taken in now."""
+        """Whether a generation would be admitted now."""
 
-    def gauges(self) -> Mapping[str, float]:
-        """Numbers for /metrics, by name."""
+    async def status(self) -> EngineStatus:
+        """Figures of the engine now."""
 
     async def close(self) -> None:
-        """Cancel every generation and give back what `start` took."""
+        """Cancel every generation and free what `start` allocated."""

@@ -1,4 +1,4 @@
-"""Owns what serving can be told. It needs no torch and knows nothing of training."""
+"""Serving configuration; it needs no torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from base.config import Problem, Section
 
 
 class EngineConfig(Section):
-    """The embedded engine's capacity."""
+    """Capacity of the embedded engine."""
 
     block_tokens: PositiveInt = 16
-    """Tokens in one block of the latent cache."""
+    """Tokens per block of the latent cache."""
     cache_blocks: PositiveInt = 1024
     max_running: PositiveInt = 16
-    """Sequences that are decoded together."""
+    """Largest number of sequences in one decode batch."""
     prefill_chunk_tokens: PositiveInt = 256
-    """Prompt tokens that one step takes in beside the running sequences."""
+    """Prompt tokens prefilled per engine step, beside the decoding sequences."""
     max_waiting: PositiveInt = 256
     """Requests queued before the gateway answers 429."""
     threads: PositiveInt | None = None
-    """CPU threads of one operation; `None` leaves it to torch (OMP_NUM_THREADS)."""
+    """CPU threads per operation; `None` leaves it to torch (OMP_NUM_THREADS)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -31,7 +31,7 @@ class EngineConfig(Section):
 
 
 class ServeConfig(Section):
-    """The gateway in front of one engine, or of several replicas."""
+    """HTTP server in front of one engine, or of several replicas."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)

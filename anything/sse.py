@@ -1,7 +1,4 @@
-"""Owns the events of a streamed answer: how they are written, and how they are read back.
-
-It knows nothing of who sends them: the gateway writes, the client and a remote replica's adapter read.
-"""
+"""Server-sent events of a streamed answer: encoding for the HTTP API, decoding for the client and the remote engine."""
 
 from __future__ import annotations
 
@@ -14,18 +11,18 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Bytes of one server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventReader:
-    """Reads the lines of one stream. `done` tells a finished stream from one that broke off."""
+    """Decoder of one stream's lines. `done` is True once the end mark came; before, the stream is incomplete."""
 
     def __init__(self) -> None:
         self.done = False
 
     def read(self, line: str) -> dict[str, Any] | None:
-        """The event on this line; `None` for blank lines, comments and the end mark.
+        """Event on this line; `None` for blank lines, comments and the end mark.
 
         Raises:
             ServiceError: the line is not an event of this API.

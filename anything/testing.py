@@ -1,6 +1,6 @@
-"""Owns an engine that behaves without a model: it says the prompt back, word by word, as fast as it is let.
+"""Echo engine for tests: it repeats the prompt word by word, without a model.
 
-It knows nothing of torch. Its controls may be used from any thread, so a test holds it at an exact point.
+Its controls may be used from any thread, so that a test can hold it at an exact token.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
-from anything.protocol import Chunk, FinishReason, Generation, UnavailableError, Usage
+from anything.protocol import Chunk, EngineStatus, FinishReason, Generation, UnavailableError, Usage
 
 
 class EchoEngine:
-    """Each word of the prompt, with the blanks after it, is one token; greedy and sampled output are the same.
+    """Engine whose tokens are the prompt's words, each with the blanks after it; sampling changes nothing.
 
     Args:
-        tokens: how many tokens go through before the engine holds; `None` never holds. `let` allows more.
-        limit: generations taken in at once; one more is refused with 429.
+        tokens: tokens to generate before the engine holds; `None` never holds. `let` allows more.
+        limit: generations admitted at once; one more is refused with 429.
     """
 
     def __init__(self, version: str = "echo", *, tokens: int | None = None, limit: int = 1_000_000) -> None:
@@ -33,14 +33,14 @@ class EchoEngine:
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     def let(self, tokens: int | None) -> None:
-        """Let so many more tokens through, over all generations; `None` lets all through."""
+        """Allow this many more tokens over all generations; `None` allows any number."""
         with self._changed:
             self._tokens = None if tokens is None else (self._tokens or 0) + tokens
             for loop, event in self._waiters:
                 loop.call_soon_threadsafe(event.set)
 
     def fail(self, failure: UnavailableError | None) -> None:
-        """Make generations fail before their next token; `None` mends the engine."""
+        """Make generations fail before their next token; `None` repairs the engine."""
         with self._changed:
             self._failure = failure
             for loop, event in self._waiters:
@@ -55,7 +55,7 @@ class EchoEngine:
         """Nothing to load."""
 
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
-        """Echo; see the class.
+        """Chunks of one word each; see the class.
 
         Raises:
             UnavailableError: what `fail` was given, or 429 when `limit` generations run.
@@ -63,7 +63,7 @@ class EchoEngine:
         if self.started - self.finished - self.cancelled >= self._limit:
             raise UnavailableError("the echo is busy", status=429, code="overloaded", retry_after_s=1)
         words: list[str] = re.findall(r"\S+\s*|\s+", generation.prompt)
-        said = words[: generation.max_tokens]
+        said = words[: generation.sampling.max_tokens]
         reason: FinishReason = "length" if len(said) < len(words) else "stop"
         self._count("started")
         ended = False
@@ -80,7 +80,7 @@ class EchoEngine:
                 self._count("cancelled")
 
     async def _permit(self) -> None:
-        """Take one token's permit, waiting for it if need be."""
+        """Wait until one more token is allowed."""
         event = asyncio.Event()
         waiter = (asyncio.get_running_loop(), event)
         while True:
@@ -106,12 +106,12 @@ class EchoEngine:
             self._changed.notify_all()
 
     async def ready(self) -> bool:
-        """True unless it was told to fail."""
+        """Whether `fail` has not been called."""
         return self._failure is None
 
-    def gauges(self) -> Mapping[str, float]:
-        """Generations that run."""
-        return {"running": self.started - self.finished - self.cancelled}
+    async def status(self) -> EngineStatus:
+        """Number of generations that run."""
+        return EngineStatus({"running": self.started - self.finished - self.cancelled})
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""

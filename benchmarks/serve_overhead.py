@@ -164,12 +164,12 @@ async def _engine(uri: str) -> AsyncIterator[Any]:
 
 
 async def _engine_rates(uri: str, prompts: list[str]) -> dict[str, float]:
-    from anything.protocol import Generation
+    from anything.protocol import Generation, SamplingParams
 
     async with _engine(uri) as engine:
 
         async def ask(prompt: str) -> int:
-            chunks = [chunk async for chunk in engine.generate(Generation(prompt, TOKENS))]
+            chunks = [chunk async for chunk in engine.generate(Generation(prompt, SamplingParams(max_tokens=TOKENS)))]
             return int(chunks[-1].usage.completion_tokens)
 
         await ask(prompts[0])

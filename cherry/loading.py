@@ -15,7 +15,7 @@ from cherry.distributed.local_part import local_part
 from model.transformer import DeepseekV3
 from model.weights.pretrained import Part, load_parts
 from model.weights.reader import Source, WeightsReader
-from model.weights.safetensors_file import Box
+from model.weights.safetensors_file import Box, SafetensorsFile
 
 # Files that hold a pickled state dict; everything else is a safetensors folder.
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
@@ -85,6 +85,13 @@ class PickledWeights:
     def read_box(self, name: str, box: Box) -> Tensor:
         """Slice of a tensor; its pages are read from disk when it is copied."""
         return self._tensors[name][tuple(slice(*bounds) for bounds in box)]
+
+    def open_files(self) -> None:
+        """Nothing to open: the file was mapped on construction."""
+
+    def remote_file(self, name: str) -> SafetensorsFile | None:
+        """None: tensors are read from the mapped file."""
+        return None
 
 
 def _named_tensors(path: str, content: object) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def score(model: DeepseekV3, data_directory: str, *, documents: int, max_tokens:
 def main() -> None:
     """Entry point of the program."""
     parser = ArgumentParser(prog="python -m cherry.scoring", description=__doc__)
-    parser.add_argument("--model_path", help="a Hugging Face folder or URI, int8 or not")
+    parser.add_argument("--model_path", help="a Hugging Face folder or URI, quantized or not")
     parser.add_argument("--untrained", action="store_true", help="score the initial weights of --config")
     parser.add_argument("--config")
     parser.add_argument("--data_dir", required=True)

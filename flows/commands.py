@@ -170,7 +170,9 @@ def _table(summary: dict[str, Any]) -> Table:
     rows = {
         "loss": f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}",
         "held-out": f"{summary['heldout_bits_per_byte']:.3f} bits per byte (zlib: {summary['zlib_bits_per_byte']:.3f})",
-        "int8": f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token",
+        "quantized": (
+            f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token"
+        ),
         "verdict": f"{summary['verdict']} than {summary['compared_with']}: {summary['reason']}",
         "data": f"{summary['documents']:,} documents, {summary['data_bytes'] / 1e6:.1f} MB",
         "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in summary["seconds"].items()),

@@ -1,10 +1,11 @@
-"""Owns a release: which version, its replica, the smoke test, the shift of traffic in steps, and the way back.
+"""Deployment of a registered version: its replica, a smoke test, traffic shifted in steps, and the rollback.
 
-It knows the registry and the gateway's routes; processes are tasks/replicas.py's.
+Server processes are in tasks/replicas.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from prefect.cache_policies import NO_CACHE
 
 from anything.client import Client
 from anything.keys import read_key_file
+from anything.protocol import Engine, Generation, SamplingParams
+from anything.router.kinds import KINDS
 from base import storage
 from base.errors import CherryError, ConfigError, MissingFileError, ServiceError, without_credentials
 from tasks.artifacts import show_table
@@ -33,13 +36,15 @@ from tasks.steps import (
 from tasks.tracking.protocol import ModelVersion
 
 _PROMPT_CHARACTERS = 60
-# Times the requests that a share of traffic needs on average: subjects are dealt out by a hash.
+# Seconds; a server answers, or says that it could not, within 30 s by default.
+_SMOKE_TIMEOUT_S = 60.0
+# Times the requests that a share of traffic needs on average: subjects are assigned by a hash.
 _PATIENCE = 4
 
 
 @dataclass(frozen=True)
 class Release:
-    """A version that is to be served, and where its weights lie."""
+    """Registered version to serve, and the folder of its weights."""
 
     name: str
     version: int
@@ -47,7 +52,7 @@ class Release:
 
     @property
     def label(self) -> str:
-        """What answers are labelled with."""
+        """Label of the version in answers."""
         return f"{self.name}-v{self.version}"
 
 
@@ -77,7 +82,7 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
 
 
 def _chosen(context: RunContext) -> ModelVersion:
-    """The version when none was named: the one that this run registered; for a run that has none, the candidate.
+    """Version when none was named: the one that this run registered, or the candidate when it registered none.
 
     Raises:
         ConfigError: it was judged worse than the champion, or this registry does not have the run's version.
@@ -111,7 +116,7 @@ def _chosen(context: RunContext) -> ModelVersion:
     retry_condition_fn=worth_retrying,
 )
 def resolve_version(context: RunContext, number: int | None, alias: str | None = None) -> Release:
-    """Find the version, by number or by alias (the run's own when neither is given), and its weights.
+    """Release of the version with this number or alias, or of the run's own when neither is given.
 
     Raises:
         MissingFileError: no such version, or its weights are gone.
@@ -122,7 +127,7 @@ def resolve_version(context: RunContext, number: int | None, alias: str | None =
     if context.config.deploy.artifact == "quantized":
         if found.tags.get("quantized_passed") == "false":
             raise ConfigError(
-                f"{found.name} version {found.version}: its int8 weights did not pass: "
+                f"{found.name} version {found.version}: its quantized weights did not pass: "
                 f"{found.tags.get('quantized_reason', 'they cost more than quantize.max_dnll')}. Deploy the export "
                 "(deploy.artifact=export), or raise the limit and run the training flow again."
             )
@@ -137,33 +142,31 @@ def resolve_version(context: RunContext, number: int | None, alias: str | None =
 
 @task(name="start", cache_policy=NO_CACHE)
 def start(context: RunContext, release: Release) -> Server:
-    """Start a replica of the version, or find it running, and wait until it is healthy."""
-    serving = _serving(context)
+    """Healthy replica of the version, started unless it runs already."""
+    serving, deploy = _serving(context), context.config.deploy
     serving.prepare()
     running = serving.find(release.label)
-    if running is not None and running.model == release.model_path:
+    if running is not None and (running.model, running.kind) == (release.model_path, deploy.replica_kind):
         get_run_logger().info("found running: %s at %s", running.name, running.url)
         return running
-    arguments = ["--model_path", release.model_path, "--model_version", release.label, "--port", "0"]
-    arguments += ["--config", f"{context.directory}/{RELEASE_CONFIG}"]
     _say(context, f"starting a replica of {release.label}")
-    return serving.start(
+    return serving.start_replica(
         release.label,
-        arguments,
-        keys=serving.internal_keys,
+        deploy.replica_kind,
         model=release.model_path,
         version=release.label,
-        timeout_s=context.config.deploy.start_timeout_s,
+        config_path=f"{context.directory}/{RELEASE_CONFIG}",
+        timeout_s=deploy.start_timeout_s,
     )
 
 
 @task(name="smoke", cache_policy=NO_CACHE)
 def smoke(context: RunContext, replica: Server) -> str:
-    """Ask the new replica itself, before any traffic; it is stopped again when it fails."""
+    """Answer of the new replica to the smoke prompt, before any traffic; the replica is stopped when it fails."""
     serving, deploy = _serving(context), context.config.deploy
     try:
-        with Client(replica.url, read_key_file(str(serving.internal_key))) as client:
-            output = client.infer(deploy.smoke_prompt, max_tokens=deploy.smoke_max_tokens)
+        engine = KINDS[replica.kind].connect(replica.url, str(serving.internal_key), replica.version)
+        output = asyncio.run(_generate(engine, deploy.smoke_prompt, SamplingParams(max_tokens=deploy.smoke_max_tokens)))
         if not output:
             raise ServiceError(f"{replica.name} answered the smoke prompt {deploy.smoke_prompt!r} with nothing")
     except CherryError:
@@ -174,9 +177,21 @@ def smoke(context: RunContext, replica: Server) -> str:
     return output
 
 
+async def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> str:
+    """Text that an engine generates after a prompt."""
+    await engine.start()
+    try:
+        async with asyncio.timeout(_SMOKE_TIMEOUT_S):
+            return "".join([chunk.text async for chunk in engine.generate(Generation(prompt, sampling))])
+    except TimeoutError as error:
+        raise ServiceError(f"the replica gave no answer to the smoke prompt within {_SMOKE_TIMEOUT_S:g} s") from error
+    finally:
+        await engine.close()
+
+
 @task(name="shift", cache_policy=NO_CACHE)
 def shift(context: RunContext, replica: Server) -> dict[str, Any]:
-    """Move traffic to the replica in steps, each checked with real requests; back to what was on a breach.
+    """Steps of shifting traffic to the replica, each checked with real requests; a breach is rolled back.
 
     Raises:
         ServiceError: the error rate of a step was above deploy.max_error_rate; the routes are as before.
@@ -199,20 +214,20 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
                     f"{config.max_error_rate}); traffic is back where it was"
                 )
     except BaseException:
-        _roll_back(serving, before, replica)
+        _rollback(serving, before, replica)
         raise
     show_table(f"shift-{context.config.name}", rows, f"Traffic to {replica.name}")
     return {"steps": rows, "gateway": gateway.url, "replaced": sorted(others)}
 
 
 def _shares(others: Mapping[str, float], name: str, percent: float) -> dict[str, float]:
-    """Weights that give `name` its percentage and leave the rest to the others, as they shared it before."""
+    """Weights in percent: `percent` for `name`, the rest shared by the others in their former proportions."""
     total = sum(others.values())
     return {**{other: weight / total * (100.0 - percent) for other, weight in others.items()}, name: percent}
 
 
-def _roll_back(serving: ServingDirectory, before: Mapping[str, float], replica: Server) -> None:
-    """Traffic as it was. A replica that had none is stopped; with no other, so is the gateway in front of it."""
+def _rollback(serving: ServingDirectory, before: Mapping[str, float], replica: Server) -> None:
+    """Restore the traffic. A replica that had none is stopped; with no other, so is the gateway in front of it."""
     if before:
         total = sum(before.values())
         serving.write_routes({name: weight / total * 100.0 for name, weight in before.items()})
@@ -226,23 +241,21 @@ def _roll_back(serving: ServingDirectory, before: Mapping[str, float], replica: 
 
 
 def _gateway(context: RunContext) -> Server:
-    """The running gateway, or a new one."""
+    """Running gateway, or a new one."""
     serving = _serving(context)
     running, port = serving.find(GATEWAY), context.config.serve.port
     if running is not None and (port == 0 or running.url.endswith(f":{port}")):
         return running
     if running is not None:
         serving.stop(running)  # it listens where this release is not wanted
-    arguments = ["--routes", str(serving.routes), "--config", f"{context.directory}/{RELEASE_CONFIG}"]
-    timeout_s = context.config.deploy.start_timeout_s
-    return serving.start(GATEWAY, arguments, keys=serving.client_keys, model="", version="", timeout_s=timeout_s)
+    return serving.start_gateway(f"{context.directory}/{RELEASE_CONFIG}", context.config.deploy.start_timeout_s)
 
 
 def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) -> dict[str, Any]:
-    """Ask the gateway until enough requests have reached the new version; what became of them.
+    """Counts and median latency of requests to the gateway, sent until enough have reached the new version.
 
-    The gateway asks another replica when one fails, so errors are those that it counts for the version itself, and
-    requests that nobody could answer.
+    The gateway retries on another replica when one fails, so errors are those it counts for the version itself, and
+    requests that no replica could answer.
     """
     serving, config = _serving(context), context.config.deploy
     key = read_key_file(str(serving.client_key))
@@ -286,7 +299,7 @@ def _counts(gateway: Client, version: str) -> tuple[int, int]:
 def record(
     context: RunContext, release: Release, replica: Server, shifted: dict[str, Any], answer: str
 ) -> dict[str, Any]:
-    """Write the release into MLflow and the run directory, and stop the replicas that it replaced."""
+    """Summary of the release, recorded in MLflow and the run directory; the replicas it replaced are stopped."""
     serving = _serving(context)
     serving.write_routes({replica.name: 100.0})
     for name in shifted["replaced"]:

@@ -1,6 +1,6 @@
-"""Owns the evaluate step: candidate, quantized candidate and champion on the same held-out documents, and a verdict.
+"""Evaluate step: candidate, quantized candidate and champion on the same held-out documents, and a verdict.
 
-It knows nothing of models or statistics; cherry/scoring.py and anything/statistics/compare.py do.
+Models are scored by cherry/scoring.py, and compared by anything/statistics/compare.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNTRAINED = "untrained"
     retry_condition_fn=worth_retrying,
 )
 def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quantized: StepRecord) -> StepRecord:
-    """Compare the candidate with the champion; with none, with the untrained model, and say so."""
+    """Record of the comparison of the candidate with the champion, or with the untrained model where there is none."""
     champion, missing = find_champion(context, exported)
     inputs = {
         **sections(context.config, ["evaluate", "quantize"]),
@@ -78,10 +78,10 @@ def _label(champion: ModelVersion | None) -> str:
 
 
 def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersion | None, str | None]:
-    """The registered champion (the one before it, when it is this very model) where there is one to compare with.
+    """Registered champion to compare with; its predecessor when the champion is this very model.
 
     Returns:
-        The champion, and a sentence when there is one whose weights are gone.
+        The champion, and a sentence for one whose weights are gone.
     """
     config = context.config.register_model
     found = context.tracker().version(config.model_name, alias=config.champion_alias)
@@ -101,7 +101,7 @@ def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersi
 
 
 def _record_inputs(context: RunContext, step: StepRun, champion: ModelVersion | None) -> None:
-    """The held-out documents and the champion; the register step adds the candidate, which has no id before."""
+    """Record held-out documents and champion as inputs; the candidate has no id before the register step adds it."""
     tracker, manifest = context.tracker(), storage.read_json(f"{context.directory}/data/manifest.json")
     heldout = {key: manifest["heldout"][key] for key in ("documents", "bytes")}
     tracker.dataset(
@@ -117,7 +117,7 @@ def _record_inputs(context: RunContext, step: StepRun, champion: ModelVersion | 
 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
-    """Score one model in a program of its own; the file that it wrote."""
+    """Scores of one model on the held-out documents, from a program of its own."""
     output = folder / f"nll-{name}.json"
     arguments = [*model, "--data_dir", f"{context.directory}/data", "--output", str(output)]
     evaluation = context.config.evaluate
@@ -148,12 +148,12 @@ def _compare(
 def judge(
     config: RunConfig, scores: Mapping[str, dict[str, Any]], baseline: str, missing: str | None = None
 ) -> dict[str, Any]:
-    """The verdict on the candidate and on its int8 weights, with the figures behind it: evaluation.json.
+    """Content of evaluation.json: the verdicts on the candidate and on its quantized weights, with their figures.
 
-    A champion that is `missing` cannot be beaten: whatever the candidate is against the untrained model, it must not
-    take the champion's place by itself.
-    The int8 weights pass when they surely cost no more than `quantize.max_dnll`: the one-sided bound decides, so few
-    documents cannot let through what they could not have shown.
+    A champion that is `missing` cannot be beaten: however the candidate compares with the untrained model, it must not
+    replace the champion by itself.
+    The quantized weights pass when the one-sided upper bound of their cost is at most `quantize.max_dnll`, so too few
+    documents cannot pass them.
     """
     against = _compare(scores["baseline"], scores["candidate"], config.evaluate, config.evaluate.margin_nats)
     cost = _compare(scores["candidate"], scores["quantized"], config.evaluate, config.quantize.max_dnll)
@@ -185,10 +185,10 @@ def judge(
 
 
 def _cost(cost: Comparison, config: RunConfig) -> str:
-    """A sentence on what int8 costs."""
+    """A sentence on the loss that quantization costs."""
     limit, confidence = config.quantize.max_dnll, 100 * config.evaluate.confidence
     text = (
-        f"int8 costs {cost.difference:+.4f} nats per token, at most {cost.upper_one_sided:+.4f} "
+        f"quantization costs {cost.difference:+.4f} nats per token, at most {cost.upper_one_sided:+.4f} "
         f"({confidence:.4g} % one-sided, {cost.documents} documents); quantize.max_dnll is {limit:.4g}"
     )
     if cost.not_worse or cost.difference > limit:
@@ -200,7 +200,7 @@ def _cost(cost: Comparison, config: RunConfig) -> str:
 
 
 def shortfall(compared: int, wanted: int) -> str | None:
-    """A sentence when fewer documents were compared than `evaluate.documents` asks for."""
+    """A warning when fewer documents were compared than `evaluate.documents` asks for, else `None`."""
     if compared >= wanted:
         return None
     return (
@@ -210,13 +210,13 @@ def shortfall(compared: int, wanted: int) -> str | None:
 
 
 def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write and show what was judged."""
+    """Write evaluation.json, and log figures, plot and table."""
     config, baseline = context.config, result["baseline"]
     against, cost = result["candidate_vs_baseline"], result["quantized_vs_candidate"]
     storage.write_json(str(folder / "evaluation.json"), result)
     rows = [
         (f"candidate - {baseline}", against["difference"], against["low"], against["high"]),
-        ("int8 - candidate", cost["difference"], cost["low"], cost["high"]),
+        ("quantized - candidate", cost["difference"], cost["low"], cost["high"]),
     ]
     plot = plot_comparison(rows, config.evaluate.margin_nats, folder / "comparison.png")
     headline = {

@@ -246,7 +246,7 @@ def _describe(summary: dict[str, Any]) -> str:
     return (
         f"**{summary['verdict']}** than {summary['compared_with']}: {summary['reason']}\n\n"
         f"Held-out {summary['heldout_bits_per_byte']:.3f} bits per byte (zlib {summary['zlib_bits_per_byte']:.3f}), "
-        f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f}, int8 at "
+        f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f}, quantized at "
         f"{summary['quantized_bytes_ratio']:.2f} of the bytes for {summary['quantized_dnll']:+.4f} nats per token."
     )
 

@@ -1,6 +1,6 @@
-"""Owns the quantize step: int8 weights from the export, and the error of every tensor as a table and a plot.
+"""Quantize step: weights of the export in the configured format, and the error of every tensor as a report and a plot.
 
-It knows nothing of the numerics. What the quantized weights cost in loss is the evaluate step's to say.
+What the quantized weights cost in loss is measured by the evaluate step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, wor
 
 @task(name="quantize", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
 def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
-    """Quantize the exported weights, shard by shard."""
+    """Record of the quantized weights, made from the export by a program of its own."""
     scheme = context.config.quantize.format
 
     def work(step: StepRun) -> dict[str, str]:
         source, target = exported.outputs["export"], context.path / "quantized"
         make_room(context, "quantize", target, step.fingerprint)
-        step.run("model.quantize", ["--source", source, "--target", str(target)])
+        step.run("model.quantize", ["--source", source, "--target", str(target), "--format", scheme])
         report_file = target / "quantization.json"
         report = storage.read_json(str(report_file))
         ratio = report["bytes_after"] / report["bytes_before"]

@@ -1,28 +1,33 @@
-"""Owns the server processes of a deployment: recorded on disk, started apart from the flow, found again, and stopped.
+"""Server processes of a deployment: recorded on disk, started in sessions of their own, found again, and stopped.
 
-It knows nothing of versions or traffic. A record is written before its process is started, so that none is ever lost.
+A record is written before its process is started, so that no process is ever lost.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
+import socket
 import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from anything.keys import create_key
+from anything.keys import KEY_ENVIRONMENT, create_key
+from anything.router.kinds import DEFAULT_KIND, KINDS, Command, Launch, read_port_file, serve_command
 from base import storage
 from base.errors import ServiceError
-from tasks.process import PROJECT_ROOT, end_tree, error_of, is_alive
+from tasks.process import end_tree, error_of, is_alive
 
 GATEWAY = "gateway"
 _POLL_S = 0.1
+# As long as a process gets to end on SIGTERM (tasks/process.py).
+_STOP_GRACE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Server:
     url: str
     model: str
     version: str
+    kind: str = DEFAULT_KIND
+    """Kind of a replica (anything/router/kinds.py), or `gateway`."""
+    stop_signal: int = signal.SIGTERM
+    """Signal on which it drains and ends."""
 
     @property
     def alive(self) -> bool:
@@ -43,19 +52,19 @@ class Server:
 
 
 class ServingDirectory:
-    """`<runs>/serving`: records, logs, keys and routes of what is served from these runs."""
+    """`<runs>/serving`: records, logs, keys and routes of the servers of these runs."""
 
     def __init__(self, runs_directory: str) -> None:
         self.path = Path(storage.local_path(runs_directory)).absolute() / "serving"
         self.routes = self.path / "routes.json"
         self.client_key = self.path / "key"
-        """The clients' key in plain text, for this user only."""
+        """Key of clients in plain text, readable by this user only."""
         self.client_keys = self.path / "keys.json"
         self.internal_key = self.path / "internal.key"
         self.internal_keys = self.path / "internal.json"
 
     def prepare(self) -> None:
-        """Make the directory and its keys, for this user's eyes only."""
+        """Create the directory and its keys, readable by this user only."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         for plain, hashed in ((self.client_key, self.client_keys), (self.internal_key, self.internal_keys)):
             if not plain.exists():
@@ -65,76 +74,103 @@ class ServingDirectory:
                     handle.write(key + "\n")
 
     def servers(self) -> list[Server]:
-        """Every recorded server, alive or not."""
+        """All recorded servers, alive or not."""
         records = sorted(self.path.glob("server-*.json"))
         return [Server(**storage.read_json(str(path))) for path in records]
 
     def find(self, name: str) -> Server | None:
-        """A live server by name."""
+        """Live server of this name, if any."""
         return next((server for server in self.servers() if server.name == name and server.alive), None)
 
-    def start(
-        self, name: str, arguments: list[str], *, keys: Path, model: str, version: str, timeout_s: float
+    def start_replica(
+        self, name: str, kind: str, *, model: str, version: str, config_path: str, timeout_s: float
     ) -> Server:
-        """Start `anything serve` in a session of its own, and wait until it is ready.
+        """Ready server of a model version, started through its kind; see `_start` for errors."""
+        launch = Launch(
+            model_uri=model,
+            version=version,
+            config_path=config_path,
+            port=_free_port(),
+            port_file=str(self._port_file(name)),
+            key_file=str(self.internal_keys),
+            api_key_file=str(self.internal_key),
+        )
+        starter = KINDS[kind]
+        server = Server(name, 0, 0.0, "", model, version, kind, int(starter.stop_signal))
+        return self._start(server, starter.command(launch), lambda: starter.ready_url(launch), timeout_s)
+
+    def start_gateway(self, config_path: str, timeout_s: float) -> Server:
+        """Ready gateway in front of the routes; see `_start` for errors."""
+        port_file = str(self._port_file(GATEWAY))
+        source = ("--routes", str(self.routes))
+        command = serve_command(source, config_path=config_path, port_file=port_file, key_file=str(self.client_keys))
+        server = Server(GATEWAY, 0, 0.0, "", "", "", GATEWAY)
+        return self._start(server, command, lambda: read_port_file(port_file), timeout_s)
+
+    def _start(self, server: Server, command: Command, ready_url: Callable[[], str | None], timeout_s: float) -> Server:
+        """Start a server in a session of its own, and wait until it is ready.
 
         Raises:
             CherryError: the server's own error when it ended (a port in use, wrong weights).
             ServiceError: it was not ready in time; it is stopped again.
         """
-        port_file, log = self.path / f"{name}.port", self.path / f"{name}.log"
-        port_file.unlink(missing_ok=True)
-        self._record(Server(name, 0, 0.0, "", model, version))
-        command = [sys.executable, "-m", "anything.cli", "serve", *arguments]
-        command += ["--port_file", str(port_file), "--key_file", str(keys)]
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
-        environment.pop("ANYTHING_API_KEY", None)
+        log = self.path / f"{server.name}.log"
+        self._port_file(server.name).unlink(missing_ok=True)
+        self._record(server)
+        environment = {**os.environ, **command.environment}
+        environment.pop(KEY_ENVIRONMENT, None)
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command.arguments, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-        server = Server(name, process.pid, psutil.Process(process.pid).create_time(), "", model, version)
+        server = replace(server, pid=process.pid, created=psutil.Process(process.pid).create_time())
         self._record(server)
         deadline = time.monotonic() + timeout_s
         try:
-            while not port_file.exists():
+            while (url := ready_url()) is None:
                 if (code := process.poll()) is not None:
-                    raise error_of(code, log.read_text().splitlines(), f"anything serve ({name})")
+                    raise error_of(code, log.read_text().splitlines(), f"{server.kind} server {server.name}")
                 if time.monotonic() > deadline:
-                    raise ServiceError(f"{name} was not ready after {timeout_s:g} s; its log is {log}")
+                    raise ServiceError(f"{server.name} was not ready after {timeout_s:g} s; its log is {log}")
                 time.sleep(_POLL_S)
         except BaseException:
             self.stop(server)
             raise
         process.returncode = 0  # it outlives this process on purpose: Popen shall not warn of it
-        ready = Server(**{**asdict(server), "url": storage.read_json(str(port_file))["url"]})
-        self._record(ready)
-        return ready
+        server = replace(server, url=url)
+        self._record(server)
+        return server
 
     def stop(self, server: Server) -> None:
-        """Stop a server, letting it drain, and drop its record."""
+        """Stop a server after it drained, and remove its record."""
         if server.pid and server.alive:
-            end_tree(psutil.Process(server.pid))
+            process = psutil.Process(server.pid)
+            if server.stop_signal != signal.SIGTERM:
+                process.send_signal(server.stop_signal)
+                psutil.wait_procs([process], timeout=_STOP_GRACE_S)
+            end_tree(process)
         self._file(server.name).unlink(missing_ok=True)
 
     def write_routes(self, weights: dict[str, float]) -> None:
-        """Give each named server its share of the traffic, in one atomic write."""
+        """Write routes.json with each named server's share of the traffic (percent), atomically."""
         servers = {server.name: server for server in self.servers()}
-        replicas: list[dict[str, Any]] = [
-            {
+        replicas: list[dict[str, Any]] = []
+        for name, weight in weights.items():
+            route = {
                 "name": name,
                 "version": servers[name].version,
                 "url": servers[name].url,
                 "weight_percent": weight,
                 "api_key_file": str(self.internal_key),
             }
-            for name, weight in weights.items()
-        ]
+            # Left out where it is the default: a gateway that was started before there were kinds refuses the key.
+            kind = {} if servers[name].kind == DEFAULT_KIND else {"kind": servers[name].kind}
+            replicas.append({**route, **kind})
         old = storage.read_json(str(self.routes)) if self.routes.exists() else {"salt": secrets.token_hex(8)}
         storage.write_json(str(self.routes), {"salt": old["salt"], "replicas": replicas})
 
     def weights(self) -> dict[str, float]:
-        """The shares in force, of replicas that are alive."""
+        """Shares of traffic in force (percent) of the replicas that are alive."""
         if not self.routes.exists():
             return {}
         replicas = storage.read_json(str(self.routes))["replicas"]
@@ -146,9 +182,17 @@ class ServingDirectory:
     def _file(self, name: str) -> Path:
         return self.path / f"server-{name}.json"
 
+    def _port_file(self, name: str) -> Path:
+        return self.path / f"{name}.port"
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
 
 def stop_serving(runs_directory: str) -> list[str]:
-    """Stop every server of a runs directory, the gateway first; the names of those that were alive."""
+    """Names of the servers of a runs directory that were alive; all are stopped, the gateway first."""
     directory = ServingDirectory(runs_directory)
     servers = sorted(directory.servers(), key=lambda server: server.name != GATEWAY)
     alive = [server.name for server in servers if server.alive]

@@ -11,9 +11,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from anything.router.kinds import DEFAULT_KIND, KINDS, kind_rule
 from anything.serve_config import ServeConfig
 from base.config import Problem, Section
 from cherry.job_config import JobConfig
+from model.numerics.formats import DEFAULT_FORMAT, FORMATS, format_rule
 
 
 class RetryConfig(Section):
@@ -33,13 +35,18 @@ class PlanConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """Weight-only quantization of experts and projections."""
+    """Quantization of the exported weights for serving."""
 
-    format: Literal["int8"] = "int8"
-    """Format of the quantized weights."""
+    format: str = DEFAULT_FORMAT
+    """Format of the quantized weights: one of those in model/numerics/formats.py."""
     max_dnll: PositiveFloat = 0.02
     """Largest increase of the held-out loss, in nats per token, that quantization may cause. The upper confidence bound
     of the increase, one-sided at evaluate.confidence, must not exceed it."""
+
+    def problems(self) -> Iterator[Problem]:
+        """The format must be registered."""
+        if self.format not in FORMATS:
+            yield Problem("format", format_rule(), self.format)
 
 
 class EvaluateConfig(Section):
@@ -75,6 +82,8 @@ class DeployConfig(Section):
 
     artifact: Literal["quantized", "export"] = "quantized"
     """Weights to serve: the quantized ones or the export."""
+    replica_kind: str = DEFAULT_KIND
+    """Kind of server to start as a replica: one of those in anything/router/kinds.py."""
     traffic_steps_percent: tuple[int, ...] = (25, 100)
     """Percentages of the traffic that the new version gets, step by step."""
     requests_per_step: PositiveInt = 8
@@ -89,7 +98,9 @@ class DeployConfig(Section):
     """Tokens that the smoke test asks for."""
 
     def problems(self) -> Iterator[Problem]:
-        """Traffic must rise to 100 %."""
+        """The kind must be registered, and traffic must rise to 100 %."""
+        if self.replica_kind not in KINDS:
+            yield Problem("replica_kind", kind_rule(), self.replica_kind)
         steps = self.traffic_steps_percent
         if not steps or list(steps) != sorted(set(steps)) or steps[-1] != 100 or steps[0] <= 0:
             rule = "must be rising percentages that end at 100, like [5, 25, 100]"

@@ -24,12 +24,15 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     "anything.http.app",
     "anything.client",
+    "anything.router.kinds",
+    "anything.router.routing",
     "anything.statistics.compare",
     "anything.serve_config",
     "cherry.cluster",
     "cherry.job_config",
     "cherry.launcher",
     "model.model_config",
+    "model.numerics.formats",
 )
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 
@@ -190,3 +193,15 @@ def test_importing_a_package_does_no_work() -> None:
 def registers_with_yaml(call: ast.Call) -> bool:
     """base/config.py's own loader class gets its constructors so; PyYAML has no other way."""
     return ast.unparse(call.func).startswith("_Loader.add_")
+
+
+def test_the_router_and_the_http_api_do_not_know_each_other() -> None:
+    """They meet in the engine protocol; the command line puts one in front of the other."""
+    rooms = {"anything.router": "anything.http", "anything.http": "anything.router"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in FILES
+        for line, module in imports(path)
+        if (other := rooms.get(room_of(module_of(path)))) is not None and is_of(module, other)
+    ]
+    assert wrong == []

@@ -1,1 +1,1 @@
-"""The embedded inference engine: scheduler, model runner, detokenizer."""
+"""Embedded inference engine: scheduler, model runner, detokenizer."""

@@ -1,7 +1,4 @@
-"""Owns text to tokens and back for one model folder, and text that grows a token at a time.
-
-It knows nothing of models, and needs no torch.
-"""
+"""Tokenizer of a model folder, and incremental detokenization; neither needs torch."""
 
 from __future__ import annotations
 
@@ -10,17 +7,17 @@ import tokenizers
 from base import storage
 from base.errors import MissingFileError, WeightsError
 
-# A window is cut to one token when it is longer than this and ends with a whole character: decoding a token then
-# costs the same however long the text is.
+# A window is cut to one token when it is longer than this and ends with a whole character, so that the cost of
+# decoding a token does not grow with the text.
 _WINDOW_TOKENS = 16
-# What decoders put for bytes that are no character, or not yet. One character has at most three bytes before its
-# last one, and some decoders write one mark for each.
-_MARK = "\ufffd"
-_MARKS_HELD = 3
+# The replacement character that decoders write for incomplete UTF-8. One character has at most three bytes before its
+# last one, and some decoders write one replacement for each.
+_REPLACEMENT = "\ufffd"
+_MAX_REPLACEMENTS = 3
 
 
 class Tokenizer:
-    """The tokenizer.json of a folder.
+    """Tokenizer of a folder's tokenizer.json.
 
     Raises:
         MissingFileError: the folder has none.
@@ -35,10 +32,10 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(storage.read_bytes(path).decode())
         except Exception as error:  # the library raises plain Exception
             raise WeightsError(f"{path} is no tokenizer.json: {error}. Copy or export it again.") from error
-        self._first = self._begin_token(uri)
+        self._bos_token = self._read_bos_token(uri)
 
-    def _begin_token(self, uri: str) -> int | None:
-        """The token that every text begins with, when the folder's tokenizer_config.json asks for one."""
+    def _read_bos_token(self, uri: str) -> int | None:
+        """Begin-of-sequence token, when the folder's tokenizer_config.json asks for one."""
         path = storage.join(uri, "tokenizer_config.json")
         if not storage.exists(path):
             return None
@@ -54,45 +51,45 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """One more than the highest token."""
+        """Vocabulary size: one more than the highest token id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt."""
+        """Token ids of a prompt."""
         tokens = list(self._tokenizer.encode(text).ids)
-        if self._first is not None and tokens[:1] != [self._first]:
-            tokens.insert(0, self._first)
+        if self._bos_token is not None and tokens[:1] != [self._bos_token]:
+            tokens.insert(0, self._bos_token)
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-class GrowingText:
-    """Text that becomes longer by a token at a time; never gives out a part of a character.
+class IncrementalDetokenizer:
+    """Detokenizes a sequence token by token, in whole characters only.
 
-    The pieces together are what the tokenizer makes of all tokens at once.
+    The pieces together are what the tokenizer decodes from all tokens at once.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were given out
+        self._emitted = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """The text that is certain since the last call; may be empty."""
+        """Text that became complete with this token; may be empty."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        held = min(len(text) - len(text.rstrip(_MARK)), _MARKS_HELD)
+        held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_REPLACEMENTS)
         certain = len(text) - held
-        piece = text[self._given : certain]
-        self._given = max(self._given, certain)
+        piece = text[self._emitted : certain]
+        self._emitted = max(self._emitted, certain)
         if not held and len(self._window) > _WINDOW_TOKENS:
             self._window = self._window[-1:]
-            self._given = len(self._tokenizer.decode(self._window))
+            self._emitted = len(self._tokenizer.decode(self._window))
         return piece
 
     def finish(self) -> str:
-        """What was held back: no token follows, so it is no part of a character any more."""
-        return self._tokenizer.decode(self._window)[self._given :]
+        """Text that was held back as incomplete; no token follows."""
+        return self._tokenizer.decode(self._window)[self._emitted :]

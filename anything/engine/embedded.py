@@ -1,7 +1,4 @@
-"""Owns the embedded engine: a thread that computes steps, and the asynchronous side that hands out their text.
-
-It knows nothing of HTTP. Scheduling is scheduler.py's, arithmetic is forward.py's.
-"""
+"""Embedded engine: the engine loop in a thread of its own, and the asynchronous API that streams its text."""
 
 from __future__ import annotations
 
@@ -10,16 +7,16 @@ import logging
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from anything.engine.detokenizer import GrowingText, Tokenizer
-from anything.engine.model_runner import Forward, Sampling, draw
-from anything.engine.scheduler import Row, Scheduler, Sequence
-from anything.protocol import Chunk, Generation, RefusedError, UnavailableError, Usage
+from anything.engine.detokenizer import IncrementalDetokenizer, Tokenizer
+from anything.engine.model_runner import ModelRunner, Sampling, sample
+from anything.engine.scheduler import ScheduledChunk, Scheduler, Sequence
+from anything.protocol import Chunk, EngineStatus, Generation, RefusedError, UnavailableError, Usage
 from anything.serve_config import EngineConfig
 from base.errors import ConfigError, WeightsError
 from model.weights.pretrained import load_pretrained
@@ -32,11 +29,11 @@ _GREEDY = Sampling(0.0)
 
 @dataclass(eq=False)
 class _Job:
-    """One generation: what the engine's thread needs to draw its tokens, and where its chunks go."""
+    """One generation: its sampling and detokenizer in the engine loop, and the queue that its chunks go to."""
 
     sequence: Sequence
     sampling: Sampling
-    text: GrowingText
+    detokenizer: IncrementalDetokenizer
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Chunk | UnavailableError]
 
@@ -45,8 +42,8 @@ class EmbeddedEngine:
     """Continuous batching over a paged latent cache, in this process.
 
     Args:
-        uri: a folder in Hugging Face's layout. An int8 folder stays int8 in memory.
-        version: what its chunks are labelled with.
+        uri: a folder in Hugging Face's layout. A quantized folder stays quantized in memory.
+        version: label of its chunks.
     """
 
     def __init__(self, uri: str, config: EngineConfig, *, version: str) -> None:
@@ -61,19 +58,19 @@ class EmbeddedEngine:
             max_waiting=config.max_waiting,
         )
         self._jobs: dict[Sequence, _Job] = {}
-        # Guards the scheduler, the jobs and the flags below; notified when there is work, or an end to it.
+        # Guards the scheduler, the jobs and the flags below; notified when there is work, or the engine stops.
         self._work = threading.Condition()
         self._stopping = False
         self._failure: UnavailableError | None = None
         self._steps = 0
         self._thread: threading.Thread | None = None
-        self._forward: Forward
+        self._runner: ModelRunner
         self._tokenizer: Tokenizer
         self._context_tokens = 0
         self._end_token = 0
 
     async def start(self) -> None:
-        """Load the model in the engine's thread, and begin to take generations.
+        """Load the model in the engine's thread, and start the engine loop.
 
         Raises:
             MissingFileError, WeightsError, ConfigError: the folder does not hold a model that can be served.
@@ -86,11 +83,11 @@ class EmbeddedEngine:
         await loaded
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk]:
-        """Whole characters as they are certain; see the protocol.
+        """Chunks of whole characters as they are complete; see the protocol.
 
         Raises:
             RefusedError: the prompt has no token, or leaves no room in the context (422).
-            UnavailableError: max_waiting requests are queued (429), or the engine failed or ends (503).
+            UnavailableError: max_waiting requests are queued (429), or the engine failed or stops (503).
         """
         prompt = await asyncio.to_thread(self._tokenizer.encode, generation.prompt)
         job = self._submit(prompt, generation)
@@ -113,14 +110,15 @@ class EmbeddedEngine:
             raise RefusedError(
                 f"prompt: must have 1 to {room + len(prompt) - 1} tokens with this model and cache (got {len(prompt)})"
             )
-        seed = secrets.randbits(63) if generation.seed is None else generation.seed
-        sampling = Sampling(generation.temperature, torch.Generator().manual_seed(seed))
+        params = generation.sampling
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sampling = Sampling(params.temperature, torch.Generator().manual_seed(seed))
         loop = asyncio.get_running_loop()
         with self._work:
             if self._failure is not None:
                 raise self._failure
-            sequence = self._scheduler.add(prompt, min(generation.max_tokens, room))
-            job = _Job(sequence, sampling, GrowingText(self._tokenizer), loop, asyncio.Queue())
+            sequence = self._scheduler.add(prompt, min(params.max_tokens, room))
+            job = _Job(sequence, sampling, IncrementalDetokenizer(self._tokenizer), loop, asyncio.Queue())
             self._jobs[sequence] = job
             self._work.notify()
         return job
@@ -129,10 +127,10 @@ class EmbeddedEngine:
         """Whether the model is loaded and no step has failed."""
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
-    def gauges(self) -> Mapping[str, float]:
-        """Sequences, free blocks, and what was done so far."""
+    async def status(self) -> EngineStatus:
+        """Running and waiting sequences, free cache blocks, and counts of preemptions and engine steps."""
         with self._work:
-            return {
+            gauges = {
                 "running": self._scheduler.running,
                 "waiting": self._scheduler.waiting,
                 "cache_blocks": self._config.cache_blocks,
@@ -140,9 +138,10 @@ class EmbeddedEngine:
                 "preemptions": self._scheduler.preemptions,
                 "steps": self._steps,
             }
+        return EngineStatus(gauges)
 
     async def close(self) -> None:
-        """End the thread after the step it is in; generations in flight fail with 503."""
+        """Stop the engine loop after its current step; generations in flight fail with 503."""
         with self._work:
             self._stopping = True
             self._work.notify()
@@ -150,7 +149,7 @@ class EmbeddedEngine:
             await asyncio.to_thread(self._thread.join)
 
     def _main(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
-        """The engine's thread."""
+        """Engine loop: load the model, then schedule, run and deliver steps until it stops or one fails."""
         try:
             self._load()
         except BaseException as error:
@@ -159,8 +158,8 @@ class EmbeddedEngine:
         _call(loop, _succeed, loaded)
         failure = UnavailableError("the engine has ended", status=503, code="engine_ended")
         try:
-            while rows := self._next_rows():
-                self._deliver(rows, self._draw(rows))
+            while chunks := self._next_chunks():
+                self._deliver(chunks, self._run(chunks))
         except Exception as error:
             logger.exception("a step of the engine failed; it takes no more requests")
             failure = UnavailableError(
@@ -187,53 +186,54 @@ class EmbeddedEngine:
             )
         self._context_tokens, self._end_token = config.max_position_embeddings, config.eos_token_id
         blocks, block_tokens = self._config.cache_blocks, self._config.block_tokens
-        self._forward = Forward(model, blocks=blocks, block_tokens=block_tokens)
+        self._runner = ModelRunner(model, blocks=blocks, block_tokens=block_tokens)
         logger.info("loaded %s on %s as %s", self._uri, device, dtype)
 
-    def _next_rows(self) -> list[Row]:
-        """Wait for work; no rows means the end."""
+    def _next_chunks(self) -> list[ScheduledChunk]:
+        """Chunks of the next step, once there is work; empty when the engine stops."""
         with self._work:
             while not self._stopping and not self._jobs:
                 self._work.wait()
             return [] if self._stopping else self._scheduler.schedule()
 
-    def _draw(self, rows: list[Row]) -> dict[int, int]:
-        """Compute the rows; the new token of each that samples, by its index."""
-        indices, logits = self._forward.step(rows)
+    def _run(self, chunks: list[ScheduledChunk]) -> dict[int, int]:
+        """Sampled token of each chunk that samples, by the chunk's index."""
+        indices, logits = self._runner.step(chunks)
         with self._work:
             self._steps += 1
-            jobs = [self._jobs.get(rows[index].sequence) for index in indices]
-        # A generation that was cancelled meanwhile gets a token that nobody reads.
+            jobs = [self._jobs.get(chunks[index].sequence) for index in indices]
+        # A generation that was cancelled meanwhile gets a token that is discarded.
         samplings = [_GREEDY if job is None else job.sampling for job in jobs]
-        return dict(zip(indices, draw(logits, samplings), strict=True))
+        return dict(zip(indices, sample(logits, samplings), strict=True))
 
-    def _deliver(self, rows: list[Row], tokens: dict[int, int]) -> None:
-        """Report the step, and hand out text: one wake-up of each event loop for all its chunks."""
+    def _deliver(self, scheduled: list[ScheduledChunk], tokens: dict[int, int]) -> None:
+        """Update the scheduler from a step's output, and queue the text: one wake-up of each event loop."""
         ready: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Chunk]]] = defaultdict(list)
         with self._work:
-            for index, row in enumerate(rows):
-                job = self._jobs.get(row.sequence)
+            for index, computed in enumerate(scheduled):
+                job = self._jobs.get(computed.sequence)
                 if job is None:
                     continue
-                chunk = self._report(job, row, tokens.get(index))
+                chunk = self._update(job, computed, tokens.get(index))
                 if chunk is not None:
                     ready[job.loop].append((job, chunk))
         for loop, chunks in ready.items():
             _call(loop, _put, chunks)
 
-    def _report(self, job: _Job, row: Row, token: int | None) -> Chunk | None:
+    def _update(self, job: _Job, computed: ScheduledChunk, token: int | None) -> Chunk | None:
+        """Text to send for a computed chunk, if any."""
         end = token == self._end_token
-        reason = self._scheduler.report(row, token, end=end)
-        text = job.text.push(token) if token is not None and not end else ""
+        reason = self._scheduler.update_from_output(computed, token, end=end)
+        text = job.detokenizer.push(token) if token is not None and not end else ""
         if reason is None:
             return Chunk(text, self._version) if text else None
-        del self._jobs[row.sequence]
-        usage = Usage(len(row.sequence.prompt), len(row.sequence.generated))
-        return Chunk(text + job.text.finish(), self._version, reason, usage)
+        del self._jobs[computed.sequence]
+        usage = Usage(len(computed.sequence.prompt), len(computed.sequence.generated))
+        return Chunk(text + job.detokenizer.finish(), self._version, reason, usage)
 
 
 def _place(config: EngineConfig) -> tuple[str, torch.dtype]:
-    """Device and type that the configuration asks for, on this machine.
+    """Device and type that the configuration selects on this machine.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.

@@ -1,10 +1,10 @@
-"""Owns one step of the embedded engine on tensors: the paged latent cache, ragged attention over it, and sampling.
+"""Model runner of the embedded engine: forward pass over a paged latent cache, ragged attention, and sampling.
 
-It knows nothing of requests, threads or text, and takes weights, rotary embeddings, router and experts from model/.
+Weights, rotary embeddings, router and experts are those of model/.
 
 The cache holds kv_lora_rank + qk_rope_head_dim numbers a token and layer (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-Decoding is absorbed: W_UK goes into the query and W_UV behind the sum, so that attention runs on the latents
-themselves, and all heads share one key and one value. Prompts take model/'s own attention, which needs fewer FLOPs
+Decode is absorbed: W_UK is applied to the query and W_UV to the weighted sum, so that attention runs on the latents
+themselves, and all heads share one key and one value. Prefill uses model/'s own attention, which needs fewer FLOPs
 for many queries.
 
 Shapes: N token of this step, L layer, Z slot of the cache, X = C + R numbers of a slot, C latent, R rotary, D hidden,
@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from anything.engine.scheduler import Row
+from anything.engine.scheduler import ScheduledChunk
 from model.attention import Attention, Latents
 from model.rope import rotary_tables
 from model.transformer import Block, DeepseekV3
@@ -29,17 +29,17 @@ from model.transformer import Block, DeepseekV3
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one sequence's next token is drawn."""
+    """Sampling parameters of one sequence."""
 
     temperature: float
-    """0 takes the likeliest."""
+    """0 is greedy."""
     generator: torch.Generator | None = None
-    """Needed when the temperature is not 0."""
+    """Random state; needed when the temperature is not 0."""
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Rows [first, last) of the step that are one prompt's, and the slots of that sequence up to the last of them."""
+class _Prefill:
+    """Tokens [first, last) of the step that are one prefill chunk, and its sequence's cache slots up to there."""
 
     first: int
     last: int
@@ -49,20 +49,20 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A step's rows as tensors. The rows of sequences that decode come first."""
+    """Tensors of a step's tokens, those of decoding sequences first."""
 
     tokens_N: Tensor
     positions_N: Tensor
     slots_N: Tensor
     decode_slots_BS: Tensor
     decode_mask_B1S: Tensor
-    """False behind a sequence's last token."""
-    chunks: list[_Chunk]
+    """False beyond a sequence's last token."""
+    prefills: list[_Prefill]
     sampled_rows: list[int]
 
 
-class Forward:
-    """A model and its cache. Not for several threads at a time."""
+class ModelRunner:
+    """A model and its latent cache. Not thread-safe."""
 
     def __init__(self, model: DeepseekV3, *, blocks: int, block_tokens: int) -> None:
         config = model.config
@@ -76,14 +76,10 @@ class Forward:
         self.cache_LZX = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     @torch.inference_mode()
-    def step(self, rows: Sequenced[Row]) -> tuple[list[int], Tensor]:
-        """Compute the rows, and fill their places in the cache.
-
-        Returns:
-            The indices in `rows` of those that sample, and their logits [N, Y] in that order, fp32.
-        """
-        order = sorted(range(len(rows)), key=lambda index: rows[index].count > 1)
-        batch = self._batch([rows[index] for index in order])
+    def step(self, chunks: Sequenced[ScheduledChunk]) -> tuple[list[int], Tensor]:
+        """Indices of the chunks that sample, and their logits [N, Y] in that order, fp32; fills the cache."""
+        order = sorted(range(len(chunks)), key=lambda index: chunks[index].count > 1)
+        batch = self._batch([chunks[index] for index in order])
         tables = rotary_tables(self._model.config, batch.positions_N)
         x_1ND = self._model.embed_tokens(batch.tokens_N)[None]
         for index, module in enumerate(self._model.layers):
@@ -96,64 +92,64 @@ class Forward:
             x_1ND = layer.feed_forward(x_1ND).hidden_BTD
         last_ND = self._model.norm(x_1ND[0, batch.sampled_rows])
         logits_NY = self._model.logits(last_ND).float()
-        return [index for index in order if rows[index].samples], logits_NY
+        return [index for index in order if chunks[index].samples], logits_NY
 
     def _attend(self, attention: Attention, queries: tuple[Tensor, Tensor], cache_ZX: Tensor, batch: _Batch) -> Tensor:
         decoding = batch.decode_slots_BS.shape[0]
-        parts = []
+        outputs = []
         if decoding:
             latents_BSX = cache_ZX[batch.decode_slots_BS]
             of_decode = (queries[0][0, :decoding], queries[1][0, :decoding])
-            parts.append(absorbed_attention(attention, of_decode, latents_BSX, batch.decode_mask_B1S)[None])
-        for chunk in batch.chunks:
-            latents_1SX = cache_ZX[chunk.slots_S][None]
+            outputs.append(absorbed_attention(attention, of_decode, latents_BSX, batch.decode_mask_B1S)[None])
+        for prefill in batch.prefills:
+            latents_1SX = cache_ZX[prefill.slots_S][None]
             latents = Latents(latents_1SX[..., : self._latent_width], latents_1SX[..., self._latent_width :])
-            of_chunk = (queries[0][:, chunk.first : chunk.last], queries[1][:, chunk.first : chunk.last])
-            parts.append(attention.attend(of_chunk, latents, chunk.mask_11TS))
-        return torch.cat(parts, dim=1)
+            of_prefill = (queries[0][:, prefill.first : prefill.last], queries[1][:, prefill.first : prefill.last])
+            outputs.append(attention.attend(of_prefill, latents, prefill.mask_11TS))
+        return torch.cat(outputs, dim=1)
 
-    def _batch(self, rows: list[Row]) -> _Batch:
-        decoding = [row for row in rows if row.count == 1]
-        lengths_B = self._tensor([row.start + 1 for row in decoding])
-        longest = max((row.start + 1 for row in decoding), default=0)
-        chunks, sampled, first = [], [], 0
-        for row in rows:
-            last = first + row.count
-            if row.count > 1:
-                slots_S = self._slots([row], last=row.start + row.count)[0]
-                chunks.append(_Chunk(first, last, slots_S, self._causal_mask(row)))
-            if row.samples:
+    def _batch(self, chunks: list[ScheduledChunk]) -> _Batch:
+        decoding = [chunk for chunk in chunks if chunk.count == 1]
+        lengths_B = self._tensor([chunk.start + 1 for chunk in decoding])
+        longest = max((chunk.start + 1 for chunk in decoding), default=0)
+        prefills, sampled, first = [], [], 0
+        for chunk in chunks:
+            last = first + chunk.count
+            if chunk.count > 1:
+                slots_S = self._slots([chunk], last=chunk.start + chunk.count)[0]
+                prefills.append(_Prefill(first, last, slots_S, self._causal_mask(chunk)))
+            if chunk.samples:
                 sampled.append(last - 1)
             first = last
-        positions = [row.start + offset for row in rows for offset in range(row.count)]
-        owners = [row for row in rows for _ in range(row.count)]
+        positions = [chunk.start + offset for chunk in chunks for offset in range(chunk.count)]
+        owners = [chunk for chunk in chunks for _ in range(chunk.count)]
         size = self._block_tokens
-        slots = [row.blocks[p // size] * size + p % size for row, p in zip(owners, positions, strict=True)]
+        slots = [chunk.blocks[p // size] * size + p % size for chunk, p in zip(owners, positions, strict=True)]
         return _Batch(
-            tokens_N=self._tensor([token for row in rows for token in row.tokens]),
+            tokens_N=self._tensor([token for chunk in chunks for token in chunk.tokens]),
             positions_N=self._tensor(positions),
             slots_N=self._tensor(slots),
             decode_slots_BS=self._slots(decoding, last=longest),
             decode_mask_B1S=(torch.arange(longest, device=self._device) < lengths_B[:, None])[:, None],
-            chunks=chunks,
+            prefills=prefills,
             sampled_rows=sampled,
         )
 
-    def _slots(self, rows: list[Row], *, last: int) -> Tensor:
-        """The cache's slots [B, last] of each row's sequence; what a sequence does not reach points anywhere."""
+    def _slots(self, chunks: list[ScheduledChunk], *, last: int) -> Tensor:
+        """Cache slots [B, last] of each chunk's sequence; arbitrary beyond a sequence's last token."""
         size = self._block_tokens
         width = -(-last // size)
-        tables = [[*row.blocks, *[0] * width][:width] for row in rows]
-        blocks_BX = self._tensor(tables).view(len(rows), width)
+        tables = [[*chunk.blocks, *[0] * width][:width] for chunk in chunks]
+        blocks_BX = self._tensor(tables).view(len(chunks), width)
         within = torch.arange(size, device=self._device)
         return (blocks_BX[:, :, None] * size + within).flatten(1)[:, :last]
 
-    def _causal_mask(self, row: Row) -> Tensor | None:
-        """True where a query of the chunk may look; None at a prompt's start: causal attention needs no mask there."""
-        if row.start == 0:
+    def _causal_mask(self, chunk: ScheduledChunk) -> Tensor | None:
+        """Causal mask [1, 1, T, S] of a prefill chunk; None for the first one, where causal attention needs no mask."""
+        if chunk.start == 0:
             return None
-        query_T = torch.arange(row.start, row.start + row.count, device=self._device)
-        key_S = torch.arange(row.start + row.count, device=self._device)
+        query_T = torch.arange(chunk.start, chunk.start + chunk.count, device=self._device)
+        key_S = torch.arange(chunk.start + chunk.count, device=self._device)
         return (key_S <= query_T[:, None])[None, None]
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
@@ -163,7 +159,7 @@ class Forward:
 def absorbed_attention(
     attention: Attention, queries: tuple[Tensor, Tensor], latents_BSX: Tensor, mask_B1S: Tensor
 ) -> Tensor:
-    """Attention of one query per sequence on cached latents, projected back to [B, D].
+    """Absorbed attention of one query per sequence over cached latents, projected back to [B, D].
 
     Plain matrix products: heads share key and value, so they are the rows of one product per sequence. No fused
     kernel takes a width of C + R = 576, and cuDNN plans anew for each length, which changes at every step.
@@ -186,8 +182,8 @@ def absorbed_attention(
 
 
 @torch.inference_mode()
-def draw(logits_NY: Tensor, samplings: Sequenced[Sampling]) -> list[int]:
-    """The next token of each row. The same generator and logits give the same token, whatever else is in the batch."""
+def sample(logits_NY: Tensor, samplings: Sequenced[Sampling]) -> list[int]:
+    """Next token of each row of logits. It depends on its generator and logits alone, not on the rest of the batch."""
     tokens = cast(list[int], logits_NY.argmax(dim=-1).tolist())
     for row, sampling in enumerate(samplings):
         if sampling.temperature > 0.0:

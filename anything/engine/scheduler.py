@@ -1,6 +1,7 @@
-"""Owns which tokens of which sequences are computed in the next step, and which cache blocks hold them.
+"""Scheduler of the embedded engine: continuous batching with chunked prefill over a paged cache.
 
-It knows nothing of tensors, threads or time: the engine asks it for a step, computes it, and reports the new tokens.
+It needs neither tensors nor threads: the engine loop asks it for a step's chunks, runs them, and updates it from the
+output.
 
 Iteration-level scheduling as in Orca (OSDI 2022), blocks and preemption by recomputation as in PagedAttention
 (arXiv 2309.06180, section 4.5).
@@ -13,38 +14,37 @@ from dataclasses import dataclass, field
 
 from anything.protocol import FinishReason, UnavailableError
 
-# Seconds a refused caller is asked to wait: about one generation of the embedded default.
+# Seconds until a refused client may ask again: about one generation of the embedded default.
 _RETRY_AFTER_S = 1
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One generation as the scheduler sees it. `order` grows with arrival."""
+    """State of one generation in the scheduler. `order` grows with arrival."""
 
-    sequence_id: int
     order: int
     prompt: list[int]
     max_new_tokens: int
     generated: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens whose latents are in the cache."""
+    """Number of tokens whose latents are in the cache."""
 
     def __post_init__(self) -> None:
         assert self.prompt and self.max_new_tokens > 0
 
     @property
     def length(self) -> int:
-        """Tokens known so far, prompt and generated."""
+        """Number of tokens so far, prompt and generated."""
         return len(self.prompt) + len(self.generated)
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are not in the cache yet; 1 while decoding."""
+        """Number of tokens that are not in the cache yet; 1 during decode."""
         return self.length - self.computed
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """`count` known tokens from position `start`."""
+        """Token ids at positions [start, start + count)."""
         known = len(self.prompt)
         if start >= known:
             return self.generated[start - known : start - known + count]
@@ -52,11 +52,11 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Tokens [start, start + count) of one sequence, to be computed in a step.
+class ScheduledChunk:
+    """Tokens [start, start + count) of one sequence that a step computes: a chunk of a prefill, or one decode token.
 
-    A copy: the sequence may be cancelled, and so lose its blocks, while the step runs. What is then written to them
-    is harmless, for they get another owner only in a later step.
+    A copy: the sequence may be cancelled, and so lose its blocks, while the step runs. Writes to them are then
+    harmless, for they are allocated again only in a later step.
     """
 
     sequence: Sequence
@@ -64,16 +64,16 @@ class Row:
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]
     samples: bool
-    """Whether these are the last known tokens, so that the step gives a new one."""
+    """Whether these are the sequence's last tokens, so that the step samples a new one."""
 
     @property
     def count(self) -> int:
-        """Tokens of this row."""
+        """Number of tokens."""
         return len(self.tokens)
 
 
 class BlockAllocator:
-    """Hands out cache blocks by number. Each is free or owned once."""
+    """Allocator of cache blocks by index. Each block is free or owned once."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
@@ -82,28 +82,28 @@ class BlockAllocator:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody owns."""
+        """Number of free blocks."""
         return len(self._free)
 
     def allocate(self) -> int:
-        """Take a free block; the caller has checked that there is one."""
+        """Index of a block that was free; the caller has checked that there is one."""
         block = self._free.popleft()
         self._owned.add(block)
         return block
 
     def release(self, blocks: list[int]) -> None:
-        """Give blocks back. Giving back what is not owned is a bug of ours."""
+        """Free blocks, which must be allocated."""
         for block in blocks:
-            assert block in self._owned, f"block {block} is released twice"
+            assert block in self._owned, f"block {block} is freed twice"
             self._owned.remove(block)
             self._free.append(block)
 
 
 class Scheduler:
-    """First come, first served: no sequence is admitted before an older one, and the youngest gives way.
+    """First come, first served: no sequence is admitted before an older one, and the youngest is preempted.
 
-    Every sequence finishes: the oldest one always gets the blocks it needs, and `capacity_tokens` is what one
-    sequence alone may fill.
+    Every sequence finishes: the oldest one always gets the blocks it needs, and a single sequence may fill
+    `capacity_tokens`.
     """
 
     def __init__(
@@ -121,26 +121,26 @@ class Scheduler:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that the whole cache holds."""
+        """Capacity of the whole cache in tokens."""
         return self._allocator.blocks * self.block_tokens
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no sequence owns."""
+        """Number of free cache blocks."""
         return self._allocator.free
 
     @property
     def waiting(self) -> int:
-        """Sequences that own no block."""
+        """Number of sequences that are not admitted or were preempted."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences that are admitted."""
+        """Number of admitted sequences."""
         return len(self._running)
 
     def add(self, prompt: list[int], max_new_tokens: int) -> Sequence:
-        """Queue a sequence whose prompt and output fit `capacity_tokens`.
+        """New waiting sequence, whose prompt and output must fit `capacity_tokens`.
 
         Raises:
             UnavailableError: max_waiting sequences are queued already (HTTP 429).
@@ -153,13 +153,13 @@ class Scheduler:
                 code="overloaded",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        sequence = Sequence(self._next_order, self._next_order, prompt, max_new_tokens)
+        sequence = Sequence(self._next_order, prompt, max_new_tokens)
         self._next_order += 1
         self._waiting.append(sequence)
         return sequence
 
     def cancel(self, sequence: Sequence) -> bool:
-        """Drop a sequence and free its blocks. False when it had finished or was dropped before."""
+        """Remove a sequence and free its blocks; False when it had finished or was cancelled before."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -169,12 +169,12 @@ class Scheduler:
         self._free(sequence)
         return True
 
-    def schedule(self) -> list[Row]:
-        """The rows of the next step, oldest sequence first; empty when there is nothing to do.
+    def schedule(self) -> list[ScheduledChunk]:
+        """Chunks of the next step, oldest sequence first; empty when there is nothing to do.
 
-        Sequences that decode take one row of one token each; prompts share prefill_chunk_tokens a step.
+        Every decoding sequence takes one token; prefills share prefill_chunk_tokens per step.
         """
-        rows: list[Row] = []
+        chunks: list[ScheduledChunk] = []
         budget = self._chunk_tokens
         preempted = False
         position = 0
@@ -188,27 +188,26 @@ class Scheduler:
                     if sequence not in self._running:
                         break
                 else:
-                    rows.append(_row(sequence, count))
+                    chunks.append(_chunk(sequence, count))
                     budget -= count if sequence.remaining > 1 else 0
             position += 1
         if not preempted:
-            rows += self._admit(budget)
-        return rows
+            chunks += self._admit(budget)
+        return chunks
 
-    def report(self, row: Row, token: int | None, *, end: bool = False) -> FinishReason | None:
-        """Record that a row was computed, and the token that it gave.
+    def update_from_output(self, chunk: ScheduledChunk, token: int | None, *, end: bool = False) -> FinishReason | None:
+        """Finish reason of the chunk's sequence, or None; records the chunk as computed, and its sampled token.
+
+        A cancelled sequence is left alone.
 
         Args:
-            end: `token` ends the sequence (an end-of-sequence token, which is not part of the output).
-
-        Returns:
-            Why the sequence is finished, or None. A cancelled sequence is left alone.
+            end: `token` is an end-of-sequence token, which is not part of the output.
         """
-        sequence = row.sequence
+        sequence = chunk.sequence
         if sequence not in self._running:
             return None
-        sequence.computed = row.start + row.count
-        if not row.samples:
+        sequence.computed = chunk.start + chunk.count
+        if not chunk.samples:
             return None
         assert token is not None
         if not end:
@@ -219,33 +218,29 @@ class Scheduler:
         self._free(sequence)
         return "stop" if end else "length"
 
-    def holds(self, sequence: Sequence) -> bool:
-        """Whether the sequence is neither finished nor cancelled."""
-        return sequence in self._running or sequence in self._waiting
-
-    def _admit(self, budget: int) -> list[Row]:
-        rows: list[Row] = []
+    def _admit(self, budget: int) -> list[ScheduledChunk]:
+        chunks: list[ScheduledChunk] = []
         while self._waiting and len(self._running) < self._max_running and budget > 0:
             sequence = self._waiting[0]
-            # Room for all known tokens and the next one, so that it is not preempted while still being read in.
+            # Room for all its tokens and the next one, so that it is not preempted during its prefill.
             wanted = min(sequence.length + 1, self.capacity_tokens)
-            if -(-wanted // self.block_tokens) > self._allocator.free - self._promised():
+            if -(-wanted // self.block_tokens) > self._allocator.free - self._reserved_blocks():
                 break
             self._waiting.popleft()
             self._running.append(sequence)
             count = min(sequence.remaining, budget)
             reserved = self._reserve(sequence, count)
             assert reserved
-            rows.append(_row(sequence, count))
+            chunks.append(_chunk(sequence, count))
             budget -= count
-        return rows
+        return chunks
 
-    def _promised(self) -> int:
-        """Blocks that running sequences still need for tokens they have."""
+    def _reserved_blocks(self) -> int:
+        """Number of free blocks that running sequences still need for the tokens they have."""
         return sum(max(0, -(-s.length // self.block_tokens) - len(s.blocks)) for s in self._running)
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Give a sequence the blocks for its first `tokens` tokens; False (and nothing taken) when too few are free."""
+        """Allocate the blocks of a sequence's first `tokens` tokens; False, with none taken, if too few are free."""
         missing = -(-tokens // self.block_tokens) - len(sequence.blocks)
         if missing > self._allocator.free:
             return False
@@ -255,7 +250,7 @@ class Scheduler:
     def _preempt_youngest(self) -> None:
         sequence = self._running.pop()
         self._free(sequence)
-        # Older than all that wait: whoever waits was never admitted, or was preempted before it and is younger.
+        # Older than all waiting sequences: those were never admitted, or were preempted before it and are younger.
         self._waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -265,6 +260,6 @@ class Scheduler:
         sequence.computed = 0
 
 
-def _row(sequence: Sequence, count: int) -> Row:
+def _chunk(sequence: Sequence, count: int) -> ScheduledChunk:
     start, samples = sequence.computed, count == sequence.remaining
-    return Row(sequence, start, tuple(sequence.tokens(start, count)), tuple(sequence.blocks), samples)
+    return ScheduledChunk(sequence, start, tuple(sequence.tokens(start, count)), tuple(sequence.blocks), samples)

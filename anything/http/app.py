@@ -1,7 +1,4 @@
-"""Owns the HTTP API: who may ask, what a request may say, how answers and errors look, readiness and draining.
-
-It knows nothing of models: any engine behind the protocol will do, in this process or behind another server.
-"""
+"""HTTP API of a server: authorization, request and response schemas, streaming, errors, readiness and draining."""
 
 from __future__ import annotations
 
@@ -10,10 +7,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -22,8 +20,7 @@ from anything import sse
 from anything.http.request import Call, DisconnectedError
 from anything.keys import KeyRecord, KeyStore
 from anything.prometheus import ServerMetrics
-from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError, UnavailableError
-from anything.router.routing import Router
+from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError, SamplingParams, UnavailableError
 from anything.serve_config import ServeConfig
 from base.errors import AuthenticationError, CherryError, RequestError, ServiceError
 
@@ -31,27 +28,26 @@ logger = logging.getLogger(__name__)
 
 VERSION_HEADER = "x-anything-version"
 SUBJECT_HEADER = "x-subject"
-# Seconds a caller is asked to stay away from a server that drains: another one has taken over by then.
+# Seconds until a client may ask a draining server again: another one has taken over by then.
 _DRAIN_RETRY_AFTER_S = 5
 # Seconds in which interrupted requests can tell their clients.
 _INTERRUPT_TIMEOUT_S = 1.0
-# Some twenty lines of text: an answer that a default timeout leaves time for.
-DEFAULT_MAX_TOKENS = 256
 
 
-class InferRequest(BaseModel):
-    """The body of POST /v1/anything/infer; a key that is not here is refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+class InferRequest(SamplingParams):
+    """Body of POST /v1/anything/infer; an unknown key is refused."""
 
     prompt: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] = DEFAULT_MAX_TOKENS
-    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 0.0
     stream: bool = False
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling fields alone."""
+        return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
 
 
 class Gateway:
-    """The state of one server: its engine, its keys, the requests in flight, and whether it drains."""
+    """State of one server: its engine, its keys, the requests in flight, and whether it drains."""
 
     def __init__(self, engine: Engine, config: ServeConfig, keys: KeyStore) -> None:
         self.engine = engine
@@ -66,7 +62,7 @@ class Gateway:
 
     @property
     def in_flight(self) -> int:
-        """Requests that are admitted and not answered yet."""
+        """Number of requests admitted and not answered yet."""
         return len(self._calls)
 
     async def start(self) -> None:
@@ -79,7 +75,7 @@ class Gateway:
         return self._started and not self.draining and await self.engine.ready()
 
     async def drain(self) -> None:
-        """Admit nothing more, let what is in flight finish until shutdown_timeout_s, then cancel the rest."""
+        """Stop admitting, let requests in flight finish until shutdown_timeout_s, then cancel the rest."""
         self.draining = True
         if self._calls:
             logger.info("draining: %d requests in flight, %g s", len(self._calls), self.config.shutdown_timeout_s)
@@ -97,7 +93,7 @@ class Gateway:
             call.interrupt(_draining_error())
 
     async def infer(self, request: Request) -> Response:
-        """Answer one POST /v1/anything/infer."""
+        """Response to POST /v1/anything/infer."""
         key = self.authorize(request)
         if self.draining:
             raise _draining_error()
@@ -115,7 +111,7 @@ class Gateway:
             raise
 
     async def _answer(self, call: Call, request: Request, key: KeyRecord, deadline: Deadline) -> Response:
-        """Read the request and begin its generation; `call` is finished once the response is sent."""
+        """Response to one request; `call` is finished once the response is sent."""
         started = time.monotonic()
         body = _parse(await call.read_body(request, self.config.max_request_bytes))
         if self.draining:
@@ -127,8 +123,7 @@ class Gateway:
             )
         generation = Generation(
             prompt=body.prompt,
-            max_tokens=body.max_tokens,
-            temperature=body.temperature,
+            sampling=body.sampling,
             subject=request.headers.get(SUBJECT_HEADER) or f"{key.key_id}/{body.prompt}",
             deadline=deadline,
         )
@@ -138,8 +133,8 @@ class Gateway:
         def record(chunk: Chunk) -> None:
             self.metrics.latency.observe(time.monotonic() - started)
             if chunk.usage is not None:
-                self.metrics.prompt_tokens += chunk.usage.prompt_tokens
-                self.metrics.completion_tokens += chunk.usage.completion_tokens
+                self.metrics.prompt_tokens.inc(chunk.usage.prompt_tokens)
+                self.metrics.completion_tokens.inc(chunk.usage.completion_tokens)
 
         if body.stream:
             return EventStream(call, await call.next(), deadline, record, lambda: self._finish(call))
@@ -148,18 +143,19 @@ class Gateway:
         return response
 
     async def routes(self, request: Request) -> Response:
-        """Answer one GET /v1/anything/routes."""
+        """Response to GET /v1/anything/routes."""
         self.authorize(request)
-        if not isinstance(self.engine, Router):
+        routes = (await self.engine.status()).routes
+        if routes is None:
             text = "this server has a model of its own and no routes. Ask the gateway that was started with --routes."
             raise RefusedError(text, status=404, code="no_routes")
-        await self.engine.refresh()
-        return JSONResponse(self.engine.describe())
+        return JSONResponse(routes)
 
-    def exposition(self) -> str:
-        """The metrics of this server and its engine in Prometheus' text format."""
-        gauges = {**self.engine.gauges(), "in_flight": self.in_flight, "draining": self.draining}
-        return self.metrics.exposition(gauges, self.engine.versions if isinstance(self.engine, Router) else {})
+    async def exposition(self) -> str:
+        """Metrics of this server and its engine in Prometheus' text format."""
+        status = await self.engine.status()
+        gauges = {**status.gauges, "in_flight": self.in_flight, "draining": self.draining}
+        return self.metrics.exposition(replace(status, gauges=gauges))
 
     async def _finish(self, call: Call) -> None:
         try:
@@ -170,7 +166,7 @@ class Gateway:
                 self._idle.set()
 
     def authorize(self, request: Request) -> KeyRecord:
-        """The key of a request's bearer token.
+        """Record of the key in a request's bearer token.
 
         Raises:
             AuthenticationError: no token, or not a key of this server (401).
@@ -186,9 +182,9 @@ class Gateway:
 
 
 class EventStream(Response):
-    """A streamed answer: one event a chunk, the last one with finish_reason and usage, then [DONE].
+    """Streamed response: one event per chunk, the last one with finish_reason and usage, then [DONE].
 
-    A client that reads nothing for as long as a gap may last counts as gone.
+    A client that reads nothing for the deadline's whole time counts as disconnected.
     """
 
     def __init__(
@@ -207,7 +203,7 @@ class EventStream(Response):
         self._record, self._finish = record, finish
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; a failure after the first byte is an `error` event without [DONE]."""
+        """Send the events; an error after the first byte is an `error` event without [DONE]."""
 
         async def write(data: bytes, *, more: bool = True) -> None:
             async with asyncio.timeout(self._deadline.timeout_s):
@@ -268,26 +264,26 @@ def _draining_error() -> UnavailableError:
 
 
 def error_body(error: CherryError) -> dict[str, Any]:
-    """The JSON that an error is told in: {"error": {"code", "message"}}."""
+    """JSON of an error: {"error": {"code", "message"}}."""
     code = getattr(error, "code", "authentication" if isinstance(error, AuthenticationError) else "error")
     return {"error": {"code": code, "message": str(error)}}
 
 
 def error_response(error: CherryError) -> Response:
-    """The answer to a request that failed before its first byte."""
+    """Response to a request that failed before the first byte."""
     if isinstance(error, AuthenticationError):
         return JSONResponse(error_body(error), 401, headers={"www-authenticate": "Bearer"})
     status = getattr(error, "status", 422 if isinstance(error, RequestError) else 503)
     retry_after_s = getattr(error, "retry_after_s", None)
     headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
     if status in (408, 413) or getattr(error, "code", "") == "draining":
-        # The rest of the body may still be on its way, or the server is about to end: the connection is of no more use.
+        # The body may still be arriving, or the server is about to end: the connection cannot be used again.
         headers["connection"] = "close"
     return JSONResponse(error_body(error), status, headers=headers)
 
 
 def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
-    """The application for one server. Whoever runs it awaits `app.state.gateway.start()` (see anything.http.serve).
+    """Application of one server. Its runner awaits `app.state.gateway.start()` (see anything.http.serve).
 
     Must be called on a running event loop's thread or before it starts; the engine is closed when the app ends.
     """
@@ -325,17 +321,18 @@ def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(gateway.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(await gateway.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
 
 async def _answer(gateway: Gateway, request: Request, work: Callable[[Request], Awaitable[Response]]) -> Response:
-    """The response of `work`, or of the error that it raised; counted either way."""
+    """Response of `work`, or of the error that it raised; counted either way."""
     try:
         response = await work(request)
     except (RequestError, ServiceError, AuthenticationError) as error:
-        gateway.metrics.disconnects += isinstance(error, DisconnectedError)
+        if isinstance(error, DisconnectedError):
+            gateway.metrics.disconnects.inc()
         response = error_response(error)
-    gateway.metrics.responses[response.status_code] += 1
+    gateway.metrics.responses.labels(str(response.status_code)).inc()
     return response

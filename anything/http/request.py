@@ -1,7 +1,4 @@
-"""Owns one admitted request: its body and its engine's chunks, under one deadline, a disconnect and a shutdown.
-
-It knows nothing of which engine writes the chunks, nor of how they are sent.
-"""
+"""One admitted request: its body and its engine's chunks, until the deadline, a disconnect or a shutdown."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError,
 
 
 class DisconnectedError(UnavailableError):
-    """The client went away, so nobody reads this."""
+    """The client disconnected, so nobody reads this."""
 
     def __init__(self) -> None:
         # 499 is nginx's "client closed request".
@@ -23,7 +20,7 @@ class DisconnectedError(UnavailableError):
 
 
 class Call:
-    """One request in flight. `interrupt` ends it from outside, at any point; `chunks` may be iterated once."""
+    """One request in flight. `interrupt` ends it at any point; `chunks` may be iterated once."""
 
     def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
@@ -32,16 +29,16 @@ class Call:
         self._watcher: asyncio.Task[None] | None = None
 
     def interrupt(self, error: UnavailableError) -> None:
-        """Make `next` raise `error`, at once if it waits."""
+        """Make `next` raise `error`, immediately if it waits."""
         if not self._interrupted.done():
             self._interrupted.set_result(error)
 
     async def read_body(self, request: Request, limit_bytes: int) -> bytes:
-        """The request's whole body.
+        """Whole body of the request.
 
         Raises:
-            RefusedError: it is longer than the limit (413), or not here at the deadline (408).
-            UnavailableError: the client went away, or what `interrupt` was given.
+            RefusedError: it is longer than the limit (413), or incomplete at the deadline (408).
+            UnavailableError: the client disconnected, or the error given to `interrupt`.
         """
         reading = asyncio.ensure_future(_read(request, limit_bytes))
         try:
@@ -53,7 +50,7 @@ class Call:
             await _settle(reading)
 
     def begin(self, engine: Engine, generation: Generation) -> None:
-        """Start the generation whose chunks `next` gives."""
+        """Start the generation whose chunks `next` returns."""
         self._stream = engine.generate(generation)
 
     def watch(self, request: Request) -> None:
@@ -66,7 +63,7 @@ class Call:
         self.interrupt(DisconnectedError())
 
     async def _comes(self, step: asyncio.Future[Any]) -> bool:
-        """Whether `step` is done before the deadline; raises what `interrupt` was given while it is not."""
+        """Whether `step` is done before the deadline; raises the error given to `interrupt` if that comes first."""
         waiting: set[asyncio.Future[Any]] = {step, self._interrupted}
         await asyncio.wait(waiting, timeout=self._deadline.remaining_s(), return_when=asyncio.FIRST_COMPLETED)
         if not step.done() and self._interrupted.done():
@@ -74,10 +71,10 @@ class Call:
         return step.done()
 
     async def next(self) -> Chunk:
-        """The next chunk.
+        """Next chunk of the generation.
 
         Raises:
-            UnavailableError: the deadline passed (504), or what `interrupt` was given.
+            UnavailableError: the deadline passed (504), or the error given to `interrupt`.
             RefusedError: the engine cannot take the request.
         """
         assert self._stream is not None
@@ -100,7 +97,7 @@ class Call:
             await _settle(step)
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """Every chunk to the last one, each within the same deadline."""
+        """All chunks to the last one, within one deadline."""
         while True:
             chunk = await self.next()
             yield chunk
@@ -108,7 +105,7 @@ class Call:
                 return
 
     async def close(self) -> None:
-        """Cancel the generation if it still runs, and stop watching."""
+        """Cancel the generation if it still runs, and stop watching for a disconnect."""
         if self._watcher is not None:
             await _settle(self._watcher)
         closing = getattr(self._stream, "aclose", None)
@@ -139,7 +136,7 @@ def _too_large(size: int, limit: int) -> RefusedError:
 
 
 async def _settle(task: asyncio.Future[Any]) -> None:
-    """Cancel a task unless it is done, and wait for it to end; its outcome is only looked at."""
+    """Cancel a task unless it is done, and wait for its end; its result or error is discarded."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():

@@ -1,29 +1,28 @@
-"""Owns an engine that is another Anything server, reached over HTTP.
+"""Remote engine: another Anything server, reached over HTTP.
 
-It knows nothing of routes: one adapter speaks to one URL. It always streams, so that a deadline on the first token
-and a cancelled generation reach the replica.
+It always streams, so that a deadline on the first token and a cancelled generation reach the replica.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 
 from anything import sse
 from anything.keys import read_key_file
-from anything.protocol import Chunk, FinishReason, Generation, RefusedError, UnavailableError, Usage
+from anything.protocol import Chunk, EngineStatus, FinishReason, Generation, RefusedError, UnavailableError, Usage
 from base.errors import ServiceError
 
-# A replica on the same network accepts within milliseconds; a dead one must not use up the caller's deadline.
+# A replica on the same network accepts within milliseconds; a dead one must not consume the request's deadline.
 _CONNECT_TIMEOUT_S = 2.0
-# Idle connections that are kept to each replica.
+# Idle connections to keep open to each replica.
 _KEEPALIVE_CONNECTIONS = 256
 
 
 class RemoteEngine:
-    """Generates by asking the server at `url` with the key in `api_key_file`."""
+    """Engine that forwards to the server at `url`, with the key in `api_key_file`."""
 
     def __init__(self, url: str, api_key_file: str, version: str) -> None:
         self.url = url.rstrip("/")
@@ -46,19 +45,14 @@ class RemoteEngine:
         )
 
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
-        """The replica's chunks. Closing the iterator closes the connection, which cancels the replica's generation.
+        """Chunks of the replica. Closing the iterator closes the connection, which cancels the replica's generation.
 
         Raises:
-            RefusedError: the replica refused the request as the caller's fault (4xx).
-            UnavailableError: it failed, broke off, refused this gateway's key (502), or is busy or draining.
+            RefusedError: the replica refused the request as a user error (4xx).
+            UnavailableError: it failed, broke off, refused this gateway's key (502), or is overloaded or draining.
         """
         assert self._http is not None, "start() comes first"
-        body = {
-            "prompt": generation.prompt,
-            "max_tokens": generation.max_tokens,
-            "temperature": generation.temperature,
-            "stream": True,
-        }
+        body = {"prompt": generation.prompt, "stream": True, **generation.sampling.as_body()}
         reader = sse.EventReader()
         last: Chunk | None = None
         try:
@@ -90,7 +84,7 @@ class RemoteEngine:
         return Chunk(str(event["text"]), self.version, reason, usage)
 
     async def ready(self) -> bool:
-        """Whether the replica says that it is ready."""
+        """Whether the replica answers /readyz with 200."""
         if self._http is None:
             return False
         try:
@@ -99,9 +93,9 @@ class RemoteEngine:
             return False
         return response.status_code == httpx.codes.OK
 
-    def gauges(self) -> Mapping[str, float]:
-        """None of its own: the replica has its own /metrics."""
-        return {}
+    async def status(self) -> EngineStatus:
+        """Nothing: the replica serves its own /metrics."""
+        return EngineStatus()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -115,7 +109,7 @@ def _failed(message: str) -> UnavailableError:
 
 
 def _refusal(url: str, response: httpx.Response, body: bytes) -> ServiceError | RefusedError:
-    """What a replica's status means to the caller of the front gateway."""
+    """Error for the front gateway's client that a replica's status stands for."""
     status = response.status_code
     try:
         answer = response.json()["error"]

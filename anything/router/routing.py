@@ -1,6 +1,6 @@
-"""Owns which replica answers a request: weights, sticky subjects, one retry, and what happened to each version.
+"""Router: weighted, sticky routing over replicas, with one retry and metrics of each version.
 
-It knows nothing of HTTP: a replica is an engine. `routes.json` is written whole by whoever deploys.
+A replica is any engine. `routes.json` is written whole by a deployment, and read again when it was replaced.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import Field
 
-from anything.prometheus import VersionStats
-from anything.protocol import Chunk, Engine, Generation, UnavailableError
-from anything.router.remote_engine import RemoteEngine
+from anything.prometheus import VersionMetrics
+from anything.protocol import Chunk, Engine, EngineStatus, Generation, UnavailableError
+from anything.router.kinds import DEFAULT_KIND, KINDS, kind_rule
 from base.config import Problem, Section, validate
 from base.errors import CherryError, ConfigError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
-# The first choice, and one more when that fails before a byte was sent.
+# The first choice, and one retry when that fails before the first byte was sent.
 _ATTEMPTS = 2
-# What another replica may mend: this one failed, or is draining. Not its load (429) nor the time that is up (504).
+# Worth asking another replica: this one failed, or is draining. Not when overloaded (429) or too late (504).
 _RETRIED_STATUSES = (502, 503)
 
 
@@ -37,22 +36,27 @@ class ReplicaRoute(Section):
     """One replica in routes.json."""
 
     name: str = Field(min_length=1)
+    kind: str = DEFAULT_KIND
+    """One of `anything.router.kinds.KINDS`."""
     version: str = Field(min_length=1)
     url: str = Field(pattern=r"^https?://")
     weight_percent: float = Field(ge=0.0, le=100.0)
-    """0 keeps a replica known, for a roll-back, without traffic."""
+    """0 keeps a replica without traffic, for a rollback."""
     api_key_file: str
 
 
 class Routes(Section):
-    """The whole of routes.json."""
+    """Content of routes.json."""
 
     salt: str = ""
-    """Another salt deals subjects out anew: one per experiment."""
+    """Salt of the hash: another one assigns subjects anew, for another experiment."""
     replicas: tuple[ReplicaRoute, ...]
 
     def problems(self) -> Iterator[Problem]:
-        """Names must be unique, and the weights 100 % together."""
+        """Names must be unique, kinds registered, and weights must add up to 100 %."""
+        for number, replica in enumerate(self.replicas):
+            if replica.kind not in KINDS:
+                yield Problem(f"replicas.{number}.kind", kind_rule(), replica.kind)
         names = [replica.name for replica in self.replicas]
         if len(set(names)) < len(names):
             yield Problem("replicas", "each name may be given once", names)
@@ -62,7 +66,7 @@ class Routes(Section):
             yield Problem("replicas", f"the weights must add up to 100 percent, not {total:g}", weights)
 
     def ranked(self, subject: str) -> list[ReplicaRoute]:
-        """The replicas that have a weight, best first for this subject.
+        """Replicas with a weight, in order of preference for this subject.
 
         Weighted rendezvous hashing: the first choice follows the weights over many subjects, a subject keeps it
         while the weights stay, and raising one weight moves subjects to that replica only.
@@ -77,7 +81,7 @@ class Routes(Section):
 
 
 def read_routes(path: str) -> Routes:
-    """Read and check routes.json.
+    """Content of routes.json, validated.
 
     Raises:
         MissingFileError: no file at `path`.
@@ -112,17 +116,17 @@ class _Replica:
 
 
 def _connect(route: ReplicaRoute) -> Engine:
-    return RemoteEngine(route.url, route.api_key_file, route.version)
+    return KINDS[route.kind].connect(route.url, route.api_key_file, route.version)
 
 
 class Router:
-    """An engine that is many replicas behind routes.json, which it reads again when the file was replaced.
+    """Engine over the replicas in routes.json, which is read again when the file was replaced.
 
-    A new file that is wrong changes nothing: the routes before it stay, and `describe` tells the error.
+    An invalid new file changes nothing: the routes before it stay, and `status` has the error.
     """
 
     def __init__(self, path: str, connect: Callable[[ReplicaRoute], Engine] = _connect) -> None:
-        self.versions: dict[str, VersionStats] = {}
+        self._versions = VersionMetrics()
         self._path = path
         self._connect = connect
         self._routes = Routes.model_construct(salt="", replicas=())
@@ -141,7 +145,7 @@ class Router:
         await self._apply(read_routes(self._path))
 
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
-        """The chunks of the replica that the subject is routed to, or of the next one when that failed at once.
+        """Chunks of the replica that the subject is routed to, or of the next one when that failed before its first.
 
         Raises:
             UnavailableError: both attempts failed (502 or 503), or the replica is overloaded (429).
@@ -165,9 +169,9 @@ class Router:
                 logger.warning("replica %s failed, asking another one: %s", route.name, error)
 
     async def _ask(self, replica: _Replica, generation: Generation) -> AsyncGenerator[Chunk]:
-        """One attempt, with its outcome counted for the replica's version."""
-        stats = self.versions.setdefault(replica.route.version, VersionStats())
-        stats.requests += 1
+        """Chunks of one attempt, counted in the metrics of the replica's version."""
+        stats = self._versions.of(replica.route.version)
+        stats.requests.inc()
         replica.active += 1
         started = time.monotonic()
         first = finished = False
@@ -182,19 +186,20 @@ class Router:
                 yield chunk
         except (asyncio.CancelledError, GeneratorExit):
             if generation.deadline is not None and generation.deadline.expired:
-                stats.errors += 1
+                stats.errors.inc()
             elif not finished:
-                stats.cancelled += 1
+                stats.cancelled.inc()
             raise
         except UnavailableError as error:
-            # Load that was refused is no fault of the version.
-            stats.errors += error.status != 429
+            # An overloaded version has not failed.
+            if error.status != 429:
+                stats.errors.inc()
             raise
         finally:
             await replica.release()
 
     async def refresh(self) -> None:
-        """Read routes.json again if it was replaced since."""
+        """Read routes.json again if it was replaced since the last time."""
         async with self._reload:
             seen = _identity(self._path)
             if seen == self._seen:
@@ -231,23 +236,22 @@ class Router:
         live = [r.engine.ready() for r in self._replicas.values() if r.route.weight_percent > 0]
         return any(await asyncio.gather(*live))
 
-    def gauges(self) -> Mapping[str, float]:
-        """Replicas with and without weight."""
-        return {
+    async def status(self) -> EngineStatus:
+        """Replica counts, metrics of each version, and the routes in force."""
+        await self.refresh()
+        gauges = {
             "replicas": len(self._replicas),
             "replicas_with_weight": sum(r.route.weight_percent > 0 for r in self._replicas.values()),
             "routes_rejected": self._reload_error is not None,
         }
-
-    def describe(self) -> dict[str, Any]:
-        """The routes in force and what happened to each version, as JSON."""
-        shown = {"name", "version", "url", "weight_percent"}
-        return {
+        shown = {"name", "kind", "version", "url", "weight_percent"}
+        routes = {
             "salt": self._routes.salt,
             "replicas": [route.model_dump(include=shown) for route in self._routes.replicas],
-            "versions": {version: stats.describe() for version, stats in self.versions.items()},
+            "versions": self._versions.describe(),
             "rejected": self._reload_error,
         }
+        return EngineStatus(gauges, self._versions.registry, routes)
 
     async def close(self) -> None:
         """Close the connections to every replica."""
@@ -256,11 +260,12 @@ class Router:
 
 
 def _same_server(old: ReplicaRoute, new: ReplicaRoute) -> bool:
-    return (old.url, old.version, old.api_key_file) == (new.url, new.version, new.api_key_file)
+    shared = ("kind", "url", "version", "api_key_file")
+    return all(getattr(old, name) == getattr(new, name) for name in shared)
 
 
 def _identity(path: str) -> tuple[int, int, int] | None:
-    """What changes when a file is replaced, even by one of the same size in the same instant."""
+    """Identity of a file that changes when it is replaced, even by one of the same size in the same instant."""
     try:
         stat = os.stat(path)
     except OSError:

@@ -1,7 +1,4 @@
-"""Owns the statistics of an A/B comparison: two models' losses on the same documents, and a verdict.
-
-It needs only numpy, and knows nothing of models, files or who asked.
-"""
+"""Statistics of an A/B comparison: paired bootstrap over two models' losses on the same documents, and a verdict."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ class Comparison:
 def compare(
     baseline: Losses, candidate: Losses, *, margin: float, confidence: float, bootstrap_samples: int, seed: int
 ) -> Comparison:
-    """Compare two models on the documents that both scored.
+    """Comparison of two models on the documents that both scored.
 
     The difference is weighted by tokens: sum of the documents' differences over the sum of their tokens. The unit of
     sampling is the document, for tokens of one document are not independent, and both models' losses of a document stay
@@ -124,7 +121,7 @@ def compare(
 
 
 def _in_common(baseline: Losses, candidate: Losses) -> list[str]:
-    """The documents that both scored, in one order."""
+    """Ids of the documents that both models scored, sorted."""
     ids = sorted(baseline.keys() & candidate.keys())
     if len(ids) < 2:
         raise InvalidInputError(
@@ -144,7 +141,7 @@ def _check_arguments(margin: float, confidence: float, bootstrap_samples: int) -
 
 
 def _tokens(ids: list[str], baseline: Losses, candidate: Losses) -> NDArray[np.int64]:
-    """Tokens of each document, the same for both models."""
+    """Token count of each document, equal for both models."""
     for name in ids:
         ours, theirs = baseline[name][1], candidate[name][1]
         if ours != theirs:

@@ -1,1 +1,1 @@
-"""Number formats of weights: FP8 block scales, int8."""
+"""Number formats of weights: the registry of quantization formats, their implementations, fp8 block scales."""

@@ -1,9 +1,7 @@
-"""Owns DeepSeek's fp8 weight format: e4m3 values in 128 x 128 blocks, each block with one fp32 scale, both ways.
-
-It knows nothing of files, nor of which weights are stored so (see model/weights/hf_names.py).
+"""DeepSeek's fp8 weight format: e4m3 values in 128 x 128 blocks with one fp32 scale each, quantized and dequantized.
 
 Shapes: O output channel, I input channel; scales are ceil(O / 128) x ceil(I / 128). N block, B = 128 * 128 values of
-one, P the first few of them, C candidate for a scale.
+a block, P the first few of them, C candidate scale.
 """
 
 from __future__ import annotations
@@ -19,17 +17,17 @@ SCALE_SUFFIX = "_scale_inv"
 # weight_block_size of the released config.json.
 BLOCK = 128
 DTYPE = torch.float8_e4m3fn
-# e4m3's largest value.
+# Largest value of e4m3.
 _MAX = 448.0
 # e4m3's significands in its top octave: the largest value of a block whose scale is not amax / 448 (a scale that is a
 # power of two, for one) is one of these times a power of two, which the scale can take over.
 _SIGNIFICANDS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-# So many values of a block tell most scales that do not reproduce it from one that does.
+# This many values of a block rule out most scales that do not reproduce it.
 _PROBE = 64
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape of the scales of a weight [O, I]; a last block may be partial."""
+    """Shape of the scales of a weight [O, I]; the last block of a dimension may be partial."""
     return math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK)
 
 
@@ -47,9 +45,9 @@ def dequantize_blocks(values_OI: Tensor, scale: Tensor, *, row: int = 0, column:
     """values[i, j] * scale[i // 128, j // 128], fp32 [O, I].
 
     Args:
-        row: where the values begin in their first row of blocks, 0 to 127, when they are a part of a weight; `scale`
-            then begins with that block.
-        column: the same for columns.
+        row: offset of the first row in its block, 0 to 127, when the values are a slice of a weight; `scale` then
+            begins with that block.
+        column: offset of the first column in its block, 0 to 127.
     """
     result = values_OI.float()
     rows, columns = result.shape
@@ -60,11 +58,11 @@ def dequantize_blocks(values_OI: Tensor, scale: Tensor, *, row: int = 0, column:
 
 
 def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values [O, I] and fp32 scales, a scale being its block's largest magnitude over 448; zeros get scale 1.
+    """e4m3 values [O, I] and fp32 scales, each its block's largest magnitude over 448; a block of zeros gets scale 1.
 
-    A block that came out of this format gives back exactly the values that it had. A scale that was amax / 448, rounded
-    once, comes back by itself; one that was not (a power of two, or one unit beside it, as inexact division leaves it)
-    often does not, so where amax / 448 does not reproduce the block, the scales that could have are tried.
+    A block that was dequantized from this format is reproduced exactly. A scale that was amax / 448, rounded once, is
+    found again directly; another one (a power of two, or one unit beside it, as inexact division leaves it) often is
+    not, so where amax / 448 does not reproduce the block, the scales that could have are tried.
     """
     rows, columns = weight_OI.shape
     height, width = scale_shape(weight_OI.shape)
@@ -91,7 +89,7 @@ def _scales(blocks_NB: Tensor) -> Tensor:
     scale_N = torch.where(amax_N > 0, amax_N / _MAX, 1.0)
     candidates_CN = _candidates(amax_N)
     probe_NP = blocks_NB[:, :_PROBE].contiguous()
-    # A weight that was trained on fails here for nearly every candidate.
+    # A weight that was trained further fails here for nearly every candidate.
     fits_CN = _reproduces(probe_NP, candidates_CN) & (amax_N > 0)
     open_N = fits_CN.any(dim=0)
     for candidate_N, fits_N in zip(candidates_CN, fits_CN, strict=True):
@@ -103,7 +101,7 @@ def _scales(blocks_NB: Tensor) -> Tensor:
 
 
 def _candidates(amax_N: Tensor) -> Tensor:
-    """Scales, and their neighbours in fp32, under which a block's largest value is one of e4m3's; amax / 448 first."""
+    """Scales [C, N] and their fp32 neighbours that make a block's largest value one of e4m3's; amax / 448 first."""
     scales = [amax_N / significand for significand in _SIGNIFICANDS]
     ends = [torch.full_like(amax_N, end) for end in (0.0, math.inf)]
     return torch.stack([near for scale_N in scales for near in (scale_N, *(scale_N.nextafter(end) for end in ends))])

@@ -1,11 +1,7 @@
-"""Owns how this model's parameters are called in Hugging Face's layout, in both directions.
-
-It reads and writes no files: see model/weights/pretrained.py.
-"""
+"""Hugging Face layout: released names of state dict entries, in both directions."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,35 +17,28 @@ _TOP = {
     "norm.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
-_QUANTIZED = re.compile(r"(weight|w13|w2)_(int8|scale)(_E..)?$")
 ADAPTER_SUFFIXES = (".lora_A_RD", ".lora_B_FR")
-# The projections of attention, dense layers, shared and routed experts; not mlp.gate, eh_proj, embeddings, head.
-_PROJECTION = re.compile(
-    r"\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
-    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight$"
-)
-_FUSED_EXPERTS = {"w13": "w13_EFD", "w2": "w2_EDF"}
 
 
 class Piece(NamedTuple):
-    """A part of one of our tensors that is a whole tensor in the released layout."""
+    """A slice of a state entry that is a whole tensor in the released layout."""
 
     hf_name: str
     part: tuple[int | slice, ...]
-    """Picks it out of our tensor: `tensor[part]` is a view."""
+    """Index of the slice: `entry[part]` is a view."""
 
 
-def pieces(name: str, shape: torch.Size, config: ModelConfig) -> Iterator[Piece]:
-    """The released tensors that make up the model's state `name` of `shape`, MTP's duplicates left out.
+def pieces(name: str, shape: torch.Size, config: ModelConfig, suffix: str = "") -> Iterator[Piece]:
+    """Released tensors that make up the model's state entry `name`, with the slice of `shape` that each one is.
 
-    Int8 state (`weight_int8`, `weight_scale`, and the experts' like) maps as its weight does, scales with the
-    suffix `_scale`. An adapter's matrices (cherry/lora.py) have no released name: an export merges them.
+    MTP's duplicates are left out. An adapter's matrices (cherry/lora.py) have no released name: an export merges them.
+
+    Args:
+        shape: of the entry; a quantized one may be narrower in its last dimension than the plain weight.
+        suffix: appended to every released name, like a quantized weight's `_scale`.
     """
     if name.endswith(ADAPTER_SUFFIXES):
         return
-    suffix = "_scale" if (quantized := _QUANTIZED.search(name)) and quantized[2] == "scale" else ""
-    if quantized:
-        name = name[: quantized.start()] + _FUSED_EXPERTS.get(quantized[1], quantized[1])
     if name in _TOP:
         yield Piece(_TOP[name] + suffix, ())
         return
@@ -64,7 +53,7 @@ def pieces(name: str, shape: torch.Size, config: ModelConfig) -> Iterator[Piece]
         yield Piece(f"{base}gate_proj.weight{suffix}", (slice(0, half),))
         yield Piece(f"{base}up_proj.weight{suffix}", (slice(half, None),))
     elif leaf == "e_score_correction_bias_E":
-        yield Piece(f"{prefix}.mlp.gate.e_score_correction_bias", ())
+        yield Piece(f"{prefix}.mlp.gate.e_score_correction_bias{suffix}", ())
     else:
         yield Piece(f"{prefix}.{_tail(name, config)}{suffix}", ())
 
@@ -84,7 +73,7 @@ def _layer_prefix(name: str, config: ModelConfig) -> str:
 
 
 def _tail(name: str, config: ModelConfig) -> str:
-    """What follows the layer's prefix in the released name."""
+    """Released name without the layer's prefix."""
     if name.startswith("layers."):
         return name.split(".", 2)[2]
     tail = name.removeprefix("mtp.")
@@ -92,9 +81,9 @@ def _tail(name: str, config: ModelConfig) -> str:
 
 
 def state_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Split one entry of the model's state dict into released names and views of `tensor`.
+    """Released names of one state dict entry, each with its view of `tensor`.
 
-    With an MTP module the embedding and the head come twice, as in the released files.
+    With an MTP module the embedding and the head are yielded twice, as the released files hold them.
     """
     for piece in pieces(name, tensor.shape, config):
         yield piece.hf_name, tensor[piece.part]
@@ -102,16 +91,11 @@ def state_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tupl
         yield f"model.layers.{config.num_hidden_layers}.{_DUPLICATES[name]}", tensor
 
 
-def is_projection(hf_name: str) -> bool:
-    """Whether a released tensor is one of those that are quantized: fp8 in the release, int8 for serving."""
-    return _PROJECTION.search(hf_name) is not None
-
-
 def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
-    """Whether a file may hold this tensor though the model has no place for it.
+    """Whether a file may hold this tensor although the model has no entry for it.
 
-    Those are the duplicates of embedding and head, stored rotary frequencies, and an MTP module that the
-    configuration leaves out.
+    True for duplicates of embedding and head, stored rotary frequencies, and an MTP module that the configuration
+    leaves out.
     """
     mtp = f"model.layers.{config.num_hidden_layers}."
     if hf_name.startswith(mtp):

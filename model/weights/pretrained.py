@@ -1,7 +1,4 @@
-"""Owns weights on disk: sharded safetensors folders in Hugging Face's layout, read and written by URI.
-
-It knows nothing of training state: optimizer and data position are a checkpoint's matter.
-"""
+"""Pretrained weights: sharded safetensors folders in Hugging Face's layout, loaded and saved by URI."""
 
 from __future__ import annotations
 
@@ -9,22 +6,23 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from base import storage
-from base.errors import MissingFileError, WeightsError
+from base.errors import ConfigError, MissingFileError, WeightsError
 from base.storage import Progress
 from model.experts import Experts
 from model.model_config import ModelConfig
+from model.numerics.formats import FORMATS, QuantizationFormat, StoredEntry, detect_format, is_projection
 from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX, quantize_blocks
-from model.numerics.int8_layers import use_int8
 from model.transformer import DeepseekV3
 from model.weights.hf_config import config_from_hf, hf_config, text_config
-from model.weights.hf_names import is_ignorable, is_projection, pieces, state_to_hf
+from model.weights.hf_names import Piece, is_ignorable, pieces, state_to_hf
 from model.weights.misfit import Misfit
 from model.weights.ranged_read import MAX_GAP_BYTES, Request, fill
 from model.weights.reader import INDEX_NAME, Source, WeightsReader, is_scale, scale_problem
@@ -50,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_BYTES = 2 << 30
 _BIAS_SUFFIX = "e_score_correction_bias"
+_PLAIN: Mapping[str, StoredEntry] = MappingProxyType({})
 
 
 def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -85,51 +84,74 @@ def _lacks_mtp(uri: str, config: ModelConfig) -> bool:
 
 
 def load_pretrained(uri: str, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> DeepseekV3:
-    """The model that a folder holds, in evaluation mode.
+    """Model of a folder, in evaluation mode.
 
-    Of an int8 folder the int8 values and scales stay in memory, and are dequantized to `dtype` on use.
+    A folder in a registered quantization format (model/numerics/formats.py) stays quantized in memory and computes in
+    `dtype`; DeepSeek's fp8 blocks are dequantized to `dtype`.
 
     Raises:
         MissingFileError, WeightsError, ConfigError: see `read_model_config` and `load_into`.
+        ConfigError: the folder's format cannot run on `device`.
     """
-    config, _ = read_model_config(uri)
+    config, raw_config = read_model_config(uri)
     reader = WeightsReader(uri)
     with torch.device("meta"):
         model = DeepseekV3(config)
-    use_int8(model, _quantized_modules(model, reader), dtype)
+    entries = _PLAIN
+    if (format_name := detect_format(raw_config, storage.join(uri, "config.json"))) is not None:
+        _check_device(format_name, torch.device(device), uri)
+        quantization = FORMATS[format_name].load()
+        _replace_modules(model, reader, quantization, dtype)
+        entries = quantization.entries
     # While it is on meta a cast costs nothing; biases and scales stay fp32.
     model.to(dtype).to_empty(device=device)
     for moe in model.moe_layers():
         moe.tokens_per_expert_E.zero_()
-    _fill(model, reader)
+    _fill(model, reader, entries)
     return model.eval()
 
 
+def _check_device(format_name: str, device: torch.device, uri: str) -> None:
+    """Refuse a device that lacks what the format's modules run on."""
+    needed = FORMATS[format_name].min_compute_capability
+    if needed is None:
+        return
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if found is None or found < needed:
+        got = device.type if found is None else f"a GPU of {found[0]}.{found[1]}"
+        raise ConfigError(
+            f"{uri}: weights in the format {format_name} need a GPU of compute capability {needed[0]}.{needed[1]} or "
+            f"newer (got {got}). Load the plain weights, or another format."
+        )
+
+
 def load_into(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
-    """Copy a folder's weights into `model`, whose own types and devices stay.
+    """Copy a folder's plain or fp8 block weights into `model`, whose own types and devices stay.
 
     Raises:
         MissingFileError: nothing there.
         WeightsError: lists all tensors that are missing, unexpected, of another shape or without their scales, and
             all files that are damaged.
     """
-    _fill(model, WeightsReader(uri), on_progress)
+    _fill(model, WeightsReader(uri), _PLAIN, on_progress)
 
 
-def _fill(model: DeepseekV3, reader: WeightsReader, on_progress: Progress | None = None) -> None:
+def _fill(
+    model: DeepseekV3, reader: WeightsReader, entries: Mapping[str, StoredEntry], on_progress: Progress | None = None
+) -> None:
     state = model.state_dict()
     parts = [Part(name, tensor.shape, whole_box(tensor.shape), tensor) for name, tensor in state.items()]
-    load_parts(parts, reader, model.config, on_progress=on_progress)
+    load_parts(parts, reader, model.config, entries=entries, on_progress=on_progress)
 
 
 class Part(NamedTuple):
-    """What one process holds of one entry of the model's state."""
+    """Local slice of one entry of the model's state, as one process holds it."""
 
     name: str
     shape: torch.Size
-    """The whole entry's."""
+    """Shape of the whole entry."""
     box: Box
-    """Which part of it is here; it may be empty."""
+    """Bounds of the local slice in the entry; it may be empty."""
     values: Tensor
 
 
@@ -138,27 +160,28 @@ def load_parts(
     source: Source,
     config: ModelConfig,
     *,
+    entries: Mapping[str, StoredEntry] = _PLAIN,
     on_progress: Progress | None = None,
     max_gap_bytes: int = MAX_GAP_BYTES,
 ) -> None:
-    """Fill parts of a model's state from `source`, and read no more than they need; types and devices stay.
+    """Fill local slices of a model's state from `source`, reading only the bytes they need; types and devices stay.
 
     Args:
-        parts: of all entries of the state, also of those that nothing is held of.
+        parts: slices of all entries of the state, empty ones included.
+        entries: how the entries of quantized modules are stored, by the last part of their name.
         max_gap_bytes: see model/weights/ranged_read.py.
 
     Raises:
         WeightsError: what does not fit, or is damaged; see `load_into`. Nothing was changed then.
         StorageError: reading failed.
     """
-    if isinstance(source, WeightsReader):
-        source.open_files()
+    source.open_files()
     misfit = Misfit()
     wanted: set[str] = set()
     requests: list[Request] = []
     for part in parts:
         whole = torch.empty(part.shape, device="meta")
-        for piece in pieces(part.name, part.shape, config):
+        for piece in _pieces(part, config, entries):
             wanted.add(piece.hf_name)
             shape = tuple(whole[piece.part].shape)
             if piece.hf_name not in source:
@@ -176,6 +199,15 @@ def load_parts(
             misfit.unexpected[name] = found
     misfit.raise_if_any(source.uri, source.names, config)
     fill(source, requests, on_progress=on_progress, max_gap_bytes=max_gap_bytes)
+
+
+def _pieces(part: Part, config: ModelConfig, entries: Mapping[str, StoredEntry]) -> Iterator[Piece]:
+    """Released tensors of one state entry, plain or quantized."""
+    stem, _, leaf = part.name.rpartition(".")
+    if leaf in entries:
+        parameter, suffix = entries[leaf]
+        return pieces(f"{stem}.{parameter}", part.shape, config, suffix)
+    return pieces(part.name, part.shape, config)
 
 
 def _problem(source: Source, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> str | None:
@@ -198,7 +230,7 @@ def _shape_of(source: Source, name: str) -> tuple[int, ...] | None:
 
 
 def _overlap(index: tuple[int | slice, ...], part: Part) -> tuple[Tensor, Box] | None:
-    """Where the stored tensor that is `whole[index]` meets a part: the target and the stored box; `None` if nowhere."""
+    """Overlap of a stored tensor (`entry[index]`) with a local slice: target view and stored box; `None` if empty."""
     inside: list[int | slice] = []
     stored: list[tuple[int, int]] = []
     for dim, (first, last) in enumerate(part.box):
@@ -217,16 +249,18 @@ def _overlap(index: tuple[int | slice, ...], part: Part) -> tuple[Tensor, Box] |
     return part.values[tuple(inside)], tuple(stored)
 
 
-def _quantized_modules(model: DeepseekV3, reader: WeightsReader) -> set[str]:
-    """Modules of `model` (on meta) whose weights come with scales."""
-    found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Experts):
-            leaf, parameter = next(iter(module.named_parameters(recurse=False)))
-            first = next(pieces(f"{name}.{leaf}", parameter.shape, model.config))
-            if f"{first.hf_name}_scale" in reader:
-                found.add(name)
-    return found
+def _replace_modules(
+    model: DeepseekV3, reader: WeightsReader, quantization: QuantizationFormat, dtype: torch.dtype
+) -> None:
+    """Replace every linear layer and experts module of `model` (on meta) that the folder stores quantized."""
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Experts)]
+    for name, module in modules:
+        leaf, parameter = next(iter(module.named_parameters(recurse=False)))
+        hf_name = next(pieces(f"{name}.{leaf}", parameter.shape, model.config)).hf_name
+        suffixes = {entry.suffix for entry in quantization.entries.values() if entry.parameter == leaf}
+        if suffixes and all(hf_name + suffix in reader for suffix in suffixes):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, quantization.replacement(name, module, dtype))
 
 
 def save_pretrained(
@@ -238,14 +272,14 @@ def save_pretrained(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer_uri: str | None = None,
 ) -> None:
-    """Write a folder that transformers, vLLM and `load_pretrained` load; its marker comes last.
+    """Write a folder that transformers, vLLM and `load_pretrained` load; its marker is written last.
 
     Args:
         tensors: released names and values (see `state_to_hf`), in any order. In the order of the model's state
             dict at most one shard is in memory at a time.
         dtype: of all weights but the selection biases, which are fp32. float8_e4m3fn is the release's own format:
             projections in fp8 blocks, everything else in bf16.
-        tokenizer_uri: a tokenizer.json, or the folder that holds one, to put beside the weights.
+        tokenizer_uri: a tokenizer.json, or the folder that holds one, to copy beside the weights.
 
     Raises:
         WeightsError: lists all tensors that are missing, unexpected or of another shape.
@@ -288,7 +322,7 @@ def save_pretrained(
 def _plan_shards(
     config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File name -> the weights it holds and their shapes, in the order of the state dict."""
+    """Weights of each file and their shapes, in state dict order."""
     with torch.device("meta"):
         state = DeepseekV3(config).state_dict()
     groups: list[dict[str, tuple[int, ...]]] = [{}]
@@ -310,7 +344,7 @@ def _stored_dtype(hf_name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _stored(hf_name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A weight as it is written, on the CPU: one tensor, or fp8 values and their scales."""
+    """Tensors that one weight is stored as, on the CPU: itself, or fp8 values and their scales."""
     stored_dtype = _stored_dtype(hf_name, dtype)
     if stored_dtype != FP8:
         yield hf_name, tensor.to("cpu", stored_dtype)
@@ -326,7 +360,7 @@ def _all_hf(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[
 
 
 def write_index(uri: str, file_of: Mapping[str, str]) -> None:
-    """Write the index of a folder whose files are all there; it states their total size."""
+    """Write the index of a folder whose files are complete, with their total size."""
     total = 0
     for file in sorted(set(file_of.values())):
         total += sum(info.stop - info.start for info in SafetensorsFile(storage.join(uri, file)).tensors.values())

@@ -1,7 +1,6 @@
-"""Owns filling tensors from parts of stored ones: which bytes are read, in what order and how many at a time.
+"""Ranged reads: tensors filled from slices of stored ones, with coalesced, concurrent requests to remote storage.
 
-It knows nothing of models or ranks. Local files are mapped; of others, neighbouring parts are read by one request and
-several requests are under way at once.
+Local files are memory-mapped. Of remote files, neighbouring slices are read by one request, several at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from torch import Tensor
 from base.storage import Progress
 from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX
-from model.weights.reader import Source, WeightsReader, dequantize_box, read_weight_box, scale_box
+from model.weights.reader import Source, dequantize_box, read_weight_box, scale_box
 from model.weights.safetensors_file import Box, SafetensorsFile
 
 # A piece is small enough that dequantizing takes little memory, and large enough that a request's delay is little.
 _PIECE_BYTES = 16 << 20
 _REQUEST_BYTES = 32 << 20
-# Reading so much in vain costs less than another request: an object store answers in tens of milliseconds.
+# Reading this many unneeded bytes costs less than another request: an object store answers in tens of milliseconds.
 MAX_GAP_BYTES = 64 << 10
 # One connection to an object store brings some 50 to 100 MB/s.
 THREADS = 8
@@ -32,7 +31,7 @@ _REPORT_SECONDS = 2.0
 
 
 class Request(NamedTuple):
-    """A part of a stored weight, and the tensor of the same shape that it goes to."""
+    """Slice of a stored weight, and the target tensor of the same shape."""
 
     name: str
     box: Box
@@ -40,7 +39,7 @@ class Request(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Bytes of one file that are read together, and the requests inside them."""
+    """Byte range of one file that is read at once, and the requests inside it."""
 
     file: SafetensorsFile
     start: int
@@ -57,7 +56,7 @@ def fill(
     max_gap_bytes: int = MAX_GAP_BYTES,
     threads: int = THREADS,
 ) -> None:
-    """Read every request's part into its target, fp8 dequantized; types and devices are the targets'.
+    """Read every requested slice into its target, fp8 dequantized; types and devices are the targets'.
 
     Args:
         max_gap_bytes: neighbours in one remote file that are at most this far apart are read by one request.
@@ -69,7 +68,7 @@ def fill(
     """
     pieces = [piece for request in requests for piece in _split(source, request)]
     meter = _Meter(sum(_bytes(source, piece) for piece in pieces), on_progress)
-    if not isinstance(source, WeightsReader) or not pieces or source.file_of(pieces[0].name).is_local:
+    if not pieces or source.remote_file(pieces[0].name) is None:
         for piece in pieces:
             piece.target.copy_(read_weight_box(source, piece.name, piece.box))
             meter.add(_bytes(source, piece))
@@ -92,7 +91,7 @@ def _bytes(source: Source, request: Request) -> int:
 
 
 def _split(source: Source, request: Request) -> Iterator[Request]:
-    """The same in pieces of whole rows; nothing for an empty part."""
+    """Requests of whole rows that together make one request; none for an empty slice."""
     if not request.target.numel():
         return
     if not request.box:
@@ -111,12 +110,12 @@ def _scale_request(source: Source, piece: Request) -> Request:
 
 
 def _read(
-    reader: WeightsReader, requests: list[Request], max_gap_bytes: int, threads: int
+    source: Source, requests: list[Request], max_gap_bytes: int, threads: int
 ) -> Iterator[tuple[Request, Tensor]]:
-    """Each request with its values, in the files' order; a few ranges are in memory at a time."""
+    """Requests with their values, in file order; at most `threads` + 1 ranges are in memory at a time."""
     waiting: deque[tuple[_Range, Future[bytearray]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
-        for range_ in _ranges(reader, requests, max_gap_bytes):
+        for range_ in _ranges(source, requests, max_gap_bytes):
             waiting.append((range_, pool.submit(range_.file.read_range, range_.start, range_.stop)))
             if len(waiting) > threads:
                 yield from _cut(*waiting.popleft())
@@ -130,11 +129,12 @@ def _cut(range_: _Range, reading: Future[bytearray]) -> Iterator[tuple[Request, 
         yield request, range_.file.cut(request.name, request.box, data, range_.start)
 
 
-def _ranges(reader: WeightsReader, requests: list[Request], max_gap_bytes: int) -> Iterator[_Range]:
-    """Neighbours joined, in the order of file and place."""
+def _ranges(source: Source, requests: list[Request], max_gap_bytes: int) -> Iterator[_Range]:
+    """Coalesced byte ranges of the requests, ordered by file and offset."""
     placed = []
     for request in requests:
-        file = reader.file_of(request.name)
+        file = source.remote_file(request.name)
+        assert file is not None, "a source is remote as a whole, or not at all"
         placed.append((file.uri, *file.span(request.name, request.box), file, request))
     placed.sort(key=lambda entry: entry[:3])
     current: _Range | None = None
@@ -153,20 +153,20 @@ def _ranges(reader: WeightsReader, requests: list[Request], max_gap_bytes: int) 
 
 
 class _Meter:
-    """Tells how far a long load is: bytes, rate and time left, every two seconds and at the end."""
+    """Progress of a load: bytes, rate and time left, reported every two seconds and at the end."""
 
     def __init__(self, total: int, on_progress: Progress | None) -> None:
         self._total, self._done = total, 0
         self._on_progress = on_progress
-        self._started = self._told = time.monotonic()
+        self._started = self._reported = time.monotonic()
 
     def add(self, count: int) -> None:
-        """So many more bytes are in place."""
+        """Count bytes that were copied into place, and report when due."""
         self._done += count
         now = time.monotonic()
-        if self._on_progress is None or (now - self._told < _REPORT_SECONDS and self._done < self._total):
+        if self._on_progress is None or (now - self._reported < _REPORT_SECONDS and self._done < self._total):
             return
-        self._told = now
+        self._reported = now
         rate = self._done / max(now - self._started, 1e-9)
         line = (
             f"read {_size(self._done)} of {_size(self._total)} of weights, {_size(rate)}/s, "

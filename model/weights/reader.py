@@ -1,7 +1,4 @@
-"""Owns reading a folder of weights: which file holds a tensor, parts of tensors, and fp8 as plain numbers.
-
-It knows nothing of models: names and shapes are the folder's own.
-"""
+"""Weights reader: tensors of a safetensors folder by released name, whole or sliced, fp8 blocks dequantized."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _OPENING_THREADS = 16
 
 
 class Source(Protocol):
-    """Tensors under their released names, of which parts can be read."""
+    """Tensors under their released names, readable in slices."""
 
     uri: str
 
@@ -38,10 +35,16 @@ class Source(Protocol):
         """Shape of one tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor as it is stored."""
+        """Stored type of one tensor."""
 
     def read_box(self, name: str, box: Box) -> Tensor:
-        """A part of one tensor on the CPU, as it is stored."""
+        """Slice of one tensor on the CPU, as it is stored."""
+
+    def open_files(self) -> None:
+        """Open everything ahead of the reads; a damaged file raises later, for each of its tensors."""
+
+    def remote_file(self, name: str) -> SafetensorsFile | None:
+        """Remote file of a tensor, whose neighbouring byte ranges are worth one request; `None` for direct access."""
 
 
 def is_scale(source: Source, name: str) -> bool:
@@ -50,7 +53,7 @@ def is_scale(source: Source, name: str) -> bool:
 
 
 def scale_problem(source: Source, name: str) -> str | None:
-    """What is wrong with the block scales of a tensor; `None` when they are right, or it is not fp8."""
+    """What is wrong with the block scales of a tensor; `None` when they fit, or it is not fp8."""
     if source.dtype(name) != FP8:
         return None
     shape, scale_name = source.shape(name), name + SCALE_SUFFIX
@@ -64,17 +67,17 @@ def scale_problem(source: Source, name: str) -> str | None:
 
 
 def scale_box(box: Box) -> Box:
-    """The part of the scales that a part of an fp8 weight needs; the blocks at its borders may be partial."""
+    """Slice of the scales that covers the slice `box` of an fp8 weight; blocks at its borders may be partial."""
     return tuple((first // BLOCK, -(-last // BLOCK)) for first, last in box)
 
 
 def dequantize_box(values_OI: Tensor, scale: Tensor, box: Box) -> Tensor:
-    """fp32 values of the part `box` of an fp8 weight; `scale` is what `scale_box` names."""
+    """fp32 values of the slice `box` of an fp8 weight; `scale` is the slice of its scales from `scale_box`."""
     return dequantize_blocks(values_OI, scale, row=box[0][0] % BLOCK, column=box[1][0] % BLOCK)
 
 
 def read_weight_box(source: Source, name: str, box: Box) -> Tensor:
-    """A part of one weight on the CPU; fp8 comes dequantized to fp32. Copy before writing to it."""
+    """Slice of one weight on the CPU, fp8 dequantized to fp32. Copy before writing to it."""
     values = source.read_box(name, box)
     if values.dtype != FP8:
         return values
@@ -82,7 +85,7 @@ def read_weight_box(source: Source, name: str, box: Box) -> Tensor:
 
 
 class WeightsReader:
-    """The tensors of one folder, whichever files they are in. Files are opened on first use.
+    """Tensors of one folder over all its files. Files are opened on first use.
 
     Raises:
         MissingFileError: the folder has neither an index nor a model.safetensors.
@@ -122,11 +125,11 @@ class WeightsReader:
         return sorted(set(self._file_of.values()))
 
     def names_in(self, file: str) -> list[str]:
-        """The tensors that one file holds."""
+        """Names of the tensors in one file."""
         return [name for name, holder in self._file_of.items() if holder == file]
 
     def file(self, name: str) -> SafetensorsFile:
-        """One file of the folder, opened. One that is damaged is looked at once, and raises for each of its tensors."""
+        """One open file of the folder. A damaged one is read once, and raises for each of its tensors."""
         if name in self._damaged:
             raise self._damaged[name]
         if name not in self._files:
@@ -142,11 +145,11 @@ class WeightsReader:
         return self._files[name]
 
     def file_of(self, name: str) -> SafetensorsFile:
-        """The file that holds one tensor, opened."""
+        """Open file that holds one tensor."""
         return self.file(self._file_of[name])
 
     def open_files(self) -> None:
-        """Open every file that can be; those of an object store side by side, for each costs three round trips."""
+        """Open the files of an object store concurrently, for each costs three round trips; local ones open on use."""
         if storage.is_local(self.uri):
             return
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
@@ -154,8 +157,13 @@ class WeightsReader:
                 if not isinstance(opened.exception(), WeightsError | None):
                     opened.result()
 
+    def remote_file(self, name: str) -> SafetensorsFile | None:
+        """Open file of one tensor in an object store; `None` for a local folder, whose files are memory-mapped."""
+        file = self.file_of(name)
+        return None if file.is_local else file
+
     def close(self, file: str) -> None:
-        """Forget an open file, so that its mapped pages can go."""
+        """Close a file, so that its mapped pages can be freed."""
         self._files.pop(file, None)
 
     def info(self, name: str) -> TensorInfo:
@@ -176,7 +184,7 @@ class WeightsReader:
         return self.info(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor as it is stored; see `info`."""
+        """Stored type of one tensor; see `info`."""
         return self.info(name).dtype
 
     def read(self, name: str) -> Tensor:
@@ -184,13 +192,12 @@ class WeightsReader:
         return self.read_box(name, whole_box(self.shape(name)))
 
     def read_box(self, name: str, box: Box) -> Tensor:
-        """A part of one tensor; like `read`."""
+        """Slice of one tensor on the CPU, in the file's type. Copy before writing to it."""
         self.info(name)
         return self.file_of(name).read_box(name, box)
 
     def read_weight(self, name: str) -> Tensor:
-        """Like `read`, and an fp8 tensor comes dequantized to fp32 by its block scales (see
-        model/numerics/fp8_blocks.py).
+        """One weight on the CPU, fp8 dequantized to fp32 by its block scales. Copy before writing to it.
 
         Raises:
             WeightsError: an fp8 tensor without scales of the right shape.

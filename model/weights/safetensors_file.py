@@ -1,6 +1,6 @@
-"""Owns reading and writing one safetensors file by URI: its header, its checks, and tensors or parts of them.
+"""One safetensors file by URI: header, checks, tensors or slices of them, and writing.
 
-It knows nothing of models. Local files are memory-mapped; of others exactly the bytes that are asked for are read.
+Local files are memory-mapped; of remote ones exactly the requested bytes are read.
 Format: 8 bytes little-endian header length, JSON header, then the tensors' bytes.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import safetensors
+import safetensors.torch
 import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
@@ -34,27 +35,26 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The format's own limit on a header; a larger number is not a header.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file, as the header describes it."""
+    """Header entry of one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """First byte, from the start of the file."""
+    """Offset of the first byte in the file."""
     stop: int
 
 
 Box = tuple[tuple[int, int], ...]
-"""A part of a tensor: the first and one past the last index of each dimension."""
+"""A slice of a tensor: first and one past the last index of each dimension."""
 
 
 def whole_box(shape: tuple[int, ...]) -> Box:
-    """The box that is all of a tensor."""
+    """Box that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
@@ -62,7 +62,7 @@ class SafetensorsFile:
     """One open file. The header is read and checked against the file's size on construction.
 
     Args:
-        store: the fsspec file system of `uri`, for callers that open many files of one: fsspec makes another one, with
+        store: fsspec file system of `uri`, for callers that open many files: fsspec makes another one, with
             connections of its own, in every thread.
 
     Raises:
@@ -82,7 +82,7 @@ class SafetensorsFile:
         return self.read_box(name, whole_box(self.tensors[name].shape))
 
     def read_box(self, name: str, box: Box) -> Tensor:
-        """A part of a tensor; like `read`. Of a local file only the pages that are then touched are read."""
+        """Slice of a tensor on the CPU. Of a local file it is a view of mapped pages, read when they are touched."""
         if self.is_local:
             if self._mapped is None:
                 self._mapped = _map(self.uri)
@@ -92,9 +92,9 @@ class SafetensorsFile:
         return self.cut(name, box, self.read_range(start, stop), start)
 
     def span(self, name: str, box: Box) -> tuple[int, int]:
-        """First and one past the last byte of a part, from the start of the file.
+        """Byte range of a slice in the file: first, and one past the last.
 
-        Rows lie together. A range of columns spans what is between: one request instead of one a row.
+        Rows are contiguous. The span of a range of columns includes the bytes between, so that one request reads it.
         """
         info = self.tensors[name]
         if any(first >= last for first, last in box):
@@ -105,10 +105,10 @@ class SafetensorsFile:
         return info.start + first * info.dtype.itemsize, info.start + (last + 1) * info.dtype.itemsize
 
     def cut(self, name: str, box: Box, data: bytearray, data_start: int) -> Tensor:
-        """A part of a tensor out of bytes of the file that begin at `data_start` and hold its span; a view of them.
+        """Slice of a tensor as a view of `data`, the bytes of the file from `data_start` on, which cover its span.
 
         Raises:
-            WeightsError: they end before it does: the file was cut short after it was opened.
+            WeightsError: they end before it does: the file was truncated after it was opened.
         """
         info = self.tensors[name]
         start, stop = (place - data_start for place in self.span(name, box))
@@ -123,7 +123,7 @@ class SafetensorsFile:
         return flat.as_strided(sizes, _strides(info.shape))
 
     def read_range(self, start: int, stop: int) -> bytearray:
-        """Bytes of the file, by any thread; fewer if it ends before."""
+        """Bytes of the file, fewer if it ends before; thread-safe."""
         if stop <= start:
             return bytearray()
         with storage_errors(self.uri):
@@ -156,7 +156,7 @@ class SafetensorsFile:
 
 
 def open_store(uri: str) -> Any:
-    """The fsspec file system of `uri`; it keeps no listings, for another host may have written since."""
+    """fsspec file system of `uri`, without a listings cache, for another host may have written since."""
     with storage_errors(uri):
         return url_to_fs(uri, use_listings_cache=False)[0]
 
@@ -194,22 +194,21 @@ def _truncated(uri: str, name: str, info: TensorInfo, size: int) -> WeightsError
 
 
 def write_file(uri: str, tensors: Mapping[str, Tensor]) -> int:
-    """Write `tensors` as one file and return its bytes. The data of all of them is in memory meanwhile.
+    """Bytes of the file that `tensors` were written to, atomically. All of its data is in memory meanwhile.
+
+    Serialized in memory, not by `safetensors.torch.save_file`: that overwrites its target in place, neither syncs it
+    to the disk nor knows URIs, and its error of a full disk carries no errno.
 
     Raises:
         DiskFullError, StorageError: the file could not be written; nothing is left at `uri` then.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data, offset = [], 0
+    dense: dict[str, Tensor] = {}
+    addresses: set[int] = set()
     for name, tensor in tensors.items():
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        stop = offset + len(raw)
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
-        data.append(raw)
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    # Padded so that the data begins at a multiple of 8 bytes, as the reference writer does.
-    text += b" " * (-len(text) % 8)
-    whole = b"".join([len(text).to_bytes(8, "little"), text, *data])
-    storage.write_bytes(uri, whole)
-    return len(whole)
+        stored = tensor.detach().cpu().contiguous()
+        # The library refuses one tensor under two names, as MTP's duplicates of embedding and head are.
+        dense[name] = stored.clone() if stored.data_ptr() in addresses else stored
+        addresses.add(stored.data_ptr())
+    data = safetensors.torch.save(dense, metadata={"format": "pt"})
+    storage.write_bytes(uri, data)
+    return len(data)

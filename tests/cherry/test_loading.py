@@ -20,9 +20,10 @@ from base.errors import WeightsError
 from cherry.distributed.local_part import local_part
 from cherry.loading import PickledWeights, load_weights
 from model.model_config import PRESETS, ModelConfig
+from model.numerics.formats import is_projection
 from model.numerics.fp8_blocks import quantize_blocks
 from model.transformer import DeepseekV3
-from model.weights.hf_names import is_projection, state_to_hf
+from model.weights.hf_names import state_to_hf
 from model.weights.pretrained import load_pretrained, save_pretrained
 
 RANKS = 4

@@ -16,10 +16,11 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor
 
 from base import storage
-from base.errors import InvalidInputError, MissingFileError, WeightsError
+from base.errors import ConfigError, InvalidInputError, MissingFileError, WeightsError
 from model.model_config import ModelConfig
-from model.numerics.int8_layers import Int8Experts, Int8Linear, dequantize
-from model.quantize import is_quantized, quantize, quantize_folder
+from model.numerics.formats import is_projection
+from model.numerics.int8_format import Int8Experts, Int8Linear, dequantize, quantize
+from model.quantize import quantize_folder
 from model.transformer import DeepseekV3
 from model.weights.pretrained import WeightsReader, load_into, load_pretrained, save_pretrained, state_to_hf
 from model.weights.safetensors_file import Box
@@ -51,7 +52,7 @@ def test_the_error_is_at_most_half_a_scale_in_every_channel() -> None:
 
 
 def test_what_is_quantized_and_what_is_kept(folder: str) -> None:
-    quantized = {name for name in WeightsReader(folder).names if is_quantized(name)}
+    quantized = {name for name in WeightsReader(folder).names if is_projection(name)}
     kept = set(WeightsReader(folder).names) - quantized
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in quantized
     assert "model.layers.3.self_attn.kv_a_proj_with_mqa.weight" in quantized
@@ -70,9 +71,9 @@ def test_report_and_folder_agree(folder: str, tmp_path: Path) -> None:
     before, after = WeightsReader(folder), WeightsReader(target)
     assert [fraction for _, fraction in lines] == [(i + 1) / len(before.files) for i in range(len(before.files))]
     assert after.files == before.files
-    assert {item["name"] for item in report["tensors"]} == {name for name in before.names if is_quantized(name)}
+    assert {item["name"] for item in report["tensors"]} == {name for name in before.names if is_projection(name)}
     for name in before.names:
-        if not is_quantized(name):
+        if not is_projection(name):
             assert torch.equal(before.read(name), after.read(name)), name
     for item in report["tensors"]:
         weight = before.read(item["name"]).float()
@@ -97,11 +98,11 @@ def test_compressed_tensors_own_library_reads_the_configuration_and_the_weights(
     scheme = read.config_groups["group_0"]
     before, after = WeightsReader(folder), WeightsReader(target)
     layers = [name for name in before.names if name.endswith("proj.weight") or name.startswith("lm_head")]
-    assert any(is_quantized(name) for name in layers)
+    assert any(is_projection(name) for name in layers)
     for name in layers:
         ignored = is_match(name.removesuffix(".weight"), torch.nn.Linear(1, 1), read.ignore)
-        assert ignored is not is_quantized(name), name
-        if is_quantized(name):
+        assert ignored is not is_projection(name), name
+        if is_projection(name):
             values, scale = after.read(name), after.read(name + "_scale")
             theirs = library_dequantize(values, scale, args=scheme.weights)
             assert torch.equal(theirs, values * scale)
@@ -148,7 +149,7 @@ def test_the_int8_model_equals_the_model_of_dequantized_weights(
     plain = load_pretrained(folder, dtype=torch.float32)
     reader = WeightsReader(target)
     dense = {
-        name: reader.read(name) * reader.read(f"{name}_scale") if is_quantized(name) else reader.read(name)
+        name: reader.read(name) * reader.read(f"{name}_scale") if is_projection(name) else reader.read(name)
         for name in WeightsReader(folder).names
     }
     save_pretrained(dense.items(), str(tmp_path / "dense"), plain.config, dtype=torch.float32)
@@ -203,8 +204,9 @@ def test_a_truncated_source_leaves_the_target_without_a_marker(folder: str, tmp_
 
 
 def test_as_a_program(folder: str, tmp_path: Path) -> None:
-    def run(source: str) -> Any:
+    def run(source: str, *options: str) -> Any:
         command = [sys.executable, "-m", "model.quantize", "--source", source, "--target", str(tmp_path / "quantized")]
+        command += options
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     done = run(folder)
@@ -215,3 +217,6 @@ def test_as_a_program(folder: str, tmp_path: Path) -> None:
     assert failed.returncode == MissingFileError.exit_code
     assert failed.stderr.startswith("error: ")
     assert "nowhere" in failed.stderr
+    wrong = run(folder, "--format", "int3")
+    assert wrong.returncode == ConfigError.exit_code
+    assert "must be one of int8 (got 'int3')" in wrong.stderr

@@ -1,4 +1,4 @@
-"""The verdict from given losses: whether int8 passes, and what a champion without weights means for it."""
+"""The verdict from given losses: whether quantized weights pass, and what a champion without weights means for it."""
 
 from types import SimpleNamespace
 
@@ -36,12 +36,12 @@ def judged(config, costs, baseline="net v1", missing=None):
     return judge(config, scores, baseline, missing)
 
 
-def test_fewer_documents_than_were_asked_for_are_told():
+def test_fewer_documents_than_were_asked_for_are_reported():
     assert shortfall(10, 10) is None
     assert shortfall(9, 10).startswith("compared on 9 documents, evaluate.documents asks for 10")
 
 
-def test_int8_passes_by_its_upper_bound(config):
+def test_quantized_weights_pass_by_their_upper_bound(config):
     result = judged(config, [0.010, 0.012, 0.011, 0.009] * 4)
     assert result["quantized_passed"]
     assert 0.0105 < result["quantized_dnll_upper"] < 0.02
@@ -49,7 +49,7 @@ def test_int8_passes_by_its_upper_bound(config):
     assert (result["verdict"], result["baseline"]) == ("better", "net v1")
 
 
-def test_int8_that_costs_little_on_average_does_not_pass_when_it_may_cost_too_much(config):
+def test_quantized_weights_that_cost_little_on_average_do_not_pass_when_they_may_cost_too_much(config):
     result = judged(config, [0.09, -0.05, 0.06, -0.04])
     assert result["quantized_dnll"] == pytest.approx(0.015)
     assert result["quantized_dnll_upper"] > 0.02
@@ -59,14 +59,14 @@ def test_int8_that_costs_little_on_average_does_not_pass_when_it_may_cost_too_mu
     assert f"too few to decide: they can show a difference from {effect:.4f} up" in result["quantized_reason"]
 
 
-def test_int8_that_costs_too_much_is_told_without_an_excuse(config):
+def test_quantized_weights_that_cost_too_much_are_reported_without_an_excuse(config):
     result = judged(config, [0.050, 0.052, 0.051, 0.049])
     assert not result["quantized_passed"]
     assert "too few" not in result["quantized_reason"]
     assert "quantize.max_dnll is 0.02" in result["quantized_reason"]
 
 
-def test_a_champion_whose_weights_are_gone_is_told_and_not_replaced(config, tmp_path, monkeypatch):
+def test_a_champion_whose_weights_are_gone_is_reported_and_not_replaced(config, tmp_path, monkeypatch):
     folder = tmp_path / "champion" / "export"
     champion = ModelVersion("net", 3, str(folder), {"export_fingerprint": "a" * 64})
     monkeypatch.setattr(MlflowTracker, "version", lambda *_, **__: champion)

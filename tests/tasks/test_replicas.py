@@ -66,9 +66,12 @@ def test_a_pid_that_another_process_has_now_is_left_alone(serving, alive):
 @pytest.mark.slow
 def test_a_server_that_cannot_start_leaves_its_own_error_and_no_record(serving):
     missing = str(serving.path / "no-weights")
-    arguments = ["--model_path", missing, "--model_version", "net-v9", "--port", "0"]
+    config = serving.path / "serve.yaml"
+    config.write_text("{}")
     with pytest.raises(CherryError, match="no-weights") as caught:
-        serving.start("net-v9", arguments, keys=serving.internal_keys, model=missing, version="net-v9", timeout_s=120.0)
+        serving.start_replica(
+            "net-v9", "embedded", model=missing, version="net-v9", config_path=str(config), timeout_s=120.0
+        )
     assert caught.value.exit_code in CALLER_EXIT_CODES
     assert serving.servers() == []
     alive = [one for one in psutil.process_iter(["status", "cmdline"]) if one.info["status"] != psutil.STATUS_ZOMBIE]

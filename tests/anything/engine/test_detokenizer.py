@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from anything.engine.detokenizer import GrowingText, Tokenizer
+from anything.engine.detokenizer import IncrementalDetokenizer, Tokenizer
 from base.errors import MissingFileError, WeightsError
 
 TEXTS = ["naïve café — “quoted”", "日本語のテキスト", "👩‍👩‍👧‍👦 family 🇳🇴", "plain ascii\n\ttext"]
@@ -33,25 +33,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_piece_is_whole_characters(tokenizer: Tokenizer, text: str) -> None:
-    growing = GrowingText(tokenizer)
-    pieces = [growing.push(token) for token in tokenizer.encode(text * 8)]
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in tokenizer.encode(text * 8)]
     assert "".join(pieces) == text * 8
-    assert growing.finish() == ""
+    assert detokenizer.finish() == ""
     assert "\ufffd" not in "".join(pieces)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=120))
 def test_any_tokens_give_what_decoding_at_once_gives(tokenizer: Tokenizer, tokens: list[int]) -> None:
-    growing = GrowingText(tokenizer)
-    text = "".join(growing.push(token) for token in tokens) + growing.finish()
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    text = "".join(detokenizer.push(token) for token in tokens) + detokenizer.finish()
     assert text == tokenizer.decode(tokens)
 
 
 def test_a_long_run_of_broken_bytes_still_comes_out(tokenizer: Tokenizer) -> None:
     broken = next(token for token in range(300) if tokenizer.decode([token]) == "\ufffd")
-    growing = GrowingText(tokenizer)
-    text = "".join(growing.push(broken) for _ in range(50))
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    text = "".join(detokenizer.push(broken) for _ in range(50))
     assert len(text) >= 47
 
 

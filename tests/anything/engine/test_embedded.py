@@ -18,8 +18,8 @@ import torch
 from anything.client import Client
 from anything.engine.detokenizer import Tokenizer
 from anything.engine.embedded import EmbeddedEngine
-from anything.engine.scheduler import Row
-from anything.protocol import Chunk, Generation, RefusedError, UnavailableError, Usage
+from anything.engine.scheduler import ScheduledChunk
+from anything.protocol import Chunk, Generation, RefusedError, SamplingParams, UnavailableError, Usage
 from anything.serve_config import EngineConfig
 from base.errors import MissingFileError, WeightsError
 from model.transformer import DeepseekV3
@@ -82,8 +82,10 @@ def test_concurrent_greedy_equals_decoding_without_a_cache(
 
     async def main() -> tuple[list[list[Chunk]], dict[str, float]]:
         async with running(uri, config) as engine:
-            answers = await asyncio.gather(*(collect(engine, Generation(p, n)) for p, n in asked))
-            return list(answers), dict(engine.gauges())
+            answers = await asyncio.gather(
+                *(collect(engine, Generation(p, SamplingParams(max_tokens=n))) for p, n in asked)
+            )
+            return list(answers), (await engine.status()).gauges
 
     answers, gauges = asyncio.run(main())
     for (prompt, _), (tokens, reason), chunks in zip(asked, expected, answers, strict=True):
@@ -105,16 +107,16 @@ def test_a_cancelled_generation_frees_its_blocks_for_others(model_folder: str) -
 
     async def main() -> None:
         async with running(model_folder, config) as engine:
-            beside = asyncio.create_task(collect(engine, Generation(PROMPTS[3], 40)))
-            cancelled = [engine.generate(Generation(prompt, 200)) for prompt in PROMPTS[:3]]
+            beside = asyncio.create_task(collect(engine, Generation(PROMPTS[3], SamplingParams(max_tokens=40))))
+            cancelled = [engine.generate(Generation(prompt, SamplingParams(max_tokens=200))) for prompt in PROMPTS[:3]]
             for stream in cancelled:
                 async with aclosing(stream):
                     await anext(stream)
             # Takes the blocks that were given back, while the first one still runs.
-            again = await collect(engine, Generation(PROMPTS[3], 40))
+            again = await collect(engine, Generation(PROMPTS[3], SamplingParams(max_tokens=40)))
             for chunks in (again, await beside):
                 assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(expected)
-            gauges = engine.gauges()
+            gauges = (await engine.status()).gauges
             assert (gauges["cache_blocks_free"], gauges["running"], gauges["waiting"]) == (64, 0, 0)
 
     asyncio.run(main())
@@ -126,40 +128,48 @@ def test_a_cancel_in_the_middle_of_a_step_harms_nobody(model_folder: str) -> Non
     async def main() -> None:
         async with running(model_folder, config) as engine:
             inside, go_on = threading.Event(), threading.Event()
-            step = engine._forward.step
+            step = engine._runner.step
 
-            def held(rows: Sequence[Row]) -> tuple[list[int], torch.Tensor]:
+            def held(chunks: Sequence[ScheduledChunk]) -> tuple[list[int], torch.Tensor]:
                 inside.set()
                 go_on.wait(30)
-                return step(rows)
+                return step(chunks)
 
-            stays, goes = engine.generate(Generation("stays", 30)), engine.generate(Generation("goes away", 30))
+            stays, goes = (
+                engine.generate(Generation("stays", SamplingParams(max_tokens=30))),
+                engine.generate(Generation("goes away", SamplingParams(max_tokens=30))),
+            )
             chunks, _ = [await anext(stays)], await anext(goes)
-            engine._forward.step = held  # type: ignore[method-assign]
+            engine._runner.step = held  # type: ignore[method-assign]
             await asyncio.to_thread(inside.wait)
             await goes.aclose()
             go_on.set()
             chunks += [chunk async for chunk in stays]
-            alone = await collect(engine, Generation("stays", 30))
+            alone = await collect(engine, Generation("stays", SamplingParams(max_tokens=30)))
             assert "".join(chunk.text for chunk in chunks) == "".join(chunk.text for chunk in alone)
-            assert engine.gauges()["cache_blocks_free"] == 128
+            assert (await engine.status()).gauges["cache_blocks_free"] == 128
 
     asyncio.run(main())
 
 
 def test_sampling_depends_on_the_seed_alone(model_folder: str) -> None:
     def asked(seed: int, temperature: float = 1.0) -> Generation:
-        return Generation("sample", 24, temperature=temperature, seed=seed)
+        return Generation("sample", SamplingParams(max_tokens=24, temperature=temperature, seed=seed))
 
     async def main() -> None:
         async with running(model_folder, cpu()) as engine:
             alone = await collect(engine, asked(3))
-            crowd = [asked(seed) for seed in (3, 4, 3, 5)] + [Generation(prompt, 24) for prompt in PROMPTS]
+            crowd = [asked(seed) for seed in (3, 4, 3, 5)] + [
+                Generation(prompt, SamplingParams(max_tokens=24)) for prompt in PROMPTS
+            ]
             together = await asyncio.gather(*(collect(engine, generation) for generation in crowd))
             texts = ["".join(chunk.text for chunk in chunks) for chunks in [alone, *together]]
             assert texts[0] == texts[1] == texts[3]
             assert len({texts[0], texts[2], texts[4]}) == 3
-            cold, greedy = await collect(engine, asked(9, 1e-30)), await collect(engine, Generation("sample", 24))
+            cold, greedy = (
+                await collect(engine, asked(9, 1e-30)),
+                await collect(engine, Generation("sample", SamplingParams(max_tokens=24))),
+            )
             assert [chunk.text for chunk in cold] == [chunk.text for chunk in greedy]
 
     asyncio.run(main())
@@ -169,13 +179,13 @@ def test_the_context_bounds_prompt_and_output(model_folder: str) -> None:
     async def main() -> None:
         async with running(model_folder, cpu(block_tokens=4, cache_blocks=16)) as engine:
             with pytest.raises(RefusedError, match=r"1 to 63 tokens .*got 65"):
-                await collect(engine, Generation("p" * 64, 1))
-            chunks = await collect(engine, Generation("p" * 59, 100))
+                await collect(engine, Generation("p" * 64, SamplingParams(max_tokens=1)))
+            chunks = await collect(engine, Generation("p" * 59, SamplingParams(max_tokens=100)))
             assert chunks[-1].usage is not None
             assert chunks[-1].usage.completion_tokens <= 4
         async with running(model_folder, cpu()) as engine:
             with pytest.raises(RefusedError, match="1 to 511 tokens"):
-                await collect(engine, Generation("p" * 511, 1))
+                await collect(engine, Generation("p" * 511, SamplingParams(max_tokens=1)))
 
     asyncio.run(main())
 
@@ -183,16 +193,16 @@ def test_the_context_bounds_prompt_and_output(model_folder: str) -> None:
 def test_a_failed_step_fails_every_generation_and_readiness(model_folder: str) -> None:
     async def main() -> None:
         async with running(model_folder, cpu()) as engine:
-            stream = engine.generate(Generation("abc", 400))
+            stream = engine.generate(Generation("abc", SamplingParams(max_tokens=400)))
             await anext(stream)
-            engine._forward.cache_LZX = torch.zeros(0, 0, 0)
+            engine._runner.cache_LZX = torch.zeros(0, 0, 0)
             with pytest.raises(UnavailableError, match="the engine failed") as error:
                 async for _ in stream:
                     pass
             assert error.value.status == 503
             assert not await engine.ready()
             with pytest.raises(UnavailableError, match="the engine failed"):
-                await collect(engine, Generation("abc", 4))
+                await collect(engine, Generation("abc", SamplingParams(max_tokens=4)))
 
     asyncio.run(main())
 
@@ -201,7 +211,7 @@ def test_closing_ends_generations_in_flight(model_folder: str) -> None:
     async def main() -> None:
         async with running(model_folder, cpu()) as engine:
             assert await engine.ready()
-            stream = engine.generate(Generation("abc", 500))
+            stream = engine.generate(Generation("abc", SamplingParams(max_tokens=500)))
             await anext(stream)
         with pytest.raises(UnavailableError, match="the engine has ended"):
             async for _ in stream:
@@ -240,7 +250,7 @@ def test_the_end_token_stops_and_is_not_said(model_folder: str, tmp_path: Path) 
 
     async def main() -> list[Chunk]:
         async with running(str(tmp_path / "ends"), cpu()) as engine:
-            return await collect(engine, Generation("stop here", 30))
+            return await collect(engine, Generation("stop here", SamplingParams(max_tokens=30)))
 
     chunks = asyncio.run(main())
     said = free[: free.index(end)]

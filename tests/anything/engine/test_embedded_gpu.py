@@ -9,7 +9,7 @@ import torch
 
 from anything.engine.detokenizer import Tokenizer
 from anything.engine.embedded import EmbeddedEngine
-from anything.protocol import Chunk, Generation
+from anything.protocol import Chunk, Generation, SamplingParams
 from anything.serve_config import EngineConfig
 from model.weights.pretrained import load_pretrained
 
@@ -26,7 +26,7 @@ async def answers(uri: str, config: EngineConfig) -> list[list[Chunk]]:
     await engine.start()
 
     async def collect(prompt: str) -> list[Chunk]:
-        return [chunk async for chunk in engine.generate(Generation(prompt, 24))]
+        return [chunk async for chunk in engine.generate(Generation(prompt, SamplingParams(max_tokens=24)))]
 
     try:
         return list(await asyncio.gather(*map(collect, PROMPTS)))

@@ -24,13 +24,13 @@ class Run:
     """A scheduler, with every rule checked after every move."""
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        blocks, self.block_tokens, self.max_running, self.chunk = shape
+        blocks, self.block_tokens, self.max_running, self.prefill_chunk = shape
         self.blocks = max(blocks, -(-64 // self.block_tokens))
         self.scheduler = Scheduler(
             blocks=self.blocks,
             block_tokens=self.block_tokens,
             max_running=self.max_running,
-            prefill_chunk_tokens=self.chunk,
+            prefill_chunk_tokens=self.prefill_chunk,
             max_waiting=1000,
         )
         self.alive: list[Sequence] = []
@@ -46,27 +46,27 @@ class Run:
             assert not self.scheduler.cancel(sequence)
 
     def step(self) -> None:
-        rows = self.scheduler.schedule()
-        assert bool(rows) == bool(self.alive)
+        chunks = self.scheduler.schedule()
+        assert bool(chunks) == bool(self.alive)
         self.check()
-        orders = [row.sequence.order for row in rows]
+        orders = [chunk.sequence.order for chunk in chunks]
         assert orders == sorted(set(orders))
-        assert len(rows) <= self.max_running
-        assert sum(row.count for row in rows if row.count > 1) <= self.chunk
+        assert len(chunks) <= self.max_running
+        assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= self.prefill_chunk
         admitted = [s.order for s in self.alive if s.blocks]
         assert admitted == [s.order for s in self.alive[: len(admitted)]], "a younger one overtook"
-        for row in rows:
-            assert row.start == row.sequence.computed
-            assert list(row.blocks) == row.sequence.blocks
-            assert len(row.blocks) * self.block_tokens >= row.start + row.count
-            known = row.sequence.prompt + row.sequence.generated
-            assert list(row.tokens) == known[row.start : row.start + row.count]
-            assert row.samples == (row.start + row.count == row.sequence.length)
-        for row in rows:
-            token = 1000 + len(row.sequence.generated) if row.samples else None
-            if self.scheduler.report(row, token) is not None:
-                self.alive.remove(row.sequence)
-                self.finished.append(row.sequence)
+        for chunk in chunks:
+            assert chunk.start == chunk.sequence.computed
+            assert list(chunk.blocks) == chunk.sequence.blocks
+            assert len(chunk.blocks) * self.block_tokens >= chunk.start + chunk.count
+            known = chunk.sequence.prompt + chunk.sequence.generated
+            assert list(chunk.tokens) == known[chunk.start : chunk.start + chunk.count]
+            assert chunk.samples == (chunk.start + chunk.count == chunk.sequence.length)
+        for chunk in chunks:
+            token = 1000 + len(chunk.sequence.generated) if chunk.samples else None
+            if self.scheduler.update_from_output(chunk, token) is not None:
+                self.alive.remove(chunk.sequence)
+                self.finished.append(chunk.sequence)
         self.check()
 
     def check(self) -> None:
@@ -128,8 +128,8 @@ def test_a_full_queue_refuses() -> None:
 def test_an_end_token_frees_at_once_and_is_no_output() -> None:
     scheduler = Scheduler(blocks=4, block_tokens=4, max_running=1, prefill_chunk_tokens=4, max_waiting=2)
     sequence = scheduler.add([1, 2, 3], 9)
-    (row,) = scheduler.schedule()
-    assert scheduler.report(row, 7) is None
-    (row,) = scheduler.schedule()
-    assert scheduler.report(row, 0, end=True) == "stop"
+    (chunk,) = scheduler.schedule()
+    assert scheduler.update_from_output(chunk, 7) is None
+    (chunk,) = scheduler.schedule()
+    assert scheduler.update_from_output(chunk, 0, end=True) == "stop"
     assert (sequence.generated, scheduler.free_blocks) == ([7], 4)

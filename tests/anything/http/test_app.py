@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, MutableMapping
@@ -13,14 +12,16 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
+from anything.engine.embedded import EmbeddedEngine
 from anything.http.app import EventStream, Gateway, create_app
 from anything.http.request import Call
 from anything.http.serve import DrainingServer, bind, url_of
 from anything.keys import create_key, list_keys, load_keys, revoke_key
-from anything.protocol import Chunk, Deadline, Generation, UnavailableError
-from anything.serve_config import ServeConfig
+from anything.protocol import Chunk, Deadline, Generation, SamplingParams, UnavailableError
+from anything.serve_config import EngineConfig, ServeConfig
 from anything.testing import EchoEngine
 
 Serve = Callable[..., str]
@@ -89,7 +90,7 @@ def test_a_revoked_key_is_403(serve: Serve, key_file: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "message"),
     [
         (b"{", "JSON"),
         (b"[]", "object"),
@@ -109,11 +110,11 @@ def test_a_revoked_key_is_403(serve: Serve, key_file: tuple[str, str]) -> None:
         (b'{"prompt": "\xff"}', "JSON"),
     ],
 )
-def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, told: str, serve: Serve, ask: httpx.Client) -> None:
+def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, message: str, serve: Serve, ask: httpx.Client) -> None:
     engine = EchoEngine()
     answer = ask.post(serve(engine) + PATH, content=sent)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
-    assert told in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
     assert engine.started == 0
 
 
@@ -216,7 +217,7 @@ def test_every_token_of_a_stream_starts_the_time_anew() -> None:
 
     async def main() -> None:
         call = Call(deadline)
-        call.begin(EchoEngine(), Generation("1 2 3", 9))
+        call.begin(EchoEngine(), Generation("1 2 3", SamplingParams(max_tokens=9)))
         stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
         await stream({"type": "http"}, receive, send)
 
@@ -305,12 +306,35 @@ def test_metrics_are_prometheus_text(serve: Serve, ask: httpx.Client) -> None:
     ask.post(url + PATH, json=body())
     ask.post(url + PATH, json={})
     text = ask.get(url + "/metrics").text
-    sample = re.compile(r'^(# TYPE [a-z_]+ (counter|gauge|summary)|[a-z_]+(\{[a-z]+="[^"]*"\})? [0-9.e+-]+)$')
-    assert all(sample.match(line) for line in text.splitlines())
-    assert 'anything_responses_total{status="200"} 1\n' in text
-    assert 'anything_responses_total{status="422"} 1\n' in text
-    assert "anything_completion_tokens_total 3\n" in text
-    assert "anything_in_flight 0\n" in text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert all(name.startswith("anything_") for name in families), "nothing but this server's own"
+    samples = {(sample.name, *sample.labels.values()): sample.value for f in families.values() for sample in f.samples}
+    assert samples["anything_responses_total", "200"] == samples["anything_responses_total", "422"] == 1
+    assert samples["anything_completion_tokens_total",] == 3
+    assert samples["anything_in_flight",] == 0
+    assert families["anything_request_seconds"].type == "histogram"
+    assert samples["anything_request_seconds_bucket", "+Inf"] == samples["anything_request_seconds_count",] == 1
+
+
+def test_servers_of_one_process_count_for_themselves(serve: Serve, ask: httpx.Client) -> None:
+    first, second = serve(EchoEngine()), serve(EchoEngine())
+    ask.post(first + PATH, json=body())
+    assert "anything_request_seconds_count 1.0" in ask.get(first + "/metrics").text
+    assert "anything_request_seconds_count 0.0" in ask.get(second + "/metrics").text
+
+
+def test_the_seed_of_a_request_decides_what_is_sampled(serve: Serve, ask: httpx.Client, model_folder: str) -> None:
+    url = serve(EmbeddedEngine(model_folder, EngineConfig(device="cpu"), version="v"))
+
+    def output(seed: object) -> str:
+        answer = ask.post(url + PATH, json=body("sample", max_tokens=24, temperature=1.5, seed=seed))
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["output"])
+
+    assert output(3) == output(3)
+    assert len({output(seed) for seed in (3, 4, 5)}) > 1
+    refused = ask.post(url + PATH, json=body(seed=-1))
+    assert (refused.status_code, "seed" in refused.text) == (422, True)
 
 
 def test_neither_key_nor_prompt_reaches_a_log(
@@ -338,7 +362,7 @@ def test_a_stream_that_is_not_read_is_given_up() -> None:
     async def main() -> None:
         deadline = Deadline(0.1)
         call = Call(deadline)
-        call.begin(engine, Generation("1 2 3", 9))
+        call.begin(engine, Generation("1 2 3", SamplingParams(max_tokens=9)))
         stream = EventStream(call, await call.next(), deadline, lambda chunk: None, call.close)
         await stream({"type": "http"}, receive, send)
 

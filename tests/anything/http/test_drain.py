@@ -1,4 +1,4 @@
-"""Ending a server: what is in flight finishes or is told, and the process exits with 0."""
+"""Ending a server: what is in flight finishes or gets a 503, and the process exits with 0."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_body_that_is_on_its_way_is_told_of_the_drain(
         assert process.stdout.readline() == "ready\n"
         url = json.loads(port_file.read_text())["url"]
         with connect(url, key_file[1], body(), missing_bytes=1) as connection:
-            assert any("anything_in_flight 1\n" in ask.get(url + "/metrics").text for _ in range(5000))
+            assert any("anything_in_flight 1.0\n" in ask.get(url + "/metrics").text for _ in range(5000))
             process.terminate()
             if arrives:
                 assert any(ask.get(url + "/readyz").json() == {"status": "draining"} for _ in range(5000))

@@ -56,7 +56,7 @@ def test_another_salt_deals_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "JSON"),
         ("[]", "object"),
@@ -68,10 +68,10 @@ def test_another_salt_deals_anew() -> None:
         ),
     ],
 )
-def test_wrong_routes_say_what_is_wrong(content: str, told: str, tmp_path: Path) -> None:
+def test_wrong_routes_say_what_is_wrong(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "routes.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         read_routes(str(path))
     with pytest.raises(MissingFileError, match="no routes at"):
         read_routes(str(tmp_path / "other.json"))

@@ -11,8 +11,9 @@ from torch import Tensor
 from base import storage
 from base.errors import WeightsError
 from model.model_config import ModelConfig
+from model.numerics.formats import is_projection
 from model.numerics.fp8_blocks import dequantize_blocks, quantize_blocks, scale_shape
-from model.quantize import is_quantized, quantize_folder
+from model.quantize import quantize_folder
 from model.transformer import DeepseekV3
 from model.weights.pretrained import (
     WeightsReader,
@@ -50,7 +51,7 @@ def release(tmp_path: Path, make_config: Callable[..., ModelConfig], make_model:
     rest: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         for hf_name, part in state_to_hf(name, tensor, model.config):
-            if is_quantized(hf_name):
+            if is_projection(hf_name):
                 weights[hf_name], rest[hf_name + "_scale_inv"] = by_hand(part)
             else:
                 rest[hf_name] = part.clone()
@@ -137,7 +138,7 @@ def test_the_release_comes_back_byte_for_byte(release: str, tmp_path: Path) -> N
             assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
         else:
             assert torch.equal(value, theirs[name].to(value.dtype)), name
-        kind = "fp8" if is_quantized(name) else "fp32" if name.endswith(("_scale_inv", "correction_bias")) else "bf16"
+        kind = "fp8" if is_projection(name) else "fp32" if name.endswith(("_scale_inv", "correction_bias")) else "bf16"
         assert value.dtype == {"fp8": torch.float8_e4m3fn, "fp32": torch.float32, "bf16": torch.bfloat16}[kind], name
     config = storage.read_json(storage.join(str(tmp_path / "again"), "config.json"))
     assert config["torch_dtype"] == "bfloat16"

@@ -1,4 +1,4 @@
-"""Weights on disk: round trips, sharding, and what a person is told about a damaged folder."""
+"""Weights on disk: round trips, sharding, and the error of a damaged folder."""
 
 import shutil
 from collections.abc import Callable

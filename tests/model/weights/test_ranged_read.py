@@ -1,4 +1,4 @@
-"""Reading parts of weights: what comes out, which bytes are read for it, and what is told meanwhile."""
+"""Reading parts of weights: what comes out, which bytes are read for it, and the progress reported meanwhile."""
 
 from __future__ import annotations
 
@@ -204,10 +204,10 @@ def test_progress_tells_bytes_rate_and_the_time_left(tmp_path: Path, make_config
     model = make_model(make_config())
     tensors = [pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, model.config)]
     save_pretrained(tensors, str(tmp_path), model.config, dtype=torch.bfloat16)
-    told: list[tuple[str, float]] = []
-    load_into(model, str(tmp_path), on_progress=lambda line, fraction: told.append((line, fraction)))
-    assert told[-1][1] == 1.0
-    assert re.fullmatch(r"read (\S+ [KM]B) of \1 of weights, \S+ [KMG]B/s, 0 s left", told[-1][0])
+    reports: list[tuple[str, float]] = []
+    load_into(model, str(tmp_path), on_progress=lambda line, fraction: reports.append((line, fraction)))
+    assert reports[-1][1] == 1.0
+    assert re.fullmatch(r"read (\S+ [KM]B) of \1 of weights, \S+ [KMG]B/s, 0 s left", reports[-1][0])
 
 
 def test_damaged_files_missing_tensors_and_scales_are_told_at_once(
@@ -255,8 +255,8 @@ def test_a_file_that_was_cut_while_it_was_open_is_told(counted: str) -> None:
 def test_every_stored_tensor_of_671b_has_its_place() -> None:
     """On meta: the release's own count of tensors, and shapes that block scales fit."""
     from model.model_config import PRESETS
+    from model.numerics.formats import is_projection
     from model.numerics.fp8_blocks import scale_shape
-    from model.weights.hf_names import is_projection
 
     config = ModelConfig(**PRESETS["671b"])
     with torch.device("meta"):
