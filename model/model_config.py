@@ -202,7 +202,7 @@ class ModelConfig(Section):
                 yield Problem(key, f"must be below vocab_size ({self.vocab_size})", getattr(self, key))
 
     def _v2_problems(self) -> Iterator[Problem]:
-        """What the softmax-scored architecture, `deepseek_v2` in transformers, does not compute or load."""
+        """Settings that the softmax-scored architecture, transformers' `deepseek_v2`, does not compute or load."""
         if self.norm_topk_prob:
             rule = "must be false with softmax scores: transformers' deepseek_v2 never normalises them"
             yield Problem("norm_topk_prob", rule, self.norm_topk_prob)

@@ -21,6 +21,7 @@ from model.numerics.formats import FORMATS, QuantizationFormat, StoredEntry, det
 from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 from model.transformer import DeepseekV3
+from model.weights.companion_files import SourceFiles, write_companions
 from model.weights.hf_config import config_from_hf, hf_config, text_config
 from model.weights.hf_names import Piece, is_ignorable, pieces, state_to_hf
 from model.weights.misfit import Misfit
@@ -41,7 +42,6 @@ __all__ = [
     "save_pretrained",
     "state_to_hf",
     "write_index",
-    "write_tokenizer",
 ]
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _pieces(part: Part, config: ModelConfig, entries: Mapping[str, StoredEntry])
 
 
 def _problem(source: Source, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """What keeps a stored tensor from filling one of the model's of this shape and type."""
+    """Reason why a stored tensor cannot fill an entry of this shape and type; `None` when it can."""
     try:
         if (found := source.shape(name)) != expected:
             return f"wrong shape of {name}: the model has {list(expected)}, the file {list(found)}"
@@ -271,6 +271,7 @@ def save_pretrained(
     dtype: torch.dtype,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer_uri: str | None = None,
+    source_uri: str | None = None,
 ) -> None:
     """Write a folder that transformers, vLLM and `load_pretrained` load; its marker is written last.
 
@@ -280,11 +281,14 @@ def save_pretrained(
         dtype: of all weights but the selection biases, which are fp32. float8_e4m3fn is the release's own format:
             projections in fp8 blocks, everything else in bf16.
         tokenizer_uri: a tokenizer.json, or the folder that holds one, to copy beside the weights.
+        source_uri: a folder whose generation_config.json and chat template are copied, unless the tokenizer has other
+            special tokens.
 
     Raises:
-        WeightsError: lists all tensors that are missing, unexpected or of another shape.
+        WeightsError: lists all tensors that are missing, unexpected or of another shape; or a file to copy is damaged.
         DiskFullError, StorageError: a file could not be written. The folder stays without a marker.
     """
+    source = SourceFiles(source_uri)
     storage.remove_tree(uri)
     storage.make_directory(uri)
     shards = _plan_shards(config, dtype, max_shard_bytes)
@@ -311,10 +315,7 @@ def save_pretrained(
     if problems:
         raise WeightsError(f"cannot write {uri}: the tensors do not fit the model:\n  " + "\n  ".join(problems))
     write_index(uri, file_of)
-    if tokenizer_uri is not None:
-        write_tokenizer(uri, tokenizer_uri, config)
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
-    storage.write_json(storage.join(uri, "generation_config.json"), generation)
+    write_companions(uri, config, tokenizer_uri, source)
     storage.write_json(storage.join(uri, "config.json"), hf_config(config, dtype=dtype))
     storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "files": len(shards)})
 
@@ -366,34 +367,3 @@ def write_index(uri: str, file_of: Mapping[str, str]) -> None:
         total += sum(info.stop - info.start for info in SafetensorsFile(storage.join(uri, file)).tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(file_of)}
     storage.write_json(storage.join(uri, INDEX_NAME), index)
-
-
-def write_tokenizer(uri: str, tokenizer_uri: str, config: ModelConfig) -> None:
-    """Copy a tokenizer.json, and write the tokenizer_config.json that transformers and vLLM need beside it.
-
-    Raises:
-        MissingFileError: no tokenizer there.
-        WeightsError: it is not a tokenizer.json.
-    """
-    if not tokenizer_uri.endswith(".json"):
-        tokenizer_uri = storage.join(tokenizer_uri, "tokenizer.json")
-    data = storage.read_bytes(tokenizer_uri)
-    try:
-        added = {int(entry["id"]): str(entry["content"]) for entry in json.loads(data).get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{tokenizer_uri} is no tokenizer.json: {error}. Name the file that `data` wrote."
-        ) from error
-    described: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        # Training puts it before every document (as the release does), so a prompt begins with it too.
-        "add_bos_token": config.bos_token_id in added,
-        "add_eos_token": False,
-    }
-    for key, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
-        if token_id in added:
-            described[key] = added[token_id]
-    storage.write_bytes(storage.join(uri, "tokenizer.json"), data)
-    storage.write_json(storage.join(uri, "tokenizer_config.json"), described)

@@ -263,6 +263,18 @@ def test_a_config_json_that_is_no_object_is_refused(folder: str, content: str) -
         load_pretrained(folder, dtype=torch.float32)
 
 
+def test_the_language_model_of_kimi_k25_loads_unless_its_experts_are_packed_int4(folder: str) -> None:
+    config, raw = read_model_config(folder)
+    text = raw | {"model_type": "kimi_k2"}
+    storage.write_json(f"{folder}/config.json", {"model_type": "kimi_k25", "text_config": text})
+    assert load_pretrained(folder, dtype=torch.float32).config == config
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    outer = {"model_type": "kimi_k25", "text_config": text | {"quantization_config": packed}}
+    storage.write_json(f"{folder}/config.json", outer)
+    with pytest.raises(WeightsError, match=r"quantization_config .*pack-quantized"):
+        load_pretrained(folder, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("place", ["local", "memory"])
 def test_fp8_scales_in_e8m0_are_read(
     place: str, tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
