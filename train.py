@@ -1,4 +1,4 @@
-"""The program that `cherry-launch` and the train flow start on every rank; see cherry/rank_main.py."""
+"""Training program of one rank, started by `cherry-launch ... train.py`: the same as `-m cherry.rank_main`."""
 
 from cherry.rank_main import main
 

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, mod
 
 from base.errors import ConfigError, MissingFileError, has_credentials, without_credentials
 
+PACKAGED_CONFIGS = Path(__file__).parent / "configs"
+"""The configurations that come with the package: configs/ of the repository."""
 _DEFER_RULES = {"defer_rules": True}
 _NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Give credentials by the environment"
 
@@ -115,17 +117,34 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
 
 
+def packaged_config(path: str | Path) -> Path | None:
+    """The packaged file that a relative path or a bare name stands for; `None` where the user's own file is there.
+
+    `configs/tiny.yaml` and `tiny` name configs/tiny.yaml of this package, `h100-256` a file of its configs/clusters/.
+    """
+    if Path(path).is_absolute() or Path(path).is_file():
+        return None
+    name = str(path).removeprefix("./").removeprefix("configs/")
+    if ".." in Path(name).parts:
+        return None
+    candidates = [PACKAGED_CONFIGS / file for file in (name, f"{name}.yaml", f"clusters/{name}.yaml")]
+    return next((file for file in candidates if file.is_file()), None)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, the user's own or the packaged one of that name (see `packaged_config`).
 
     Raises:
         MissingFileError: no file at `path`.
         ConfigError: not YAML, or not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = (packaged_config(path) or Path(path)).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingFileError(f"no config file at {path}. The shipped ones are in configs/.") from error
+        names = sorted(str(file.relative_to(PACKAGED_CONFIGS)) for file in PACKAGED_CONFIGS.rglob("*.yaml"))
+        raise MissingFileError(
+            f"no config file at {path}. Give the path of a YAML file or the name of a packaged one: {', '.join(names)}"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: must be UTF-8 text, got {error}") from error
     raw = parse_yaml(text, str(path))

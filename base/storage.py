@@ -1,9 +1,9 @@
-"""Owns reading and writing files by URI through fsspec, and the marker that makes a directory valid.
+"""Files by URI, read and written through fsspec, and the marker file that makes a directory valid.
 
-It knows nothing of what the files mean. URIs are `str`: a plain path, `file://`, `s3://` or `memory://`. Where an
-object store is, and who asks it, its client reads from the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required for a store that answers a range of bytes with
-the whole object's checksum ("Expected checksum ... did not match", seen with rclone 1.75).
+URIs are `str`: a plain path, `file://`, `s3://` or `memory://`. The object store's client takes its address and its
+credentials from the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY. Set
+AWS_RESPONSE_CHECKSUM_VALIDATION=when_required for a store that answers a ranged read with the checksum of the whole
+object ("Expected checksum ... did not match", seen with rclone 1.75).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from base.errors import ConfigError, MissingFileError, has_credentials, storage_
 MARKER = "COMMITTED"
 _BLOCK_BYTES = 1 << 20
 _WILDCARDS = "*?["
-# What file systems call the sign that a file's content changed: object stores, local disks, memory.
+# Keys of an entity tag or a time of change in fsspec's file information: object stores, local disks, memory.
 _VERSION_KEYS = ("ETag", "mtime", "LastModified", "created")
 
 Progress = Callable[[str, float], None]
@@ -33,13 +33,13 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file that `find` saw: its name relative to what was searched, where it is, and its state at that time."""
+    """A file listed by `find`: its name relative to the searched folder, its URI, its size and its version."""
 
     name: str
     uri: str
     bytes: int
     version: str
-    """Changes when the file is written again (an entity tag or a time of change)."""
+    """Entity tag or time of change: another one once the file is written again."""
 
 
 def is_local(uri: str) -> bool:
@@ -53,15 +53,15 @@ def local_path(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with `parts` appended, one slash between each."""
+    """URI of `parts` below `uri`, joined by single slashes."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def _locate(uri: str) -> tuple[Any, str]:
-    """The file system of `uri` and the path in it; it keeps no listings, for another host may have written since.
+    """File system of `uri` and path in it, without a cache of listings: another host may have written since.
 
     Raises:
-        ConfigError: nothing here can read such a URI, or it carries a password, which logs and records would keep.
+        ConfigError: no installed file system takes such a URI, or it holds a password, which logs would keep.
     """
     if has_credentials(uri):
         raise ConfigError(
@@ -97,7 +97,7 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file."""
+    """Content of the file at `uri`."""
     with open_read(uri) as handle:
         return handle.read()
 
@@ -186,7 +186,7 @@ def make_directory(uri: str) -> None:
 
 
 def remove_tree(uri: str) -> None:
-    """Remove a published directory, its marker first, so that no reader trusts what is half gone."""
+    """Remove a directory, its marker first, so that no reader trusts a partly removed one."""
     fs, path = _locate(uri)
     with storage_errors(uri):
         if fs.exists(join(path, MARKER)):
@@ -201,12 +201,12 @@ def commit(directory: str, record: dict[str, Any] | None = None) -> None:
 
 
 def is_committed(directory: str) -> bool:
-    """Whether the marker is there. A directory without it is never to be trusted."""
+    """Whether the directory's marker exists; a directory without it must not be read."""
     return exists(join(directory, MARKER))
 
 
 def read_commit(directory: str) -> dict[str, Any]:
-    """The record that `commit` wrote.
+    """Record that `commit` wrote into the directory's marker.
 
     Raises:
         MissingFileError: the directory was never committed.

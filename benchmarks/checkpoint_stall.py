@@ -64,7 +64,7 @@ class Training:
         loss, _, _ = self.network.module(self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous())
         (loss / self.tokens.numel()).backward()
         self.network.step(self.network.gradient_norm(), 1.0)
-        self.network.clear()
+        self.network.zero_grad()
         update_expert_bias(self.model.moe_layers(), 1e-3)
         loss.item()
         return time.perf_counter() - started
@@ -82,7 +82,7 @@ def in_foreground(training: Training, directory: str, group: dist.ProcessGroup, 
     saver, seconds = saver_of(directory, group, asynchronous=False), []
     for number in range(saves + 1):
         before = saver.stalled_seconds
-        training.network.fold()
+        training.network.reshard()
         saver.save(number, training.model, training.optimizer, {"step": number})
         seconds.append(saver.stalled_seconds - before)
         training.step()
@@ -97,7 +97,7 @@ def in_background(
     stalls, losses, beside = [], [], []
     for number in range(saves + 1):
         before, started, steps = saver.stalled_seconds, time.perf_counter(), 0
-        training.network.fold()
+        training.network.reshard()
         saver.save(number, training.model, training.optimizer, {"step": number})
         while saver.last_saved_step != number and not saver.new_failures():
             training.step()
@@ -116,7 +116,7 @@ def by_torch(training: Training, directory: str, group: dist.ProcessGroup, saves
     for number in range(saves + 1):
         started = time.perf_counter()
         options = StateDictOptions(flatten_optimizer_state_dict=True)
-        training.network.fold()
+        training.network.reshard()
         model, optimizer = get_state_dict(training.model, training.optimizer, options=options)
         target = os.path.join(directory, f"torch_{number}")
         pending = async_save({"model": model, "optimizer": optimizer}, checkpoint_id=target, process_group=group)

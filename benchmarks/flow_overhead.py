@@ -99,7 +99,7 @@ def beside_training(folder: Path) -> dict[str, float]:
     try:
         steps = _wait_for_steps(run, metrics, _WARM_STEPS)
         beside = [run, *_children(run, "flows.prefect_server")]
-        trainers = _children(run, str(ROOT / "train.py"), but="cherry.launcher")
+        trainers = _children(run, "cherry.rank_main", but="cherry.launcher")
         before = _processor_s(beside), _processor_s(trainers)
         steps = _wait_for_steps(run, metrics, steps + _STEADY_STEPS)
         share = (_processor_s(beside) - before[0]) / (_processor_s(trainers) - before[1])

@@ -114,7 +114,7 @@ def _run(network: Network, job: JobConfig, steps: int) -> list[float]:
         torch.stack([mean.detach(), norm.to(mean.device)]).tolist()
         update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
         network.step(norm, job.train.max_grad_norm)
-        network.clear()
+        network.zero_grad()
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]

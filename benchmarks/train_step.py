@@ -87,7 +87,7 @@ def build_cherry(
         assert all(map(math.isfinite, figures))
         take()
         update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
-        network.clear()
+        network.zero_grad()
         return mean.detach()
 
     return step

@@ -135,6 +135,20 @@ class ProfileConfig(Section):
             yield Problem("ranks", "must name at least one rank", [])
 
 
+class MuonConfig(Section):
+    """Options of Muon (Keller Jordan, 2024) as Moonlight trains with it (arXiv 2502.16982)."""
+
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Orthogonalize the gradient plus the decayed momentum (Nesterov), not the momentum alone."""
+    newton_schulz_steps: PositiveInt = 5
+    """Iterations that orthogonalize an update."""
+    update_rms: PositiveFloat = 0.2
+    """An update of an M x N matrix is scaled by this times sqrt(max(M, N)): its root mean square is then about that of
+    AdamW's updates, so that learning_rate and weight_decay mean the same for both (section 2.2)."""
+
+
 class TrainConfig(Section):
     """Optimization and loss. Defaults that do not depend on the model's size follow DeepSeek-V3, section 4.2."""
 
@@ -152,12 +166,18 @@ class TrainConfig(Section):
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of decoder blocks (attention, feed-forwards, experts) by Muon; the router, embedding,
+    head, norms and the MTP module's projection stay with AdamW."""
+    muon: MuonConfig = MuonConfig()
+    """Options of Muon; ignored by `adamw`."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay of AdamW's first moment."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     """Decay of AdamW's second moment."""
     optimizer_state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of AdamW's two moments. bf16 saves 4 bytes a parameter (DeepSeek-V3, section 3.3.3)."""
+    """Type of AdamW's two moments and of Muon's momentum. bf16 saves 4 bytes a parameter with AdamW (DeepSeek-V3,
+    section 3.3.3), 2 with Muon."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: PositiveFloat = 1.0
@@ -202,13 +222,16 @@ class TrainConfig(Section):
     """Profile some steps on some ranks; `null` profiles none."""
 
     def problems(self) -> Iterator[Problem]:
-        """bf16 moments stop decaying when beta is too close to 1."""
-        if self.optimizer_state_dtype == "bf16" and max(self.beta1, self.beta2) > _BF16_MAX_BETA:
-            key = "beta1" if self.beta1 > self.beta2 else "beta2"
+        """Decays that bf16 states can follow."""
+        decays = {"beta1": self.beta1, "beta2": self.beta2}
+        if self.optimizer == "muon":
+            decays["muon.momentum"] = self.muon.momentum
+        key = max(decays, key=decays.__getitem__)
+        if self.optimizer_state_dtype == "bf16" and decays[key] > _BF16_MAX_BETA:
             rule = (
                 f"must be at most {_BF16_MAX_BETA} with train.optimizer_state_dtype bf16, whose moments stick above it"
             )
-            yield Problem(key, rule, getattr(self, key))
+            yield Problem(key, rule, decays[key])
 
 
 LoraTarget = Literal[
@@ -347,6 +370,8 @@ class JobConfig(Section):
         if self.data.tokenizer is None and self.model.vocab_size < 512:
             rule = "a byte-level BPE needs 256 byte tokens, special tokens and merges: at least 512"
             yield Problem("model.vocab_size", rule, self.model.vocab_size)
+        if self.train.optimizer == "muon":
+            yield from self._muon_problems()
         if self.lora is not None:
             yield from self._lora_problems(self.lora)
 
@@ -357,6 +382,14 @@ class JobConfig(Section):
         if wrong := [rank for rank in profile.ranks if rank >= ranks]:
             rule = f"must be below the number of ranks ({ranks}), counted from 0"
             yield Problem("train.profile.ranks", rule, wrong)
+
+    def _muon_problems(self) -> Iterator[Problem]:
+        if self.lora is not None:
+            rule = "must be adamw with lora: an adapter's two factors are not the matrix that Muon would orthogonalize"
+            yield Problem("train.optimizer", rule, self.train.optimizer)
+        if self.parallel.cpu_offload:
+            rule = "must be adamw with parallel.cpu_offload: Muon's matrix products would run on the CPU"
+            yield Problem("train.optimizer", rule, self.train.optimizer)
 
     def _lora_problems(self, lora: LoraConfig) -> Iterator[Problem]:
         if self.init_from is None:

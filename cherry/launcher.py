@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -32,6 +33,8 @@ from base.errors import (
 
 LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
 """Environment variable in which a rank finds its launcher's pid."""
+TRAIN_SCRIPT, TRAIN_MODULE = "train.py", "cherry.rank_main"
+"""The training program: the file of a checkout, and the module that is installed."""
 _PR_SET_PDEATHSIG = 1
 OUR_EXIT_CODES = range(10, 50)
 """Exit codes of base/errors.py: user errors, then transient errors."""
@@ -60,6 +63,7 @@ def launch(arguments: list[str]) -> None:
     from torch.distributed import run as torchrun
 
     options = _parse(torchrun.get_args_parser(), arguments)
+    _find_program(options)
     _check_port(options, arguments)
     _pass_on_sigusr1(options.training_script_args)
     _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
@@ -81,6 +85,16 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(arguments)
+
+
+def _find_program(options: Any) -> None:
+    """Start the installed training program where `train.py` is named and no such file is in the working directory."""
+    if options.training_script == TRAIN_SCRIPT and not options.module and not Path(TRAIN_SCRIPT).exists():
+        print(f"no {TRAIN_SCRIPT} in this directory: starting the installed one (-m {TRAIN_MODULE})", flush=True)
+        options.module, options.training_script = True, TRAIN_MODULE
+    if options.module and options.training_script == TRAIN_MODULE:
+        # As python -P: a package called `model` in the working directory is not taken for this project's.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def _start(options: Any) -> None:

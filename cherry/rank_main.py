@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base import storage
-from base.config import apply_overrides, merge, read_yaml, validate
+from base.config import apply_overrides, merge, packaged_config, read_yaml, validate
 from base.errors import (
     ArgumentParser,
     CherryError,
@@ -41,7 +41,7 @@ _TRAIN_FLAGS = ("batch_size", "learning_rate", "gradient_accumulation_steps", "s
 def build_parser() -> ArgumentParser:
     """The flags of train.py."""
     parser = ArgumentParser(prog="train.py", description="Train one model; start it with cherry-launch.")
-    parser.add_argument("--config", help="a resolved config, or one of configs/*.yaml")
+    parser.add_argument("--config", help="a resolved config, or the name of a packaged one, like tiny")
     parser.add_argument("--run_dir", help="the run directory (default: runs/<name>)")
     parser.add_argument("--model_path", help="weights to start from: a Hugging Face folder or URI, or a .pt file")
     parser.add_argument("--resume_from", help="a checkpoint, like checkpoints/step_1000 (default: the newest one)")
@@ -255,6 +255,8 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
     from cherry.data.prepare import prepare
     from cherry.data.shards import read_manifest
 
+    if options.config is not None and (file := packaged_config(options.config)) is not None:
+        print(f"{options.config}: taken from the package, {file}", flush=True)
     checkpoints = checkpoints_of(config, run_directory)
     named = None if options.resume_from is None else find_checkpoint(options.resume_from, checkpoints)
     data, model = storage.join(run_directory, "data"), config.model
@@ -307,3 +309,7 @@ def _log_to_file(run_directory: str, rank: int) -> None:
     assert handler.stream is not None
     faulthandler.register(signal.SIGUSR1, file=handler.stream, all_threads=True)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # the launcher starts its ranks with it blocked
+
+
+if __name__ == "__main__":
+    main()

@@ -144,7 +144,7 @@ class Trainer:
 
     def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
-        self.network.fold()
+        self.network.reshard()
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
         self.network.start()
         self.communication.restore(uri, self._group)
@@ -247,7 +247,7 @@ class Trainer:
         # After the optimizer's step, which keeps the GPU busy while this and the next forward pass are queued.
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
         update_expert_bias(layers, bias_rate, load_LE.to(self.device))
-        self.network.clear()
+        self.network.zero_grad()
         seconds = time.perf_counter() - started
         batch_tokens = train.batch_size * self.config.data.sequence_length
         self.progress.step += 1
@@ -358,7 +358,7 @@ class Trainer:
             **identity(self.config, self.dataset.manifest),
             "model": self.config.model.model_dump(mode="json"),
         }
-        self.network.fold()
+        self.network.reshard()
         residuals = self.communication.state()
         self.checkpointer.save(self.progress.step, self.model, self.optimizer.optimizer, record, residuals)
         if residuals:

@@ -1,6 +1,4 @@
-"""Owns one model in training: how it is built on its ranks, its losses, and what the optimizer works on.
-
-It knows nothing of data, steps to come or checkpoints.
+"""One model in training: its losses, how it is built and sharded on its ranks, and its optimizer step.
 
 Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, V vocabulary.
 """
@@ -19,19 +17,20 @@ from cherry import loading
 from cherry.data.collate import mtp_targets
 from cherry.distributed import fsdp
 from cherry.distributed.context_parallel import ContextParallel, apply_context_parallel
-from cherry.distributed.resident_params import WorkingCopies
+from cherry.distributed.resident_params import ResidentParams
 from cherry.job_config import JobConfig
 from cherry.lora import add_adapters, initialize_adapters
 from cherry.loss import cross_entropy_sum
-from cherry.optim.adamw import AdamW
+from cherry.optim.adamw import OwnGradients
 from cherry.optim.build import build_optimizer
 from cherry.optim.grad_norm import clip_coefficient, gradient_norm
+from cherry.optim.protocol import Optimizer
 from model.document_mask import Documents
 from model.experts import Experts
 from model.transformer import Block, DeepseekV3, next_tokens
 
 _HOPPER = 9
-"""Major number of the compute capability."""
+"""Major number of Hopper's compute capability."""
 
 
 class TrainingModel(nn.Module):
@@ -47,9 +46,10 @@ class TrainingModel(nn.Module):
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch: cross-entropy, the MTP module's cross-entropy, and the mean balance loss.
+        """The micro-batch's summed cross-entropy, the MTP module's summed cross-entropy, and the mean balance loss.
 
-        With a split, whole sequences come in, and the three are this rank's parts: they add up over its ranks.
+        With context parallelism whole sequences come in, and each of the three is this rank's share: the shares add up
+        over the context ranks.
         """
         positions_T = None
         next_BT, mtp_targets_BT = next_tokens(tokens_BT), mtp_targets(targets_BT, documents)
@@ -77,58 +77,67 @@ class Network:
     model: DeepseekV3
     module: nn.Module
     """What is called: `TrainingModel`, sharded."""
-    optimizer: AdamW
-    copy_micro_batches: int | None = None
-    """Micro-batches of a step where working copies are kept; `None` where the mesh is of several."""
+    optimizer: Optimizer
+    resident_micro_batches: int | None = None
+    """Micro-batches of a step where parameters stay resident; `None` where the mesh is of several."""
     fp8: bool = False
-    copies: WorkingCopies | None = None
+    resident: ResidentParams | None = None
 
     def start(self) -> None:
-        """Once the first or a restored state is in place, before the next pass."""
-        if self.copies is not None:
-            self.copies.unfold()
-        elif self.copy_micro_batches is not None:
-            self.optimizer.copies = self.copies = WorkingCopies(self.module, self.copy_micro_batches)
+        """Make the parameters ready for the next pass, once the first or a restored state is in place."""
+        if self.resident is not None:
+            self.resident.unshard()
+        elif self.resident_micro_batches is not None:
+            self.resident = ResidentParams(self.module, self.resident_micro_batches)
             if self.fp8:
                 from model.fp8.linear import cache_fp8_weights
 
-                self.copies.hold(cache_fp8_weights(self.model))
+                self.resident.cache_quantized(cache_fp8_weights(self.model))
 
     def gradient_norm(self) -> Tensor:
-        """The total norm over all ranks' shards, 0-dim fp32."""
-        if self.copies is not None:
-            return self.copies.gradient_norm()
+        """The total gradient norm over all ranks' shards, 0-dim fp32."""
+        if self.resident is not None:
+            return self.resident.gradient_norm()
         return gradient_norm(self.module)
 
     def ready_step(self, norm: Tensor, max_norm: float) -> Callable[[], None]:
-        """One optimizer step on the gradients, scaled down to a norm of at most `max_norm` on the way.
+        """One optimizer step on the gradients, clipped to a total norm of at most `max_norm` in the same pass.
 
         All that the host has to find for it is found here, before anything waits for the device: it would idle.
         """
-        return partial(self.optimizer.step, parts=self.optimizer.parts(clip_coefficient(norm, max_norm)))
+        gradients = OwnGradients() if self.resident is None else self.resident
+        update = self.optimizer.ready_step(gradients, clip_coefficient(norm, max_norm))
+        if self.resident is None:
+            return update
+        return partial(_update_resident, update, self.resident)
 
     def step(self, norm: Tensor, max_norm: float) -> None:
-        """`ready_step`, taken at once."""
+        """Take `ready_step` at once."""
         self.ready_step(norm, max_norm)()
 
-    def clear(self) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradients."""
-        if self.copies is not None:
-            self.copies.clear()
+        if self.resident is not None:
+            self.resident.zero_grad()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def fold(self) -> None:
+    def reshard(self) -> None:
         """Make the fp32 parameters the module's own, before its state is read or written from outside."""
-        self.optimizer.forget_parts()
-        if self.copies is not None:
-            self.copies.fold()
+        self.optimizer.forget_shards()
+        if self.resident is not None:
+            self.resident.reshard()
+
+
+def _update_resident(update: Callable[[], None], resident: ResidentParams) -> None:
+    update()
+    resident.requantize()
 
 
 def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | None = None) -> Network:
-    """The model of a job on this rank's device, with its first weights; nothing of it is ever whole on one rank.
+    """The model of a job on this rank's device, with its initial weights; no rank ever holds all of it.
 
     Args:
-        say: told how far the loading of weights is.
+        say: called with progress lines while weights are loaded.
 
     Raises:
         ConfigError: the precision does not fit the device.
@@ -161,8 +170,8 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     fsdp.materialize(network, device, cpu_offload=config.parallel.cpu_offload)
     fsdp.initialize(model, config.seed)
     if config.init_from is not None:
-        told = None if say is None else lambda line, _: say(line)
-        loading.load_weights(model, config.init_from, on_progress=told)
+        on_progress = None if say is None else lambda line, _: say(line)
+        loading.load_weights(model, config.init_from, on_progress=on_progress)
     initialize_adapters(model, config.seed)
     alone = fsdp.keeps_resident_params(meshes, train.precision, config.parallel)
     micro_batches = train.gradient_accumulation_steps if alone else None
@@ -170,7 +179,11 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
 
 
 def _use_fp8(model: DeepseekV3, device: torch.device) -> None:
-    """Raises: ConfigError: the GPU does not have the matmuls, or the model none that they take. CPUs emulate them."""
+    """Let the blocks multiply in fp8; CPUs emulate it.
+
+    Raises:
+        ConfigError: the GPU has no such matmuls, or the model none that is wide enough for them.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != _HOPPER:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"train.precision fp8 needs Hopper GPUs (H100, H200, H800); this is {name}. Use bf16.")
@@ -190,7 +203,8 @@ def _compile_blocks(model: DeepseekV3) -> None:
 
 
 def _wrap_blocks(model: DeepseekV3) -> None:
-    """Recompute each block in the backward pass: its name and type stay, so sharding and checkpoints see no change."""
+    """Recompute each block's activations in the backward pass; its name and type stay, so sharding and checkpoints see
+    no change."""
     from torch.utils.checkpoint import checkpoint
 
     for module in model.modules():

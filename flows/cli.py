@@ -133,6 +133,8 @@ def plan(
     from flows import plan_command
 
     resolved = _resolve(config, overrides)
+    if cluster is not None:
+        _say_packaged(cluster)
     plan_command.plan(Console(), resolved, cluster, as_json=as_json, with_search=search, plot=plot)
 
 
@@ -214,7 +216,17 @@ def _resolve(config: str, overrides: Sequence[str]) -> RunConfig:
     from base.config import load
     from tasks.run_config import RunConfig
 
+    _say_packaged(config)
     return load(config, RunConfig, overrides)
+
+
+def _say_packaged(name: str) -> None:
+    """Tell which packaged file a name, or a path that is not in the working directory, stands for."""
+    from base.config import packaged_config
+    from cherry.cluster import LOCAL
+
+    if name != LOCAL and (file := packaged_config(name)) is not None:
+        click.echo(f"{name}: taken from the package, {file}", err=True)
 
 
 def _start(config: str, overrides: Sequence[str], *, verbose: bool) -> tuple[Console, TemporaryServer, RunConfig]:

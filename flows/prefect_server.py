@@ -14,13 +14,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 
 from base.errors import OperationalError
 from cherry.launcher import die_with_parent
-from tasks.process import PROJECT_ROOT, in_background
+from tasks.process import in_background
+from tasks.programs import module_command, module_environment
 
 _STOP_GRACE_S = 5.0
 _WORKER_S = 10.0
@@ -43,11 +43,9 @@ class TemporaryServer:
             # Connections wait in the listener's queue from here on: there is no port to lose to another process.
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             own = [f"--fd={listener.fileno()}", f"--parent={os.getpid()}"]
-            path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
-                # Without -P, a package called flows in the working directory would be taken for this one.
-                [sys.executable, "-P", "-m", "flows.prefect_server", *own],
-                env={**os.environ, **_SERVER_VARIABLES, "PYTHONPATH": path},
+                module_command("flows.prefect_server", own),
+                env={**module_environment(), **_SERVER_VARIABLES},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C is for the flow, which tells its server how it ended
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,9 +24,9 @@ from base.errors import (
     WorkerLostError,
     is_retryable_exit_code,
 )
+from tasks.programs import module_command, module_environment
 
 logger = logging.getLogger(__name__)
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
 _TERMINATE_GRACE_S = 15.0
 _STRAY_GRACE_S = 3.0
@@ -43,7 +42,7 @@ def run_module(
     record_file: Path | None = None,
 ) -> None:
     """Run `python -m module arguments` to its end; see `run_command`."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = module_command(module, arguments)
     run_command(command, name=module, on_line=on_line, log_file=log_file, record_file=record_file)
 
 
@@ -65,8 +64,7 @@ def run_command(
     Raises:
         CherryError: the program's own error, by its exit code and its last `error:` text.
     """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CHERRY_PARENT": str(os.getpid())}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**module_environment(), "PYTHONUNBUFFERED": "1", "CHERRY_PARENT": str(os.getpid())}
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -23,6 +23,7 @@ from anything.router.kinds import DEFAULT_KIND, KINDS, Command, Launch, read_por
 from base import storage
 from base.errors import ServiceError
 from tasks.process import end_tree, error_of, is_alive
+from tasks.programs import module_environment
 
 GATEWAY = "gateway"
 _POLL_S = 0.1
@@ -117,7 +118,7 @@ class ServingDirectory:
         log = self.path / f"{server.name}.log"
         self._port_file(server.name).unlink(missing_ok=True)
         self._record(server)
-        environment = {**os.environ, **command.environment}
+        environment = {**module_environment(), **command.environment}
         environment.pop(KEY_ENVIRONMENT, None)
         with log.open("w") as output:
             process = subprocess.Popen(

@@ -16,10 +16,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
+from cherry.launcher import TRAIN_MODULE
 from tasks.artifacts import ProgressArtifact
 from tasks.plan_record import compared
 from tasks.plots import plot_training
-from tasks.process import PROJECT_ROOT, in_background
+from tasks.process import in_background
 from tasks.providers.fan_out import one_command
 from tasks.provision import hold_hosts
 from tasks.steps import RunContext, StepRecord, StepRun, perform, put_aside, sections, worth_retrying
@@ -77,8 +78,8 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
 def _arguments(context: RunContext, identity: str) -> list[str]:
     """The training program and its arguments, behind the launcher's flags."""
     directory = context.config.checkpoint.directory
-    program = str(PROJECT_ROOT / "train.py")
-    arguments = [program, "--config", str(context.path / "config.yaml"), "--run_dir", context.directory]
+    config_file = str(context.path / "config.yaml")
+    arguments = ["-m", TRAIN_MODULE, "--config", config_file, "--run_dir", context.directory]
     if directory is not None:
         # The directory may be shared: this run and this config have their own place in it.
         own = storage.join(directory, f"{context.config.name}-{identity[:8]}")

@@ -1,8 +1,9 @@
-"""Which way imports go, and that a worker and the gateway need no torch."""
+"""Which way imports go, between packages and between rooms, and that a worker and the gateway need no torch."""
 
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+ARROWS = ROOT / "tests" / "room_arrows.json"
 # flows -> tasks -> { cherry | anything } -> model -> base
 MAY_IMPORT = {
     "base": set[str](),
@@ -91,6 +93,37 @@ def arrows_between_rooms() -> dict[str, set[str]]:
                 if other != room and other.split(".")[0] == room.split(".")[0]:
                     found.setdefault(room, set()).add(other)
     return found
+
+
+def arrows_of_today() -> str:
+    """The imports between rooms, package by package, as tests/room_arrows.json holds them: a line for each room."""
+    arrows = arrows_between_rooms()
+    blocks = []
+    for package in MAY_IMPORT:
+        rooms = {room: others for room, others in arrows.items() if room.split(".")[0] == package}
+        lines = [
+            f"    {json.dumps(room)}: {json.dumps(sorted(other.removeprefix(f'{package}.') for other in others))}"
+            for room, others in sorted((room.removeprefix(f"{package}."), others) for room, others in rooms.items())
+        ]
+        blocks.append(f"  {json.dumps(package)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def test_rooms_import_what_the_table_says() -> None:
+    """A new arrow is a decision. Once it is made: python tests/test_architecture.py > tests/room_arrows.json."""
+    today, table = json.loads(arrows_of_today()), json.loads(ARROWS.read_text(encoding="utf-8"))
+    pairs = [
+        {
+            (f"{package}/{room}", other)
+            for package, rooms in of.items()
+            for room, others in rooms.items()
+            for other in others
+        }
+        for of in (today, table)
+    ]
+    new = sorted(f"{room} -> {other}" for room, other in pairs[0] - pairs[1])
+    gone = sorted(f"{room} -> {other}" for room, other in pairs[1] - pairs[0])
+    assert (new, gone) == ([], []), f"today's table is:\n{arrows_of_today()}"
 
 
 def test_no_circle_between_rooms() -> None:
@@ -205,3 +238,7 @@ def test_the_router_and_the_http_api_do_not_know_each_other() -> None:
         if (other := rooms.get(room_of(module_of(path)))) is not None and is_of(module, other)
     ]
     assert wrong == []
+
+
+if __name__ == "__main__":
+    print(arrows_of_today(), end="")

@@ -11,13 +11,10 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from anything.protocol import Engine
 from base import storage
-
-_PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Command:
-    """Command line of a server, and what its environment has besides the starter's."""
+    """Command line of a server, and what its environment has besides the starter's.
+
+    The starter's environment is one in which this project's packages are found.
+    """
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +103,8 @@ def serve_command(source: tuple[str, ...], *, config_path: str, port_file: str, 
         source: `--model_path` or `--routes`, and other flags of `anything serve`.
     """
     files = ("--config", config_path, "--port_file", port_file, "--key_file", key_file)
-    return Command((sys.executable, "-m", "anything.cli", "serve", *source, *files), {"PYTHONPATH": str(_PROJECT_ROOT)})
+    # Without -P, a package called `model` in the working directory would be taken for this project's.
+    return Command((sys.executable, "-P", "-m", "anything.cli", "serve", *source, *files))
 
 
 def read_port_file(path: str) -> str | None:

@@ -128,6 +128,12 @@ def check_resume(
     if named and record["step"] >= config.train.steps:
         raise ConfigError(f"{uri} is at step {record['step']}, train.steps is {config.train.steps}: raise --steps.")
     now = identity(config, manifest)
+    made_by = record.get("recipe", {}).get("train", {}).get("optimizer", "adamw")  # before there was a choice
+    if made_by != config.train.optimizer:
+        raise ConfigError(
+            f"{uri} has the states of train.optimizer {made_by}, not of {config.train.optimizer}. Resume with "
+            f"train.optimizer={made_by}, or start a new run from its exported weights (init_from)."
+        )
     other = _differences({"seed": record.get("seed", config.seed)}, now)
     other += _differences(record.get("prepared", {}), now["prepared"], "prepared data's ")
     changed = _differences(record.get("recipe", {}), now["recipe"])

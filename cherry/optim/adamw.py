@@ -1,39 +1,26 @@
-"""Owns AdamW's arithmetic: fp32 parameters, moments in fp32 or bf16, and the clip within the same pass.
+"""AdamW: fp32 parameters, moments in fp32 or bf16, and gradient clipping in the same pass over memory.
 
-It knows nothing of schedules, of who decided to clip, or of meshes: it works on each rank's own shards, so parameters
-of any number of meshes are one list. Its state has the names that torch.optim.AdamW gives it (exp_avg, exp_avg_sq,
-step), so a checkpoint goes from one type of moments to the other, cast when it is loaded.
+It works on each rank's own shards, so parameters of any number of meshes are one list. Its state has the names that
+torch.optim.AdamW gives it (exp_avg, exp_avg_sq, step), so a checkpoint goes from one type of moments to the other, cast
+when it is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class ResidentParams(Protocol):
-    """Half-precision copies of fp32 parameters that stay between steps; gradients lie on them."""
-
-    @property
-    def of(self) -> Mapping[nn.Parameter, nn.Parameter]:
-        """The copy of each fp32 parameter."""
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The gradient of an fp32 parameter."""
-
-    def renew(self) -> None:
-        """Requantize what was cast from the copies: they have changed."""
+from cherry.optim.protocol import Gradients
 
 
 class Shards(NamedTuple):
-    """One rank's parts of some parameters on one device, as plain tensors that share their memory."""
+    """One rank's shards of some parameters on one device, as plain tensors that share their memory."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -42,15 +29,18 @@ class Shards(NamedTuple):
     steps: list[Tensor]
     """Steps taken, 0-dim fp32."""
     copies: list[Tensor | None]
-    """Working copies of the parameters, which take the new values too."""
+    """Low-precision copies of the parameters, which take the new values too."""
 
 
-class Part(NamedTuple):
-    """Of a step: parameters of one group on one device."""
+class OwnGradients:
+    """Gradients on the parameters themselves, without low-precision copies."""
 
-    shards: Shards
-    group: dict[str, Any]
-    clip_coefficient: Tensor | None
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The parameter's `grad`."""
+        return parameter.grad
+
+    def low_precision(self, parameter: nn.Parameter) -> None:
+        """No copy."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -63,6 +53,9 @@ class AdamW(torch.optim.Optimizer):
         groups: parameter groups; each may have a `weight_decay` of its own.
         state_dtype: of the moments, torch.float32 or torch.bfloat16.
     """
+
+    cast_states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    """Names of the states that are kept in `state_dtype`."""
 
     def __init__(
         self,
@@ -78,83 +71,69 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(groups, defaults)
         self.state_dtype = state_dtype
-        self.copies: ResidentParams | None = None
-        """Set where gradients lie on copies of the parameters, which follow each step."""
-        self._parts: dict[tuple[int, ...], tuple[list[Tensor], ...]] = {}
-        """Of each list of parameters, by their ids: this rank's parts of them and of their states. Taking a part out of
-        a DTensor costs the host tens of microseconds, four a parameter, for which the GPU would wait at every step."""
+        self._states: dict[tuple[int, ...], tuple[list[Tensor], ...]] = {}
+        """Of each list of parameters, by their ids: this rank's shards of them and of their states. Taking a shard out
+        of a DTensor costs the host tens of microseconds, four a parameter, for which the GPU would wait every step."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self,
-        closure: Callable[[], float] | None = None,
-        *,
-        clip_coefficient: Tensor | None = None,
-        parts: list[Part] | None = None,
+        self, closure: Callable[[], float] | None = None, *, updates: Sequence[Callable[[], None]] | None = None
     ) -> None:
-        """One step on the gradients that are there.
+        """Take one step.
 
         Args:
             closure: not taken; torch's checkpoints name it, as None.
-            clip_coefficient: 0-dim fp32, what every gradient is multiplied with on the way.
-            parts: what `parts` made of these gradients; then their coefficient counts.
+            updates: what `ready_step` gathered; `None` steps on the parameters' own gradients, unclipped.
         """
         assert closure is None, "this optimizer takes no closure"
-        for shards, group, coefficient in self.parts(clip_coefficient) if parts is None else parts:
-            if shards.parameters[0].is_cuda:
-                _step_triton(shards, group, coefficient)
-            elif self.state_dtype == torch.float32 and self.copies is None:
-                _step_fused(shards, group, coefficient)
-            else:
-                step_reference(shards, group, coefficient)
-        if self.copies is not None:
-            self.copies.renew()
+        for update in self._updates(OwnGradients(), None) if updates is None else updates:
+            update()
 
     @torch.no_grad()
-    def parts(self, clip_coefficient: Tensor | None = None) -> list[Part]:
-        """What a step is made of, for the host to gather while the device still computes gradients."""
-        found = []
+    def ready_step(self, gradients: Gradients, clip_coefficient: Tensor | None) -> Callable[[], None]:
+        """One step on these gradients, with everything gathered that the host has to find for it; see `Optimizer`."""
+        return partial(self.step, updates=list(self._updates(gradients, clip_coefficient)))
+
+    def forget_shards(self) -> None:
+        """Look parameters and states up again: FSDP2 gives uneven shards new memory when a state is loaded."""
+        self._states.clear()
+
+    def _updates(self, gradients: Gradients, clip_coefficient: Tensor | None) -> Iterator[Callable[[], None]]:
+        """The updates of one step, by group and device."""
         for group in self.param_groups:
-            for device, parameters in self._by_device(group["params"]).items():
+            for device, parameters in parameters_by_device(group["params"], gradients).items():
                 coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
-                found.append(Part(self._shards(parameters), group, coefficient))
-        return found
+                yield self._update(group, parameters, gradients, coefficient)
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        return parameter.grad if self.copies is None else self.copies.gradient(parameter)
+    def _update(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], gradients: Gradients, clip: Tensor | None
+    ) -> Callable[[], None]:
+        """The update of some parameters of one group, all on one device and with gradients."""
+        shards = self._shards(parameters, gradients)
+        if shards.parameters[0].is_cuda:
+            return partial(_step_triton, shards, group, clip)
+        if self.state_dtype == torch.float32 and shards.copies[0] is None:
+            return partial(_step_fused, shards, group, clip)
+        return partial(step_reference, shards, group, clip)
 
-    def _by_device(self, parameters: list[nn.Parameter]) -> dict[torch.device, list[nn.Parameter]]:
-        found: dict[torch.device, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            if self._gradient(parameter) is not None:
-                found.setdefault(parameter.device, []).append(parameter)
-        return found
-
-    def _shards(self, parameters: list[nn.Parameter]) -> Shards:
-        """This rank's part of everything; states are made here the first time."""
+    def _shards(self, parameters: list[nn.Parameter], gradients: Gradients) -> Shards:
+        """This rank's shards of everything; states are made here the first time."""
         key = tuple(map(id, parameters))
-        if key not in self._parts:
-            self._parts[key] = self._own_parts(parameters)
-        own, exp_avgs, exp_avg_sqs, steps = self._parts[key]
-        gradients = [local(g) for parameter in parameters if (g := self._gradient(parameter)) is not None]
-        if self.copies is None:
-            return Shards(own, gradients, exp_avgs, exp_avg_sqs, steps, [None] * len(own))
-        copies: list[Tensor | None] = [self.copies.of[parameter].data for parameter in parameters]
-        return Shards(own, gradients, exp_avgs, exp_avg_sqs, steps, copies)
+        if key not in self._states:
+            self._states[key] = self._local_states(parameters)
+        own, exp_avgs, exp_avg_sqs, steps = self._states[key]
+        copies = [gradients.low_precision(parameter) for parameter in parameters]
+        return Shards(own, local_gradients(parameters, gradients), exp_avgs, exp_avg_sqs, steps, copies)
 
-    def forget_parts(self) -> None:
-        """Parameters may lie elsewhere from here on: FSDP2 gives uneven shards new memory when a state is loaded."""
-        self._parts.clear()
-
-    def _own_parts(self, parameters: list[nn.Parameter]) -> tuple[list[Tensor], ...]:
+    def _local_states(self, parameters: list[nn.Parameter]) -> tuple[list[Tensor], ...]:
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for key in _MOMENTS:
+                for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = torch.zeros_like(parameter, dtype=self.state_dtype)
         states = [self.state[parameter] for parameter in parameters]
-        means, squares = ([local(state[key]) for state in states] for key in _MOMENTS)
+        means, squares = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
         return [local(parameter) for parameter in parameters], means, squares, [state["step"] for state in states]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,24 +141,41 @@ class AdamW(torch.optim.Optimizer):
 
         torch would cast every state to its parameter's type on the way, and hold all moments in fp32 at once.
         """
-        kept = {index: {k: s[k] for k in s if k not in _MOMENTS} for index, s in state_dict["state"].items()}
+        cast = self.cast_states
+        kept = {index: {k: s[k] for k in s if k not in cast} for index, s in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": kept})
-        self.forget_parts()
+        self.forget_shards()
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            for key in _MOMENTS:
+            for key in cast:
                 if key in (stored := state_dict["state"].get(index, {})):
                     self.state[parameter][key] = stored[key].to(parameter.device, self.state_dtype)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory."""
+    """This rank's shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradients(parameters: list[nn.Parameter], gradients: Gradients) -> list[Tensor]:
+    """This rank's shards of the gradients of parameters that all have one."""
+    return [local(found) for parameter in parameters if (found := gradients.gradient(parameter)) is not None]
+
+
+def parameters_by_device(
+    parameters: list[nn.Parameter], gradients: Gradients
+) -> dict[torch.device, list[nn.Parameter]]:
+    """The parameters that have gradients, by the device that they are on."""
+    found: dict[torch.device, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if gradients.gradient(parameter) is not None:
+            found.setdefault(parameter.device, []).append(parameter)
+    return found
+
+
 def _step_triton(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
-    """On a GPU, one kernel a tensor: clip, update, and the working copy, in one pass over memory."""
+    """On a GPU, one kernel a tensor: clip, update, and the low-precision copy, in one pass over memory."""
     from cherry.optim.triton_adamw import adamw_
 
     clip = torch.ones((), device=shards.parameters[0].device) if clip_coefficient is None else clip_coefficient
@@ -224,7 +220,7 @@ def _step_fused(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor 
 
 
 def step_reference(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
-    """The same step in plain torch, tensor by tensor, for moments of any type: what a fused kernel is tested against.
+    """An AdamW step in plain torch, for moments of any type: what the fused kernels are tested against.
 
     In this order, all in fp32: clip, decay, m, v, then p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
     """

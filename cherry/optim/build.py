@@ -1,28 +1,87 @@
-"""Optimizer construction: parameter groups, and the learning-rate schedule."""
+"""Optimizer construction: which parameters are updated how, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from cherry.job_config import TrainConfig
 from cherry.optim.adamw import AdamW
+from cherry.optim.muon import Muon
+from cherry.optim.protocol import Optimizer
+from model.transformer import Block
 
 _STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Gate and up projections are fused along their rows (model/layers.py, model/experts.py).
+_FUSED_PAIRS = ("gate_up_proj.weight", "w13_EFD")
+_ROUTER = "mlp.gate.weight"
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over what is trained; weight decay on matrices only, as is usual for norms and biases."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimizer of a configuration over the trained parameters of a model, which is sharded already."""
+    return _BUILDERS[config.optimizer](model, config)
+
+
+def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The matrices of a model's decoder blocks, with how many of equal size are fused along their rows.
+
+    The router is left out: its rows are single experts' directions, not one map between hidden spaces, and the experts'
+    biases are tuned to how fast its scores move. So is what lies outside of blocks: the embedding, the head and the MTP
+    module's projection.
+    """
+    found: dict[nn.Parameter, int] = {}
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        for name, parameter in block.named_parameters():
+            if parameter.dim() > 1 and name != _ROUTER:
+                found[parameter] = 2 if name.endswith(_FUSED_PAIRS) else 1
+    return found
+
+
+def _adamw(model: nn.Module, config: TrainConfig) -> AdamW:
+    groups = _adamw_groups(_trained(model), config)
+    betas = (config.beta1, config.beta2)
+    return AdamW(groups, lr=config.learning_rate, betas=betas, state_dtype=_STATE_DTYPES[config.optimizer_state_dtype])
+
+
+def _muon(model: nn.Module, config: TrainConfig) -> Muon:
+    row_blocks, trained = hidden_matrices(model), _trained(model)
     groups = [
+        {
+            "params": [parameter for parameter in trained if row_blocks.get(parameter) == blocks],
+            "weight_decay": config.weight_decay,
+            "row_blocks": blocks,
+        }
+        for blocks in sorted(set(row_blocks.values()))
+    ]
+    others = _adamw_groups([parameter for parameter in trained if parameter not in row_blocks], config)
+    return Muon(
+        groups,
+        others,
+        config.muon,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        state_dtype=_STATE_DTYPES[config.optimizer_state_dtype],
+    )
+
+
+_BUILDERS: Mapping[str, Callable[[nn.Module, TrainConfig], Optimizer]] = {"adamw": _adamw, "muon": _muon}
+"""By `train.optimizer`."""
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _adamw_groups(parameters: list[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
+    """Two groups: weight decay on matrices only, as is usual for norms and biases."""
+    groups: list[dict[str, object]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]  # adapters are matrices only
-    betas = (config.beta1, config.beta2)
-    return AdamW(groups, lr=config.learning_rate, betas=betas, state_dtype=_STATE_DTYPES[config.optimizer_state_dtype])
+    return [group for group in groups if group["params"]]  # adapters are matrices only
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -37,7 +96,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (low + (1 - low) * left)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every group the same rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,7 +1,7 @@
-"""Owns the Triton kernels of the optimizer step: the gradients' norm, and AdamW with clipping in one pass.
+"""Triton kernels of the optimizer step: the gradients' norm, and AdamW with gradient clipping in one pass.
 
-It knows nothing of schedules or of where parameters live, and is imported on CUDA machines only (triton comes with
-torch's CUDA build). A step reads each gradient twice (norm, update) and every other number once.
+Imported on CUDA machines only (triton comes with torch's CUDA build). A step reads each gradient twice (norm, update)
+and every other number once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def adamw_(
     """One AdamW update in place (Loshchilov and Hutter, arXiv 1711.05101), in fp32, of contiguous tensors.
 
     Args:
-        copy: takes the new parameter too, in its own type.
+        copy: the low-precision copy, which takes the new parameter too, in its own type.
         clip: 0-dim fp32 on the device, what the gradient is multiplied with; NaN or negative leaves all as it is.
         step: 0-dim fp32 on the device, 1 for the first update.
     """

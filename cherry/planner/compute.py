@@ -157,11 +157,12 @@ def optimizer_seconds(work: Workload) -> float:
     """Seconds of the norm's pass, of AdamW with the clip in one pass, and of casting working copies again."""
     network = network_of(work)
     trained = network.total("trained_elements" if work.unsharded else "padded_trained")
-    moments = network.total("moments" if work.unsharded else "padded_moments")
+    if work.optimizer == "muon":  # its matrices: see cherry/planner/muon.py
+        trained -= network.total("padded_matrices")
     gradient = work.type_bytes if work.keeps_working_copies and work.accumulation == 1 else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.
-    each = 8 + 2 * gradient + (work.type_bytes if work.keeps_working_copies else 0)
-    moved = each * trained + 2 * work.moment_bytes * moments
+    each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.keeps_working_copies else 0)
+    moved = each * trained
     seconds = memory_seconds(work, moved) + requantize_seconds(work)
     if work.cpu_offload:  # parameters' copies and gradients travel, and the CPU's memory is the slower one
         seconds = max(seconds, 4 * trained / work.gpu.host_rate) + moved / work.gpu.host_rate

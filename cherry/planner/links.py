@@ -28,6 +28,18 @@ def all_reduce_seconds(work: Workload, group: Group, total_bytes: float) -> floa
     return 2 * ring_seconds(work, group, total_bytes)
 
 
+def even_all_to_all_seconds(work: Workload, group: Group, sent_bytes: float) -> float:
+    """Seconds of an all-to-all in which each rank sends equal parts of `sent_bytes` to all ranks, itself included."""
+    if group.ranks == 1 or sent_bytes <= 0:
+        return 0.0
+    near = sent_bytes * (group.on_node - 1) / group.ranks / (work.gpu.link_rate * work.efficiency.link)
+    if group.nodes == 1:
+        return COLLECTIVE_S + near
+    rate = work.gpu.network_rate * work.efficiency.all_to_all
+    far = sent_bytes * (group.ranks - group.on_node) / group.ranks / rate
+    return COLLECTIVE_S + NETWORK_HOP_S + max(near, far)
+
+
 def all_to_all_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
     """Seconds of one all-to-all of a micro-batch's routed rows, each of `row_bytes`: intra-node, and across nodes.
 

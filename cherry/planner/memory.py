@@ -13,6 +13,7 @@ from functools import cached_property
 from cherry.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
 from cherry.planner.matmuls import CACHED_FP8_BYTES, cached_fp8_elements
+from cherry.planner.muon import state_bytes, workspace_bytes
 from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
 
@@ -154,7 +155,7 @@ class _Stages:
         found |= {f"backward, {name}": stage for name, stage in self._blocks()}
         if self._gathers:
             found["backward, root"] = self._root()
-        found["optimizer"] = self._stage(gradients=self._gradients(1.0))
+        found["optimizer"] = self._stage(gradients=self._gradients(1.0), activations=workspace_bytes(self.work))
         return found
 
     def _stage(self, **sizes: int) -> Components:
@@ -168,11 +169,10 @@ class _Stages:
     def _always(self) -> Components:
         work, network = self.work, self.network
         on_device = 0 if work.cpu_offload else 1
-        moments = work.moment_bytes * network.total("moments" if work.unsharded else "padded_moments")
         copies = work.type_bytes * network.total("elements") + int(CACHED_FP8_BYTES * cached_fp8_elements(work))
         always = {
             "parameters": on_device * _FP32 * network.total("padded"),
-            "optimizer states": on_device * moments,
+            "optimizer states": on_device * state_bytes(work),
             "gathered layers": copies if work.keeps_working_copies else 0,
         }
         workspace = {"activations": 0 if work.gpu.shared_memory else WORKSPACE_BYTES}

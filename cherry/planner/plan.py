@@ -11,9 +11,10 @@ from cherry.hardware import GIB, PROCESS_BYTES, Gpu
 from cherry.job_config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
 from cherry.planner.memory import RankMemory, memory_of
+from cherry.planner.muon import checkpoint_state_bytes
 from cherry.planner.step_time import StepTime, step_time
 from cherry.planner.units import whole_network
-from cherry.planner.workload import Workload, moment_bytes, workload_of
+from cherry.planner.workload import Workload, workload_of
 
 # A save's stall where the copy hides behind the next passes: 49 ms (benchmarks/results/checkpoint_stall.jsonl).
 _STALL_S = 0.05
@@ -187,7 +188,7 @@ def plan_of(config: JobConfig, cluster: ClusterSpec, work: Workload) -> Plan:
 def checkpoint_bytes(config: JobConfig) -> int:
     """Bytes of one checkpoint over all ranks: fp32 parameters, frozen ones included, and the optimizer's states."""
     network = whole_network(config.model, config.lora)
-    return 4 * network.total("elements") + moment_bytes(config.train) * network.total("moments")
+    return 4 * network.total("elements") + checkpoint_state_bytes(network, config.train)
 
 
 def _run(config: JobConfig, cluster: ClusterSpec, work: Workload, step: StepTime) -> RunPlan:

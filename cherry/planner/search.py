@@ -158,7 +158,7 @@ def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, ob
         yield {"train.precision": "bf16"}, replace(own, precision="bf16")
     if own.reduce_bytes == 4 and own.ranks > 1:
         yield {"communication.reduce_dtype": "bf16"}, replace(own, reduce_bytes=2)
-    if not own.cpu_offload and not own.gpu.shared_memory:
+    if not own.cpu_offload and not own.gpu.shared_memory and own.optimizer == "adamw":
         yield {"parallel.cpu_offload": True}, replace(own, cpu_offload=True)
     for micro in _micro_batches(own):
         if micro.micro_sequences < own.micro_sequences:

@@ -20,6 +20,7 @@ from cherry.planner.compute import (
 )
 from cherry.planner.links import all_reduce_seconds, all_to_all_seconds, ring_seconds
 from cherry.planner.matmuls import MatmulTime, head_matmul, layer_matmuls, memory_seconds, mtp_matmul, time_of
+from cherry.planner.muon import orthogonalize_seconds, row_exchange_seconds
 from cherry.planner.units import EXPERTS, Layer, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload
 
@@ -117,7 +118,7 @@ class _Step:
             "experts' matmuls": count * both.experts,
             "attention": count * both.attention,
             "between matmuls": count * (both.memory + copies),
-            "optimizer": optimizer_seconds(work),
+            "optimizer": optimizer_seconds(work) + orthogonalize_seconds(work),
         }
         shard_bytes = work.replicate_bytes * self.network.total("padded_trained")
         replicas = all_reduce_seconds(work, work.replicate_group, shard_bytes)
@@ -132,6 +133,8 @@ class _Step:
             "replicas": max(0.0, replicas - spare),
             "host": count * hosted + work.efficiency.step_s,
         }
+        if rows := row_exchange_seconds(work):
+            exposed["optimizer's matrices"] = rows
         collectives = {
             "all-gather, forward": count * (gather_forward + root_gather),
             "all-gather, backward": count * gather_backward,
@@ -140,6 +143,7 @@ class _Step:
             "all-to-all across nodes": exposed["all-to-all across nodes"],
             "context": exposed["context"],
             "all-reduce of replicas": replicas,
+            "optimizer's matrices": exposed.get("optimizer's matrices", 0.0),
         }
         return StepTime(work, busy, collectives, exposed)
 

@@ -21,12 +21,28 @@ EXPERTS = "experts"
 """Name of the unit that holds an EP rank's experts of a layer."""
 
 
-def moments_per_element(shape: Shape) -> int:
-    """Numbers that the optimizer keeps for each element of a trained parameter of this shape.
+@dataclass(frozen=True)
+class MatrixShape:
+    """A parameter of a decoder block that Muon updates (cherry/optim/build.py, `hidden_matrices`)."""
 
-    The one place of the planner that knows the optimizer's states: memory, checkpoints and the optimizer's time follow.
-    """
-    return 2  # AdamW's first and second moment, whatever the shape
+    shape: Shape
+    row_blocks: int = 1
+    """Matrices of equal size that are fused along the rows."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of each matrix."""
+        return self.shape[-2] // self.row_blocks, self.shape[-1]
+
+    @property
+    def stacked(self) -> int:
+        """Experts, or 1."""
+        return math.prod(self.shape[:-2])
+
+    @property
+    def count(self) -> int:
+        """Matrices in the parameter."""
+        return self.stacked * self.row_blocks
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class Unit:
     """Ranks that they are sharded over."""
     trained: tuple[Shape, ...]
     """Shapes of those that have gradients: all, or with LoRA the adapters."""
+    matrices: tuple[MatrixShape, ...] = ()
+    """Matrices that Muon updates, where it is the optimizer."""
 
     @cached_property
     def elements(self) -> int:
@@ -54,29 +72,37 @@ class Unit:
     @cached_property
     def padded(self) -> int:
         """Elements of a rank's shard as FSDP2 allocates it: rows are padded to those of the fullest rank."""
-        return sum(self._shard(shape) for shape in self.shapes)
+        return sum(self.shard(shape) for shape in self.shapes)
 
     @cached_property
     def padded_trained(self) -> int:
         """Elements with gradients of a rank's padded shard."""
-        return sum(self._shard(shape) for shape in self.trained)
+        return sum(self.shard(shape) for shape in self.trained)
 
     @cached_property
-    def moments(self) -> int:
-        """Numbers in the optimizer's states of the whole unit."""
-        return sum(moments_per_element(shape) * math.prod(shape) for shape in self.trained)
+    def matrix_elements(self) -> int:
+        """Elements of the unsharded matrices that Muon updates."""
+        return sum(math.prod(matrix.shape) for matrix in self.matrices)
 
     @cached_property
-    def padded_moments(self) -> int:
-        """Numbers in the optimizer's states of a rank's shard, as FSDP2 pads it."""
-        return sum(moments_per_element(shape) * self._shard(shape) for shape in self.trained)
+    def padded_matrices(self) -> int:
+        """Elements of a rank's padded shard of the matrices that Muon updates."""
+        return sum(self.shard(matrix.shape) for matrix in self.matrices)
 
-    def _shard(self, shape: Shape) -> int:
+    def shards_rows(self, shape: Shape) -> bool:
+        """Whether the rows of a parameter's matrices are sharded over ranks."""
+        return self.shards > 1 and (len(shape) == 2 or self._by_width(shape))
+
+    def shard(self, shape: Shape) -> int:
         """Elements of the fullest rank's shard of one parameter."""
-        ranks = self.shards
-        if len(shape) == 3 and shards_by_width(shape[0], shape[1], ranks, expert_parallel=self.name == EXPERTS):
-            return math.prod(shape) // ranks
-        return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
+        if self._by_width(shape):
+            return math.prod(shape) // self.shards
+        return math.ceil(shape[0] / self.shards) * math.prod(shape[1:])
+
+    def _by_width(self, shape: Shape) -> bool:
+        if len(shape) != 3:
+            return False
+        return shards_by_width(shape[0], shape[1], self.shards, expert_parallel=self.name == EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -113,11 +139,11 @@ class Network:
         units = [(unit, self.dense_layers) for unit in self.dense.units]
         units += [(unit, self.mixture_layers) for unit in self.mixture.units]
         units += [(self.root, 1)]
-        names = ("elements", "trained_elements", "padded", "padded_trained", "moments", "padded_moments")
+        names = ("elements", "trained_elements", "padded", "padded_trained", "matrix_elements", "padded_matrices")
         return {name: sum(count * getattr(unit, name) for unit, count in units) for name in names}
 
     def total(self, of: str) -> int:
-        """Sum of a property of units (`elements`, `padded`, `moments`, ...) over all units of the network."""
+        """Sum of a property of units (`elements`, `padded`, `matrix_elements`, ...) over all units of the network."""
         return self._totals[of]
 
 
@@ -151,25 +177,40 @@ def _layer(
     width = model.hidden_size
     linears = model.attention_linears()
     shapes: list[Shape] = [(width,), (width,), *((size,) for size in model.attention_norms()), *linears.values()]
+    matrices = [MatrixShape(shape) for shape in linears.values()]
     if not moe:
-        shapes += [(2 * model.intermediate_size, width), (width, model.intermediate_size)]
-        return Layer(moe, (_unit("dense block", shapes, dense_shards, list(linears.items()), lora),))
+        feed_forward: list[Shape] = [(2 * model.intermediate_size, width), (width, model.intermediate_size)]
+        shapes += feed_forward
+        matrices += _fused_pair(feed_forward)
+        return Layer(moe, (_unit("dense block", shapes, dense_shards, list(linears.items()), lora, matrices),))
     shared = model.shared_expert_linears()
     shapes += [(model.n_routed_experts, width), *shared.values()]
+    matrices += _fused_pair(list(shared.values()))
     own = model.n_routed_experts // expert
     experts: list[Shape] = [(own, 2 * model.moe_intermediate_size, width), (own, width, model.moe_intermediate_size)]
     adapted = [*linears.items(), *shared.items()]
     if expert == 1:
-        return Layer(moe, (_unit("mixture block", shapes + experts, dense_shards, adapted, lora),))
-    dense = _unit("mixture block", shapes, dense_shards, adapted, lora)
-    return Layer(moe, (dense, _unit(EXPERTS, experts, expert_shards, [], lora)))
+        matrices += _fused_pair(experts)
+        return Layer(moe, (_unit("mixture block", shapes + experts, dense_shards, adapted, lora, matrices),))
+    dense = _unit("mixture block", shapes, dense_shards, adapted, lora, matrices)
+    return Layer(moe, (dense, _unit(EXPERTS, experts, expert_shards, [], lora, _fused_pair(experts))))
+
+
+def _fused_pair(shapes: Sequence[Shape]) -> list[MatrixShape]:
+    """A feed-forward's two parameters, of which the first has gate and up projections fused; or none."""
+    return [MatrixShape(shape, row_blocks) for shape, row_blocks in zip(shapes, (2, 1), strict=False)]
 
 
 def _unit(
-    name: str, shapes: list[Shape], shards: int, adapted: Sequence[tuple[str, Shape]], lora: LoraConfig | None
+    name: str,
+    shapes: list[Shape],
+    shards: int,
+    adapted: Sequence[tuple[str, Shape]],
+    lora: LoraConfig | None,
+    matrices: Sequence[MatrixShape] = (),
 ) -> Unit:
     if lora is None:
-        return Unit(name, tuple(shapes), shards, tuple(shapes))
+        return Unit(name, tuple(shapes), shards, tuple(shapes), tuple(matrices))
     chosen = [shape for key, shape in adapted if lora.targets is None or key in lora.targets]
     adapters = [part for out, into in chosen for part in ((lora.rank, into), (out, lora.rank))]
     return Unit(name, (*shapes, *adapters), shards, tuple(adapters))

@@ -59,6 +59,9 @@ class Workload:
     """`none` or `full`."""
     compile: bool = False
     moment_bytes: int = 4
+    optimizer: str = "adamw"
+    newton_schulz_steps: int = 5
+    """Iterations of Muon's orthogonalization."""
     loss_chunk_tokens: int = 1024
     kept_share: float = 0.0
     """Fraction of a block's parameters kept from forward to backward: 0, 1 (unsharded), or 1/n (resharded over n)."""
@@ -199,6 +202,8 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
         recompute=train.activation_checkpointing,
         compile=train.compile,
         moment_bytes=moment_bytes(train),
+        optimizer=train.optimizer,
+        newton_schulz_steps=train.muon.newton_schulz_steps,
         loss_chunk_tokens=train.loss_chunk_tokens,
         # True reshards fully, False not at all, a number over so many ranks.
         kept_share=0.0 if parallel.reshard_after_forward is True else 1.0 / max(1, int(parallel.reshard_after_forward)),

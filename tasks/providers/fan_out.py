@@ -23,6 +23,7 @@ from base import storage
 from base.errors import CALLER_EXIT_CODES, ConfigError, run_program
 from cherry.launcher import die_with_parent
 from tasks.process import error_of
+from tasks.programs import module_command
 from tasks.providers.protocol import Hosts
 
 COMMANDS_FILE = "commands.json"
@@ -39,7 +40,7 @@ def one_command(hosts: Hosts, commands: Sequence[Sequence[str]], folder: Path) -
         return list(commands[0])
     path = folder / COMMANDS_FILE
     storage.write_json(str(path), {"names": [host.address for host in hosts.hosts], "commands": commands})
-    return [sys.executable, "-m", "tasks.providers.fan_out", str(path)]
+    return module_command("tasks.providers.fan_out", [str(path)])
 
 
 class _Member:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 import psutil
 
 from base.errors import ConfigError, OperationalError
 from cherry.planner.local import local_gpus
+from tasks.programs import module_command
 from tasks.providers.protocol import Host, Hosts, Reservation
 
 _GIB = 2**30
@@ -67,7 +67,7 @@ class LocalProvider:
 
     def commands(self, hosts: Hosts, arguments: Sequence[str]) -> list[list[str]]:
         """The launcher of this environment."""
-        return [[sys.executable, "-m", "cherry.launcher", *hosts.launcher_flags(0), *arguments]]
+        return [module_command("cherry.launcher", [*hosts.launcher_flags(0), *arguments])]
 
     def release(self, reservation: Reservation) -> None:
         """Do nothing: no host was taken from anyone."""

@@ -98,8 +98,9 @@ def lines(tmp_path, name):
     return [json.loads(line) for line in (tmp_path / name / "train" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_skipped_step_leaves_weights_moments_and_biases_as_they_were(make):
-    trainer = make("skip")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_leaves_weights_moments_and_biases_as_they_were(make, optimizer):
+    trainer = make("skip", f"train.optimizer={optimizer}")
     trainer._step()
     state = trainer.optimizer.optimizer.state_dict()["state"]
     moments = [value.clone() for entry in state.values() for value in entry.values()]

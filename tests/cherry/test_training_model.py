@@ -37,4 +37,4 @@ def test_a_precision_that_cannot_help_is_refused(precision: str, ranks: int, min
         with pytest.raises(ConfigError, match=r"train\.precision fp8: no matmul of this model is 128 wide"):
             build(job, CPU)
     else:
-        assert build(job, CPU).copies is None
+        assert build(job, CPU).resident is None

@@ -75,6 +75,34 @@ RESUMED = [
     Wanted("on 3", 3, STEPS, ("saved", 2)),
     Wanted("on 1", 1, STEPS, ("saved", 2)),
 ]
+# By Muon: rows of matrices that two, three (unevenly, and across fused halves) or four ranks share, experts whole on a
+# rank, and experts cut by width.
+TWELVE = ["train.optimizer=muon", "train.batch_size=12", "train.steps=4", "checkpoint.every_steps=2"]
+MUON = [
+    Wanted("muon, one rank", 1, TWELVE),
+    Wanted("muon, shard 2", 2, TWELVE),
+    Wanted("muon, shard 3", 3, TWELVE),
+    Wanted("muon, expert 2", 2, [*TWELVE, EXPERT]),
+    Wanted("muon, shard 2 x expert 2, recomputed", 4, [*TWELVE, EXPERT, RECOMPUTE]),
+    Wanted("muon, replicate 2 x shard 2", 4, [*TWELVE, REPLICATE]),
+    Wanted("muon, replicate 2 x expert 2", 4, [*TWELVE, REPLICATE, EXPERT, "train.gradient_accumulation_steps=3"]),
+    Wanted("muon, context 2 x expert 2", 4, [*TWELVE, CONTEXT, EXPERT]),
+]
+MUON_BY_WIDTH = [
+    Wanted("muon, two experts, one rank", 1, [*TWELVE, *TWO_EXPERTS]),
+    Wanted("muon, two experts by width", 4, [*TWELVE, *TWO_EXPERTS]),
+    Wanted("muon, two experts by width and expert 2", 4, [*TWELVE, *TWO_EXPERTS, EXPERT]),
+]
+MUON_RESUMED = [
+    Wanted("muon, on 4", 4, [*TWELVE, EXPERT], ("muon, shard 2 x expert 2, recomputed", 2)),
+    Wanted("muon, on 3", 3, TWELVE, ("muon, shard 2 x expert 2, recomputed", 2)),
+    Wanted("muon, on 1", 1, TWELVE, ("muon, shard 2 x expert 2, recomputed", 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def muon_jobs(train_jobs):
+    return train_jobs([*MUON, *MUON_BY_WIDTH, *MUON_RESUMED])
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +195,23 @@ def test_a_checkpoint_of_expert_parallel_ranks_is_exported_whole(jobs):
     exported = load_pretrained(str(job.directory / "export"), dtype=torch.float32).state_dict()
     saved = state(job, 5)
     assert all(torch.equal(value, saved[f"model {name}"]) for name, value in exported.items())
+
+
+def test_every_layout_of_the_ranks_trains_the_same_model_by_muon(muon_jobs):
+    wrong = {job.name: list(differences(muon_jobs[job.name], muon_jobs[MUON[0].name])) for job in MUON[1:]}
+    first = muon_jobs[MUON_BY_WIDTH[0].name]
+    wrong |= {job.name: list(differences(muon_jobs[job.name], first)) for job in MUON_BY_WIDTH[1:]}
+    assert wrong == dict.fromkeys(wrong, [])
+
+
+def test_momenta_of_four_ranks_go_on_with_any_number(muon_jobs):
+    whole = muon_jobs["muon, shard 2 x expert 2, recomputed"]
+    saved = state(whole, 2)
+    momenta = [key for key in saved if key.endswith(".momentum_buffer")]
+    assert len(momenta) > 20 and all(saved[key].any() for key in momenta)
+    for job in MUON_RESUMED:
+        resumed = muon_jobs[job.name]
+        read = state(resumed, 2)
+        assert read.keys() == saved.keys()
+        assert [key for key in momenta if not torch.equal(read[key], saved[key])] == []
+        assert resumed.losses == pytest.approx(whole.losses[2:], rel=1e-5)

@@ -123,3 +123,15 @@ def test_a_missing_checkpoint_is_told_with_those_that_are_there(tmp_path):
         find_checkpoint(f"{other}/step_8", str(own))
     with pytest.raises(MissingFileError, match=f"There are: {listed}"):
         find_checkpoint("elsewhere/step_1000", str(own))
+
+
+def test_states_of_another_optimizer_are_refused_also_when_named(start, tmp_path):
+    start("first")
+    rule = r"step_4 has the states of train\.optimizer adamw, not of muon\. Resume with train\.optimizer=adamw"
+    for named in (None, "step_4"):
+        with pytest.raises(ConfigError, match=rule):
+            start("first", "train.optimizer=muon", "train.steps=6", resume_from=named)
+    start("second", "train.optimizer=muon")
+    with pytest.raises(ConfigError, match=r"train\.optimizer muon, not of adamw"):
+        start("second", "train.steps=6")
+    assert start("second", "train.optimizer=muon", "train.steps=6").progress.step == 6

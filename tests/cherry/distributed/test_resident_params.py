@@ -1,4 +1,4 @@
-"""Working copies on a mesh of one: the same losses and parameters as FSDP2's own way, bit for bit."""
+"""Resident parameters on a mesh of one: the same losses and parameters as FSDP2's own way, bit for bit."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def one_rank() -> Iterator[None]:
 WIDE = {**SMALL, "hidden_size": 128, "moe_intermediate_size": 128}
 
 
-def build(*, copies: bool, micro_batches: int, fp8: bool = False) -> Network:
-    train = TrainConfig(learning_rate=2e-3, gradient_accumulation_steps=micro_batches)
+def build(*, resident: bool, micro_batches: int, fp8: bool = False, optimizer: str = "adamw") -> Network:
+    options = {"optimizer": optimizer, "learning_rate": 2e-3, "gradient_accumulation_steps": micro_batches}
+    train = TrainConfig.model_validate(options)
     with torch.device("meta"):
         model = DeepseekV3(ModelConfig.model_validate(WIDE if fp8 else SMALL))
     module = TrainingModel(model, 64)
@@ -45,47 +46,61 @@ def build(*, copies: bool, micro_batches: int, fp8: bool = False) -> Network:
     fsdp.shard_model(module, meshes, "bf16", ParallelConfig())
     module.to_empty(device="cpu")
     fsdp.initialize(model, seed=0)
-    network = Network(model, module.train(), build_optimizer(model, train), micro_batches if copies else None, fp8)
+    network = Network(model, module.train(), build_optimizer(model, train), micro_batches if resident else None, fp8)
     network.start()
     return network
 
 
-def train(network: Network, tokens: Tensor, *, fold_at: int | None = None) -> list[float]:
+def train(network: Network, tokens: Tensor, *, reshard_at: int | None = None) -> list[float]:
     losses = []
     for number, batches in enumerate(tokens):
-        if number == fold_at:
-            network.fold()
+        if number == reshard_at:
+            network.reshard()
         total = 0.0
         for batch in batches:
             loss, mtp_loss, balance = network.module(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
             (loss / 64 + 0.3 * mtp_loss / 64 + 1e-4 * balance).backward()
             total += loss.item()
         network.step(network.gradient_norm(), 1.0)
-        network.clear()
+        network.zero_grad()
         losses.append(total)
-    network.fold()
+    network.reshard()
     return losses
 
 
-@pytest.mark.parametrize(("micro_batches", "fp8"), [(1, False), (MICRO_BATCHES, False), (1, True)])
-def test_copies_change_nothing(one_rank: None, micro_batches: int, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("micro_batches", "fp8", "optimizer"),
+    [
+        (1, False, "adamw"),
+        (MICRO_BATCHES, False, "adamw"),
+        (1, True, "adamw"),
+        (MICRO_BATCHES, False, "muon"),
+        (1, True, "muon"),
+    ],
+)
+def test_residency_changes_nothing(
+    one_rank: None, micro_batches: int, fp8: bool, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(adamw, "_step_fused", adamw.step_reference)  # one arithmetic on both sides
     one_step = torch.randint(128, (1, micro_batches, 2, 33), generator=torch.Generator().manual_seed(0))
     tokens = one_step.expand(STEPS, -1, -1, -1)
-    plain, kept = (build(copies=copies, micro_batches=micro_batches, fp8=fp8) for copies in (False, True))
-    assert kept.copies is not None and plain.copies is None and bool(kept.copies.operands) == fp8
+    plain, kept = (
+        build(resident=resident, micro_batches=micro_batches, fp8=fp8, optimizer=optimizer)
+        for resident in (False, True)
+    )
+    assert kept.resident is not None and plain.resident is None and bool(kept.resident.quantized) == fp8
     expected = train(plain, tokens)
     assert expected[-1] < expected[0]
-    # Folding, as a checkpoint does, leaves no trace.
-    assert train(kept, tokens, fold_at=1) == expected
+    # Resharding, as a checkpoint does, leaves no trace.
+    assert train(kept, tokens, reshard_at=1) == expected
     for (name, one), other in zip(plain.model.named_parameters(), kept.model.parameters(), strict=True):
         assert torch.equal(one.to_local(), other.to_local()), name  # type: ignore[attr-defined]
 
 
-def test_operands_follow_parameters_that_were_restored(one_rank: None) -> None:
+def test_quantized_weights_follow_parameters_that_were_restored(one_rank: None) -> None:
     tokens = torch.randint(128, (STEPS, 1, 2, 33), generator=torch.Generator().manual_seed(0))
-    network = build(copies=True, micro_batches=1, fp8=True)
-    network.fold()
+    network = build(resident=True, micro_batches=1, fp8=True)
+    network.reshard()
     first = [parameter.to_local().clone() for parameter in network.model.parameters()]  # type: ignore[attr-defined]
     losses = train(network, tokens)
     with torch.no_grad():
@@ -98,30 +113,30 @@ def test_operands_follow_parameters_that_were_restored(one_rank: None) -> None:
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(one_rank: None) -> None:
-    network = build(copies=True, micro_batches=MICRO_BATCHES)
-    assert network.copies is not None
+    network = build(resident=True, micro_batches=MICRO_BATCHES)
+    assert network.resident is not None
     tokens = torch.randint(128, (MICRO_BATCHES, 2, 33), generator=torch.Generator().manual_seed(0))
     parts: list[Tensor] = []
     head = network.model.lm_head.weight
-    parameter = next(p for p, copy in network.copies.of.items() if copy is head)
+    parameter = next(p for p, resident in network.resident.resident.items() if resident is head)
     for batch in tokens:
         loss, _, _ = network.module(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
         (loss / 64).backward()
-        gradient = network.copies.gradient(parameter)
+        gradient = network.resident.gradient(parameter)
         assert gradient is not None and gradient.dtype == torch.float32
         parts.append(gradient.clone())
     assert head.dtype == torch.bfloat16 and head.grad is None
     single = parts[1] - parts[0]
     torch.testing.assert_close(single, single.bfloat16().float(), rtol=1e-2, atol=1e-6)
-    network.clear()
-    assert network.copies.gradient(parameter) is None
+    network.zero_grad()
+    assert network.resident.gradient(parameter) is None
 
 
-def test_parameters_that_got_other_memory_are_stepped_after_folding(one_rank: None) -> None:
+def test_parameters_that_got_other_memory_are_stepped_after_resharding(one_rank: None) -> None:
     """As FSDP2 does with uneven shards when a state is loaded."""
     tokens = torch.randint(128, (1, 1, 2, 33), generator=torch.Generator().manual_seed(0))
-    network = build(copies=False, micro_batches=1)
-    train(network, tokens)  # folds at its end
+    network = build(resident=False, micro_batches=1)
+    train(network, tokens)  # reshards at its end
     head = network.model.lm_head.weight
     head._local_tensor = head._local_tensor.clone()  # type: ignore[attr-defined,operator]
     before = head._local_tensor.detach().clone()  # type: ignore[operator]

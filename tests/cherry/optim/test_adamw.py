@@ -13,7 +13,7 @@ from base.config import validate
 from base.errors import ConfigError
 from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.job_config import TrainConfig
-from cherry.optim.adamw import AdamW, Shards, step_reference
+from cherry.optim.adamw import AdamW, OwnGradients, Shards, step_reference
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -40,7 +40,7 @@ def build(state_dtype: torch.dtype, seed: int = 0) -> tuple[list[nn.Parameter], 
 def take(made: list[nn.Parameter], optimizer: AdamW, step: int, coefficient: float | None) -> None:
     for parameter, gradient in zip(made, gradients(step), strict=True):
         parameter.grad = gradient.clone()
-    optimizer.step(clip_coefficient=None if coefficient is None else torch.tensor(coefficient))
+    optimizer.ready_step(OwnGradients(), None if coefficient is None else torch.tensor(coefficient))()
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.37])

@@ -46,5 +46,5 @@ def test_the_launcher_runs_here(port, flags):
     local = LocalProvider()
     hosts = local.acquire(reservation(master_port=port))
     assert local.is_alive(hosts)
-    start = [sys.executable, "-m", "cherry.launcher", "--nproc_per_node=2", "--nnodes=1", *flags]
+    start = [sys.executable, "-P", "-m", "cherry.launcher", "--nproc_per_node=2", "--nnodes=1", *flags]
     assert local.commands(hosts, ["train.py", "--x"]) == [[*start, "train.py", "--x"]]

@@ -1,0 +1,68 @@
+"""Console scripts `cherry`, `cherry-launch` and `anything`, behind a check that Python finds this project's packages.
+
+`base`, `model`, `tasks` and `flows` are common names. Where another distribution has one of them earlier on sys.path,
+the command ends with a sentence about it instead of an ImportError from somewhere inside.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = ("base", "model", "cherry", "anything", "tasks", "flows")
+_CONFIG_EXIT_CODE = 11  # ConfigError's in base/errors.py, which may be the very module that is not found
+
+
+def shadowed_packages() -> dict[str, str]:
+    """Where Python finds each of the project's packages that it does not take from beside this file."""
+    root = Path(__file__).resolve().parent
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        spec = find_spec(name)
+        origin = spec.origin if spec is not None else None
+        if origin is None or Path(origin).resolve() != root / name / "__init__.py":
+            found[name] = origin or "nowhere"
+    return found
+
+
+def _check_packages() -> None:
+    shadowed = shadowed_packages()
+    if not shadowed:
+        return
+    places = ", ".join(f"{name} is {where}" for name, where in shadowed.items())
+    print(
+        f"error: Python finds other packages under the names of this project's: {places}; they should be in "
+        f"{Path(__file__).resolve().parent}. Install cherry-framework into an environment of its own "
+        "(pipx install cherry-framework), and look at PYTHONPATH.",
+        file=sys.stderr,
+    )
+    raise SystemExit(_CONFIG_EXIT_CODE)
+
+
+def cherry() -> None:
+    """Run the `cherry` command."""
+    _check_packages()
+    from flows.cli import main
+
+    main()
+
+
+def cherry_launch() -> None:
+    """Run the `cherry-launch` command."""
+    _check_packages()
+    from cherry.launcher import main
+
+    main()
+
+
+def anything() -> None:
+    """Run the `anything` command."""
+    _check_packages()
+    from anything.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    cherry()
