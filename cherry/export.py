@@ -18,7 +18,7 @@ from cherry.checkpoint.digests import verify
 from cherry.checkpoint.naming import newest_checkpoint
 from cherry.checkpoint.resume_rules import checkpoints_of
 from cherry.job_config import JobConfig
-from cherry.loading import PICKLED_SUFFIXES
+from cherry.loading import weights_folder
 from cherry.lora import add_adapters, merged
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
@@ -57,16 +57,9 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
     if config.lora is not None:
         state = merged(state, config.lora)
     tensors = (pair for name, tensor in state for pair in state_to_hf(name, tensor, config.model))
-    origin = _folder_of(config.init_from)
+    origin = None if config.init_from is None else weights_folder(config.init_from)
     save_pretrained(tensors, target, config.model, dtype=dtype, tokenizer_uri=tokenizer, source_uri=origin)
     return source
-
-
-def _folder_of(init_from: str | None) -> str | None:
-    """Folder that a run started from; of a pickled state dict, the one that holds it."""
-    if init_from is None or not init_from.endswith(PICKLED_SUFFIXES):
-        return init_from
-    return init_from.rpartition("/")[0] or "."
 
 
 def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,12 @@ from model.weights.reader import Source, WeightsReader
 from model.weights.safetensors_file import Box, SafetensorsFile
 
 # Files that hold a pickled state dict; everything else is a safetensors folder.
-PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
+_PICKLED = (".pt", ".pth", ".bin")
+
+
+def weights_folder(uri: str) -> str:
+    """Folder of given weights, which holds their config.json and tokenizer; of a .pt file, the one it lies in."""
+    return (uri.rpartition("/")[0] or ".") if uri.endswith(_PICKLED) else uri
 
 
 def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
@@ -32,7 +37,7 @@ def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = 
         WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged. The
             text lists them all; the model is unchanged.
     """
-    source: Source = PickledWeights(uri) if uri.endswith(PICKLED_SUFFIXES) else WeightsReader(uri)
+    source: Source = PickledWeights(uri) if uri.endswith(_PICKLED) else WeightsReader(uri)
     state = [*model.named_parameters(), *_persistent_buffers(model)]
     parts = [Part(name, tensor.shape, box, local) for name, tensor in state for local, box in [local_part(tensor)]]
     load_parts(parts, source, model.config, on_progress=on_progress)
