@@ -292,6 +292,23 @@ def save_pretrained(
     storage.remove_tree(uri)
     storage.make_directory(uri)
     shards = _plan_shards(config, dtype, max_shard_bytes)
+    write_index(uri, _write_shards(tensors, uri, shards, dtype))
+    write_companions(uri, config, tokenizer_uri, source)
+    storage.write_json(storage.join(uri, "config.json"), hf_config(config, dtype=dtype))
+    storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "files": len(shards)})
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]],
+    uri: str,
+    shards: Mapping[str, Mapping[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """File of each stored tensor; every file is written as soon as all of its weights have come.
+
+    Raises:
+        WeightsError: see `save_pretrained`.
+    """
     home = {name: file for file, shapes in shards.items() for name in shapes}
     waiting: dict[str, dict[str, dict[str, Tensor]]] = {file: {} for file in shards}
     missing, problems = set(home), []
@@ -314,10 +331,7 @@ def save_pretrained(
     problems += [f"missing {name}" for name in home if name in missing]
     if problems:
         raise WeightsError(f"cannot write {uri}: the tensors do not fit the model:\n  " + "\n  ".join(problems))
-    write_index(uri, file_of)
-    write_companions(uri, config, tokenizer_uri, source)
-    storage.write_json(storage.join(uri, "config.json"), hf_config(config, dtype=dtype))
-    storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "files": len(shards)})
+    return file_of
 
 
 def _plan_shards(
