@@ -18,6 +18,7 @@ from cherry.checkpoint.digests import verify
 from cherry.checkpoint.naming import newest_checkpoint
 from cherry.checkpoint.resume_rules import checkpoints_of
 from cherry.job_config import JobConfig
+from cherry.loading import weights_folder
 from cherry.lora import add_adapters, merged
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
@@ -30,7 +31,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.flo
 def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = None) -> str:
     """URI of the checkpoint that was exported to `<run>/export`: the given one, or the newest committed one.
 
-    Adapters are merged into the weights: the folder holds a plain model.
+    Adapters are merged into the weights: the folder holds a plain model. Chat template and generation settings of the
+    folder that the run started from are carried over.
 
     Raises:
         MissingFileError: no checkpoint is committed.
@@ -55,7 +57,8 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
     if config.lora is not None:
         state = merged(state, config.lora)
     tensors = (pair for name, tensor in state for pair in state_to_hf(name, tensor, config.model))
-    save_pretrained(tensors, target, config.model, dtype=dtype, tokenizer_uri=tokenizer)
+    origin = None if config.init_from is None else weights_folder(config.init_from)
+    save_pretrained(tensors, target, config.model, dtype=dtype, tokenizer_uri=tokenizer, source_uri=origin)
     return source
 
 

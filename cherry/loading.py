@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,14 @@ from model.transformer import DeepseekV3
 from model.weights.pretrained import Part, load_parts
 from model.weights.reader import Source, WeightsReader
 from model.weights.safetensors_file import Box, SafetensorsFile
+
+# Files that hold a pickled state dict; everything else is a safetensors folder.
+_PICKLED = (".pt", ".pth", ".bin")
+
+
+def weights_folder(uri: str) -> str:
+    """Folder of given weights, which holds their config.json and tokenizer; of a .pt file, the one it lies in."""
+    return (uri.rpartition("/")[0] or ".") if uri.endswith(_PICKLED) else uri
 
 
 def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
@@ -26,7 +37,7 @@ def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = 
         WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged. The
             text lists them all; the model is unchanged.
     """
-    source: Source = PickledWeights(uri) if uri.endswith(".pt") else WeightsReader(uri)
+    source: Source = PickledWeights(uri) if uri.endswith(_PICKLED) else WeightsReader(uri)
     state = [*model.named_parameters(), *_persistent_buffers(model)]
     parts = [Part(name, tensor.shape, box, local) for name, tensor in state for local, box in [local_part(tensor)]]
     load_parts(parts, source, model.config, on_progress=on_progress)
@@ -44,13 +55,21 @@ class PickledWeights:
         self.uri = path
         if not storage.exists(path):
             raise MissingFileError(f"{path} does not exist. --model_path takes a safetensors folder, or a .pt file.")
+        local = storage.local_path(path)
+        if not zipfile.is_zipfile(local):
+            raise WeightsError(
+                f"{path} is damaged, or was saved in the format of torch before 1.6, which cannot be read in parts. "
+                f"Save it again with torch.save(torch.load({path!r}), {path!r})."
+            )
         try:
-            content = torch.load(storage.local_path(path), map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises pickle's, zipfile's and its own errors here
+            content = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                f"{path} holds more than tensors, like a whole module. Save model.state_dict() alone."
+            ) from error
+        except Exception as error:  # torch raises zipfile's and its own errors here
             raise WeightsError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from error
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise WeightsError(f"{path}: must hold a mapping of names to tensors, like a released state dict")
-        self._tensors: dict[str, Tensor] = content
+        self._tensors = _named_tensors(path, content)
 
     @property
     def names(self) -> list[str]:
@@ -78,6 +97,26 @@ class PickledWeights:
     def remote_file(self, name: str) -> SafetensorsFile | None:
         """None: tensors are read from the mapped file."""
         return None
+
+
+def _named_tensors(path: str, content: object) -> dict[str, Tensor]:
+    """`content` of the file at `path`, which must be a state dict.
+
+    Raises:
+        WeightsError: names the key that is no tensor's name, or that holds the tensors.
+    """
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: must hold a mapping of names to tensors (got {type(content).__name__})")
+    for key, value in content.items():
+        if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
+            raise WeightsError(f"{path} holds its tensors under the key {key!r}. Save that mapping alone.")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise WeightsError(
+                f"{path}: must hold a mapping of names to tensors (got a {type(value).__name__} under the key "
+                f"{key!r}). Save model.state_dict() alone."
+            )
+    return content
 
 
 def _persistent_buffers(model: DeepseekV3) -> list[tuple[str, Tensor]]:

@@ -155,9 +155,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _from_model_path(path: str) -> dict[str, Any]:
     """Config values of a job on given weights: architecture and tokenizer from their folder."""
+    from cherry.loading import weights_folder
     from model.weights.pretrained import read_model_config
 
-    folder = (path.rpartition("/")[0] or ".") if path.endswith(".pt") else path
+    folder = weights_folder(path)
     model, _ = read_model_config(folder)
     raw: dict[str, Any] = {"name": "train", "model": model.model_dump(mode="json", exclude={"preset"})}
     tokenizer = storage.join(folder, "tokenizer.json")

@@ -33,6 +33,9 @@ _CUDA_BACKENDS = [
 # shape, where the memory-efficient kernel takes 0.1 to 0.3 ms (H100, torch 2.11, 2026-11-24).
 _CUDA_BACKENDS_WITHOUT_GRADIENTS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
+# Of the norms of both latents, whatever rms_norm_eps is: the released code and transformers leave it out there.
+_LATENT_NORM_EPS = 1e-6
+
 
 class Latents(NamedTuple):
     """MLA's compressed keys and values: normalised latents, and the rotated key part that all heads share."""
@@ -62,10 +65,10 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(width, query_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.latent_width + self.rope_width, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.latent_width, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(self.latent_width, _LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent_width, self.heads * (self.nope_width + self.value_width), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_width, width, bias=False)
 

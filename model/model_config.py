@@ -20,9 +20,26 @@ class YarnConfig(Section):
     factor: PositiveFloat = 40.0
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
-    mscale: PositiveFloat = 1.0
-    mscale_all_dim: PositiveFloat = 1.0
+    mscale: PositiveFloat | None = 1.0
+    mscale_all_dim: PositiveFloat | None = 1.0
+    """Correction of the softmax scale; `None` leaves the scale as it is without YaRN."""
     original_max_position_embeddings: PositiveInt = 4096
+    attention_factor: PositiveFloat | None = None
+    """Factor on cosine and sine; `None` derives it from factor, mscale and mscale_all_dim."""
+    truncate: bool = True
+    """Round the first and last pair of the interpolation ramp to whole pairs."""
+
+    @property
+    def rotary_factor(self) -> float:
+        """Factor on cosine and sine (transformers' attention factor); 1.0 for the released models.
+
+        It is derived as transformers does: mscale counts only together with mscale_all_dim.
+        """
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale is None or self.mscale_all_dim is None:
+            return yarn_mscale(self.factor, 1.0)
+        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
 
 
 # Released config.json of DeepSeek-V3 (671b) and DeepSeek-V2-Lite (16b). `tiny` has every part of the
@@ -128,6 +145,7 @@ class ModelConfig(Section):
     topk_group: PositiveInt = 1
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
+    """Divide the chosen scores by their sum. Left out, it is true for sigmoid scores and false for softmax scores."""
     routed_scaling_factor: PositiveFloat = 1.0
     q_lora_rank: PositiveInt | None = None
     kv_lora_rank: PositiveInt
@@ -145,13 +163,16 @@ class ModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, raw: Any) -> Any:
-        name = raw.get("preset") if isinstance(raw, dict) else None
-        if name is None:
+    def _fill_in(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
             return raw
-        if name not in PRESETS:
+        name = raw.get("preset")
+        if name is not None and name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-        return {**PRESETS[name], **raw}
+        filled = raw if name is None else {**PRESETS[name], **raw}
+        if "norm_topk_prob" not in filled and filled.get("scoring_func") == "softmax":
+            filled = {**filled, "norm_topk_prob": False}
+        return filled
 
     def problems(self) -> Iterator[Problem]:
         """Combinations of keys that the router, RoPE or the layer stack do not support."""
@@ -164,9 +185,13 @@ class ModelConfig(Section):
         if self.num_experts_per_tok > kept:
             rule = f"must be at most the {kept} experts of the kept groups (n_routed_experts / n_group * topk_group)"
             yield Problem("num_experts_per_tok", rule, self.num_experts_per_tok)
-        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+        if self.scoring_func == "sigmoid" and self.n_routed_experts // self.n_group < 2:
             rule = "a group's score is the sum of its top 2, so each group needs at least 2 experts"
             yield Problem("n_group", rule, self.n_group)
+        if self.scoring_func == "softmax":
+            yield from self._v2_problems()
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            yield Problem("rope_theta", "must be above 1 with YaRN", self.rope_theta)
         if self.qk_rope_head_dim % 2:
             yield Problem("qk_rope_head_dim", "must be even: RoPE rotates pairs", self.qk_rope_head_dim)
         if self.first_k_dense_replace > self.num_hidden_layers:
@@ -175,6 +200,15 @@ class ModelConfig(Section):
         for key in ("bos_token_id", "eos_token_id"):
             if getattr(self, key) >= self.vocab_size:
                 yield Problem(key, f"must be below vocab_size ({self.vocab_size})", getattr(self, key))
+
+    def _v2_problems(self) -> Iterator[Problem]:
+        """Settings that the softmax-scored architecture, transformers' `deepseek_v2`, does not compute or load."""
+        if self.norm_topk_prob:
+            rule = "must be false with softmax scores: transformers' deepseek_v2 never normalises them"
+            yield Problem("norm_topk_prob", rule, self.norm_topk_prob)
+        if self.hidden_size % self.num_attention_heads:
+            rule = f"must be divisible by num_attention_heads ({self.num_attention_heads}) with softmax scores"
+            yield Problem("hidden_size", rule, self.hidden_size)
 
     @property
     def qk_head_dim(self) -> int:
@@ -190,7 +224,7 @@ class ModelConfig(Section):
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times mscale_all_dim's correction squared under YaRN (0.135234 for the release)."""
         scale = 1.0 / math.sqrt(self.qk_head_dim)
-        if self.rope_scaling is not None:
+        if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim is not None:
             scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
         return scale
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.model_config import ModelConfig, YarnConfig, yarn_mscale
+from model.model_config import ModelConfig, YarnConfig
 
 
 class RotaryTables:
@@ -47,8 +47,10 @@ def _correction_range(yarn: YarnConfig, width: int, theta: float) -> tuple[float
         length = yarn.original_max_position_embeddings
         return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), width - 1)
+    low, high = pair_with_rotations(yarn.beta_fast), pair_with_rotations(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     # 0.001 as in the released code: a ramp of no width would divide by zero.
     return float(low), float(high) if high != low else high + 0.001
 
@@ -56,15 +58,14 @@ def _correction_range(yarn: YarnConfig, width: int, theta: float) -> tuple[float
 def rotary_tables(config: ModelConfig, positions_T: Tensor) -> RotaryTables:
     """Tables [T, P] for integer `positions_T` on their device; [B, T, P] where rows have positions of their own.
 
-    YaRN's temperature on cosine and sine is mscale / mscale_all_dim, 1.0 for the released models: the other part
-    is in ModelConfig.softmax_scale, and must not be applied twice.
+    Cosine and sine carry YaRN's `rotary_factor`; the part of its temperature that is in ModelConfig.softmax_scale must
+    not be applied twice.
     """
     angle_TP = positions_T.float()[..., None] * inverse_frequencies(config, positions_T.device)
     cos_TP, sin_TP = angle_TP.cos(), angle_TP.sin()
     yarn = config.rope_scaling
-    if yarn is not None and yarn.mscale != yarn.mscale_all_dim:
-        ratio = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-        cos_TP, sin_TP = cos_TP * ratio, sin_TP * ratio
+    if yarn is not None and yarn.rotary_factor != 1.0:
+        cos_TP, sin_TP = cos_TP * yarn.rotary_factor, sin_TP * yarn.rotary_factor
     return RotaryTables(cos_TP, sin_TP)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from base import storage
-from base.errors import ConfigError, WeightsError
+from base.errors import ConfigError, MissingFileError, WeightsError
 from base.storage import Progress
 from model.experts import Experts
 from model.model_config import ModelConfig
@@ -20,7 +21,10 @@ from model.numerics.formats import FORMATS, QuantizationFormat, StoredEntry, det
 from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 from model.transformer import DeepseekV3
-from model.weights.hf_names import Piece, config_from_hf, hf_config, is_ignorable, pieces, state_to_hf
+from model.weights.companion_files import SourceFiles, write_companions
+from model.weights.hf_config import config_from_hf, hf_config, text_config
+from model.weights.hf_names import Piece, is_ignorable, pieces, state_to_hf
+from model.weights.misfit import Misfit
 from model.weights.ranged_read import MAX_GAP_BYTES, Request, fill
 from model.weights.reader import INDEX_NAME, Source, WeightsReader, is_scale, scale_problem
 from model.weights.safetensors_file import Box, SafetensorsFile, whole_box, write_file
@@ -38,8 +42,9 @@ __all__ = [
     "save_pretrained",
     "state_to_hf",
     "write_index",
-    "write_tokenizer",
 ]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_BYTES = 2 << 30
 _BIAS_SUFFIX = "e_score_correction_bias"
@@ -47,7 +52,10 @@ _PLAIN: Mapping[str, StoredEntry] = MappingProxyType({})
 
 
 def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """ModelConfig of a folder, and its whole config.json.
+    """ModelConfig of a folder, and its whole config.json (of Kimi-K2.5, the language model's).
+
+    A folder whose weights have no MTP layer has a model without one, whatever config.json says: transformers neither
+    loads nor saves that layer, but writes `num_nextn_predict_layers` 1 by default.
 
     Raises:
         MissingFileError: no config.json.
@@ -56,9 +64,23 @@ def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
     path = storage.join(uri, "config.json")
     try:
         raw = storage.read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}. Copy or export it again.") from error
-    return config_from_hf(raw, path), raw
+    config = config_from_hf(raw, path)
+    if config.num_nextn_predict_layers and _lacks_mtp(uri, config):
+        logger.warning("%s: the weights have no MTP layer, so num_nextn_predict_layers 1 is taken as 0", uri)
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    return config, text_config(raw)
+
+
+def _lacks_mtp(uri: str, config: ModelConfig) -> bool:
+    """Whether a folder holds weights of the model's last layer and none of the MTP layer behind it."""
+    try:
+        names = WeightsReader(uri).names
+    except MissingFileError:
+        return False
+    last, mtp = (f"model.layers.{config.num_hidden_layers + offset}." for offset in (-1, 0))
+    return any(name.startswith(last) for name in names) and not any(name.startswith(mtp) for name in names)
 
 
 def load_pretrained(uri: str, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> DeepseekV3:
@@ -154,28 +176,28 @@ def load_parts(
         StorageError: reading failed.
     """
     source.open_files()
-    problems: dict[str, None] = {}  # in order, and a damaged file only once
+    misfit = Misfit()
     wanted: set[str] = set()
     requests: list[Request] = []
     for part in parts:
         whole = torch.empty(part.shape, device="meta")
         for piece in _pieces(part, config, entries):
             wanted.add(piece.hf_name)
-            if (problem := _problem(source, piece.hf_name, tuple(whole[piece.part].shape))) is not None:
-                problems[problem] = None
+            shape = tuple(whole[piece.part].shape)
+            if piece.hf_name not in source:
+                misfit.missing[piece.hf_name] = shape
+            elif (problem := _problem(source, piece.hf_name, shape, part.values.dtype)) is not None:
+                misfit.wrong[problem] = None
             elif (overlap := _overlap(piece.part, part)) is not None:
                 target, box = overlap
                 requests.append(Request(piece.hf_name, box, target))
-    problems |= dict.fromkeys(
-        f"unexpected {name}{_shape_of(source, name)}"
-        for name in source.names
-        if name not in wanted and not is_ignorable(name, config) and not is_scale(source, name)
-    )
-    if problems:
-        raise WeightsError(
-            f"{source.uri} does not fit the model: {len(problems)} problems. Check that model and weights belong "
-            "together:\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
+    for name in source.names:
+        if name in wanted or is_ignorable(name, config) or is_scale(source, name):
+            continue
+        # transformers writes tensors without elements for a model without shared experts.
+        if (found := _shape_of(source, name)) is None or 0 not in found:
+            misfit.unexpected[name] = found
+    misfit.raise_if_any(source.uri, source.names, config)
     fill(source, requests, on_progress=on_progress, max_gap_bytes=max_gap_bytes)
 
 
@@ -188,22 +210,23 @@ def _pieces(part: Part, config: ModelConfig, entries: Mapping[str, StoredEntry])
     return pieces(part.name, part.shape, config)
 
 
-def _problem(source: Source, name: str, expected: tuple[int, ...]) -> str | None:
-    if name not in source:
-        return f"missing {name} (shape {list(expected)})"
+def _problem(source: Source, name: str, expected: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Reason why a stored tensor cannot fill an entry of this shape and type; `None` when it can."""
     try:
         if (found := source.shape(name)) != expected:
             return f"wrong shape of {name}: the model has {list(expected)}, the file {list(found)}"
+        if (stored := source.dtype(name)).is_floating_point != dtype.is_floating_point:
+            return f"wrong type of {name}: the model has {dtype}, the file {stored} (integers need their scales)"
         return scale_problem(source, name)
     except WeightsError as error:
         return str(error)
 
 
-def _shape_of(source: Source, name: str) -> str:
+def _shape_of(source: Source, name: str) -> tuple[int, ...] | None:
     try:
-        return f" (shape {list(source.shape(name))})"
+        return source.shape(name)
     except WeightsError:
-        return ""
+        return None
 
 
 def _overlap(index: tuple[int | slice, ...], part: Part) -> tuple[Tensor, Box] | None:
@@ -248,6 +271,7 @@ def save_pretrained(
     dtype: torch.dtype,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer_uri: str | None = None,
+    source_uri: str | None = None,
 ) -> None:
     """Write a folder that transformers, vLLM and `load_pretrained` load; its marker is written last.
 
@@ -257,14 +281,34 @@ def save_pretrained(
         dtype: of all weights but the selection biases, which are fp32. float8_e4m3fn is the release's own format:
             projections in fp8 blocks, everything else in bf16.
         tokenizer_uri: a tokenizer.json, or the folder that holds one, to copy beside the weights.
+        source_uri: a folder whose generation_config.json and chat template are copied, unless the tokenizer has other
+            special tokens.
 
     Raises:
-        WeightsError: lists all tensors that are missing, unexpected or of another shape.
+        WeightsError: lists all tensors that are missing, unexpected or of another shape; or a file to copy is damaged.
         DiskFullError, StorageError: a file could not be written. The folder stays without a marker.
     """
+    source = SourceFiles(source_uri)
     storage.remove_tree(uri)
     storage.make_directory(uri)
     shards = _plan_shards(config, dtype, max_shard_bytes)
+    write_index(uri, _write_shards(tensors, uri, shards, dtype))
+    write_companions(uri, config, tokenizer_uri, source)
+    storage.write_json(storage.join(uri, "config.json"), hf_config(config, dtype=dtype))
+    storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "files": len(shards)})
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]],
+    uri: str,
+    shards: Mapping[str, Mapping[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """File of each stored tensor; every file is written as soon as all of its weights have come.
+
+    Raises:
+        WeightsError: see `save_pretrained`.
+    """
     home = {name: file for file, shapes in shards.items() for name in shapes}
     waiting: dict[str, dict[str, dict[str, Tensor]]] = {file: {} for file in shards}
     missing, problems = set(home), []
@@ -287,13 +331,7 @@ def save_pretrained(
     problems += [f"missing {name}" for name in home if name in missing]
     if problems:
         raise WeightsError(f"cannot write {uri}: the tensors do not fit the model:\n  " + "\n  ".join(problems))
-    write_index(uri, file_of)
-    if tokenizer_uri is not None:
-        write_tokenizer(uri, tokenizer_uri, config)
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
-    storage.write_json(storage.join(uri, "generation_config.json"), generation)
-    storage.write_json(storage.join(uri, "config.json"), hf_config(config, dtype=dtype))
-    storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "files": len(shards)})
+    return file_of
 
 
 def _plan_shards(
@@ -343,34 +381,3 @@ def write_index(uri: str, file_of: Mapping[str, str]) -> None:
         total += sum(info.stop - info.start for info in SafetensorsFile(storage.join(uri, file)).tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(file_of)}
     storage.write_json(storage.join(uri, INDEX_NAME), index)
-
-
-def write_tokenizer(uri: str, tokenizer_uri: str, config: ModelConfig) -> None:
-    """Copy a tokenizer.json, and write the tokenizer_config.json that transformers and vLLM need beside it.
-
-    Raises:
-        MissingFileError: no tokenizer there.
-        WeightsError: it is not a tokenizer.json.
-    """
-    if not tokenizer_uri.endswith(".json"):
-        tokenizer_uri = storage.join(tokenizer_uri, "tokenizer.json")
-    data = storage.read_bytes(tokenizer_uri)
-    try:
-        added = {int(entry["id"]): str(entry["content"]) for entry in json.loads(data).get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{tokenizer_uri} is no tokenizer.json: {error}. Name the file that `data` wrote."
-        ) from error
-    described: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        # Training puts it before every document (as the release does), so a prompt begins with it too.
-        "add_bos_token": config.bos_token_id in added,
-        "add_eos_token": False,
-    }
-    for key, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
-        if token_id in added:
-            described[key] = added[token_id]
-    storage.write_bytes(storage.join(uri, "tokenizer.json"), data)
-    storage.write_json(storage.join(uri, "tokenizer_config.json"), described)

@@ -60,7 +60,9 @@ def scale_problem(source: Source, name: str) -> str | None:
     found = list(source.shape(scale_name)) if scale_name in source else "none"
     needed = list(scale_shape(shape)) if len(shape) == 2 else "two dimensions"
     if found == needed:
-        return None
+        if (stored := source.dtype(scale_name)).is_floating_point:
+            return None
+        return f"{scale_name}, the scales of an fp8 tensor, must be floats (got {stored})"
     return f"fp8 tensor {name} of shape {list(shape)} needs {scale_name} of shape {needed} (got {found})"
 
 

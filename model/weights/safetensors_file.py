@@ -27,6 +27,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -141,7 +142,9 @@ class SafetensorsFile:
         try:
             raw = json.loads(text)
             raw.pop("__metadata__", None)
-            tensors = {name: _parse(entry, 8 + length) for name, entry in raw.items()}
+            tensors = {name: _parse(uri, name, entry, 8 + length) for name, entry in raw.items()}
+        except WeightsError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _malformed(uri, f"its header cannot be read ({type(error).__name__}: {error})") from error
         for name, info in sorted(tensors.items(), key=lambda item: item[1].stop):
@@ -169,7 +172,12 @@ def _map(uri: str) -> Any:
         raise _malformed(uri, str(error)) from error
 
 
-def _parse(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+def _parse(uri: str, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise WeightsError(
+            f"{uri}: tensor {name}: type not supported: must be one of {', '.join(_DTYPES)} (got {entry['dtype']!r}). "
+            "Convert the weights to bf16."
+        )
     start, stop = entry["data_offsets"]
     return TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + start, data_start + stop)
 

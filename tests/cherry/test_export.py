@@ -75,6 +75,27 @@ def test_the_release_s_fp8_from_the_command_line(run, monkeypatch):
         assert (loaded[name] - value).norm() <= value.norm() / 16, name
 
 
+@pytest.mark.parametrize("init_from", ["{}", "{}/weights.pt"])
+def test_chat_template_and_generation_settings_of_the_source_travel_with_the_weights(run, tmp_path, init_from, mini):
+    directory, _, _ = run
+    source = tmp_path / "source"
+    source.mkdir()
+    generation = {"eos_token_id": [1, 4], "temperature": 0.6, "_from_model_config": True}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ bos_token }}", "use_fast": 1}))
+    (source / "tokenizer.json").write_bytes((directory / "data" / "tokenizer.json").read_bytes())
+    config = mini("train.steps=6", "checkpoint.every_steps=3", f"init_from={init_from.format(source)}")
+    (directory / "config.yaml").write_text(dump(config))
+    export.export(str(directory), dtype=torch.float32)
+    exported = directory / "export"
+    assert json.loads((exported / "generation_config.json").read_text()) == generation
+    assert (exported / "chat_template.jinja").read_text() == "{{ messages[0].content }}!"
+    described = json.loads((exported / "tokenizer_config.json").read_text())
+    assert described["chat_template"] == "{{ bos_token }}"
+    assert described["bos_token"], "the rest is the run's own"
+
+
 def test_a_corrupt_shard_is_not_exported(run):
     directory, _, result = run
     shard = f"{result['checkpoint']}/__0_0.distcp"

@@ -112,10 +112,53 @@ def test_a_quantized_or_larger_folder_is_refused_for_training(
 
     config, uri, _ = release
     quantize_folder(uri, str(tmp_path / "int8"))
-    with pytest.raises(WeightsError, match=r"unexpected model\.layers\.0\.mlp\.down_proj\.weight_scale "):
+    with pytest.raises(WeightsError, match=r"unexpected model\.layers\.0\.self_attn\.\w+\.weight_scale "):
         load_weights(DeepseekV3(config), str(tmp_path / "int8"))
     smaller = DeepseekV3(config.model_copy(update={"n_routed_experts": 4, "n_group": 1, "topk_group": 1}))
     before = smaller.lm_head.weight.clone()
-    with pytest.raises(WeightsError, match=r"unexpected model\.layers\.1\.mlp\.experts\.4\.down_proj\.weight "):
+    with pytest.raises(WeightsError, match=r"unexpected model\.layers\.1\.mlp\.experts\.4\.gate_proj\.weight "):
         load_weights(smaller, uri)
     assert torch.equal(smaller.lm_head.weight, before)
+
+
+def read_pt(path: Path, content: object) -> str:
+    """Text of the error that the content of a .pt file raises."""
+    torch.save(content, path)
+    with pytest.raises(WeightsError) as caught:
+        PickledWeights(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_pt_file_of_another_structure_is_refused_in_one_line_that_names_the_key(tmp_path: Path) -> None:
+    path, weights = tmp_path / "model.pt", {"model.norm.weight": torch.ones(4)}
+    assert "under the key 'state_dict'" in read_pt(path, {"epoch": 3, "state_dict": weights})
+    assert "got a Tensor under the key 0" in read_pt(path, {0: torch.ones(4)})
+    assert "got a int under the key 'step'" in read_pt(path, {**weights, "step": 7})
+    assert "got list" in read_pt(path, [torch.ones(4)])
+    assert "model.state_dict()" in read_pt(path, nn.Linear(2, 2))
+
+
+def test_a_pt_file_of_the_old_format_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"model.norm.weight": torch.ones(4)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(WeightsError, match=r"model\.pt .*torch before 1\.6"):
+        PickledWeights(str(path))
+    path.write_bytes(b"not a file of torch")
+    with pytest.raises(WeightsError, match=r"model\.pt is damaged"):
+        PickledWeights(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_with_a_wrapper_s_prefix_are_refused_in_one_line_that_names_it(
+    prefix: str, suffix: str, release: tuple[ModelConfig, str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    config, _, expected = release
+    names = {prefix + hf: part for name, value in expected.items() for hf, part in state_to_hf(name, value, config)}
+    path = str(tmp_path / f"wrapped{suffix}")
+    torch.save(names, path)
+    with pytest.raises(WeightsError, match=f"begin with '{prefix}'") as caught:
+        load_weights(DeepseekV3(config), path)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,5 @@
 """Weights on disk: round trips, sharding, and the error of a damaged folder."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +11,17 @@ from torch import Tensor
 
 from base import storage
 from base.errors import MissingFileError, WeightsError
-from model.model_config import PRESETS, ModelConfig
+from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
 from model.weights.pretrained import (
     WeightsReader,
-    config_from_hf,
-    hf_config,
     load_into,
     load_pretrained,
     read_model_config,
     save_pretrained,
     state_to_hf,
 )
-from model.weights.safetensors_file import SafetensorsFile
+from model.weights.safetensors_file import SafetensorsFile, write_file
 
 MakeConfig = Callable[..., ModelConfig]
 MakeModel = Callable[..., DeepseekV3]
@@ -50,7 +47,8 @@ def folder(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel) -> st
 
 @pytest.mark.parametrize("place", ["local", "memory"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"q_lora_rank": None, "scoring_func": "softmax", "num_nextn_predict_layers": 0}]
+    "changes",
+    [{}, {"q_lora_rank": None, "scoring_func": "softmax", "norm_topk_prob": False, "num_nextn_predict_layers": 0}],
 )
 def test_export_and_import_are_bit_exact(
     place: str, changes: dict[str, Any], tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
@@ -111,39 +109,6 @@ def test_bf16_export_keeps_the_bias_fp32(tmp_path: Path, make_config: MakeConfig
     assert bias is not None
     assert bias.dtype == torch.float32
     assert loaded.lm_head.weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_config_json_round_trip(preset: str) -> None:
-    config = ModelConfig(**PRESETS[preset])
-    raw = json.loads(json.dumps(hf_config(config)))
-    assert config_from_hf(raw) == config
-    assert raw["topk_method"] == ("greedy" if preset == "16b" else "noaux_tc")
-    if preset == "671b":
-        assert raw["rope_scaling"]["type"] == raw["rope_scaling"]["rope_type"] == "yarn"
-        assert raw["rope_parameters"]["rope_theta"] == raw["rope_theta"] == 10000.0
-
-
-def test_config_json_of_the_release_is_understood() -> None:
-    """Keys and types as in the released file: integers where we have floats, a classic rope_scaling."""
-    release = {**PRESETS["671b"], "model_type": "deepseek_v3", "rope_theta": 10000, "initializer_range": 0.02}
-    release["rope_scaling"] = {
-        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096, "type": "yarn",
-    }  # fmt: skip
-    release |= {"hidden_act": "silu", "topk_method": "noaux_tc", "rms_norm_eps": 1e-06, "moe_layer_freq": 1}
-    config = config_from_hf(release)
-    assert config.softmax_scale == pytest.approx(0.135234, abs=1e-6)
-    assert config == ModelConfig(**{**PRESETS["671b"], "initializer_range": 0.02})
-
-
-def test_a_foreign_config_is_refused_with_every_reason() -> None:
-    raw = {**hf_config(ModelConfig(**PRESETS["tiny"])), "hidden_act": "gelu", "attention_bias": True}
-    raw["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
-    with pytest.raises(WeightsError) as caught:
-        config_from_hf(raw, "x/config.json")
-    for part in ("x/config.json", "hidden_act", "attention_bias", "rope_type"):
-        assert part in str(caught.value)
 
 
 def test_a_folder_that_transformers_wrote_loads(
@@ -263,3 +228,95 @@ def test_a_folder_without_weights_says_so(folder: str, tmp_path: Path) -> None:
     shutil.copy(Path(folder) / "config.json", tmp_path / "config.json")
     with pytest.raises(MissingFileError, match="holds no weights"):
         load_pretrained(str(tmp_path), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("written", [{}, {"num_nextn_predict_layers": 1}])
+def test_a_folder_of_transformers_without_mtp_loads_without_it_and_says_so(
+    written: dict[str, int], tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, caplog: Any
+) -> None:
+    """transformers drops the MTP layer and writes num_nextn_predict_layers 1; older versions leave the key out."""
+    model = make_model(make_config(num_nextn_predict_layers=0))
+    uri = str(tmp_path / "e")
+    export(model, uri)
+    raw = storage.read_json(f"{uri}/config.json")
+    del raw["num_nextn_predict_layers"]
+    storage.write_json(f"{uri}/config.json", raw | written)
+    config, _ = read_model_config(uri)
+    assert config.num_nextn_predict_layers == 0
+    assert "num_nextn_predict_layers" in caplog.text
+    loaded = load_pretrained(uri, dtype=torch.float32)
+    assert loaded.mtp is None
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_folder_with_mtp_keeps_it_where_config_json_leaves_the_key_out(folder: str) -> None:
+    raw = storage.read_json(f"{folder}/config.json")
+    del raw["num_nextn_predict_layers"]
+    storage.write_json(f"{folder}/config.json", raw)
+    assert load_pretrained(folder, dtype=torch.float32).mtp is not None
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"x"', "3", "[" * 100_000, "{", ""])
+def test_a_config_json_that_is_no_object_is_refused(folder: str, content: str) -> None:
+    (Path(folder) / "config.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load_pretrained(folder, dtype=torch.float32)
+
+
+def test_the_language_model_of_kimi_k25_loads_unless_its_experts_are_packed_int4(folder: str) -> None:
+    config, raw = read_model_config(folder)
+    text = raw | {"model_type": "kimi_k2"}
+    storage.write_json(f"{folder}/config.json", {"model_type": "kimi_k25", "text_config": text})
+    assert load_pretrained(folder, dtype=torch.float32).config == config
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    outer = {"model_type": "kimi_k25", "text_config": text | {"quantization_config": packed}}
+    storage.write_json(f"{folder}/config.json", outer)
+    with pytest.raises(WeightsError, match=r"quantization_config .*pack-quantized"):
+        load_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_fp8_scales_in_e8m0_are_read(
+    place: str, tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
+) -> None:
+    """As in successors of V3.1: powers of two in one byte each."""
+    uri = str(tmp_path / "e8m0") if place == "local" else f"memory://{tmp_path.name}-e8m0"
+    model = make_model(make_config())
+    export(model, uri, dtype=torch.float8_e4m3fn)
+    reader = WeightsReader(uri)
+    expected: dict[str, Tensor] = {}
+    for file in reader.files:
+        tensors = {name: reader.read(name) for name in reader.names_in(file)}
+        for name in tensors:
+            if reader.is_scale(name):
+                tensors[name] = torch.full(tensors[name].shape, 2.0**-9).to(torch.float8_e8m0fnu)
+                weight = name.removesuffix("_scale_inv")
+                expected[weight] = tensors[weight].float() * 2.0**-9
+        write_file(storage.join(uri, file), tensors)
+    loaded = dict(named(load_pretrained(uri, dtype=torch.float32)))
+    assert expected
+    for name, value in expected.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def with_type(folder: str, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Rewrite one tensor of the folder."""
+    reader = WeightsReader(folder)
+    file = reader.file_of(name).uri
+    tensors = {held: reader.read(held).clone() for held in reader.names_in(file.rpartition("/")[2])}
+    write_file(file, tensors | {name: change(tensors[name])})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64])
+def test_integers_under_a_weight_s_name_are_refused(folder: str, dtype: torch.dtype) -> None:
+    with_type(folder, "model.layers.1.mlp.experts.0.up_proj.weight", lambda weight: weight.to(dtype))
+    with pytest.raises(WeightsError, match=rf"experts\.0\.up_proj\.weight: .*the file {dtype} .*scales"):
+        load_pretrained(folder, dtype=torch.float32)
+
+
+def test_a_type_that_is_not_read_is_named_with_its_tensor(folder: str) -> None:
+    file = Path(WeightsReader(folder).file_of("lm_head.weight").uri)
+    # the same number of bytes a value as F32
+    file.write_bytes(file.read_bytes().replace(b'"lm_head.weight":{"dtype":"F32"', b'"lm_head.weight":{"dtype":"U32"'))
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: type not supported: .*\(got 'U32'\)"):
+        load_pretrained(folder, dtype=torch.float32)
