@@ -25,16 +25,13 @@ demo: $(STAMP) ## Text to a served, A/B-tested release, on a laptop
 	$(BIN)/cherry demo
 
 # Groups of tests (tests/conftest.py) on two processes, the long ones first, which xdist would order by their number.
-# From Python 3.12 on sys.monitoring counts lines for little (7 % of processor time on 3.13, of a part of the suite), so the
-# suite prints its coverage; on 3.11 counting takes 1.5 to 1.8 times the processor time, so it is `make coverage` there.
-PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
-test: $(STAMP) ## The whole test suite, with its coverage on Python 3.12 and newer
-	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; \
-	then COVERAGE_CORE=sysmon $(PYTEST) --cov; \
-	else $(PYTEST) && echo "Coverage is not measured on Python 3.11, where it slows the suite: make coverage"; fi
+# Coverage costs 1.5 times the processor time of what runs in the test process itself; programs that tests start are not counted.
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --cov
+test: $(STAMP) ## The whole test suite, with its coverage
+	$(PYTEST)
 
 coverage: $(STAMP) ## The whole test suite, with the lines that no test ran
-	$(PYTEST) --cov --cov-report=term-missing:skip-covered
+	$(PYTEST) --cov-report=term-missing:skip-covered
 
 fast: $(STAMP) ## The tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
