@@ -23,7 +23,7 @@ class EngineConfig(Section):
     max_waiting: PositiveInt = 256
     """Requests queued before the gateway answers 429."""
     threads: PositiveInt | None = None
-    """CPU threads per operation; `None` leaves it to torch (OMP_NUM_THREADS)."""
+    """CPU threads per operation; `null` leaves it to torch (OMP_NUM_THREADS)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -180,6 +180,8 @@ def merge(raw: Mapping[str, Any], changes: Mapping[str, Any], *, origin: str, pr
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `raw` with each `dotted.key=value` merged into it in turn; the value is read as YAML.
 
+    Lists and mappings are written in brackets: `tracking.uri=json:` is a string, not a mapping with the key `json`.
+
     Raises:
         ConfigError: an override is not `key=value`, or its path runs through something that is not a section.
     """
@@ -192,6 +194,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
             wrong.append(f"override {override!r}: must read dotted.key=value, like train.learning_rate=2e-6")
             continue
         changes = parse_yaml(text, f"override {key}")
+        if isinstance(changes, list | dict) and not text.lstrip().startswith(("[", "{")):
+            changes = text.strip()
         for name in reversed(path):
             changes = {name: changes}
         try:

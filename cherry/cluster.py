@@ -25,17 +25,17 @@ class ClusterSpec(Section):
     kind: Literal["local", "nodes"]
     """`local` is this machine; `nodes` is a cluster of `nodes` equal hosts."""
     provider: str | None = None
-    """Name of the provider that takes the hosts (tasks/providers); `None` with kind `nodes` is a cluster for plans."""
+    """Name of the provider that takes the hosts (tasks/providers); `null` with kind `nodes` is a cluster for plans."""
     slots: PositiveInt | None = None
-    """Ranks that this machine may run at one time; `None` allows as many as it has GPUs."""
+    """Ranks that this machine may run at one time; `null` allows as many as it has GPUs."""
     gpu: str | None = None
-    """A name in cherry/hardware.py; with kind `local`, `None` takes the device that is found."""
+    """A name in cherry/hardware.py; with kind `local`, `null` takes the device that is found."""
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 1
     hosts: tuple[str, ...] = ()
     """Addresses of the nodes, for a provider that is given them."""
     price_per_gpu_hour: NonNegativeFloat | None = None
-    """Price in any currency; `None` leaves costs out of the plan."""
+    """Price in any currency; `null` leaves costs out of the plan."""
     interruptions_per_gpu_day: NonNegativeFloat = LLAMA3_INTERRUPTIONS_PER_GPU_DAY
     detection_s: NonNegativeFloat = 60.0
     """Seconds from a failure to the end of the attempt. A lost process is detected in a second, a lost node within a

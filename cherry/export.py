@@ -35,10 +35,15 @@ def export(run_directory: str, *, dtype: torch.dtype, checkpoint: str | None = N
     folder that the run started from are carried over.
 
     Raises:
-        MissingFileError: no checkpoint is committed.
+        MissingFileError: it is no run directory, or no checkpoint is committed.
         CheckpointError: a file of the checkpoint is corrupt, or it is of another model.
     """
-    config = load(storage.join(run_directory, "config.yaml"), JobConfig, part_of_file=True)
+    path = storage.join(run_directory, "config.yaml")
+    if not storage.exists(path):
+        raise MissingFileError(
+            f"{run_directory}: holds no config.yaml, so it is no run directory. `cherry status` lists the runs."
+        )
+    config = load(path, JobConfig, part_of_file=True)
     directory = checkpoints_of(config, run_directory)
     source = checkpoint or newest_checkpoint(directory)
     if source is None:

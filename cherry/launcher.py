@@ -50,6 +50,7 @@ def launch(arguments: list[str]) -> None:
     """Start the ranks of this node and wait for them.
 
     Raises:
+        ConfigError: a flag is unknown, missing, or has a value that it cannot have.
         PortInUseError: the given master port is in use on this node.
         WorkerLostError: a signal killed a rank.
         InvalidInputError, OperationalError: a rank exited with the code of a user error or a transient error.
@@ -64,10 +65,11 @@ def launch(arguments: list[str]) -> None:
     from torch.distributed import run as torchrun
 
     options = _parse(torchrun.get_args_parser(), arguments)
+    ranks = _ranks_of_node(options)
     _find_program(options)
     _check_port(options, arguments)
     _pass_on_sigusr1(options.training_script_args)
-    _share_cores(torchrun.determine_local_world_size(options.nproc_per_node))
+    _share_cores(ranks)
     with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
         options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
         _start(options)
@@ -86,6 +88,34 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Any:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(arguments)
+
+
+def _ranks_of_node(options: Any) -> int:
+    """Number of ranks on this node, from --nproc_per_node; torch would answer a wrong value with a traceback.
+
+    Raises:
+        ConfigError: --nproc_per_node or --nnodes is neither a number nor a word that torchrun knows.
+    """
+    from torch.distributed import run as torchrun
+
+    try:
+        ranks = torchrun.determine_local_world_size(options.nproc_per_node)
+    except ValueError as error:
+        raise _wrong_value("nproc_per_node", "a number, or cpu, gpu or auto", options, error) from error
+    try:
+        nodes = torchrun.parse_min_max_nnodes(options.nnodes)
+    except (ValueError, RuntimeError) as error:
+        raise _wrong_value("nnodes", "a number, or MIN:MAX", options, error) from error
+    if ranks < 1:
+        raise _wrong_value("nproc_per_node", "at least 1", options)
+    if not 1 <= nodes[0] <= nodes[1]:
+        raise _wrong_value("nnodes", "at least 1, with MIN not above MAX", options)
+    return ranks
+
+
+def _wrong_value(flag: str, rule: str, options: Any, cause: Exception | None = None) -> ConfigError:
+    reason = f": {cause}" if cause is not None else ""
+    return ConfigError(f"cherry-launch: --{flag} must be {rule} (got {getattr(options, flag)!r}){reason}")
 
 
 def _find_program(options: Any) -> None:

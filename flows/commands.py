@@ -173,7 +173,7 @@ def _table(summary: dict[str, Any]) -> Table:
         "quantized": (
             f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token"
         ),
-        "verdict": f"{summary['verdict']} than {summary['compared_with']}: {summary['reason']}",
+        "verdict": f"{summary['verdict']} (compared with {summary['compared_with']}): {summary['reason']}",
         "data": f"{summary['documents']:,} documents, {summary['data_bytes'] / 1e6:.1f} MB",
         "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in summary["seconds"].items()),
     }

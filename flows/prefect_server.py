@@ -72,21 +72,34 @@ class TemporaryServer:
 
         settings = get_current_settings().server.ephemeral
         if not settings.enabled:
-            raise _not_started("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one")
+            raise _not_started("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one", "Allow it")
         self._wait(settings.startup_timeout_seconds)
         with temporary_settings({PREFECT_API_URL: self._url}):
             yield
 
     def _wait(self, timeout_s: float) -> None:
         import httpx
+        from prefect.settings import get_current_settings
 
         try:
             httpx.get(f"{self._url}/health", timeout=timeout_s, trust_env=False).raise_for_status()
-        except httpx.HTTPError as error:
-            code = None if self._process is None else self._process.poll()
+        except httpx.TimeoutException as error:
             self._end()
-            why = f"no answer in at most {timeout_s:g} s: {error}" if code is None else f"it ended with code {code}"
-            raise _not_started(why) from error
+            raise _not_started(f"no answer in {timeout_s:g} s", "Try again when the machine is less busy") from error
+        except httpx.HTTPError as error:
+            code = self._exit_code()
+            self._end()
+            why = str(error) if code is None else f"it ended with code {code}, and its output is above"
+            home = get_current_settings().home
+            raise _not_started(why, f"PREFECT_HOME ({home}) must be a directory that can be written") from error
+
+    def _exit_code(self) -> int | None:
+        """The server's exit code; its connections are closed some time before it has ended."""
+        if self._process is None:
+            return None
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(_STOP_GRACE_S)
+        return None
 
     def _end(self) -> None:
         if self._process is None:
@@ -107,10 +120,10 @@ def _named() -> bool:
     return get_current_settings().api.url is not None
 
 
-def _not_started(why: str) -> OperationalError:
+def _not_started(why: str, advice: str) -> OperationalError:
     return OperationalError(
-        f"Prefect's temporary server did not start ({why}). Try again when the machine is less busy, or start one "
-        "(prefect server start) and set PREFECT_API_URL."
+        f"Prefect's temporary server did not start ({why}). {advice}, or start a server (prefect server start) and set "
+        "PREFECT_API_URL."
     )
 
 

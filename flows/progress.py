@@ -16,13 +16,17 @@ from base.json_lines import JsonLinesReader
 from tasks.steps import EVENTS_FILE
 
 _POLL_S = 0.5
+# Without a terminal, a step's progress is printed after this fraction of it, or after these seconds, which a large step
+# reaches first.
 _PRINTED_FRACTION = 1 / 32
+_PRINTED_S = 30.0
 
 
 class RunProgress:
     """Shows the events of a run directory, by a thread, from entering the context until leaving it.
 
-    On a terminal, steps are rows with bars; elsewhere each event is a line, and progress one line every 3 %.
+    On a terminal, steps are rows with bars; elsewhere each event is a line, and progress one line every 3 % or
+    30 s.
     """
 
     def __init__(self, console: Console, run_directory: Path) -> None:
@@ -32,7 +36,7 @@ class RunProgress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._rows: dict[str, TaskID] = {}
-        self._printed: dict[str, float] = {}
+        self._printed: dict[str, tuple[float, float]] = {}  # by step: fraction and Unix time of the last printed line
         self._progress = Progress(
             TextColumn("{task.fields[mark]} {task.description:<10}"),
             BarColumn(bar_width=24),
@@ -90,9 +94,10 @@ class RunProgress:
     def _print(self, step: str, kind: str, event: dict[str, Any], line: str) -> None:
         fraction = event.get("fraction")
         if kind == "progress" and fraction is not None:
-            before = self._printed.get(step)
-            if before is not None and before <= fraction < min(1.0, before + _PRINTED_FRACTION):
+            now = float(event["time"])
+            before, printed_at = self._printed.get(step, (fraction + 1.0, now))  # the first is as one that went back
+            if before <= fraction < min(1.0, before + _PRINTED_FRACTION) and now - printed_at < _PRINTED_S:
                 return
-            self._printed[step] = fraction
+            self._printed[step] = fraction, now
         seconds = f" ({event['seconds']:.1f} s)" if kind == "finished" else ""
         self._console.print(f"{step}: {line or kind}{seconds}", highlight=False, markup=False, soft_wrap=True)

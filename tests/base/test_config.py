@@ -212,6 +212,17 @@ def test_overrides_are_read_as_yaml_and_leave_the_source_alone() -> None:
     assert validate(result, Outer, origin="here").inner.rates == (0.25, 1e-3)
 
 
+def test_an_override_s_collections_are_in_brackets_and_a_colon_or_dash_is_text() -> None:
+    overrides = ["uri=json:", "path=json: a", "item=- x", "list=[1]", "section={a: [2]}"]
+    assert apply_overrides({}, overrides) == {
+        "uri": "json:",
+        "path": "json: a",
+        "item": "- x",
+        "list": [1],
+        "section": {"a": [2]},
+    }
+
+
 def test_bad_overrides_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         apply_overrides({"name": "a"}, ["inner.size", "=3", "inner..size=3", "name.first=b", "rate=1"])

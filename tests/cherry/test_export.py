@@ -115,3 +115,5 @@ def test_a_config_that_changed_since_and_a_run_without_a_checkpoint(run, mini, t
     (tmp_path / "config.yaml").write_text(dump(mini()))
     with pytest.raises(MissingFileError, match="holds no committed checkpoint"):
         export.export(str(tmp_path), dtype=torch.float32)
+    with pytest.raises(MissingFileError, match=r"nowhere: holds no config\.yaml"):
+        export.export(str(tmp_path / "nowhere"), dtype=torch.float32)

@@ -14,7 +14,7 @@ import torch
 
 from base.errors import ConfigError, MissingFileError, WeightsError
 from cherry import loading
-from cherry.launcher import _cause
+from cherry.launcher import _cause, launch
 from cherry.rank_main import build_parser, resolve
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
@@ -188,6 +188,17 @@ def test_a_pt_file_has_its_config_beside_it(weights, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingFileError, match=r"\./config\.json does not exist"):
         resolve(options("--model_path=671b_model.pt"))
+
+
+@pytest.mark.parametrize(
+    "flag", ["--nproc_per_node=x", "--nproc-per-node=0", "--nnodes=two", "--nnodes=2:1", "--nnodes=0"]
+)
+def test_a_number_of_ranks_that_cannot_be_is_a_config_error(flag, monkeypatch):
+    for name in ("CHERRY_LAUNCHER_PID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.setenv(name, "unchanged")  # launch sets them; the environment of other tests stays as it was
+    name, value = flag.removeprefix("--").replace("-", "_").split("=")
+    with pytest.raises(ConfigError, match=rf"--{name} must be .* \(got '{value}'\)"):
+        launch([flag, "train.py"])
 
 
 def test_flags_that_break_rules_are_all_told_at_once(job_config):

@@ -42,6 +42,14 @@ with server.answering():
     print(children[0].pid, flush=True)
     sys.stdin.read()
 """
+FAILS = """
+from base.errors import OperationalError
+try:
+    with server.answering():
+        pass
+except OperationalError as error:
+    print(error)
+"""
 LEAVES = """
 from prefect.settings import PREFECT_API_URL
 children[0].wait()
@@ -107,6 +115,15 @@ def test_a_command_that_is_killed_leaves_no_server_behind(environment, tmp_path,
         running.send_signal(how)
         running.wait()
     server.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_have_its_database_is_an_error_that_names_the_directory(environment, tmp_path):
+    (tmp_path / "file").touch()
+    environment["PREFECT_HOME"] = str(tmp_path / "file" / "prefect")
+    message = ended(STARTS + FAILS, environment, tmp_path)
+    assert "it ended with code " in message
+    assert f"PREFECT_HOME ({environment['PREFECT_HOME']})" in message
 
 
 def test_a_server_that_is_named_is_the_one(environment, tmp_path):

@@ -47,6 +47,12 @@ def test_of_long_progress_the_first_the_last_and_one_in_32_are_shown(shown):
     assert shown(events).splitlines() == [f"train: {lines[step - 1]}" for step in (*range(1, 256, 8), 256)]
 
 
+def test_a_line_at_least_every_30_s_of_a_step_that_takes_hours(shown):
+    seconds = range(0, 91, 6)
+    events = [("train", "progress", {"line": f"at {at} s", "fraction": at / 1e6, "time": 5e8 + at}) for at in seconds]
+    assert shown(events).splitlines() == [f"train: at {at} s" for at in (0, 30, 60, 90)]
+
+
 def test_a_terminal_has_a_row_a_step_with_what_became_of_it(shown):
     events = [
         ("data", "started", {}),
