@@ -33,7 +33,7 @@ class _ServeFile(Section):
 
 def parser() -> ArgumentParser:
     """Argument parser of `anything`."""
-    root = ArgumentParser(prog="anything", description="Serve a model, and ask it.")
+    root = ArgumentParser(prog="anything", description="Serve a model, and query it.")
     commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve a model, or route to replicas")
     source = serve.add_mutually_exclusive_group(required=True)
@@ -44,20 +44,20 @@ def parser() -> ArgumentParser:
     serve.add_argument("--port_file", metavar="FILE", help="write url, pid and port there as JSON once ready")
     serve.add_argument("--key_file", metavar="FILE", help=f"key hashes ({DEFAULT_KEY_FILE})")
     serve.add_argument("--config", metavar="FILE", help="YAML with a serve section, like a run's config.yaml")
-    serve.add_argument("--model_version", metavar="NAME", help="what answers are labelled with (the folder's path)")
+    serve.add_argument("--model_version", metavar="NAME", help="version label of the answers (the folder's path)")
     key = commands.add_parser("key", help="make, list and revoke API keys").add_subparsers(dest="action", required=True)
     for name, text in (("create", "print a new key, once"), ("list", "ids, not keys"), ("revoke", "refuse a key")):
         action = key.add_parser(name, help=text)
         action.add_argument("--key_file", metavar="FILE", default=DEFAULT_KEY_FILE)
         if name == "revoke":
             action.add_argument("key_id")
-    infer = commands.add_parser("infer", help=f"ask a server; the key is read from {KEY_ENVIRONMENT}")
+    infer = commands.add_parser("infer", help=f"query a server; the key is read from {KEY_ENVIRONMENT}")
     infer.add_argument("prompt")
     infer.add_argument("--url", help="the server (ANYTHING_URL, else http://127.0.0.1:8080)")
     infer.add_argument("--max_tokens", type=int, default=DEFAULT_MAX_TOKENS)
     infer.add_argument("--temperature", type=float, default=0.0)
-    infer.add_argument("--seed", type=int, help="seed of the sampling (drawn anew each time)")
-    infer.add_argument("--stream", action="store_true", help="print the text as it is written")
+    infer.add_argument("--seed", type=int, help="sampling seed (random by default)")
+    infer.add_argument("--stream", action="store_true", help="print the text as it is generated")
     return root
 
 
@@ -137,7 +137,7 @@ def infer_command(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the console script."""
+    """Exit code of the `anything` console script."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -18,7 +18,7 @@ from base.errors import AuthenticationError, CherryError, ConfigError, RequestEr
 
 URL_ENVIRONMENT = "ANYTHING_URL"
 DEFAULT_URL = "http://127.0.0.1:8080"
-# A server answers, or says that it could not, within 30 s by default; twice that means it is gone.
+# A server answers or reports a timeout within 30 s by default; after twice that it counts as unreachable.
 _TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
 # A server takes more tokens than this only as a stream.
@@ -49,16 +49,16 @@ class Client:
     def infer(
         self, prompt: str, *, max_tokens: int = DEFAULT_MAX_TOKENS, temperature: float = 0.0, seed: int | None = None
     ) -> str:
-        """Text that follows `prompt`. Above 2048 tokens it is streamed, as the server demands.
+        """Generated text after `prompt`. Above 2048 tokens it is streamed, as the server requires.
 
         Args:
-            seed: of the sampling: the same seed, prompt and model give the same text; `None` draws one.
+            seed: sampling seed: the same seed, prompt and model give the same text; `None` draws one.
         """
         if max_tokens > _MAX_TOKENS_WITHOUT_STREAM:
             return "".join(self.stream(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
         answer = self._ask("POST", "infer", _body(prompt, max_tokens, temperature, seed))
         if "output" not in answer:
-            raise self._no_server_of_ours(str(answer))
+            raise self._unexpected_answer(str(answer))
         return str(answer["output"])
 
     def routes(self) -> dict[str, Any]:
@@ -73,12 +73,12 @@ class Client:
         try:
             answer = response.json()
         except ValueError as error:
-            raise self._no_server_of_ours(response.text) from error
+            raise self._unexpected_answer(response.text) from error
         if not isinstance(answer, dict):
-            raise self._no_server_of_ours(response.text)
+            raise self._unexpected_answer(response.text)
         return answer
 
-    def _no_server_of_ours(self, text: str) -> ServiceError:
+    def _unexpected_answer(self, text: str) -> ServiceError:
         return ServiceError(f"{self.base_url} did not answer as an Anything server: {text[:80]!r}")
 
     def stream(

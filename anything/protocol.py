@@ -34,7 +34,7 @@ class RefusedError(RequestError):
 
 
 class UnavailableError(ServiceError):
-    """A transient error of the service, or its load; the same request may succeed later."""
+    """A transient error: the service failed or is overloaded; the same request may succeed later."""
 
     def __init__(self, message: str, *, status: int, code: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -57,7 +57,7 @@ class Deadline:
         return max(0.0, self._end - self._clock())
 
     def restart(self) -> None:
-        """Start the time again, for the next chunk of a stream."""
+        """Restart the timer, for the next chunk of a stream."""
         self._end = self._clock() + self.timeout_s
 
     def expire(self) -> None:

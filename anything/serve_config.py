@@ -27,7 +27,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights, arithmetic and cache; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """Type of weights, arithmetic and cache; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
 
 class ServeConfig(Section):

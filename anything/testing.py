@@ -52,7 +52,7 @@ class EchoEngine:
             return self._changed.wait_for(lambda: bool(getattr(self, counter) >= count), timeout_s)
 
     async def start(self) -> None:
-        """Nothing to load."""
+        """Do nothing: there is no model to load."""
 
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
         """Chunks of one word each; see the class.
@@ -63,18 +63,18 @@ class EchoEngine:
         if self.started - self.finished - self.cancelled >= self._limit:
             raise UnavailableError("the echo is busy", status=429, code="overloaded", retry_after_s=1)
         words: list[str] = re.findall(r"\S+\s*|\s+", generation.prompt)
-        said = words[: generation.sampling.max_tokens]
-        reason: FinishReason = "length" if len(said) < len(words) else "stop"
+        generated = words[: generation.sampling.max_tokens]
+        reason: FinishReason = "length" if len(generated) < len(words) else "stop"
         self._count("started")
         ended = False
         try:
-            for word in said[:-1]:
+            for word in generated[:-1]:
                 await self._permit()
                 yield Chunk(word, self.version)
             await self._permit()
             self._count("finished")
             ended = True
-            yield Chunk(said[-1], self.version, reason, Usage(len(words), len(said)))
+            yield Chunk(generated[-1], self.version, reason, Usage(len(words), len(generated)))
         finally:
             if not ended:
                 self._count("cancelled")
@@ -110,8 +110,8 @@ class EchoEngine:
         return self._failure is None
 
     async def status(self) -> EngineStatus:
-        """Number of generations that run."""
+        """Status with the number of running generations."""
         return EngineStatus({"running": self.started - self.finished - self.cancelled})
 
     async def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: `start` allocated nothing."""

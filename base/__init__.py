@@ -1,1 +1,1 @@
-"""The leaf every package stands on: strict configuration, one error family, storage through fsspec."""
+"""Foundation of all packages: strict configuration, one error family, storage through fsspec, JSON lines, progress."""

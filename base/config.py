@@ -213,8 +213,8 @@ def load(
     """Read `path`, apply dotted overrides, and validate against `schema`.
 
     Args:
-        part_of_file: ignore top-level keys that `schema` does not have, for a program that owns only some
-            sections of a file which was validated whole before.
+        part_of_file: ignore top-level keys that `schema` does not have, for a program that reads only some
+            sections of a file which was validated in full before.
 
     Raises:
         MissingFileError: no file at `path`.

@@ -40,7 +40,7 @@ class CherryError(Exception):
 
     exit_code = 1
     origin: CherryError | None = None
-    """The error of another process that this one sums up: written to the error file in its place."""
+    """Error of another process that this one summarizes; the error file gets it in place of this one."""
 
 
 class InvalidInputError(CherryError, ValueError):
@@ -62,7 +62,7 @@ class MissingFileError(InvalidInputError):
 
 
 class DataError(InvalidInputError):
-    """A document, record or token shard cannot be read as what it claims to be."""
+    """A document, record or token shard is malformed."""
 
     exit_code = 13
 
@@ -80,7 +80,7 @@ class CheckpointError(InvalidInputError):
 
 
 class NonFiniteLossError(InvalidInputError):
-    """The loss or the gradient norm stayed NaN, infinite or far above what it was: the same steps would fail again."""
+    """The loss or the gradient norm stayed NaN, infinite or far above its recent mean: the same steps fail again."""
 
     exit_code = 16
 
@@ -98,7 +98,7 @@ class RequestError(InvalidInputError):
 
 
 class DoesNotFitError(InvalidInputError):
-    """By the plan a job needs more memory than its GPUs have; the text says for what, and what would fit."""
+    """The planned memory of a job exceeds that of its GPUs; the text names the component and changes that would fit."""
 
     exit_code = 19
 
@@ -160,7 +160,7 @@ def is_retryable_exit_code(code: int) -> bool:
 
 
 def error_of_code(code: int, text: str) -> CherryError:
-    """The error that a program meant by its exit code: of the class with this code, else of its side's base."""
+    """Error for a program's exit code: of the class with this code, else of the base of user or transient errors."""
     kinds = {kind.exit_code: kind for kind in _family(CherryError)}
     if code in kinds:
         return kinds[code](text)
@@ -173,7 +173,7 @@ def error_of_code(code: int, text: str) -> CherryError:
 
 
 def _family(kind: type[CherryError]) -> Iterator[type[CherryError]]:
-    """`kind` and its subclasses of this file: a subclass elsewhere shares the code of the one that it refines."""
+    """`kind` and its subclasses in this file; a subclass defined elsewhere shares the exit code of its base."""
     yield kind
     for member in kind.__subclasses__():
         if member.__module__ == __name__:
@@ -186,7 +186,7 @@ def error_record(error: CherryError) -> dict[str, Any]:
 
 
 def write_error(path: Path, error: CherryError) -> None:
-    """Write an error's record; best effort: the exit code still says which side it is on."""
+    """Write an error's record to `path`; best effort, since the exit code still tells user from transient errors."""
     try:
         path.write_text(json.dumps(error_record(error)))
     except OSError as failure:
@@ -221,7 +221,7 @@ def without_credentials(text: str) -> str:
 
 @contextmanager
 def storage_errors(uri: str) -> Iterator[None]:
-    """Context that turns the operating system's and object stores' errors about `uri` into this family's.
+    """Context that converts errors of the operating system and of object stores about `uri` into this family's.
 
     Raises:
         MissingFileError: nothing exists there.
@@ -248,8 +248,8 @@ def storage_errors(uri: str) -> Iterator[None]:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse for programs that end with an exit code of this family; parse within `run_program`.
 
-    Flags are written out: an abbreviation would begin to mean another flag when one is added. Dashes and underscores
-    inside a flag are the same.
+    Flags must be written in full: an abbreviation could become ambiguous when a flag is added. Dashes and underscores
+    inside a flag are equivalent.
 
     Raises:
         ConfigError: an unknown flag, a missing one, or a value of another type, where argparse ends with code 2.
@@ -259,7 +259,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See argparse; flags are spelled as they were added first."""
+        """Namespace and unknown arguments, as argparse returns them; flags may have dashes or underscores."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*map(self._spelled, words[:end]), *words[end:]], namespace)
@@ -270,7 +270,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return known.get(flag.replace("_", "-"), flag) + equals + value if flag.startswith("--") else word
 
     def error(self, message: str) -> NoReturn:
-        """See the class."""
+        """Raise ConfigError with argparse's message."""
         raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` lists all flags.")
 
 

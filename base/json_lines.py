@@ -1,6 +1,6 @@
 """Files of JSON objects, one a line, that one process appends to while others read: metrics, events, progress.
 
-A line counts once its newline is there. Lines that are no JSON objects (cut short by a kill) are left out.
+A line is complete once its newline is written. Lines that are no JSON objects (cut short by a kill) are left out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class JsonLinesReader:
     def read_new(self) -> list[dict[str, Any]] | None:
         """Objects of the lines that were finished since the last call; empty when there is no file yet.
 
-        `None` when the file was rewritten meanwhile and where the last call ended is no end of a line any more:
-        the next call begins at the start of the file.
+        `None` when the file was rewritten meanwhile, so that the last call's offset no longer ends a line: the next
+        call begins at the start of the file.
         """
         try:
             with self.path.open("rb") as handle:
@@ -90,9 +90,9 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line whole, or not at all where storage does not take it.
+    """Append a line in full, or nothing where storage fails.
 
-    Best effort: a full disk costs the line and is a warning in the log, never the work that reports it.
+    Best effort: on a full disk the line is lost with a warning in the log, and the caller's work continues.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

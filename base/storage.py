@@ -39,7 +39,7 @@ class FoundFile:
     uri: str
     bytes: int
     version: str
-    """Entity tag or time of change: another one once the file is written again."""
+    """Entity tag or modification time; it changes when the file is rewritten."""
 
 
 def is_local(uri: str) -> bool:
@@ -113,10 +113,10 @@ def read_json(uri: str) -> Any:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file so that a reader sees the old content or the new one, never a part.
+    """Write a file atomically: a reader sees the old content or the new one, never a part.
 
     Local files go through a temporary file beside the target and an atomic rename; an object store's put is
-    whole by itself.
+    atomic by itself.
     """
     with storage_errors(uri):
         if is_local(uri):
@@ -155,8 +155,8 @@ def list_names(uri: str) -> list[str]:
 def find(uri: str) -> list[FoundFile]:
     """The files at `uri`, sorted by name: one file, a folder's (hidden ones left out), or those that a glob matches.
 
-    Names are relative to the folder, or to the part of a glob before its first wildcard: the same wherever the
-    folder lies. Empty when nothing is there.
+    Names are relative to the folder, or to the part of a glob before its first wildcard, and so independent
+    of where the folder is. Empty when nothing is there.
     """
     fs, path = _locate(uri)
     with storage_errors(uri):

@@ -33,7 +33,7 @@ class ClusterSpec(Section):
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 1
     hosts: tuple[str, ...] = ()
-    """Addresses of the nodes, for a provider that is given them."""
+    """Addresses of the nodes, for a provider that connects to given hosts."""
     price_per_gpu_hour: NonNegativeFloat | None = None
     """Price in any currency; `null` leaves costs out of the plan."""
     interruptions_per_gpu_day: NonNegativeFloat = LLAMA3_INTERRUPTIONS_PER_GPU_DAY
@@ -41,7 +41,7 @@ class ClusterSpec(Section):
     """Seconds from a failure to the end of the attempt. A lost process is detected in a second, a lost node within a
     heartbeat, a hang only after communication.timeout_s. Assumed."""
     restart_s: NonNegativeFloat = 240.0
-    """Seconds from there to the next attempt's first byte of its checkpoint: new host, imports, NCCL init. Assumed."""
+    """Seconds from the end of an attempt until the next one reads its checkpoint: host, imports, NCCL init. Assumed."""
     storage_write_bytes_s: PositiveFloat = 50e9
     """Bytes/s of all ranks together to checkpoint storage. Assumed: a mid-sized parallel file system."""
     storage_read_bytes_s: PositiveFloat = 100e9
@@ -76,7 +76,7 @@ class ClusterSpec(Section):
         elif self.hosts and len(self.hosts) != self.nodes:
             yield Problem("hosts", f"must name all of the {self.nodes} nodes or none", len(self.hosts))
         if self.kind == "local" and self.nodes != 1:
-            yield Problem("nodes", "must be 1 with kind local: it is this machine alone", self.nodes)
+            yield Problem("nodes", "must be 1 with kind local: it is this machine only", self.nodes)
 
 
 def read_cluster(name: str) -> ClusterSpec:

@@ -92,7 +92,7 @@ def read_tensors(model: DeepseekV3, source: str) -> Iterator[tuple[str, Tensor]]
 
 
 def main() -> None:
-    """Entry point of the program."""
+    """Entry point of `python -m cherry.export`."""
     parser = ArgumentParser(prog="python -m cherry.export", description=__doc__)
     parser.add_argument("--run_dir", required=True)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")

@@ -17,9 +17,9 @@ class Gpu:
     """One accelerator, or the CPU of a laptop, by its data sheet; rates are per second."""
 
     name: str
-    """As a cluster's spec gives it; all of its words are in the driver's name of the device."""
+    """Name in cluster specs; each of its words occurs in the driver's name of the device."""
     memory_bytes: int
-    """What torch reports as the device's total memory."""
+    """Total device memory in bytes, as torch reports it."""
     flops: dict[str, float]
     """Dense peak FLOP/s by precision: `fp32`, `bf16`, `fp8`."""
     memory_rate: float
@@ -133,7 +133,7 @@ GPUS: dict[str, Gpu] = {
 def find_gpu(device_name: str) -> Gpu | None:
     """The GPU that a driver calls `device_name`, like `NVIDIA H100 80GB HBM3`; `None` for one that is not listed.
 
-    Words are compared whole, so that a GH200 is no H200; of several entries the one with most words is it.
+    Words are compared whole, so that a GH200 is no H200; of several matches the one with most words is taken.
     """
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     found = [gpu for gpu in GPUS.values() if not gpu.shared_memory and words.issuperset(gpu.name.upper().split())]

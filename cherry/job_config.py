@@ -50,7 +50,7 @@ class DataConfig(Section):
     """Seed of the choice of documents and of the training and held-out split."""
 
     def problems(self) -> Iterator[Problem]:
-        """Fill-in-the-middle would cut conversations up."""
+        """Problem with fill-in-the-middle, which would cut up conversations."""
         if self.fim_rate and self.format == "chat":
             yield Problem("fim_rate", "must be 0 with data.format chat: turns are not filled in", self.fim_rate)
 
@@ -95,7 +95,7 @@ class ParallelConfig(Section):
         return ranks // self.context
 
     def problems_with(self, ranks: int) -> Iterator[Problem]:
-        """The axis sizes that do not go with the number of ranks; keys are relative to the whole configuration."""
+        """Problems of the axis sizes with the number of ranks; keys are relative to the whole configuration."""
         axes = {"replicate": self.replicate, "expert": self.expert, "context": self.context}
         if self.expert_ranks_per_node is not None and self.expert % self.expert_ranks_per_node:
             rule = f"must divide parallel.expert ({self.expert})"
@@ -128,7 +128,7 @@ class ProfileConfig(Section):
     """Record allocations too: a CUDA memory snapshot, or a timeline of allocated bytes where there is no GPU."""
 
     def problems(self) -> Iterator[Problem]:
-        """The range is not empty, and some rank is profiled."""
+        """Problems with an empty range of steps or an empty list of ranks."""
         if self.steps[0] > self.steps[1]:
             yield Problem("steps", "must be [first, last] with first <= last", list(self.steps))
         if not self.ranks:
@@ -222,7 +222,7 @@ class TrainConfig(Section):
     """Profile some steps on some ranks; `null` profiles none."""
 
     def problems(self) -> Iterator[Problem]:
-        """Decays that bf16 states can follow."""
+        """Problems with decays that are too slow for bf16 states."""
         decays = {"beta1": self.beta1, "beta2": self.beta2}
         if self.optimizer == "muon":
             decays["muon.momentum"] = self.muon.momentum
@@ -253,7 +253,7 @@ class LoraConfig(Section):
     `null` adapts all that the model has."""
 
     def problems(self) -> Iterator[Problem]:
-        """An empty list would train nothing."""
+        """Problem with an empty list of targets, which would train nothing."""
         if self.targets is not None and not self.targets:
             yield Problem("targets", "must name at least one projection; null is all that the model has", [])
 
@@ -341,7 +341,7 @@ class JobConfig(Section):
     launch: LaunchConfig = LaunchConfig()
 
     def problems(self) -> Iterator[Problem]:
-        """Rules over several sections."""
+        """Problems with combinations of keys of several sections."""
         ranks = self.launch.nproc_per_node * self.launch.nnodes
         data_ranks = self.parallel.data_ranks(ranks)
         micro = max(1, data_ranks) * self.train.gradient_accumulation_steps

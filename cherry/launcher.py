@@ -148,7 +148,7 @@ def _start(options: Any) -> None:
             "was started; then start the same command again."
         ) from error
     except SignalException as error:
-        print(f"ended by {error.sigval.name}, with all ranks. Start the same command again to go on.", file=sys.stderr)
+        print(f"ended by {error.sigval.name}, with all ranks. Run the same command again to resume.", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from error
 
 
@@ -252,7 +252,7 @@ def _error_of(rank: int, failure: Any) -> CherryError:
     if code < 0:
         name = signal.Signals(-code).name
         return WorkerLostError(
-            f"{where} was killed by {name}. Start the same command again: it goes on from the newest checkpoint."
+            f"{where} was killed by {name}. Start the same command again: it resumes from the newest checkpoint."
         )
     log = f"see also train/rank-{rank}.log"
     own = error_of_record((failure.error_file_data or {}).get(RECORD_KEY))

@@ -1,4 +1,4 @@
-"""What a training run reports: the writer of metrics.jsonl, the terminal's line, the peak FLOP/s of MFU."""
+"""Metrics of a training run: the writer of metrics.jsonl, the terminal's line, and the peak FLOP/s of MFU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class MetricsWriter:
         lines = parse_lines(path.read_bytes()) if path.exists() else []
         kept = [line for line in lines if line["step"] <= resume_step]
         with storage_errors(str(path)):
-            # A new file under the old name: an attempt that was superseded writes on to one without a name.
+            # A new file under the old name: an attempt that was superseded keeps writing to the unlinked one.
             storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._handle = path.open("ab", buffering=0)
         self._waiting = b""

@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None, *, hooks: Sequence[TrainerHook]
 
 
 def _run(arguments: Sequence[str] | None, hooks: Sequence[TrainerHook]) -> None:
-    """Train. An error of this project's family is printed once: rank 0's here, another's by the launcher if it is the
-    cause."""
+    """Train. An error of this project's family is printed once: rank 0's here, that of another rank by the launcher if
+    it is the cause."""
     rank = int(os.environ.get("RANK", "0"))
     options: argparse.Namespace | None = None
     try:
@@ -212,7 +212,7 @@ def _train_in_group(
 
 
 def classify_error(error: RuntimeError) -> Exception:
-    """The user or transient error that an error of torch stands for; the error itself if it is neither, but a bug."""
+    """The user or transient error that corresponds to an error of torch; the error itself if it is a bug."""
     import torch
     import torch.distributed as dist
 
@@ -226,9 +226,9 @@ def classify_error(error: RuntimeError) -> Exception:
         )
     # gloo has no error type of its own, but its messages begin with the path of its source.
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
-        return WorkerLostError(f"the connection to another rank broke: {first}. Start the same command again to go on.")
+        return WorkerLostError(f"the connection to another rank broke: {first}. Run the same command again to resume.")
     if isinstance(error, torch.AcceleratorError):
-        return WorkerLostError(f"the GPU failed: {first}. Start the same command again to go on.")
+        return WorkerLostError(f"the GPU failed: {first}. Run the same command again to resume.")
     return determinism_error(error) or error
 
 
@@ -256,7 +256,7 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
 
 
 def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
-    """See `_prepare`. Prepares data and writes config.yaml, unless a flow did; else checks them against the config."""
+    """Result of `_prepare` on rank 0, after preparing data and writing config.yaml, or checking those of a flow."""
     from cherry.checkpoint.checkpointer import check_model
     from cherry.checkpoint.naming import newest_checkpoint
     from cherry.checkpoint.resume_rules import check_data, check_resume, checkpoints_of, find_checkpoint, write_config
@@ -285,7 +285,7 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
         check_model(found, record, model.model_dump(mode="json"))
         config = _with_steps(config, record, options)
         for change in check_resume(config, manifest, found, record, named=named is not None):
-            print(f"goes on from {found} with another {change}", flush=True)
+            print(f"resuming from {found} with a changed value: {change}", flush=True)
     write_config(config, run_directory, options.config)
     return config, named
 
@@ -300,7 +300,7 @@ def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Nam
         return config
     done, planned = int(record["step"]), int(record.get("steps", 0))
     steps = planned if planned > done else done + config.train.steps
-    print(f"trains from step {done} to {steps}; --steps says otherwise", flush=True)
+    print(f"training from step {done} to {steps}; --steps changes this", flush=True)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 

@@ -67,7 +67,7 @@ def score(model: DeepseekV3, data_directory: str, *, documents: int, max_tokens:
 
 
 def main() -> None:
-    """Entry point of the program."""
+    """Entry point of `python -m cherry.scoring`."""
     parser = ArgumentParser(prog="python -m cherry.scoring", description=__doc__)
     parser.add_argument("--model_path", help="a Hugging Face folder or URI, quantized or not")
     parser.add_argument("--untrained", action="store_true", help="score the initial weights of --config")

@@ -3,7 +3,7 @@
 The rule is that of OLMo 2 (arXiv 2501.00656, and `SkipStepOptimizer` of its training code): a step is skipped when its
 loss or its gradient norm lies more than 6 standard deviations above the mean of the last 128 steps, once half of them
 are known. Here skipped steps stay out of the window. With them in it, the fourth outlier of a kind passes (its 6
-deviations reach above it), and a run that has diverged would go on.
+deviations reach above it), and a run that has diverged would continue.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The record of one optimizer step: a line of metrics.jsonl, a point of each series, a line on the terminal.
 
-Every field says here what it is, in which unit, and whether and how the tracker gets it; nothing else lists the series.
+Each field is annotated with a description, its unit and how the tracker gets it; the series are listed nowhere else.
 No torch: the train step, the plots and `cherry status` read the same record.
 """
 
@@ -17,16 +17,16 @@ from base.errors import DataError
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What a field of a record is, and what becomes of it on its way to the tracker."""
+    """Description of a record's field: meaning, unit, and how the tracker gets it."""
 
     description: str
     unit: str = ""
     tracked: bool = False
-    """The tracker gets it as a series."""
+    """Whether the tracker gets the field as a series."""
     tracked_name: str | None = None
     """Name of the series, where it is not the field's."""
     every_step: bool = False
-    """Each step sends it. Of the other series one point a second is enough: a point costs more than a line of
+    """Whether each step sends it. Of the other series one point a second is enough: a point costs more than a line of
     metrics.jsonl, and a small model takes ten steps in that time, on the same cores."""
     in_flow_run: bool = False
     """The flow's own run gets the series too: enough to see in a comparison of two runs why one is better."""
@@ -124,7 +124,7 @@ class TrainRecord:
         return self.rollbacks or 0, self.step
 
     def as_line(self) -> str:
-        """One line of metrics.jsonl with its newline; what is not finite becomes null, which JSON does have."""
+        """One line of metrics.jsonl with its newline; values that are not finite are null, since JSON has no NaN."""
         values = {
             name: value if _is_finite(value) else None
             for name, info in FIELDS.items()
@@ -160,7 +160,7 @@ FIELDS: dict[str, FieldInfo] = {
 SERIES: dict[str, str] = {name: info.tracked_name or name for name, info in FIELDS.items() if info.tracked}
 """Series name in the tracker by field: what the run of the train step gets."""
 FLOW_SERIES: dict[str, str] = {name: series for name, series in SERIES.items() if FIELDS[name].in_flow_run}
-"""Those that the flow's run gets too."""
+"""Series name in the tracker by field, of the series that the flow's run gets too."""
 EVERY_STEP: frozenset[str] = frozenset(name for name, info in FIELDS.items() if info.every_step)
 """Fields that each step sends."""
 _MARKS = tuple(name for name, info in FIELDS.items() if info.marks_step)

@@ -1,7 +1,7 @@
 """The training loop of one rank: set-up, the optimizer step, evaluation, saves, and rollback after divergence.
 
-A resolved config comes in; checkpoints, metrics.jsonl and result.json go out. What else watches a run is a hook
-(cherry/hooks/protocol.py).
+A resolved config comes in; checkpoints, metrics.jsonl and result.json go out. Everything else that observes a run is
+a hook (cherry/hooks/protocol.py).
 
 Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture layer, E expert.
 """
@@ -94,7 +94,7 @@ class Trainer:
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
         self.batches = self._batch_reader()
-        self.network = build(config, self.device, self._say)
+        self.network = build(config, self.device, self._print_line)
         self.model = self.network.model
         self.communication = fsdp_hooks.install(self.network.module, config.communication)
         self.optimizer = self.accelerator.prepare_optimizer(self.network.optimizer)
@@ -118,7 +118,7 @@ class Trainer:
         self.network.start()
         self.metrics = self._metrics_hook() if self.rank == 0 else None
         own = [hook for hook in (self.metrics, self._profiler_hook()) if hook is not None]
-        self.hooks = HookList([*own, *hooks], self._say)
+        self.hooks = HookList([*own, *hooks], self._print_line)
         # A CPU has no data sheet peak; a measured one depends on its load, so MFU would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
 
@@ -142,7 +142,7 @@ class Trainer:
         self._started_from = found[0]
         if found[0] is not None:
             self._restore(found[0])
-            self._say(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
+            self._print_line(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
 
     def _restore(self, uri: str) -> None:
         model = self.config.model.model_dump(mode="json")
@@ -157,14 +157,14 @@ class Trainer:
 
     def _metrics_hook(self) -> MetricsHook:
         path, every = self._train_directory / "metrics.jsonl", self.config.train.log_every_steps
-        return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, say=self._say)
+        return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, print_line=self._print_line)
 
     def _profiler_hook(self) -> ProfilerHook | None:
         wanted = self.config.train.profile
         if wanted is None or self.rank not in wanted.ranks:
             return None
-        say = self._say if self.accelerator.is_main_process else logger.info
-        return ProfilerHook(wanted, self._train_directory / "profile", rank=self.rank, say=say)
+        print_line = self._print_line if self.accelerator.is_main_process else logger.info
+        return ProfilerHook(wanted, self._train_directory / "profile", rank=self.rank, print_line=print_line)
 
     @property
     def _train_directory(self) -> Path:
@@ -301,10 +301,10 @@ class Trainer:
         """Restore the last good checkpoint after too many skipped steps; the data read since is not read again.
 
         Args:
-            record: of the last of these steps.
+            record: record of the last of these steps.
 
         Raises:
-            NonFiniteLossError: `train.on_divergence` says stop, there were too many rollbacks, or no checkpoint.
+            NonFiniteLossError: `train.on_divergence` is stop, there were too many rollbacks, or there is no checkpoint.
         """
         train, reached = self.config.train, self.progress
         target = self._last_good() if train.on_divergence == "rollback" else None
@@ -324,7 +324,7 @@ class Trainer:
         self.progress.seconds = reached.seconds
         self._rollback_before, self._save_owed = self.progress.step, False
         passed, nth = reached.step - self.progress.step, self.progress.rollbacks
-        self._say(f"went back to {target}: {passed} batches passed over, rollback {nth}")
+        self._print_line(f"rolled back to {target}: {passed} batches passed over, rollback {nth}")
 
     def _last_good(self) -> str | None:
         """URI of the newest checkpoint of this run, or of the one before it where a rollback to it failed already."""
@@ -397,7 +397,7 @@ class Trainer:
             storage.write_json(storage.join(self.run_directory, "train", "result.json"), result)
         return result
 
-    def _say(self, line: str, fraction: float | None = None) -> None:
+    def _print_line(self, line: str, fraction: float | None = None) -> None:
         """Print and log a line for people, on the main process only; with a fraction of the run, also as progress."""
         if self.accelerator.is_main_process:
             if fraction is None:

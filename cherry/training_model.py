@@ -76,10 +76,10 @@ class Network:
 
     model: DeepseekV3
     module: nn.Module
-    """What is called: `TrainingModel`, sharded."""
+    """The sharded `TrainingModel`."""
     optimizer: Optimizer
     resident_micro_batches: int | None = None
-    """Micro-batches of a step where parameters stay resident; `None` where the mesh is of several."""
+    """Micro-batches of a step where parameters stay resident; `None` on a mesh of several ranks."""
     fp8: bool = False
     resident: ResidentParams | None = None
 
@@ -101,9 +101,9 @@ class Network:
         return gradient_norm(self.module)
 
     def ready_step(self, norm: Tensor, max_norm: float) -> Callable[[], None]:
-        """One optimizer step on the gradients, clipped to a total norm of at most `max_norm` in the same pass.
+        """Callable that takes one optimizer step, with gradients clipped to a total norm of at most `max_norm`.
 
-        All that the host has to find for it is found here, before anything waits for the device: it would idle.
+        All host-side lookups are done here, before anything waits for the device: it would idle.
         """
         gradients = OwnGradients() if self.resident is None else self.resident
         update = self.optimizer.ready_step(gradients, clip_coefficient(norm, max_norm))
@@ -112,7 +112,7 @@ class Network:
         return partial(_update_resident, update, self.resident)
 
     def step(self, norm: Tensor, max_norm: float) -> None:
-        """Take `ready_step` at once."""
+        """Take an optimizer step; see `ready_step`."""
         self.ready_step(norm, max_norm)()
 
     def zero_grad(self) -> None:
@@ -133,11 +133,11 @@ def _update_resident(update: Callable[[], None], resident: ResidentParams) -> No
     resident.requantize()
 
 
-def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | None = None) -> Network:
+def build(config: JobConfig, device: torch.device, print_line: Callable[[str], None] | None = None) -> Network:
     """The model of a job on this rank's device, with its initial weights; no rank ever holds all of it.
 
     Args:
-        say: called with progress lines while weights are loaded.
+        print_line: called with progress lines while weights are loaded.
 
     Raises:
         ConfigError: the precision does not fit the device.
@@ -170,7 +170,7 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
     fsdp.materialize(network, device, cpu_offload=config.parallel.cpu_offload)
     fsdp.initialize(model, config.seed)
     if config.init_from is not None:
-        on_progress = None if say is None else lambda line, _: say(line)
+        on_progress = None if print_line is None else lambda line, _: print_line(line)
         loading.load_weights(model, config.init_from, on_progress=on_progress)
     initialize_adapters(model, config.seed)
     alone = fsdp.keeps_resident_params(meshes, train.precision, config.parallel)
@@ -179,7 +179,7 @@ def build(config: JobConfig, device: torch.device, say: Callable[[str], None] | 
 
 
 def _use_fp8(model: DeepseekV3, device: torch.device) -> None:
-    """Let the blocks multiply in fp8; CPUs emulate it.
+    """Switch the matmuls of blocks to fp8; CPUs emulate it.
 
     Raises:
         ConfigError: the GPU has no such matmuls, or the model none that is wide enough for them.

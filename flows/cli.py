@@ -29,7 +29,7 @@ DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
 
 
 class _WithOverrides(click.Command):
-    """A subcommand with key=value arguments: says how they are written to a person who wrote them as options."""
+    """A subcommand with key=value arguments; its error explains how to write keys that were given as options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See click."""
@@ -107,7 +107,7 @@ def deploy(*, config: str, overrides: tuple[str, ...], model_version: int | None
 @cli.command()
 @_verbose
 def demo(*, verbose: bool) -> None:
-    """Train and release the tiny model of configs/tiny.yaml, and ask it."""
+    """Train and release the tiny model of configs/tiny.yaml, and send it a prompt."""
     console, server, resolved = _start(DEMO_CONFIG, DEMO_OVERRIDES, verbose=verbose)
     from flows import commands
 
@@ -134,7 +134,7 @@ def plan(
 
     resolved = _resolve(config, overrides)
     if cluster is not None:
-        _say_packaged(cluster)
+        _print_packaged(cluster)
     plan_command.plan(Console(), resolved, cluster, as_json=as_json, with_search=search, plot=plot)
 
 
@@ -216,12 +216,12 @@ def _resolve(config: str, overrides: Sequence[str]) -> RunConfig:
     from base.config import load
     from tasks.run_config import RunConfig
 
-    _say_packaged(config)
+    _print_packaged(config)
     return load(config, RunConfig, overrides)
 
 
-def _say_packaged(name: str) -> None:
-    """Tell which packaged file a name, or a path that is not in the working directory, stands for."""
+def _print_packaged(name: str) -> None:
+    """Print which packaged file a name, or a path that is not in the working directory, refers to."""
     from base.config import packaged_config
     from cherry.cluster import LOCAL
 
@@ -230,7 +230,7 @@ def _say_packaged(name: str) -> None:
 
 
 def _start(config: str, overrides: Sequence[str], *, verbose: bool) -> tuple[Console, TemporaryServer, RunConfig]:
-    """What a command that starts a flow needs: the terminal, a Prefect server that is starting, and the config."""
+    """Console, starting Prefect server and resolved config of a command that starts a flow."""
     from rich.console import Console
 
     from flows.prefect_server import TemporaryServer

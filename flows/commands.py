@@ -120,7 +120,7 @@ def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
 
 
 def _after_failure(directory: Path) -> str:
-    """Lines on the logs that exist, which may be none, and on how to resume."""
+    """Lines that name the logs, if there are any, and the way to resume."""
     logs = [str(path) for path in (directory / "events.jsonl", directory / "train") if path.exists()]
     lines = [f"  logs:     {', '.join(logs)}"] if logs else []
     return "\n".join([*lines, "  resume:   the same command; finished steps are found"])
@@ -158,7 +158,7 @@ def _no_server(error: Exception) -> str:
         address = httpx.URL(url).copy_with(userinfo=b"")
         return f"Prefect's server at {address} does not answer ({error}). Start it, or unset PREFECT_API_URL."
     return (
-        f"Prefect's temporary server answers no more ({error}). Start the same command again, or start a server "
+        f"Prefect's temporary server no longer answers ({error}). Start the same command again, or start a server "
         "(prefect server start) and set PREFECT_API_URL."
     )
 

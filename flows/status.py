@@ -1,4 +1,4 @@
-"""`cherry status`: the state of every run directory, read from disk alone.
+"""`cherry status`: the state of every run directory, read from disk only.
 
 It asks no server, so it answers when Prefect and the tracker are down.
 """

@@ -45,7 +45,7 @@ class Documents:
         return self
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory, in place."""
+        """Move all tensors to page-locked memory, in place."""
         for name in ("document_BT", "position_BT", "boundaries_S"):
             setattr(self, name, getattr(self, name).pin_memory())
         return self

@@ -201,7 +201,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, weight_R, ends_E, w13_EFD, w2_EDF, h_RX = ctx.saved_tensors
-        trained = ctx.needs_input_grad[3]  # or adapters are, elsewhere
+        trained = ctx.needs_input_grad[3]  # false where only adapters are trained
         grad_RD = grads[0].contiguous()
         grad_act_RF = torch._grouped_mm(grad_RD, w2_EDF, offs=ends_E)
         act_RF, grad_h_RX, grad_weight_R = _gated_backward(h_RX, weight_R, grad_act_RF)

@@ -90,7 +90,7 @@ def sequence_balance_loss(
 
 
 ReduceCounts = Callable[[Tensor, int], tuple[Tensor, int]]
-"""Counts [B, E] over this rank's positions of each sequence, and their number -> the same over all positions."""
+"""Counts [B, E] over this rank's positions of each sequence, and their number -> both over all positions."""
 
 
 class MoE(Fp32Buffers):

@@ -1,6 +1,7 @@
 """Quantization of a weights folder: file by file, in any registered format, with an error report.
 
-Weights that the format leaves alone keep their type. How much loss the result costs is for an evaluation to measure.
+Weights that the format does not quantize keep their type. The loss that quantization costs is measured elsewhere, by an
+evaluation.
 
     python -m model.quantize --source <folder> --target <folder> [--format <name>]
 """
@@ -161,7 +162,7 @@ def _bytes(reader: WeightsReader, name: str) -> int:
 def _finish(
     source_uri: str, target_uri: str, config: dict[str, Any], file_of: dict[str, str], report: dict[str, Any]
 ) -> None:
-    """Write what belongs beside the weights, the marker last."""
+    """Write the index, copied files, the report and config.json beside the weights, and the marker last."""
     write_index(target_uri, file_of)
     for name in storage.list_names(source_uri):
         if name.endswith((".json", ".jinja", ".model")) and name not in _WRITTEN:

@@ -182,11 +182,11 @@ def initial_values(
 ) -> Tensor:
     """Initial fp32 values of the parameter `name` on the CPU: ones for norms, else normal with `std`.
 
-    Each chunk of rows has a generator seeded by (seed, name, chunk), so that any slice of rows can be drawn alone
+    Each chunk of rows has a generator seeded by (seed, name, chunk), so that any slice of rows can be drawn by itself
     and the values are the same however the parameter is sharded.
 
     Args:
-        shape: the whole parameter's.
+        shape: shape of the unsharded parameter.
         rows: first and one past the last row (index of the first dimension) to return; None is all of them.
     """
     first, last = rows or (0, shape[0])

@@ -54,7 +54,7 @@ class CodeVersion:
 
     package: str
     digest: str
-    """Of every source file, SHA-256."""
+    """SHA-256 over every source file."""
     git: GitVersion | None
 
 

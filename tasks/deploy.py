@@ -61,7 +61,7 @@ def _serving(context: RunContext) -> ServingDirectory:
     return ServingDirectory(context.config.runs_directory)
 
 
-def _say(context: RunContext, line: str) -> None:
+def _report(context: RunContext, line: str) -> None:
     run_logger().info(line)
     write_event(context.path, "deploy", "progress", line=line)
 
@@ -83,7 +83,7 @@ def _registered(context: RunContext, number: int | None, alias: str | None = Non
 
 
 def _chosen(context: RunContext) -> ModelVersion:
-    """Version when none was named: the one that this run registered, or the candidate when it registered none.
+    """Version to serve when none was named: the one that this run registered, or the candidate when it registered none.
 
     Raises:
         ConfigError: it was judged worse than the champion, or this registry does not have the run's version.
@@ -104,7 +104,7 @@ def _chosen(context: RunContext) -> ModelVersion:
     if found.tags.get("verdict") == "worse":
         raise ConfigError(
             f"{found.name} version {found.version} was judged worse than {found.tags.get('compared_with')}. To serve "
-            f"it all the same, name it: --model-version {found.version}."
+            f"it anyway, name it: --model-version {found.version}."
         )
     return found
 
@@ -150,7 +150,7 @@ def start(context: RunContext, release: Release) -> Server:
     if running is not None and (running.model, running.kind) == (release.model_path, deploy.replica_kind):
         run_logger().info("found running: %s at %s", running.name, running.url)
         return running
-    _say(context, f"starting a replica of {release.label}")
+    _report(context, f"starting a replica of {release.label}")
     return serving.start_replica(
         release.label,
         deploy.replica_kind,
@@ -174,7 +174,7 @@ def smoke(context: RunContext, replica: Server) -> str:
         if replica.name not in serving.weights():
             serving.stop(replica)
         raise
-    _say(context, f"smoke: {deploy.smoke_prompt!r} -> {output[:_PROMPT_CHARACTERS]!r}")
+    _report(context, f"smoke: {deploy.smoke_prompt!r} -> {output[:_PROMPT_CHARACTERS]!r}")
     return output
 
 
@@ -195,7 +195,7 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
     """Steps of shifting traffic to the replica, each checked with real requests; a breach is rolled back.
 
     Raises:
-        ServiceError: the error rate of a step was above deploy.max_error_rate; the routes are as before.
+        ServiceError: the error rate of a step was above deploy.max_error_rate; traffic was rolled back.
     """
     serving, config = _serving(context), context.config.deploy
     before = {name: weight for name, weight in serving.weights().items() if weight > 0}
@@ -208,11 +208,11 @@ def shift(context: RunContext, replica: Server) -> dict[str, Any]:
             row = _probe(context, gateway, replica, percent)
             rows.append(row)
             failed = f"{row['errors']} of {row['requests']} requests failed"
-            _say(context, f"{percent} % of traffic on {replica.name}: {failed}")
+            _report(context, f"{percent} % of traffic on {replica.name}: {failed}")
             if row["errors"] > config.max_error_rate * row["requests"]:
                 raise ServiceError(
                     f"{replica.name}: {failed} at {percent} % of traffic (deploy.max_error_rate "
-                    f"{config.max_error_rate}); traffic is back where it was"
+                    f"{config.max_error_rate}); traffic was rolled back"
                 )
     except BaseException:
         _rollback(serving, before, replica)

@@ -68,7 +68,7 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
                 "baseline": baseline,
             }.items()
         }
-        return _report(context, step, judge(context.config, scores, _label(champion), missing), folder)
+        return _report(context, step, verdicts(context.config, scores, _label(champion), missing), folder)
 
     return perform(context, "evaluate", inputs, work)
 
@@ -78,7 +78,7 @@ def _label(champion: ModelVersion | None) -> str:
 
 
 def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersion | None, str | None]:
-    """Registered champion to compare with; its predecessor when the champion is this very model.
+    """Registered champion to compare with; its predecessor when the champion is this same model.
 
     Returns:
         The champion, and a sentence for one whose weights are gone.
@@ -148,7 +148,7 @@ def _compare(
     )
 
 
-def judge(
+def verdicts(
     config: RunConfig, scores: Mapping[str, dict[str, Any]], baseline: str, missing: str | None = None
 ) -> dict[str, Any]:
     """Content of evaluation.json: the verdicts on the candidate and on its quantized weights, with their figures.
@@ -164,7 +164,7 @@ def judge(
     if missing is not None:
         alias = config.register_model.champion_alias
         reason = (
-            f"{missing}. Bring them back and run the flow again, or take the alias {alias} away. "
+            f"{missing}. Restore them and run the flow again, or remove the alias {alias}. "
             f"Against the untrained model it is {verdict}: {reason}"
         )
         verdict = "can't tell"

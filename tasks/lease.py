@@ -1,6 +1,6 @@
 """Lease of a run directory: at most one flow works in it, whichever host it runs on.
 
-`lease.json` names the holder; `lease.lock` is locked (flock) while anyone reads, judges or changes it. The holder
+`lease.json` names the holder; `lease.lock` is locked (flock) while a process reads, checks or changes it. The holder
 renews the lease by the file's time, so that a lease from a host that died goes stale.
 """
 
@@ -25,7 +25,7 @@ from base.errors import CherryError, MissingFileError, OperationalError, storage
 from tasks.processes.process import is_alive
 
 _HOST = socket.gethostname()
-# A lease is renewed so often, and counts as left behind after so long: eight renewals that a slow disk may lose.
+# Seconds between renewals, and until a lease counts as stale: a slow disk may lose eight renewals.
 RENEW_S = 15.0
 _STALE_S = 120.0
 logger = logging.getLogger(__name__)
@@ -114,12 +114,12 @@ def is_own(run_directory: Path) -> bool:
 
 
 def drop_lease(run_directory: Path) -> None:
-    """Remove the lease, whoever's it is. Call it under `locked`, after `is_held`."""
+    """Remove the lease, whichever process holds it. Call it under `locked`, after `is_held`."""
     _lease(run_directory).unlink(missing_ok=True)
 
 
 def _keep_fresh(run_directory: Path, token: str, renew_s: float) -> None:
-    """Renew the lease until it is given back or another process has it; ends with the process."""
+    """Renew the lease until it is released or another process has it; ends with the process."""
     while True:
         time.sleep(renew_s)
         try:

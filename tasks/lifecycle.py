@@ -271,7 +271,7 @@ def end_leftovers(config: RunConfig) -> None:
     directory = Path(run_directory(config))
     if not directory.is_dir():
         return
-    # Under the lock to the end: whoever takes the lease next goes on in the MLflow runs that are ended here.
+    # Under the lock to the end: the next holder of the lease continues the MLflow runs that are ended here.
     with locked(directory):
         if is_held(directory):
             return  # the process still works, or cleans up by itself

@@ -48,12 +48,12 @@ def refuse(plan: Plan | None, config: RunConfig) -> None:
         return
     reason = f"{plan.why_not()} {advice(nearest_that_fit(plan))}"
     if config.plan.refuse:
-        raise DoesNotFitError(f"{reason} plan.refuse=false goes on all the same.")
-    logger.warning("%s Going on: plan.refuse is false.", reason)
+        raise DoesNotFitError(f"{reason} plan.refuse=false starts it anyway.")
+    logger.warning("%s Continuing: plan.refuse is false.", reason)
 
 
-def tell(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
-    """Write plan.json, plot it, and log it to Prefect and MLflow; returns the step's outputs."""
+def record_plan(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
+    """The step's outputs, after writing plan.json, plotting it, and logging it to Prefect and MLflow."""
     target = context.path / PLAN_FILE
     storage.write_json(str(target), plan.as_dict())
     path = context.path / "plots" / "plan_memory.png"

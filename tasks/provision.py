@@ -1,4 +1,4 @@
-"""Provision: the hosts of a run, checked against its plan, recorded before they are taken, and given back.
+"""Provision: the hosts of a run, checked against its plan, recorded before they are taken, and released.
 
 `reservation.json` stands in the run directory from before hosts are taken until they are released. A process that finds
 one whose flow is gone releases them (`tasks.lifecycle.end_leftovers`).
@@ -18,7 +18,7 @@ from base.errors import CherryError, OperationalError
 from cherry.cluster import read_cluster
 from cherry.planner.plan import Plan, checkpoint_bytes
 from tasks.lease import drop_lease, is_own, locked
-from tasks.plan_record import predict, refuse, tell
+from tasks.plan_record import predict, record_plan, refuse
 from tasks.providers.protocol import (
     HOSTS_FILE,
     RESERVATION_FILE,
@@ -34,7 +34,7 @@ from tasks.providers.registry import find_provider, provider_name
 from tasks.run_config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
-# What the plan is made of, besides the cluster and how it is launched.
+# Sections that the plan depends on, besides the cluster and the launch.
 _PLANNED = ["model", "data", "parallel", "communication", "train", "lora", "checkpoint"]
 _GIB = 2**30
 logger = logging.getLogger(__name__)
@@ -55,20 +55,20 @@ def provision(context: RunContext) -> StepRecord:
         more = f", and {len(hosts.hosts) - 1} more hosts" if len(hosts.hosts) > 1 else ""
         step.say(f"{first.address}: {first.cores} cores, {first.memory_gib:.1f} GiB memory, {first.gpus} GPUs{more}")
         step.metrics(cores=first.cores, memory_gib=first.memory_gib, disk_free_gib=disk_free_gib)
-        planned = {} if plan is None else tell(plan, context, step)
+        planned = {} if plan is None else record_plan(plan, context, step)
         return {"hosts": str(context.path / HOSTS_FILE), **planned}
 
     return perform(context, "provision", inputs, work)
 
 
 def preflight(config: RunConfig, run_directory: Path, name: str) -> tuple[Reservation, Plan | None]:
-    """What to ask of the provider, which has agreed, and the plan; `None` where the planner does not know the device.
+    """Reservation that the provider has accepted, and the plan; `None` where the planner does not know the device.
 
     Args:
         name: unique to the run directory.
 
     Raises:
-        ConfigError: the provider is not installed, or the cluster does not have what the run wants.
+        ConfigError: the provider is not installed, or the cluster does not have the hosts that the run needs.
         DoesNotFitError: by the plan, memory is short, and plan.refuse is not false.
         OperationalError: disk or memory are short now, but may be freed.
     """
@@ -85,7 +85,7 @@ def preflight(config: RunConfig, run_directory: Path, name: str) -> tuple[Reserv
         nodes=config.launch.nnodes,
         ranks_per_node=config.launch.nproc_per_node,
         master_port=config.launch.master_port,
-        # Whoever goes on against the plan is not stopped by its figures here either.
+        # A run that starts against its plan is not stopped by the plan's figures here either.
         memory_bytes_per_node=plan.host_bytes_per_node if plan is not None and config.plan.refuse else 0,
     )
     find_provider(provider).check(reservation)
@@ -94,7 +94,7 @@ def preflight(config: RunConfig, run_directory: Path, name: str) -> tuple[Reserv
 
 
 def check_disk(config: RunConfig, free_bytes: int) -> None:
-    """Refuse a run whose checkpoints have no room where the run directory is.
+    """Check that the run directory's disk has room for the run's checkpoints.
 
     Raises:
         OperationalError: there is no room now, but some may be freed.
@@ -125,7 +125,7 @@ def take_hosts(context: RunContext) -> tuple[Hosts, Plan | None]:
     name = f"{context.config.name}-{context.key[:8]}"
     left = read_reservation(context.path)
     if left is not None:  # of an attempt that broke off between asking and getting
-        _give_back(context.path, left)
+        _release_reservation(context.path, left)
     reservation, plan = preflight(context.config, context.path, name)
     write_reservation(context.path, reservation)
     hosts = find_provider(reservation.provider).acquire(reservation)
@@ -134,7 +134,7 @@ def take_hosts(context: RunContext) -> tuple[Hosts, Plan | None]:
 
 
 def hold_hosts(context: RunContext) -> tuple[Provider, Hosts]:
-    """The run's provider and hosts: those it holds, or new ones when they were given back or no longer answer.
+    """The run's provider and hosts: those it holds, or new ones when they were released or no longer answer.
 
     Raises:
         CherryError: see `take_hosts`.
@@ -149,7 +149,7 @@ def hold_hosts(context: RunContext) -> tuple[Provider, Hosts]:
 
 
 def release(run_directory: str) -> None:
-    """Give back the hosts and the lease; nothing to do when another process holds the run or none does."""
+    """Release the hosts and the lease; do nothing when another process holds the run or none does."""
     path = Path(run_directory)
     if not path.is_dir():
         return
@@ -162,18 +162,18 @@ def release(run_directory: str) -> None:
 
 
 def release_hosts(run_directory: Path) -> None:
-    """Give back what the run directory's reservation took. Call it under `tasks.lease.locked`.
+    """Release the hosts of the run directory's reservation. Call it under `tasks.lease.locked`.
 
     Best effort: a provider that cannot be reached is logged, and the reservation stays for the run's next start.
     """
     try:
         reservation = read_reservation(run_directory)
         if reservation is not None:
-            _give_back(run_directory, reservation)
+            _release_reservation(run_directory, reservation)
     except CherryError as error:
         logger.error("hosts of %s are not released: %s Start the run again to release them.", run_directory, error)
 
 
-def _give_back(run_directory: Path, reservation: Reservation) -> None:
+def _release_reservation(run_directory: Path, reservation: Reservation) -> None:
     find_provider(reservation.provider).release(reservation)
     (run_directory / RESERVATION_FILE).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ class RetryConfig(Section):
 
 
 class PlanConfig(Section):
-    """What a run does when its plan (`cherry plan`) does not fit into memory."""
+    """Handling of a plan (`cherry plan`) that does not fit into memory."""
 
     refuse: bool = True
     """End before any host is taken when the plan does not fit into memory; `false` only logs a warning."""
@@ -44,7 +44,7 @@ class QuantizeConfig(Section):
     of the increase, one-sided at evaluate.confidence, must not exceed it."""
 
     def problems(self) -> Iterator[Problem]:
-        """The format must be registered."""
+        """Problem with a format that is not registered."""
         if self.format not in FORMATS:
             yield Problem("format", format_rule(), self.format)
 
@@ -87,7 +87,7 @@ class DeployConfig(Section):
     traffic_steps_percent: tuple[int, ...] = (25, 100)
     """Percentages of the traffic that the new version gets, step by step."""
     requests_per_step: PositiveInt = 8
-    """Requests that must have reached the new version before a step is judged."""
+    """Requests that must have reached the new version before a step is checked."""
     max_error_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Largest fraction of failed requests in a step; above it the traffic is rolled back."""
     start_timeout_s: PositiveFloat = 120.0
@@ -98,7 +98,7 @@ class DeployConfig(Section):
     """Tokens that the smoke test asks for."""
 
     def problems(self) -> Iterator[Problem]:
-        """The kind must be registered, and traffic must rise to 100 %."""
+        """Problems with an unregistered kind, or traffic that does not rise to 100 %."""
         if self.replica_kind not in KINDS:
             yield Problem("replica_kind", kind_rule(), self.replica_kind)
         steps = self.traffic_steps_percent

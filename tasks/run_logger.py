@@ -21,7 +21,7 @@ def run_logger() -> logging.Logger | LoggingAdapter:
 
 
 def in_prefect_run() -> bool:
-    """Whether this code runs inside a Prefect flow or task, whose server may be asked for something."""
+    """Whether this code runs inside a Prefect flow or task, so that Prefect's server may be called."""
     try:
         get_run_context()
     except MissingContextError:

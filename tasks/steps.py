@@ -35,7 +35,7 @@ _RENAMED_KEYS = {"mlflow_run_id": "run_id", "mlflow_parent_run_id": "parent_run_
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every task of a run gets: plain values, which any task runner can pass on."""
+    """Context that every task of a run gets: plain values, which any task runner can serialize."""
 
     directory: str
     config: RunConfig
@@ -60,7 +60,7 @@ class RunContext:
 
 
 def run_key(run_directory: Path) -> str:
-    """What tells this run directory from every other one of the same name; made on the first call."""
+    """Random id that distinguishes this run directory from others of the same name; made on the first call."""
     path = run_directory / "run_key"
     if not path.exists():
         storage.write_bytes(str(path), uuid.uuid4().hex.encode())
@@ -79,26 +79,26 @@ class StepRecord:
     seconds: float
     finished_at: float
     run_id: str | None
-    """Of the step in the tracker; `None` when it could not be reached."""
+    """Id of the step's run in the tracker; `None` when it could not be reached."""
     parent_run_id: str | None
-    """Of the flow in the tracker."""
+    """Id of the flow's run in the tracker."""
     reused: bool = False
     inputs_fingerprint: str = ""
-    """Of the inputs without the code; empty in records of earlier versions."""
+    """Fingerprint of the inputs without the code; empty in records of earlier versions."""
 
 
 @dataclass
 class StepRun:
-    """A running step: where its work reports to."""
+    """A running step: it reports progress and figures, and runs the step's programs."""
 
     context: RunContext
     step: str
     fingerprint: str
-    """Of the step's inputs and the code that computes it."""
+    """Fingerprint of the step's inputs and the code that computes it."""
     run_id: str | None
     tracker: RunTracker
     inputs_fingerprint: str = ""
-    """Of its inputs alone."""
+    """Fingerprint of its inputs without the code."""
     figures: dict[str, Any] = field(default_factory=dict)
 
     def say(self, line: str, fraction: float | None = None) -> None:
@@ -107,7 +107,7 @@ class StepRun:
         self.show(line, fraction)
 
     def show(self, line: str, fraction: float | None = None) -> None:
-        """Report a line to the terminal alone: Prefect's server would be asked for each."""
+        """Report a line to the terminal only: each line in the log is a request to Prefect's server."""
         write_event(self.context.path, self.step, "progress", line=line, fraction=fraction)
 
     def run(
@@ -166,7 +166,7 @@ def perform(
     *,
     began: float | None = None,
 ) -> StepRecord:
-    """Run a step unless its output is found finished; the step's record.
+    """Record of a step, which is run unless its output is found finished.
 
     Args:
         inputs: everything but the code that its output depends on, as JSON values.
@@ -242,7 +242,7 @@ def write_record(run_directory: Path, record: StepRecord) -> None:
 
 
 def read_record(path: Path) -> StepRecord:
-    """The record in a steps/<step>.json, also of an earlier version's."""
+    """The record in a steps/<step>.json of this or an earlier version."""
     stored = {_RENAMED_KEYS.get(key, key): value for key, value in storage.read_json(str(path)).items()}
     return StepRecord(**{**stored, "reused": True})
 
@@ -262,7 +262,7 @@ def find_finished(run_directory: Path, step: str, identity: str | None = None) -
     return record
 
 
-def put_aside(folder: Path, identity: str) -> Path:
+def move_aside(folder: Path, identity: str) -> Path:
     """Path `<folder>.<fingerprint>` to which an output of other inputs or other code is moved; nothing is deleted."""
     target = _aside(folder, identity)
     number = 1
@@ -279,7 +279,7 @@ def make_room(context: RunContext, step: str, folder: Path, identity: str) -> No
     path = context.path / "steps" / f"{step}.json"
     owner = storage.read_json(str(path))["fingerprint"] if path.exists() else None
     if owner not in (None, identity) and storage.is_committed(str(folder)):
-        put_aside(folder, owner)
+        move_aside(folder, owner)
 
 
 def find_output(uri: str, identity: str) -> str:

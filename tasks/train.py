@@ -1,6 +1,6 @@
 """The train step: the launcher as a subprocess, its progress shown, its metrics relayed to the tracker.
 
-A retry is the same launch on the same run directory: it goes on from the newest committed checkpoint.
+A retry is the same launch on the same run directory: it resumes from the newest committed checkpoint.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from tasks.steps import (
     StepRecord,
     StepRun,
     find_finished,
+    move_aside,
     perform,
-    put_aside,
     sections,
     worth_retrying,
 )
 from tasks.tracking.metrics_relay import METRICS_FILE, MetricsRelay, read_metrics
 
-# Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run goes on from its
+# Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run resumes from its
 # checkpoint on another number of ranks.
 _IDENTITY = ["seed", "init_from", "model", "data", "train", "lora"]
 # How often a line of a training step goes to Prefect's log too, which is a request to its server.
@@ -80,7 +80,7 @@ def train(context: RunContext, data: StepRecord) -> StepRecord:
 
 
 def _data_identity(directory: str) -> dict[str, object]:
-    """What the prepared data is, whatever code prepared it: its documents, their tokens and the tokenizer."""
+    """Identity of the prepared data, whatever code prepared it: its documents, their tokens and the tokenizer."""
     manifest = read_manifest(directory)
     tokenizer = storage.digest(storage.join(directory, "tokenizer.json"))
     return {
@@ -146,15 +146,15 @@ def _profiles(folder: Path) -> list[Path]:
 
 
 def _result_name(key: str) -> str:
-    """Name in the tracker of a figure of result.json: not a series' own, whose last point it would not be."""
+    """Name in the tracker of a figure of result.json, which differs from that of the series."""
     return f"final_{SERIES[key]}" if key in SERIES else _RESULT_NAMES.get(key, key)
 
 
 def claim(context: RunContext, step: StepRun) -> str:
-    """Take `train/` for these inputs; the fingerprint of the training in it, which is that of its first attempt.
+    """Fingerprint of the first attempt of the training in `train/`, after claiming the directory for these inputs.
 
     Training of other inputs, and finished training of other code, is moved aside, so it is never resumed. Unfinished
-    training goes on with changed code: a fix does not cost the steps before it.
+    training resumes with changed code: a fix does not cost the steps before it.
     """
     folder = context.path / "train"
     owner = folder / _CLAIM_FILE
@@ -165,8 +165,8 @@ def claim(context: RunContext, step: StepRun) -> str:
         finished = done is not None and done.inputs_fingerprint == step.inputs_fingerprint
         if inputs == step.inputs_fingerprint and not finished:
             if began_as != step.fingerprint:
-                run_logger().info("training goes on with other code than it began with")
+                run_logger().info("training resumes with other code than it began with")
             return began_as
-        put_aside(folder, began_as)
+        move_aside(folder, began_as)
     storage.write_bytes(str(owner), f"{step.inputs_fingerprint}\n{step.fingerprint}".encode())
     return step.fingerprint

@@ -183,7 +183,7 @@ def absorbed_attention(
 
 @torch.inference_mode()
 def sample(logits_NY: Tensor, samplings: Sequenced[Sampling]) -> list[int]:
-    """Next token of each row of logits. It depends on its generator and logits alone, not on the rest of the batch."""
+    """Next token of each row of logits. It depends only on its generator and logits, not on the rest of the batch."""
     tokens = cast(list[int], logits_NY.argmax(dim=-1).tolist())
     for row, sampling in enumerate(samplings):
         if sampling.temperature > 0.0:

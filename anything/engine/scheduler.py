@@ -100,7 +100,7 @@ class BlockAllocator:
 
 
 class Scheduler:
-    """First come, first served: no sequence is admitted before an older one, and the youngest is preempted.
+    """First-come, first-served scheduler: no sequence overtakes an older one, and the youngest is preempted.
 
     Every sequence finishes: the oldest one always gets the blocks it needs, and a single sequence may fill
     `capacity_tokens`.
@@ -198,7 +198,7 @@ class Scheduler:
     def update_from_output(self, chunk: ScheduledChunk, token: int | None, *, end: bool = False) -> FinishReason | None:
         """Finish reason of the chunk's sequence, or None; records the chunk as computed, and its sampled token.
 
-        A cancelled sequence is left alone.
+        A cancelled sequence is not changed.
 
         Args:
             end: `token` is an end-of-sequence token, which is not part of the output.

@@ -30,7 +30,7 @@ VERSION_HEADER = "x-anything-version"
 SUBJECT_HEADER = "x-subject"
 # Seconds until a client may ask a draining server again: another one has taken over by then.
 _DRAIN_RETRY_AFTER_S = 5
-# Seconds in which interrupted requests can tell their clients.
+# Seconds for interrupted requests to send their clients an error.
 _INTERRUPT_TIMEOUT_S = 1.0
 
 
@@ -42,7 +42,7 @@ class InferRequest(SamplingParams):
 
     @property
     def sampling(self) -> SamplingParams:
-        """The sampling fields alone."""
+        """Sampling fields of the request, without the prompt and `stream`."""
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
 
 
@@ -101,7 +101,7 @@ class Gateway:
             raise UnavailableError("the model is still loading", status=503, code="loading", retry_after_s=1)
         deadline = Deadline(self.config.timeout_s)
         call = Call(deadline)
-        # In flight from here on: a drain waits for bodies that are still arriving, too, and tells their senders.
+        # In flight from here on: a drain waits for bodies that are still arriving, too, and answers their senders.
         self._calls.add(call)
         self._idle.clear()
         try:
@@ -138,7 +138,7 @@ class Gateway:
 
         if body.stream:
             return EventStream(call, await call.next(), deadline, record, lambda: self._finish(call))
-        response = await _whole_answer(call, record)
+        response = await _complete_answer(call, record)
         await self._finish(call)
         return response
 
@@ -234,12 +234,12 @@ class EventStream(Response):
         yield sse.DONE
 
 
-async def _whole_answer(call: Call, record: Callable[[Chunk], None]) -> Response:
-    parts: list[str] = []
+async def _complete_answer(call: Call, record: Callable[[Chunk], None]) -> Response:
+    texts: list[str] = []
     async for chunk in call.chunks():
-        parts.append(chunk.text)
+        texts.append(chunk.text)
     record(chunk)
-    content = {"output": "".join(parts), "finish_reason": chunk.finish_reason, "model": chunk.version, **_usage(chunk)}
+    content = {"output": "".join(texts), "finish_reason": chunk.finish_reason, "model": chunk.version, **_usage(chunk)}
     return JSONResponse(content, headers={VERSION_HEADER: chunk.version})
 
 

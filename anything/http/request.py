@@ -34,7 +34,7 @@ class Call:
             self._interrupted.set_result(error)
 
     async def read_body(self, request: Request, limit_bytes: int) -> bytes:
-        """Whole body of the request.
+        """Complete body of the request, bytes.
 
         Raises:
             RefusedError: it is longer than the limit (413), or incomplete at the deadline (408).
@@ -117,17 +117,17 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise _too_large(int(declared), limit_bytes)
-    parts: list[bytes] = []
+    received: list[bytes] = []
     size = 0
     try:
-        async for part in request.stream():
-            size += len(part)
+        async for data in request.stream():
+            size += len(data)
             if size > limit_bytes:
                 raise _too_large(size, limit_bytes)
-            parts.append(part)
+            received.append(data)
     except ClientDisconnect as error:
         raise DisconnectedError from error
-    return b"".join(parts)
+    return b"".join(received)
 
 
 def _too_large(size: int, limit: int) -> RefusedError:

@@ -128,7 +128,7 @@ class DrainingServer(uvicorn.Server):
             self._tasks.append(asyncio.create_task(self._drain()))
 
     def exit_soon(self) -> None:
-        """Do what a signal does; thread-safe."""
+        """Begin a graceful shutdown, as a signal does; thread-safe."""
         if self._loop is not None:
             with suppress(RuntimeError):  # it has ended already
                 self._loop.call_soon_threadsafe(self.begin_exit)

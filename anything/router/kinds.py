@@ -1,4 +1,4 @@
-"""Replica kinds: how a server of each kind is started, found ready, reached and stopped.
+"""Replica kinds: how a server of each kind is started, checked for readiness, connected to and stopped.
 
 A deployment starts a replica through its kind, and the router connects to it through the same. Another engine is a
 class here and a line in `KINDS`.
@@ -19,7 +19,7 @@ from base import storage
 
 @dataclass(frozen=True)
 class Launch:
-    """What a new server serves, and the files and port that are set aside for it."""
+    """Parameters of a new server: what it serves, and the files and port reserved for it."""
 
     model_uri: str
     version: str

@@ -94,7 +94,7 @@ class RemoteEngine:
         return response.status_code == httpx.codes.OK
 
     async def status(self) -> EngineStatus:
-        """Nothing: the replica serves its own /metrics."""
+        """Empty status: the replica serves its own /metrics."""
         return EngineStatus()
 
     async def close(self) -> None:
@@ -109,7 +109,7 @@ def _failed(message: str) -> UnavailableError:
 
 
 def _refusal(url: str, response: httpx.Response, body: bytes) -> ServiceError | RefusedError:
-    """Error for the front gateway's client that a replica's status stands for."""
+    """Error to send to the gateway's client for a replica's error response."""
     status = response.status_code
     try:
         answer = response.json()["error"]

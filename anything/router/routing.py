@@ -1,6 +1,6 @@
 """Router: weighted, sticky routing over replicas, with one retry and metrics of each version.
 
-A replica is any engine. `routes.json` is written whole by a deployment, and read again when it was replaced.
+A replica is any engine. `routes.json` is written atomically by a deployment, and read again when it was replaced.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Router:
                 self._reload_error = None
             except CherryError as error:
                 self._reload_error = str(error)
-                logger.error("kept the routes as they were: %s", error)
+                logger.error("kept the current routes: %s", error)
 
     async def _apply(self, routes: Routes) -> None:
         replicas: dict[str, _Replica] = {}

@@ -76,9 +76,9 @@ def compare(
         baseline: losses of the model that is in use.
         candidate: losses of the model that would replace it.
         margin: nats per token, at least 0.
-        confidence: of the interval and of the one-sided bound, like 0.95.
+        confidence: confidence level of the interval and of the one-sided bound, like 0.95.
         bootstrap_samples: resamples to draw; a percentile at 95 % wants some 1,000 or more.
-        seed: of the resampling: the same seed and documents give the same numbers, whatever their order.
+        seed: resampling seed: the same seed and documents give the same numbers, whatever their order.
 
     Raises:
         InvalidInputError: fewer than 2 documents in common, a document with different token counts (another tokenizer
@@ -99,7 +99,7 @@ def compare(
     if len(ids) < MIN_DOCUMENTS:
         verdict, reason = _too_few(len(ids))
     else:
-        verdict, reason = _judge(difference, low, high, margin=margin, effect=effect)
+        verdict, reason = _verdict(difference, low, high, margin=margin, effect=effect)
     reason += f" ({100 * confidence:.4g} % interval [{low:+.4f}, {high:+.4f}] on {len(ids)} documents)."
     left_out = len(baseline.keys() ^ candidate.keys())
     if left_out:
@@ -217,7 +217,7 @@ def _too_few(documents: int) -> tuple[Verdict, str]:
     return "can't tell", f"{documents} documents are too few for a verdict, which takes {MIN_DOCUMENTS}"
 
 
-def _judge(difference: float, low: float, high: float, *, margin: float, effect: float) -> tuple[Verdict, str]:
+def _verdict(difference: float, low: float, high: float, *, margin: float, effect: float) -> tuple[Verdict, str]:
     size = f"{abs(difference):.4f} nats per token"
     if high < 0 and difference < -margin:
         return "better", f"the candidate's loss is {size} lower"

@@ -120,7 +120,7 @@ def check_resume(
 
     Args:
         record: the checkpoint's commit record.
-        named: --resume_from named it; else it is the newest one in the run directory.
+        named: True if --resume_from named the checkpoint, False if it is the newest one in the run directory.
 
     Raises:
         ConfigError: it belongs to another run (lists the keys that differ), or is not before `train.steps`.
@@ -138,7 +138,7 @@ def check_resume(
     other += _differences(record.get("prepared", {}), now["prepared"], "prepared data's ")
     changed = _differences(record.get("recipe", {}), now["recipe"])
     if other or (changed and not named):
-        way = "" if other else f", or --resume_from={uri} to go on from there with the new values"
+        way = "" if other else f", or --resume_from={uri} to continue from there with the new values"
         raise ConfigError(
             f"{uri} is of another run. Give another --run_dir for a run of its own{way}. It was made with:\n"
             + _listed(other + changed)

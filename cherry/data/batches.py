@@ -88,7 +88,7 @@ class BatchReader:
         return StepBatch(batches, max(1, targets), max(1, mtp_targets))
 
     def close(self) -> None:
-        """Cancel what is read ahead and join the thread; `read` still works."""
+        """Cancel reads in flight and join the thread; `read` still works."""
         self._drop()
         self._thread.shutdown(wait=True)
 

@@ -63,8 +63,8 @@ def encode_filled(
     plain = encode(
         tokenizer, [d for d, cut in zip(documents, cuts, strict=True) if cut is None], bos_id=bos_id, eos_id=eos_id
     )
-    parts = [part for cut in cuts if cut is not None for part in cut]
-    encodings = (encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=False))
+    spans = [span for cut in cuts if cut is not None for span in cut]
+    encodings = (encoding.ids for encoding in tokenizer.encode_batch_fast(spans, add_special_tokens=False))
     for document, cut in zip(documents, cuts, strict=True):
         if cut is None or fim is None:
             yield next(plain)

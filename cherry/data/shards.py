@@ -135,7 +135,7 @@ class TokenDataset:
     """Packed sequences of a prepared directory, memory-mapped.
 
     Args:
-        manifest: given for a directory that is not committed yet; by default a committed directory's is read.
+        manifest: manifest of a directory that is not committed yet; `None` reads that of a committed directory.
 
     Raises:
         MissingFileError: the directory is not committed, or a shard is missing.
@@ -182,5 +182,5 @@ class TokenDataset:
     def _read(self, shards: list[NDArray[Any]], start: int, end: int) -> NDArray[Any]:
         size = self.manifest.shard_tokens
         first, last = start // size, (end - 1) // size
-        parts = [shards[i][max(start - i * size, 0) : end - i * size] for i in range(first, last + 1)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        slices = [shards[i][max(start - i * size, 0) : end - i * size] for i in range(first, last + 1)]
+        return slices[0] if len(slices) == 1 else np.concatenate(slices)

@@ -1,8 +1,8 @@
 """Hierarchical expert parallelism: dispatch over several nodes, at most one copy of a token to each node.
 
-A token goes to the rank of the other node that has its own rank's place there (internode all-to-all). That rank
+A token is sent to the rank of the other node that has the same index within its node (internode all-to-all). That rank
 dispatches it to the experts of its node (intranode all-to-all), sums their outputs, and sends one row back. With V3's
-node-limited routing a token's 8 experts lie on at most topk_group = 4 nodes (DeepSeek-V3, arXiv 2412.19437, sections
+node-limited routing a token's 8 experts are on at most topk_group = 4 nodes (DeepSeek-V3, arXiv 2412.19437, sections
 2.1.2 and 3.2.2), so the slow links carry half of the rows or less.
 
 Shapes: N token of this rank, K top-k slot, B node, P = tokens that this rank sends, once for each node, M = tokens that
@@ -26,7 +26,7 @@ class HierarchicalDispatcher:
     """Dispatch of tokens to the experts of all ranks of several nodes, and the combine of their outputs.
 
     Args:
-        internode: the ranks with this rank's place in every node, in the nodes' order.
+        internode: the ranks with this rank's index within their node, one of every node, in node order.
         intranode: the ranks of this node. Rank s of node b holds the experts from (b * len(intranode) + s) * L on.
     """
 
@@ -49,7 +49,7 @@ class HierarchicalDispatcher:
         nodes = self.internode.ranks
         node_experts = permutation.counts_E.shape[0] // nodes
         input_splits, output_splits, by_node = self._plan_internode(permutation.experts_NK, nodes, node_experts)
-        # Expert indices travel with the weights: fp32 holds them exactly.
+        # Expert indices are sent with the weights: fp32 holds them exactly.
         routing_NX = torch.cat([weight_NK.float(), permutation.experts_NK.float()], dim=1)
         x_MD, routing_MX = self.internode(
             input_splits, output_splits, permute(x_ND, by_node), permute(routing_NX, by_node)

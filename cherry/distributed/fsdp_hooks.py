@@ -112,7 +112,7 @@ class Communication:
         return {_STORED_RESIDUALS: residuals} if residuals else {}
 
     def restore(self, uri: str, group: dist.ProcessGroup) -> None:
-        """Load the residuals of a checkpoint, so that the run goes on bit for bit.
+        """Load the residuals of a checkpoint, so that the run continues bit for bit.
 
         Residuals that it lacks, or has for another number of replicas, stay zero: one step's rounding error.
         """

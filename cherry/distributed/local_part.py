@@ -1,4 +1,4 @@
-"""Local shard of a DTensor, and the box of the whole tensor that it covers."""
+"""Local shard of a DTensor, and the box of the unsharded tensor that it covers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from model.weights.safetensors_file import Box, whole_box
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """Local shard of a tensor that is sharded over any axes and dimensions, and its box in the whole tensor."""
+    """Local shard of a tensor that is sharded over any axes and dimensions, and its box in the unsharded one."""
     if not isinstance(tensor, DTensor):
         return tensor, whole_box(tensor.shape)
     local = tensor.to_local()

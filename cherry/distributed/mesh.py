@@ -42,8 +42,8 @@ class Meshes:
     """Context parallel group of this rank; `None` without context parallelism."""
     data: DataShard
     expert_nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
-    """Internode and intranode group of this rank, where the expert axis spans nodes: the ranks with this rank's place
-    in each node, and those of its own node."""
+    """Internode and intranode group of this rank, where the expert axis spans nodes: the ranks with this rank's index
+    within each node, and those of its own node."""
 
     @property
     def expert_shards(self) -> DeviceMesh:

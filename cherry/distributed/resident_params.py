@@ -1,4 +1,4 @@
-"""Resident parameters: on a mesh of one, the half-precision parameters that a step computes with stay where they are.
+"""Resident parameters: half-precision copies that stay unsharded from step to step, on a mesh of one rank.
 
 FSDP2 copies the fp32 parameters to half precision anew in every forward and backward pass, and widens and copies every
 gradient; with one rank all of that is traffic for nothing (42 bytes a parameter and step by torch 2.13's source: 10 for

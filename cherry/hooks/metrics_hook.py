@@ -23,17 +23,17 @@ class MetricsHook(TrainerHook):
         path: metrics.jsonl.
         resume_step: the last step whose lines are kept.
         log_every_steps: steps between written records; the last step's is always written.
-        say: prints a line for people, with the fraction of the run that is done where it tells progress.
+        print_line: prints a line for people, with the fraction of the run that is done if it reports progress.
     """
 
     def __init__(
-        self, path: Path, *, resume_step: int, log_every_steps: int, say: Callable[[str, float | None], None]
+        self, path: Path, *, resume_step: int, log_every_steps: int, print_line: Callable[[str, float | None], None]
     ) -> None:
         self.print_every_s = _PRINT_EVERY_S
         """Least time between two printed lines of ordinary steps."""
         self._path = path
         self._every = log_every_steps
-        self._say = say
+        self._print_line = print_line
         self._print_from = 0.0  # by the monotonic clock
         self._step = resume_step
         self._writer = MetricsWriter(path, resume_step=resume_step)
@@ -56,14 +56,14 @@ class MetricsHook(TrainerHook):
         if marked or record.step % self._every == 0:
             self._writer.write(record)
             if marked or time.monotonic() >= self._print_from:
-                self._say(format_line(record), record.step / record.steps if record.steps else None)
+                self._print_line(format_line(record), record.step / record.steps if record.steps else None)
                 self._print_from = time.monotonic() + self.print_every_s
         if record.skipped is not None:
-            self._say(f"step {record.step} skipped: {record.skipped}", None)
+            self._print_line(f"step {record.step} skipped: {record.skipped}", None)
         if failure := self._writer.new_failure():
-            self._say(f"metrics wait in memory, training goes on: {failure}", None)
+            self._print_line(f"metrics wait in memory, training continues: {failure}", None)
         for failed in record.failed_saves or ():
-            self._say(f"checkpoint not saved, training goes on: {failed}", None)
+            self._print_line(f"checkpoint not saved, training continues: {failed}", None)
 
     def close(self) -> None:
         """Close metrics.jsonl."""

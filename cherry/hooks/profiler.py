@@ -33,20 +33,20 @@ class ProfilerHook(TrainerHook):
     Args:
         directory: where the files go; it is made when they are written.
         rank: this process, for the files' names.
-        say: prints a line for people.
+        print_line: prints a line for people.
     """
 
-    def __init__(self, config: ProfileConfig, directory: Path, *, rank: int, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ProfileConfig, directory: Path, *, rank: int, print_line: Callable[[str], None]) -> None:
         self._config = config
         self._directory = directory
         self._rank = rank
-        self._say = say
+        self._print_line = print_line
         self._profile: profile | None = None
         self._range = ExitStack()
         self._steps: list[int] = []
 
     def on_step_begin(self, step: int) -> None:
-        """Start to record at the first step of the range; mark each step in the trace."""
+        """Start recording at the first step of the range; mark each step in the trace."""
         first, last = self._config.steps
         if self._profile is None and not self._steps and first <= step <= last:
             self._start()
@@ -61,7 +61,7 @@ class ProfilerHook(TrainerHook):
             self._stop()
 
     def close(self) -> None:
-        """Write what a run that ends inside the range has recorded."""
+        """Write the recorded steps of a run that ends inside the range."""
         self._range.close()
         if self._profile is not None:
             self._stop()
@@ -87,7 +87,7 @@ class ProfilerHook(TrainerHook):
         recorded.export_chrome_trace(str(trace))
         if self._config.memory:
             self._write_memory(name, trace)
-        self._say(f"profile of steps {self._steps[0]} to {self._steps[-1]} is in {self._directory}")
+        self._print_line(f"profile of steps {self._steps[0]} to {self._steps[-1]} is in {self._directory}")
 
     def _write_memory(self, name: str, trace: Path) -> None:
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Trainer hooks: what watches a training run, and how the trainer calls it.
+"""Trainer hooks: the protocol of observers of a training run, and how the trainer calls them.
 
 A hook subclasses `TrainerHook`, overrides the methods it needs, and is handed to `Trainer(..., hooks=[...])` or to
 `cherry.rank_main.main(hooks=[...])` in a program of one's own that `cherry-launch` starts in place of train.py.
@@ -26,20 +26,20 @@ class TrainerHook(Protocol):
     resume the first step to begin is the one after the checkpoint's.
 
     A hook may raise a `CherryError` to end the run, on every rank at the same step. Any other exception is logged with
-    its traceback; that hook is closed and no longer called, and training goes on. A hook that runs collectives must run
-    them on all ranks, and must not fail on some of them only: the others would wait for it.
+    its traceback; that hook is closed and no longer called, and training continues. A hook that runs collectives must
+    run them on all ranks, and must not fail on some of them only: the others would wait for it.
     """
 
     def on_step_begin(self, step: int) -> None:
-        """Before the optimizer step's data is taken and its forward pass begins."""
+        """Called before the optimizer step's data is taken and its forward pass begins."""
         return
 
     def on_evaluate(self, step: int, heldout: Heldout) -> None:
-        """After an evaluation on held-out documents, which every rank takes part in."""
+        """Called after an evaluation on held-out documents, which every rank takes part in."""
         return
 
     def on_step_end(self, record: TrainRecord) -> None:
-        """After the optimizer step, taken or skipped, and its evaluation.
+        """Called after the optimizer step, taken or skipped, and its evaluation.
 
         Args:
             record: the step's line in metrics.jsonl. It is shared by all hooks: read it, do not change it.
@@ -47,7 +47,7 @@ class TrainerHook(Protocol):
         return
 
     def on_save(self, step: int, checkpoint: str) -> None:
-        """After a save began: the state was captured and is written in the background.
+        """Called after a save began: the state was captured and is written in the background.
 
         Args:
             checkpoint: URI that the checkpoint will have once it is committed. A failed save is in a later record's
@@ -56,20 +56,20 @@ class TrainerHook(Protocol):
         return
 
     def close(self) -> None:
-        """Once, when the run ends, by whatever cause, or when this hook failed."""
+        """Called once, when the run ends for any reason or when this hook failed."""
         return
 
 
 class HookList:
-    """Calls several hooks in the order they were given; see `TrainerHook` for what a failing one does.
+    """Calls several hooks in the order they were given; see `TrainerHook` for errors that hooks raise.
 
     Args:
-        say: prints a line for people.
+        print_line: prints a line for people.
     """
 
-    def __init__(self, hooks: Sequence[TrainerHook], say: Callable[[str], None]) -> None:
+    def __init__(self, hooks: Sequence[TrainerHook], print_line: Callable[[str], None]) -> None:
         self._hooks = list(hooks)
-        self._say = say
+        self._print_line = print_line
 
     def on_step_begin(self, step: int) -> None:
         """Call `TrainerHook.on_step_begin` of each hook."""
@@ -91,7 +91,7 @@ class HookList:
         """Close every hook, once.
 
         Raises:
-            CherryError: the first that a hook raised, after all were closed.
+            CherryError: the first error that a hook raised, after all were closed.
         """
         hooks, self._hooks = self._hooks, []
         first: CherryError | None = None
@@ -120,4 +120,4 @@ class HookList:
     def _report(self, hook: TrainerHook, event: str, error: Exception) -> None:
         name = f"{type(hook).__module__}.{type(hook).__qualname__}"
         logger.error("hook %s failed in %s", name, event, exc_info=error)
-        self._say(f"hook {name} failed in {event} and is no longer called, training goes on: {error!r}")
+        self._print_line(f"hook {name} failed in {event} and is no longer called, training continues: {error!r}")

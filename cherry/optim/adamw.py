@@ -40,7 +40,7 @@ class OwnGradients:
         return parameter.grad
 
     def low_precision(self, parameter: nn.Parameter) -> None:
-        """No copy."""
+        """`None`: there is no low-precision copy."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -51,7 +51,7 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups; each may have a `weight_decay` of its own.
-        state_dtype: of the moments, torch.float32 or torch.bfloat16.
+        state_dtype: type of the moments, torch.float32 or torch.bfloat16.
     """
 
     cast_states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.state_dtype = state_dtype
         self._states: dict[tuple[int, ...], tuple[list[Tensor], ...]] = {}
-        """Of each list of parameters, by their ids: this rank's shards of them and of their states. Taking a shard out
+        """This rank's shards of parameters and of their states, by the ids of the parameters. Taking a shard out
         of a DTensor costs the host tens of microseconds, four a parameter, for which the GPU would wait every step."""
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def ready_step(self, gradients: Gradients, clip_coefficient: Tensor | None) -> Callable[[], None]:
-        """One step on these gradients, with everything gathered that the host has to find for it; see `Optimizer`."""
+        """Callable that takes one step on these gradients, with all host-side lookups done; see `Optimizer`."""
         return partial(self.step, updates=list(self._updates(gradients, clip_coefficient)))
 
     def forget_shards(self) -> None:
@@ -99,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
         self._states.clear()
 
     def _updates(self, gradients: Gradients, clip_coefficient: Tensor | None) -> Iterator[Callable[[], None]]:
-        """The updates of one step, by group and device."""
+        """Callables that together take one step, one for each group and device."""
         for group in self.param_groups:
             for device, parameters in parameters_by_device(group["params"], gradients).items():
                 coefficient = None if clip_coefficient is None else clip_coefficient.to(device)
@@ -108,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
     def group_update(
         self, group: dict[str, Any], parameters: list[nn.Parameter], gradients: Gradients, clip: Tensor | None
     ) -> Callable[[], None]:
-        """The update of some parameters of one group, all on one device and with gradients."""
+        """Callable that updates some parameters of one group, all on one device and with gradients."""
         shards = self._shards(parameters, gradients)
         if shards.parameters[0].is_cuda:
             return partial(_step_triton, shards, group, clip)
@@ -117,7 +117,7 @@ class AdamW(torch.optim.Optimizer):
         return partial(step_reference, shards, group, clip)
 
     def _shards(self, parameters: list[nn.Parameter], gradients: Gradients) -> Shards:
-        """This rank's shards of everything; states are made here the first time."""
+        """This rank's shards of parameters, gradients, states and copies; states are created on first use."""
         key = tuple(map(id, parameters))
         if key not in self._states:
             self._states[key] = self._local_states(parameters)
@@ -137,7 +137,7 @@ class AdamW(torch.optim.Optimizer):
         return [local(parameter) for parameter in parameters], means, squares, [state["step"] for state in states]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; moments of the other type are cast.
+        """Load a state dict; moments of another type than the configured one are cast.
 
         torch would cast every state to its parameter's type on the way, and hold all moments in fp32 at once.
         """
@@ -175,7 +175,7 @@ def parameters_by_device(
 
 
 def _step_triton(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
-    """On a GPU, one kernel a tensor: clip, update, and the low-precision copy, in one pass over memory."""
+    """Take an AdamW step on a GPU: one kernel a tensor clips, updates and writes the low-precision copy in one pass."""
     from cherry.optim.triton_adamw import adamw_
 
     clip = torch.ones((), device=shards.parameters[0].device) if clip_coefficient is None else clip_coefficient
@@ -197,7 +197,7 @@ def _step_triton(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor
 
 
 def _step_fused(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
-    """torch's fused kernel, which wants all four of one type, and divides gradients by a scale."""
+    """Take an AdamW step by torch's fused kernel, whose tensors all have one type and whose scale divides gradients."""
     beta1, beta2 = group["betas"]
     scale = None if clip_coefficient is None else clip_coefficient.reciprocal()
     adamw(
@@ -220,7 +220,7 @@ def _step_fused(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor 
 
 
 def step_reference(shards: Shards, group: dict[str, Any], clip_coefficient: Tensor | None) -> None:
-    """An AdamW step in plain torch, for moments of any type: what the fused kernels are tested against.
+    """Take an AdamW step in plain torch, for moments of any type: the reference that fused kernels are tested against.
 
     In this order, all in fp32: clip, decay, m, v, then p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
     """

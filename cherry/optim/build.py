@@ -1,4 +1,4 @@
-"""Optimizer construction: which parameters are updated how, and the learning-rate schedule."""
+"""Optimizer construction: parameter groups, the choice of AdamW or Muon for each, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
     """The matrices of a model's decoder blocks, with how many of equal size are fused along their rows.
 
     The router is left out: its rows are single experts' directions, not one map between hidden spaces, and the experts'
-    biases are tuned to how fast its scores move. So is what lies outside of blocks: the embedding, the head and the MTP
-    module's projection.
+    biases are tuned to how fast its scores move. Parameters outside of blocks are left out too: the embedding, the head
+    and the MTP module's projection.
     """
     found: dict[nn.Parameter, int] = {}
     for block in (module for module in model.modules() if isinstance(module, Block)):
@@ -68,7 +68,7 @@ def _muon(model: nn.Module, config: TrainConfig) -> Muon:
 
 
 _BUILDERS: Mapping[str, Callable[[nn.Module, TrainConfig], Optimizer]] = {"adamw": _adamw, "muon": _muon}
-"""By `train.optimizer`."""
+"""Optimizer builders by `train.optimizer`."""
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -97,6 +97,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group the same rate."""
+    """Set the learning rate of every group to `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate

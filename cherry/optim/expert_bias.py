@@ -20,7 +20,7 @@ def expert_counts(layers: list[MoE]) -> Tensor:
 
 @torch.no_grad()
 def update_expert_bias(layers: list[MoE], rate: float, counts_LE: Tensor | None = None) -> Tensor:
-    """Move each layer's selection bias towards balance, once an optimizer step; the counts [L, E], all ranks'.
+    """Expert counts of all ranks [L, E], after moving each layer's selection bias towards balance.
 
     b += rate * sign(mean(c) - c), with c the tokens that chose each expert over all micro-batches and ranks since
     the last call (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The counts are cleared.

@@ -35,7 +35,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def _sum_of_squares(local: list[Tensor], where: tuple[DeviceMesh, tuple[int, ...]] | None) -> Tensor:
-    """Of these tensors and of their other shards, 0-dim fp32."""
+    """Sum of squares over local tensors and their shards on other ranks, 0-dim fp32."""
     total = square_sum(local)
     if where is None:
         return total
@@ -57,7 +57,7 @@ def square_sum(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What brings gradients of total norm `norm` down to at most `max_norm`, at most 1, 0-dim on norm's device.
+    """Factor that scales gradients of total norm `norm` to at most `max_norm`; at most 1, 0-dim on norm's device.
 
     The optimizer multiplies on its own pass over the gradients: scaling them beforehand reads and writes all again.
     """

@@ -1,9 +1,9 @@
 """Muon (Keller Jordan, 2024): momentum of hidden matrices, orthogonalized, as Moonlight scales it (arXiv 2502.16982).
 
-What a matrix is, is what the released checkpoint stores as one: of stacked experts [E, M, N] each by itself, of fused
-gate and up projections each half by itself. A matrix that lies whole on a rank is orthogonalized there. Matrices whose
-rows are sharded are dealt out over the ranks that share them (row_exchange.py); replicas repeat each other's work. A
-parameter's momentum is sharded like the parameter.
+A matrix is what the released checkpoint stores as one tensor: each expert of stacked experts [E, M, N], each half of
+fused gate and up projections. An unsharded matrix is orthogonalized on its rank. Matrices whose rows are sharded are
+distributed over the ranks that share them (row_exchange.py); replicas repeat each other's work. A parameter's momentum
+is sharded like the parameter.
 
 Shapes: E experts, M rows, N columns of a matrix.
 """
@@ -38,8 +38,8 @@ class Muon(AdamW):
             fused along M.
         others: AdamW's groups.
         config: Muon's options.
-        lr: of both: Muon's updates are scaled to AdamW's usual root mean square.
-        state_dtype: of momentum and moments, torch.float32 or torch.bfloat16.
+        lr: learning rate of both: Muon's updates are scaled to AdamW's usual root mean square.
+        state_dtype: type of momentum and moments, torch.float32 or torch.bfloat16.
     """
 
     cast_states = (*AdamW.cast_states, "momentum_buffer")
@@ -62,7 +62,7 @@ class Muon(AdamW):
         }
         super().__init__([*({**options, **g} for g in matrices), *others], lr=lr, betas=betas, state_dtype=state_dtype)
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        """Of each list of parameters, by their ids; see `AdamW._states`."""
+        """Update plans by the ids of their parameters; see `AdamW._states`."""
 
     def forget_shards(self) -> None:
         """Look parameters and states up again; see `AdamW.forget_shards`."""
@@ -94,13 +94,13 @@ class _Piece:
     parameter: int
     """Its index in the list of parameters."""
     shape: tuple[int, int, int]
-    """The shard's, as stacked rows."""
+    """Shape of the shard, as stacked rows."""
     index: tuple[int | slice, ...]
     sides: tuple[int, int]
-    """M and N of each matrix, whole."""
+    """M and N of each matrix, unsharded."""
 
     def of(self, shards: list[Tensor]) -> Tensor:
-        """The view, of a list of tensors that are laid out like the parameters' shards."""
+        """View of this piece in a list of tensors that are laid out like the parameters' shards."""
         return shards[self.parameter].view(self.shape)[self.index]
 
 
@@ -110,7 +110,7 @@ class _Bucket:
 
     pieces: list[_Piece]
     exchange: RowExchange | None
-    """`None` where the matrices are whole on this rank."""
+    """`None` where the matrices are unsharded on this rank."""
 
     def orthogonalize(self, updates: list[Tensor], iterations: int) -> list[Tensor]:
         """The pieces of the orthogonalized matrices, from the pieces of the matrices."""
@@ -121,7 +121,7 @@ class _Bucket:
 
 
 class _Plan(NamedTuple):
-    """Of some parameters of one group on one device."""
+    """Buckets of some parameters of one group on one device."""
 
     buckets: list[_Bucket]
     parameters: list[Tensor]
@@ -131,7 +131,7 @@ class _Plan(NamedTuple):
 def _step(
     plan: _Plan, gradients: list[Tensor], copies: list[Tensor | None], group: dict[str, Any], clip: Tensor | None
 ) -> None:
-    """One step of all buckets: decay, momentum, orthogonalized update, and the low-precision copies."""
+    """Take one step of all buckets: decay, momentum, orthogonalized update, and the low-precision copies."""
     gradients = [gradient.contiguous() for gradient in gradients]
     for bucket in plan.buckets:
         updates = [piece.of(gradients).to(torch.float32, copy=True) for piece in bucket.pieces]
@@ -172,8 +172,8 @@ def _by_shape(stacks: list[Tensor], iterations: int) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for indices in by_shape.values():
         together = orthogonalize(torch.cat([stacks[index] for index in indices]), iterations)
-        parts = torch.split(together, [stacks[index].shape[0] for index in indices])
-        found |= dict(zip(indices, parts, strict=True))
+        results = torch.split(together, [stacks[index].shape[0] for index in indices])
+        found |= dict(zip(indices, results, strict=True))
     return [found[index] for index in range(len(stacks))]
 
 
@@ -188,20 +188,20 @@ class _Rows:
 
 def _buckets(parameters: list[nn.Parameter], row_blocks: int) -> Iterator[_Bucket]:
     """The buckets of these parameters; those that exchange rows are the same on all ranks of their group."""
-    whole: list[_Piece] = []
+    unsharded: list[_Piece] = []
     sharded: dict[str, _Rows] = {}
     for index, parameter in enumerate(parameters):
         group = _row_group(parameter)
         if group is None:
-            whole += _whole_pieces(index, parameter, row_blocks)
+            unsharded += _unsharded_pieces(index, parameter, row_blocks)
         else:
             rows = sharded.setdefault(group.group_name, _Rows(group))
             for piece, matrix in _sharded_pieces(index, parameter, row_blocks, group):
                 rows.pieces.append(piece)
                 rows.matrices.append(matrix)
-    sizes = [math.prod(piece.sides) * (piece.index[0].stop - piece.index[0].start) for piece in whole]  # type: ignore[union-attr]
+    sizes = [math.prod(piece.sides) * (piece.index[0].stop - piece.index[0].start) for piece in unsharded]  # type: ignore[union-attr]
     for chosen in fill_buckets(sizes, BUCKET_ELEMENTS):
-        yield _Bucket(whole[chosen], None)
+        yield _Bucket(unsharded[chosen], None)
     for rows in sharded.values():
         loads = [0] * rows.group.size()
         sizes = [math.prod(piece.sides) for piece in rows.pieces]
@@ -212,7 +212,7 @@ def _buckets(parameters: list[nn.Parameter], row_blocks: int) -> Iterator[_Bucke
 
 
 def _row_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
-    """The ranks that share the rows of a parameter's matrices; `None` where each matrix is whole on one rank."""
+    """The ranks that share the rows of a parameter's matrices; `None` where each matrix is unsharded on one rank."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
@@ -223,8 +223,8 @@ def _row_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     return None
 
 
-def _whole_pieces(index: int, parameter: nn.Parameter, row_blocks: int) -> Iterator[_Piece]:
-    """A parameter's matrices that lie on this rank, in stacks that fill a bucket at most."""
+def _unsharded_pieces(index: int, parameter: nn.Parameter, row_blocks: int) -> Iterator[_Piece]:
+    """Unsharded matrices of a parameter on this rank, in stacks of at most one bucket."""
     shard = local(parameter)
     sides = (shard.shape[-2] // row_blocks, shard.shape[-1])
     stack = shard.numel() // math.prod(sides)

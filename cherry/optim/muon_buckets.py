@@ -1,4 +1,4 @@
-"""Buckets of matrices that Muon updates at one time. Without torch: the planner counts their memory, too."""
+"""Buckets of matrices that Muon updates at one time; imports no torch, because the planner counts their memory too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ BUCKET_ELEMENTS = 1 << 25
 """Elements of a rank's matrices in a bucket, or those of one matrix where it is larger. It bounds the memory of a step
 (`BUCKET_BYTES`), and is large enough that a bucket over many ranks has matrices for all of them."""
 BUCKET_BYTES = 16
-"""Of a bucket's element at the peak, in bf16 Newton-Schulz of square matrices: the update, the batch of one shape, the
-iterate before and after a product, its Gram matrix, that one's polynomial, and the matrices that are done."""
+"""Bytes per bucket element at the peak, in bf16 Newton-Schulz of square matrices: the update, the batch of one shape,
+the iterate before and after a product, its Gram matrix, that one's polynomial, and the matrices that are done."""
 
 
 def fill_buckets(sizes: list[int], limit: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ _EPS = 1e-7
 def orthogonalize(x_BMN: Tensor, iterations: int) -> Tensor:
     """U V^T of each matrix U S V^T [B, M, N], approximately, in the type of `x_BMN`.
 
-    The shorter side's Gram matrix is what is iterated on: 4 k^2 l + 2 k^3 FLOPs an iteration, k <= l the sides.
+    Each iteration uses the Gram matrix of the shorter side: 4 k^2 l + 2 k^3 FLOPs an iteration, k <= l the sides.
     """
     transposed = x_BMN.shape[1] > x_BMN.shape[2]
     x = x_BMN.transpose(1, 2) if transposed else x_BMN

@@ -1,4 +1,4 @@
-"""What training asks of an optimizer, and what an optimizer asks of the place where gradients are."""
+"""Optimizer protocol, and the protocol by which an optimizer finds gradients and low-precision copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Gradients(Protocol):
-    """Where the gradients of fp32 parameters are, and which tensors must follow the parameters."""
+    """Gradients of fp32 parameters, and the low-precision copies that must follow the parameters."""
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The gradient of an fp32 parameter, of any floating type; `None` where there is none."""
@@ -28,7 +28,7 @@ class Optimizer(Protocol):
     param_groups: list[dict[str, Any]]
 
     def ready_step(self, gradients: Gradients, clip_coefficient: Tensor | None) -> Callable[[], None]:
-        """An optimizer step on these gradients, with everything gathered that the host has to find for it.
+        """Callable that takes an optimizer step on these gradients, with all host-side lookups done.
 
         The host calls it while the device still computes, and the returned step after it has waited for the device.
 
@@ -46,4 +46,4 @@ class Optimizer(Protocol):
         """Options and states, as torch.optim.Optimizer gives them."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states of `state_dict`, cast to the configured type."""
+        """Load the states of `state_dict`, cast to the configured type."""

@@ -1,4 +1,4 @@
-"""Matrices whose rows are sharded over ranks: gathered whole on one owner rank each, and scattered back.
+"""Row exchange: matrices whose rows are sharded over ranks, gathered on one owner rank each, and scattered back.
 
 Every rank owns its share of the matrices, by their cost, so that what needs a whole matrix is computed once and not on
 every rank. Both ways are one all-to-all of rows.
@@ -27,7 +27,7 @@ class ShardedRows:
 
     @property
     def cost(self) -> int:
-        """A measure of what orthogonalizing it takes."""
+        """Relative cost of orthogonalizing the matrix."""
         rows = sum(self.rows_S)
         return rows * self.columns * min(rows, self.columns)
 
@@ -42,11 +42,11 @@ def assign_owners(matrices: Sequence[ShardedRows], loads_S: list[int]) -> list[i
 
 
 class RowExchange:
-    """The way of some matrices' rows to their owners and back. Every rank of the group takes part in every call.
+    """All-to-all of matrices' rows to their owner ranks and back. Every rank of the group takes part in every call.
 
     Args:
         matrices: the same on every rank.
-        owners: of each matrix, a rank of the group.
+        owners: owner of each matrix, a rank of the group.
     """
 
     def __init__(self, matrices: Sequence[ShardedRows], owners: Sequence[int], group: dist.ProcessGroup) -> None:
@@ -66,7 +66,7 @@ class RowExchange:
             self._to_owner[owners[index]] += elements
 
     def gather(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's own matrices, whole [M, N], of one type.
+        """This rank's own matrices, unsharded [M, N], of one type.
 
         Args:
             rows: this rank's rows of every matrix, in the order of `matrices`; some may have none.

@@ -1,4 +1,4 @@
-"""Activation memory: bytes of the tensors that a layer saves for its backward pass, and of those it makes there.
+"""Activation memory: bytes of the tensors that a layer saves for its backward pass, and of those made there.
 
 The lists are what `model/` saves on a GPU: autograd's saved tensors when blocks run eagerly; compiled blocks recompute
 silu's result instead of saving it.

@@ -1,7 +1,7 @@
-"""Compute time of one device: a layer, the head and the optimizer's step, forward and backward apart.
+"""Compute time of one device: a layer, the head and the optimizer's step, forward and backward separately.
 
 A matmul's rate depends on its sizes and precision; memory-bound operations go at the rate of a large copy. The two
-passes are apart because communication overlaps with each of them by itself.
+passes are separate because communication overlaps with each of them by itself.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def optimizer_seconds(work: Workload) -> float:
     each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.keeps_working_copies else 0)
     moved = each * trained
     seconds = memory_seconds(work, moved) + requantize_seconds(work)
-    if work.cpu_offload:  # parameters' copies and gradients travel, and the CPU's memory is the slower one
+    if work.cpu_offload:  # parameters' copies and gradients are transferred, and the CPU's memory is the slower one
         seconds = max(seconds, 4 * trained / work.gpu.host_rate) + moved / work.gpu.host_rate
     return seconds
 

@@ -1,8 +1,8 @@
-"""Matmuls of a step, by sizes and precision, and the time of each; what lies between them is cherry/planner/compute.py.
+"""Matmuls of a step, by sizes and precision, and the time of each; other operations: cherry/planner/compute.py.
 
-In fp8 the projections of blocks and their
-experts multiply in e4m3, forward, for input gradients and for weight gradients; the head, the MTP module's projection
-and attention itself stay in bf16 (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
+In fp8 the projections of blocks and their experts multiply in e4m3, forward, for input gradients and for weight
+gradients; the head, the MTP module's projection and attention itself stay in bf16 (DeepSeek-V3, arXiv 2412.19437,
+section 3.3.1).
 """
 
 from __future__ import annotations

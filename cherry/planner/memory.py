@@ -1,7 +1,7 @@
 """Memory of a rank at each stage of a step, by component, and whether it fits.
 
-The model is of this engine: fp32 parameters and gradients in FSDP2 shards, blocks all-gathered in the compute type one
-ahead, the root unsharded for the whole step, a chunked loss that keeps the head's gradient.
+The model is that of this trainer: fp32 parameters and gradients in FSDP2 shards, blocks all-gathered in the compute
+type one ahead, the root unsharded for the whole step, a chunked loss that keeps the head's gradient.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def memory_of(work: Workload) -> tuple[RankMemory, ...]:
 
 
 def busiest_of(work: Workload) -> RankMemory:
-    """Memory of the ranks that need most, alone."""
+    """Memory of the class of ranks that needs most."""
     name = "busiest ranks" if work.imbalance > 1 else "every rank"
     stages = _with_overheads(work, _Stages(work, network_of(work), work.imbalance).all())
     return RankMemory(name, stages, usable_bytes(work.gpu, work.gpus_per_node))

@@ -1,7 +1,7 @@
 """Optimizer states, and the cost of Muon on a rank: workspace, matrix products, and the all-to-all of matrices' rows.
 
-The plan follows cherry/optim/muon.py: matrices that are whole on a rank are orthogonalized there, those whose rows are
-sharded by owner ranks, each of which gets its share; replicas repeat each other's work.
+The plan follows cherry/optim/muon.py: unsharded matrices are orthogonalized on their rank, those whose rows are sharded
+by owner ranks, each of which gets its share; replicas repeat each other's work.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def orthogonalize_seconds(work: Workload) -> float:
     products, shared, largest = 0.0, 0.0, 0.0
     for unit, layers in _units(work):
         for matrix in unit.matrices:
-            one = _matrix_seconds(work, matrix)
+            per_matrix = _matrix_seconds(work, matrix)
             count = layers * matrix.count
             if unit.shards_rows(matrix.shape):
-                shared += count * one / unit.shards
-                largest = max(largest, one)
+                shared += count * per_matrix / unit.shards
+                largest = max(largest, per_matrix)
             else:
-                products += layers * matrix.row_blocks * math.ceil(matrix.stacked / unit.shards) * one
+                products += layers * matrix.row_blocks * math.ceil(matrix.stacked / unit.shards) * per_matrix
     network = network_of(work)
     each = _ELEMENT_BYTES + (_WIDENED_BYTES if work.moment_bytes == 2 else 0)
     moved = each * network.total("padded_matrices") + _EXCHANGE_BYTES * sum(size for _, size in _exchanged(work))
@@ -90,7 +90,7 @@ def row_exchange_seconds(work: Workload) -> float:
 def _exchanged(work: Workload) -> Iterator[tuple[Group, int]]:
     """Each group with the elements of a rank's shards of the matrices whose rows it shares."""
     for unit, layers in _units(work):
-        elements = layers * sum(unit.shard(one.shape) for one in unit.matrices if unit.shards_rows(one.shape))
+        elements = layers * sum(unit.shard(matrix.shape) for matrix in unit.matrices if unit.shards_rows(matrix.shape))
         if elements:
             yield work.expert_shard_group if unit.name == EXPERTS else work.dense_group, elements
 
@@ -108,4 +108,4 @@ def _matrix_seconds(work: Workload, matrix: MatrixShape) -> float:
     gram = Matmul("gram", short, long, short, precision, times)
     square = Matmul("polynomial", short, short, short, precision, times)
     product = Matmul("update", short, short, long, precision, times)
-    return sum(forward_seconds(work, one) for one in (gram, square, product))
+    return sum(forward_seconds(work, matmul) for matmul in (gram, square, product))

@@ -46,7 +46,7 @@ class RunPlan:
     best_goodput: float
     interruptions: float
     compute_s: float
-    """Seconds of the steps alone."""
+    """Seconds of the optimizer steps, without saves, failures and restarts."""
     wall_s: float
     gpu_hours: float
     cost: float | None
@@ -74,7 +74,7 @@ class Plan:
         return max(self.memory, key=lambda ranks: ranks.total)
 
     def why_not(self) -> str:
-        """Sentences that say why a plan does not fit: by how much, and at which component the memory ends."""
+        """Sentences on why a plan does not fit: the peak, the usable memory, and the component that exceeds it."""
         ranks, left = self.worst, self.worst.usable
         largest = max(ranks.components, key=lambda name: ranks.components[name])
         breaking = largest
@@ -171,7 +171,7 @@ def make_plan(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None) -
     """The plan of a job on a cluster.
 
     Args:
-        gpu: the device, where it is known better than by the cluster's spec.
+        gpu: device to plan for in place of the cluster spec's.
 
     Raises:
         ConfigError: the job asks for what the cluster does not have.

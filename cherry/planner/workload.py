@@ -1,4 +1,4 @@
-"""Workload of a plan: one model on one parallel layout, and how the ranks of each process group lie on nodes.
+"""Workload of a plan: one model on one parallel layout, and how the ranks of each process group are placed on nodes.
 
 A rank's number is ((replicate * shard + s) * context + c) * expert + e, as in
 cherry/distributed/mesh.py.
@@ -118,7 +118,7 @@ class Workload:
 
     @cached_property
     def nodes_of_a_token(self) -> float:
-        """Expected number of nodes that a token's experts lie on; a routing group lies on one node where it can."""
+        """Expected number of nodes that hold a token's experts; a routing group is on one node where possible."""
         model = self.model
         eligible = max(1.0, self.expert_group.nodes * model.topk_group / model.n_group)
         return eligible * (1.0 - (1.0 - 1.0 / eligible) ** model.num_experts_per_tok)
@@ -177,14 +177,14 @@ def workload_of(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None)
     """The workload of a job on a cluster.
 
     Args:
-        gpu: the device, where it is known better than by the cluster's spec.
+        gpu: device to plan for in place of the cluster spec's.
 
     Raises:
         ConfigError: the job asks for what the cluster does not have.
     """
     found = [str(problem) for problem in cluster_problems(config, cluster, gpu or GPUS[cluster.hardware])]
     if found:
-        raise ConfigError("the job does not go on the cluster\n" + "\n".join(f"  {line}" for line in found))
+        raise ConfigError("the job does not fit the cluster\n" + "\n".join(f"  {line}" for line in found))
     ranks = config.launch.nproc_per_node * config.launch.nnodes
     parallel, train = config.parallel, config.train
     return Workload(

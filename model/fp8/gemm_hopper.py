@@ -106,7 +106,7 @@ def _promote(
     total, product, a_scales, b_scales, b_scale, empty, iteration,
     HALF: gl.constexpr, GRADIENT: gl.constexpr, BEHIND: gl.constexpr,
 ):  # fmt: skip
-    """Sum with an iteration's scaled product added, after a wait that leaves BEHIND later ones; frees its tiles."""
+    """Sum plus an iteration's scaled product, once at most BEHIND later products are pending; frees its tiles."""
     mma: gl.constexpr = total.type.layout
     slot = iteration % a_scales.type.shape[0]
     a_scale = a_scales.index(slot).slice(HALF * 64, 64).load(gl.SliceLayout(1, mma))

@@ -66,7 +66,7 @@ def cast_weight(weight_EXD: Tensor, transposed: bool) -> tuple[Tensor, ...]:
 def cast_both_(
     weight_EXD: Tensor, values_EXD: Tensor, scale: Tensor, transposed_EDX: Tensor, transposed_scale: Tensor
 ) -> None:
-    """Quantize a weight into the given plain and transposed tensors; no operator."""
+    """Quantize a weight into the given plain and transposed tensors; not registered as an operator."""
     if weight_EXD.is_cuda:
         from model.fp8 import cast_kernels
 

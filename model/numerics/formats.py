@@ -74,7 +74,7 @@ class QuantizationFormat(Protocol):
 
 @dataclass(frozen=True)
 class FormatEntry:
-    """A line of the registry: what can be said of a format without importing it."""
+    """Registry entry of a format: what is known without importing its implementation."""
 
     implementation: str
     """`module:attribute` of the QuantizationFormat."""

@@ -22,7 +22,7 @@ from model.numerics.formats import StoredEntry, is_projection
 
 _MAX = 127
 _SCALE_SUFFIX = "_scale"
-# Linear layers that compressed-tensors must leave alone.
+# Linear layers that compressed-tensors must not quantize.
 _IGNORED_LAYERS = ["lm_head", "re:.*mlp\\.gate$", "re:.*eh_proj$", "re:.*shared_head.*"]
 
 
@@ -66,7 +66,7 @@ class Int8Format:
         }
 
     def recognizes(self, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether it is compressed-tensors' unpacked int8."""
+        """Whether a config.json describes compressed-tensors' unpacked int8."""
         return (quantization_config.get("quant_method"), quantization_config.get("format")) == (
             "compressed-tensors",
             "int-quantized",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.model_config import ModelConfig
 
-# Released names whose values are the model's own embedding and head once more.
+# Released names that duplicate the model's embedding and head.
 _DUPLICATES = {"embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"}
 _TOP = {
     "embed_tokens.weight": "model.embed_tokens.weight",
@@ -21,7 +21,7 @@ ADAPTER_SUFFIXES = (".lora_A_RD", ".lora_B_FR")
 
 
 class Piece(NamedTuple):
-    """A slice of a state entry that is a whole tensor in the released layout."""
+    """Slice of a state entry that is one tensor in the released layout."""
 
     hf_name: str
     part: tuple[int | slice, ...]
@@ -34,7 +34,7 @@ def pieces(name: str, shape: torch.Size, config: ModelConfig, suffix: str = "") 
     MTP's duplicates are left out. An adapter's matrices (cherry/lora.py) have no released name: an export merges them.
 
     Args:
-        shape: of the entry; a quantized one may be narrower in its last dimension than the plain weight.
+        shape: shape of the state entry; a quantized one may be narrower in its last dimension than the plain weight.
         suffix: appended to every released name, like a quantized weight's `_scale`.
     """
     if name.endswith(ADAPTER_SUFFIXES):

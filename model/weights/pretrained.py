@@ -278,7 +278,7 @@ def save_pretrained(
     Args:
         tensors: released names and values (see `state_to_hf`), in any order. In the order of the model's state
             dict at most one shard is in memory at a time.
-        dtype: of all weights but the selection biases, which are fp32. float8_e4m3fn is the release's own format:
+        dtype: type of all weights but the selection biases, which are fp32. float8_e4m3fn is the release's own format:
             projections in fp8 blocks, everything else in bf16.
         tokenizer_uri: a tokenizer.json, or the folder that holds one, to copy beside the weights.
         source_uri: a folder whose generation_config.json and chat template are copied, unless the tokenizer has other

@@ -1,4 +1,4 @@
-"""Weights reader: tensors of a safetensors folder by released name, whole or sliced, fp8 blocks dequantized."""
+"""Weights reader: tensors of a safetensors folder by released name, in full or sliced, fp8 blocks dequantized."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def is_scale(source: Source, name: str) -> bool:
 
 
 def scale_problem(source: Source, name: str) -> str | None:
-    """What is wrong with the block scales of a tensor; `None` when they fit, or it is not fp8."""
+    """Description of a mismatch in the block scales of a tensor; `None` when they fit, or it is not fp8."""
     if source.dtype(name) != FP8:
         return None
     shape, scale_name = source.shape(name), name + SCALE_SUFFIX
@@ -176,7 +176,7 @@ class WeightsReader:
             raise WeightsError(f"{self.uri} has no tensor {name}")
         file = self.file(self._file_of[name])
         if name not in file.tensors:
-            raise WeightsError(f"{file.uri} has no tensor {name}, but {INDEX_NAME} says so. Export the folder again.")
+            raise WeightsError(f"{file.uri} has no tensor {name}, but {INDEX_NAME} lists it. Export the folder again.")
         return file.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 def whole_box(shape: tuple[int, ...]) -> Box:
-    """Box that covers a whole tensor."""
+    """Box that covers all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
@@ -183,7 +183,7 @@ def _parse(uri: str, name: str, entry: Mapping[str, Any], data_start: int) -> Te
 
 
 def _malformed(uri: str, why: str) -> WeightsError:
-    return WeightsError(f"{uri} is not a whole safetensors file: {why}. Copy or export it again.")
+    return WeightsError(f"{uri} is not a complete safetensors file: {why}. Copy or export it again.")
 
 
 def _truncated(uri: str, name: str, info: TensorInfo, size: int) -> WeightsError:
@@ -194,7 +194,7 @@ def _truncated(uri: str, name: str, info: TensorInfo, size: int) -> WeightsError
 
 
 def write_file(uri: str, tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that `tensors` were written to, atomically. All of its data is in memory meanwhile.
+    """Size in bytes of the file that `tensors` were written to, atomically. All of its data is in memory meanwhile.
 
     Serialized in memory, not by `safetensors.torch.save_file`: that overwrites its target in place, neither syncs it
     to the disk nor knows URIs, and its error of a full disk carries no errno.

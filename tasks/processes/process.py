@@ -157,7 +157,7 @@ def is_alive(pid: int, created: float) -> bool:
 def end_tree(root: psutil.Process) -> None:
     """End a process and all its descendants: SIGTERM, a grace period, then SIGKILL. Ranks have their own sessions.
 
-    `root` carries its start time, so that a process that got its pid since is left alone.
+    `root` carries its start time, so that a process that reuses its pid is not signalled.
     """
     try:
         tree = [root, *root.children(recursive=True)]

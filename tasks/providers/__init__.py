@@ -1,1 +1,1 @@
-"""Cluster providers: what can take hosts for a run, start programs on them, and give them back."""
+"""Cluster providers: they take hosts for a run, start programs on them, and release them."""

@@ -36,7 +36,7 @@ _KEPT_LINES = 40
 
 
 def one_command(hosts: Hosts, commands: Sequence[Sequence[str]], folder: Path) -> list[str]:
-    """The command that runs all of them; they are written to commands.json in `folder` when there are several."""
+    """Command that runs all `commands`; several are written to commands.json in `folder` for the fan-out program."""
     if len(commands) == 1:
         return list(commands[0])
     path = folder / COMMANDS_FILE
@@ -108,7 +108,7 @@ def _run_all(names: Sequence[str], commands: Sequence[Sequence[str]], folder: Pa
     finally:
         _end(members)
     if failed:
-        # The caller's mistakes explain what they do to the other hosts; of equals, the earliest.
+        # A user error explains the failures of the other hosts; of equals, the earliest.
         cause = min(failed, key=lambda member: member.process.returncode not in USER_EXIT_CODES)
         name = f"the launcher on {cause.name}"
         raise error_of(cause.process.returncode, list(cause.lines), name, error_file=cause.error_file)

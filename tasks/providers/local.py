@@ -1,4 +1,4 @@
-"""Local provider: this machine as a cluster of one host. It is taken by the run directory's lease alone."""
+"""Local provider: this machine as a cluster of one host. The run directory's lease alone reserves it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LocalProvider:
     """This machine; see `tasks.providers.protocol.Provider`."""
 
     def check(self, reservation: Reservation) -> None:
-        """One host, with enough GPUs or slots, and enough free memory for ranks on its CPU.
+        """Check that one host is asked for, with GPUs or slots for the ranks, and free memory for ranks on its CPU.
 
         Raises:
             ConfigError: more hosts, GPUs or slots than this machine has.
@@ -62,11 +62,11 @@ class LocalProvider:
         )
 
     def is_alive(self, hosts: Hosts) -> bool:
-        """True: whoever asks runs on it."""
+        """True: the caller runs on this machine."""
         return True
 
     def commands(self, hosts: Hosts, arguments: Sequence[str]) -> list[list[str]]:
-        """The launcher of this environment."""
+        """Command of this environment's launcher."""
         return [module_command("cherry.launcher", [*hosts.launcher_flags(0), *arguments])]
 
     def release(self, reservation: Reservation) -> None:

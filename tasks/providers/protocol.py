@@ -1,4 +1,4 @@
-"""Provider protocol: what takes the hosts of a run, and the two records of it, `reservation.json` and `hosts.json`.
+"""Provider protocol: how the hosts of a run are taken and released; its records `reservation.json` and `hosts.json`.
 
 A provider is stateless: everything that it needs to release hosts stands in the reservation, which is written before
 the hosts are taken, so that another process can release them after a crash.
@@ -17,7 +17,7 @@ from base.errors import ConfigError
 from cherry.cluster import ClusterSpec
 
 RESERVATION_FILE = "reservation.json"
-"""In the run directory, from before hosts are taken until they are released."""
+"""File in the run directory, from before hosts are taken until they are released."""
 HOSTS_FILE = "hosts.json"
 
 
@@ -32,21 +32,21 @@ class Host(_Record):
     """One host of a run, and what was free on it when it was taken."""
 
     address: str
-    """As the other hosts reach it."""
+    """Address by which the other hosts reach it."""
     cores: PositiveInt
     gpus: NonNegativeInt
     memory_gib: NonNegativeFloat
 
 
 class Reservation(_Record):
-    """What a run asks of a provider."""
+    """Hosts that a run asks a provider for."""
 
     provider: str
     cluster: str
     """Path of the cluster's spec, or `local`."""
     spec: ClusterSpec
     name: str
-    """Unique to the run directory: what a provider calls its allocation, so that it finds it again by name alone."""
+    """Name of the provider's allocation, unique to the run directory, so that it is found again by name alone."""
     run_directory: str
     nodes: PositiveInt
     ranks_per_node: PositiveInt
@@ -80,7 +80,7 @@ class Provider(Protocol):
     """A kind of cluster. All methods may be called from any process, in any order."""
 
     def check(self, reservation: Reservation) -> None:
-        """Refuse what the cluster does not have; takes nothing.
+        """Check that the cluster has the hosts of a reservation; takes nothing.
 
         Raises:
             ConfigError: the cluster never has what is asked for.
@@ -92,7 +92,7 @@ class Provider(Protocol):
         """Take the hosts and wait until they answer.
 
         Raises:
-            OperationalError: they cannot be had now; what was taken meanwhile is found by the reservation's name.
+            OperationalError: they are not available now; those taken meanwhile are found by the reservation's name.
         """
         ...
 
@@ -109,7 +109,7 @@ class Provider(Protocol):
         ...
 
     def release(self, reservation: Reservation) -> None:
-        """Give back what the reservation took: nothing, some or all of it. Calling it again does nothing.
+        """Release the hosts of a reservation, of which none, some or all were taken. Calling it again does nothing.
 
         Raises:
             OperationalError: the cluster could not be reached; it is tried again at the run's next start.
@@ -123,7 +123,7 @@ def write_reservation(run_directory: Path, reservation: Reservation) -> None:
 
 
 def read_reservation(run_directory: Path) -> Reservation | None:
-    """What the run directory's hosts were taken with; `None` when it holds none.
+    """Reservation of the run directory's hosts; `None` when it holds none.
 
     Raises:
         ConfigError: the file is not a reservation.
@@ -133,7 +133,7 @@ def read_reservation(run_directory: Path) -> Reservation | None:
 
 
 def write_hosts(run_directory: Path, hosts: Hosts) -> str:
-    """Write hosts.json; its path."""
+    """Path of hosts.json, after writing it."""
     path = str(run_directory / HOSTS_FILE)
     storage.write_json(path, hosts.model_dump(mode="json"))
     return path

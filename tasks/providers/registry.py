@@ -48,7 +48,7 @@ def provider_name(cluster: str, spec: ClusterSpec) -> str:
         cluster: what the configuration calls it, for the error.
 
     Raises:
-        ConfigError: the spec is for plans alone, or names a provider that is not installed.
+        ConfigError: the spec is for plans only, or names a provider that is not installed.
     """
     if spec.kind == LOCAL:
         return LOCAL

@@ -6,7 +6,7 @@
     models/<name>.json  versions and aliases
 
 `tracking.uri: json:` keeps it in `<runs_directory>/tracking`, `json:PATH` in a folder that several of them may share.
-Writers of several processes take turns by a lock file.
+Writers of several processes are serialized by a lock file.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class MlflowConnection:
         return self.uri.startswith("http")
 
     def connect_early(self) -> None:
-        """Connect in a thread. The process waits for it before it ends: a database is made whole or not at all."""
+        """Connect in a thread. The process waits for it before it ends, so that no database is half created."""
 
         def begin() -> None:
             with suppress(Exception):  # met again, and handled, by the first call

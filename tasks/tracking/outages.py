@@ -1,4 +1,4 @@
-"""What an outage of a tracker means: a warning for figures of runs, a transient error for the model registry."""
+"""Handling of tracker outages: a warning for figures of runs, a transient error for the model registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def best_effort(method: Callable[P, T]) -> Callable[P, T | None]:
-    """The method with any error turned into a warning and `None`."""
+    """The method, with any error converted to a warning and `None`."""
 
     @functools.wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -30,7 +30,7 @@ def best_effort(method: Callable[P, T]) -> Callable[P, T | None]:
 
 
 def registry_call(method: Callable[P, T]) -> Callable[P, T]:
-    """The method with any outage turned into an OperationalError, which a task retries."""
+    """The method, with any outage converted to an OperationalError, which a task retries."""
 
     @functools.wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:

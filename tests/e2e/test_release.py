@@ -68,7 +68,7 @@ def test_a_breach_puts_the_traffic_back(project, first_release):
     with disable_run_logger():
         replica = start.fn(context, Release("pipeline", 99, str(project.runs / "second" / "quantized")))
         os.kill(replica.pid, signal.SIGKILL)
-        with pytest.raises(ServiceError, match=r"failed at 25 % of traffic .*; traffic is back where it was"):
+        with pytest.raises(ServiceError, match=r"failed at 25 % of traffic .*; traffic was rolled back"):
             shift.fn(context, replica)
     assert shares(project) == {first_release["release"]: 100.0}
     assert ServingDirectory(str(project.runs)).find(replica.name) is None

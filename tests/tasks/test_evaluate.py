@@ -6,7 +6,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from base import storage
-from tasks.evaluate import find_champion, judge, shortfall
+from tasks.evaluate import find_champion, shortfall, verdicts
 from tasks.overrides import resolve
 from tasks.steps import RunContext
 from tasks.tracking.mlflow_registry import MlflowRegistry
@@ -33,7 +33,7 @@ def judged(config, costs, baseline="net v1", missing=None):
     quantized = [loss + cost for loss, cost in zip(candidate, costs, strict=True)]
     worse = [loss + 0.5 for loss in candidate]
     scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
-    return judge(config, scores, baseline, missing)
+    return verdicts(config, scores, baseline, missing)
 
 
 def test_fewer_documents_than_were_asked_for_are_reported():

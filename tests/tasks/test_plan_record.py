@@ -13,7 +13,7 @@ from cherry.planner import local
 from cherry.planner.plan import make_plan
 from tasks import plan_record as plans
 from tasks.overrides import resolve
-from tasks.plan_record import compared, predict, refuse, tell
+from tasks.plan_record import compared, predict, record_plan, refuse
 from tasks.steps import RunContext, StepRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def large(**changes):
 def test_no_host_is_taken_for_a_job_without_room_unless_told_otherwise(caplog):
     config = large(parallel={"expert": 1})
     plan = predict(config, NODES)
-    with pytest.raises(DoesNotFitError, match=r"parallel\.expert=64 .* plan\.refuse=false goes on all the same"):
+    with pytest.raises(DoesNotFitError, match=r"parallel\.expert=64 .* plan\.refuse=false"):
         refuse(plan, config)
     refuse(plan, large(parallel={"expert": 1}, plan={"refuse": False}))
     assert "plan.refuse is false" in caplog.text
@@ -54,7 +54,7 @@ def test_the_plan_is_written_drawn_and_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(StepRun, "say", lambda self, line, fraction=None: said.append(line))
     monkeypatch.setattr(plans, "show_table", lambda key, rows, description: said.append((key, rows)))
     made = make_plan(config, NODES)
-    outputs = tell(made, context, step)
+    outputs = record_plan(made, context, step)
     assert json.loads(Path(outputs["plan"]).read_text())["fits"]
     assert tracker.logged == {"own": made.predictions()}, "a comparison of flows opens on the first figure: the loss"
     for run_id in ("own", "parent"):

@@ -108,7 +108,7 @@ def test_a_run_whose_disk_was_full_for_a_while_has_every_line(disk, tmp_path, ma
     elsewhere = f"checkpoint.directory={tmp_path}/checkpoints"
     code, output = followed(job, disk, "--steps=100", "--set", elsewhere, free=True)
     assert code == 0, output
-    assert output.count("metrics wait in memory, training goes on: no space left") == 1
+    assert output.count("metrics wait in memory, training continues: no space left") == 1
     assert [line["step"] for line in job.metrics] == list(range(1, 101))
 
 

@@ -47,7 +47,7 @@ def test_another_run_is_refused_with_the_keys_that_differ_and_the_same_one_goes_
     for line in ("seed: 0, not 1", "init_from: None, not 'elsewhere'", "train.learning_rate: 0.003, not 0.0001"):
         assert f"\n  {line}" in text
     assert "--resume_from" not in text, "another seed cannot be resumed"
-    with pytest.raises(ConfigError, match=r"or --resume_from=.*/step_4 to go on.*\n  train\.batch_size: 8, not 16"):
+    with pytest.raises(ConfigError, match=r"or --resume_from=.*/step_4 .*\n  train\.batch_size: 8, not 16"):
         start("first", "train.batch_size=16")
     with pytest.raises(CheckpointError, match=r"model\.moe_intermediate_size"):
         start("first", "model.moe_intermediate_size=24")

@@ -28,7 +28,7 @@ def run(hook: MetricsHook, *records: TrainRecord) -> None:
 
 def test_marked_steps_are_written_and_printed_whatever_is_due(tmp_path: Path) -> None:
     path, said = tmp_path / "metrics.jsonl", list[str]()
-    hook = MetricsHook(path, resume_step=0, log_every_steps=4, say=lambda line, _: said.append(line))
+    hook = MetricsHook(path, resume_step=0, log_every_steps=4, print_line=lambda line, _: said.append(line))
     hook.print_every_s = 3600.0
     marks: dict[int, dict[str, Any]] = {
         2: {"heldout_loss": 1.0},
@@ -41,17 +41,17 @@ def test_marked_steps_are_written_and_printed_whatever_is_due(tmp_path: Path) ->
     printed = [line.split(" ")[1] for line in said if line.startswith("step ") and "/" in line.split(" ")[1]]
     assert printed == ["2/9", "3/9", "6/9", "9/9"], "4 and 8 are due, but come too soon after a printed line"
     assert "step 3 skipped: loss nan" in said
-    assert "checkpoint not saved, training goes on: x" in said
+    assert "checkpoint not saved, training continues: x" in said
 
 
 def test_lines_of_undone_steps_are_dropped_and_the_first_loss_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    hook = MetricsHook(path, resume_step=0, log_every_steps=1, say=lambda *_: None)
+    hook = MetricsHook(path, resume_step=0, log_every_steps=1, print_line=lambda *_: None)
     run(hook, *(record(step) for step in range(1, 6)))
     run(hook, record(4, loss=40.0), record(5, loss=50.0))
     assert steps(path) == [1, 2, 3, 4, 5]
     hook.close()
-    resumed = MetricsHook(path, resume_step=4, log_every_steps=1, say=lambda *_: None)
+    resumed = MetricsHook(path, resume_step=4, log_every_steps=1, print_line=lambda *_: None)
     run(resumed, record(5, loss=51.0))
     resumed.close()
     lines = [json.loads(line)["loss"] for line in path.read_text().splitlines()]

@@ -130,7 +130,7 @@ def test_a_hook_with_a_bug_is_closed_and_left_out_and_training_goes_on(
     assert result["steps"] == 12
     assert broken.events == [*steps(1, 3), ("close", None)]
     assert other.events == [*steps(1, 12, evaluated={12}, saved={4, 8, 12}), ("close", None)]
-    line = "Fails failed in on_step_end and is no longer called, training goes on: ZeroDivisionError"
+    line = "Fails failed in on_step_end and is no longer called, training continues: ZeroDivisionError"
     assert line in capsys.readouterr().out
     (record,) = [record for record in caplog.records if record.name == "cherry.hooks.protocol"]
     assert record.exc_info is not None and record.exc_info[1] is broken.error

@@ -364,7 +364,7 @@ def test_a_wrong_cluster_is_a_sentence(spec: dict[str, object], told: str) -> No
 )
 def test_a_job_that_does_not_go_on_a_cluster_is_refused(overrides: list[str], cluster: ClusterSpec, told: str) -> None:
     config = load(ROOT / "configs" / "671b.yaml", RunConfig, overrides)
-    with pytest.raises(ConfigError, match="the job does not go on the cluster") as caught:
+    with pytest.raises(ConfigError, match="the job does not fit the cluster") as caught:
         workload_of(config, cluster)
     assert told in str(caught.value)
 
