@@ -58,6 +58,7 @@ UNDOCUMENTED: dict[str, set[str]] = {
     "torch.distributed.run.config_from_args": {"cherry/launcher.py"},
     "torch.distributed.run.determine_local_world_size": {"cherry/launcher.py"},
     "torch.distributed.run.get_args_parser": {"cherry/launcher.py"},
+    "torch.distributed.run.parse_min_max_nnodes": {"cherry/launcher.py"},
 }
 """Names without an underscore that no documentation promises; they are listed by hand."""
 # The standard library's: os._exit, and the methods of named tuples.
