@@ -4,9 +4,9 @@ import ast
 import inspect
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -221,12 +221,11 @@ def test_a_plan_of_what_cannot_be_is_refused(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_a_plan_takes_less_than_two_seconds():
+def test_a_plan_takes_less_than_two_seconds_of_a_processor():
+    """Its own time, which other programs on the machine do not lengthen much."""
     command = [sys.executable, "-m", "flows.cli", "plan", LARGE, "--cluster", CLUSTER]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    seconds = []
-    for _ in range(3):  # the first may still read modules from the disk
-        began = time.perf_counter()
-        subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=True)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 2.0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
