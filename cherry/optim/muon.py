@@ -151,7 +151,7 @@ def _step(
 
 
 def _add_momentum(updates: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
-    """Add the gradients in `updates` to the momenta, and make them what is orthogonalized, both in place."""
+    """Add the gradients in `updates` to the momenta, and replace them by the matrices to orthogonalize, in place."""
     momentum = group["momentum"]
     widened = [buffer.float() for buffer in momenta]  # the buffers themselves where they are fp32
     torch._foreach_mul_(widened, momentum)

@@ -60,7 +60,7 @@ def compute_precision(work: Workload) -> str:
 def layer_matmuls(work: Workload, *, moe: bool) -> list[Matmul]:
     """The matmuls of one decoder layer's forward pass."""
     model, tokens = work.model, work.tokens
-    # Every context-parallel rank computes keys and values of the whole sequence.
+    # Every context parallel rank computes keys and values of the whole sequence.
     rows = {"kv_b_proj": tokens * work.context}
     shapes = model.attention_linears()
     if moe:

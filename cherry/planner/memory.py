@@ -159,7 +159,7 @@ class _Stages:
         return found
 
     def _stage(self, **sizes: int) -> Components:
-        """Components of a stage: what is always there, and `sizes`."""
+        """Components of a stage: those of every stage, and `sizes`."""
         stage = dict(self._always)
         for name, size in sizes.items():
             stage[name.replace("_", " ")] += size
