@@ -165,5 +165,5 @@ def requantize_seconds(work: Workload) -> float:
 
 
 def memory_seconds(work: Workload, moved_bytes: float) -> float:
-    """Seconds to read and write so many bytes of device memory."""
+    """Seconds to move `moved_bytes` bytes in device memory, reads and writes together."""
     return moved_bytes / (work.gpu.memory_rate * work.efficiency.memory)

@@ -47,7 +47,7 @@ _PLAIN: Mapping[str, StoredEntry] = MappingProxyType({})
 
 
 def read_model_config(uri: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """ModelConfig of a folder, and its whole config.json.
+    """ModelConfig of a folder, and its config.json as parsed.
 
     Raises:
         MissingFileError: no config.json.
@@ -127,7 +127,7 @@ class Part(NamedTuple):
 
     name: str
     shape: torch.Size
-    """Shape of the whole entry."""
+    """Shape of the unsharded entry."""
     box: Box
     """Bounds of the local slice in the entry; it may be empty."""
     values: Tensor
@@ -158,10 +158,10 @@ def load_parts(
     wanted: set[str] = set()
     requests: list[Request] = []
     for part in parts:
-        whole = torch.empty(part.shape, device="meta")
+        entry = torch.empty(part.shape, device="meta")
         for piece in _pieces(part, config, entries):
             wanted.add(piece.hf_name)
-            if (problem := _problem(source, piece.hf_name, tuple(whole[piece.part].shape))) is not None:
+            if (problem := _problem(source, piece.hf_name, tuple(entry[piece.part].shape))) is not None:
                 problems[problem] = None
             elif (overlap := _overlap(piece.part, part)) is not None:
                 target, box = overlap
