@@ -22,7 +22,7 @@ from base.errors import ConfigError, MissingFileError, has_credentials, without_
 PACKAGED_CONFIGS = Path(__file__).parent / "configs"
 """The configurations that come with the package: configs/ of the repository."""
 _DEFER_RULES = {"defer_rules": True}
-_NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Give credentials by the environment"
+_NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Set credentials in the environment"
 
 
 @dataclass(frozen=True)

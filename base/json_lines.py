@@ -45,9 +45,9 @@ class JsonLinesReader:
                 self._offset = 0
                 return None
             content = content[1:]
-        whole = _whole_lines(content)
-        self._offset += len(whole)
-        return parse_lines(whole)
+        finished = _finished_lines(content)
+        self._offset += len(finished)
+        return parse_lines(finished)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -64,8 +64,8 @@ def read_last(path: Path, key: str) -> dict[str, Any] | None:
         tail = _TAIL_BYTES
         while True:
             handle.seek(max(0, size - tail))
-            whole = _whole_lines(handle.read(min(size, tail)))
-            found = next((record for record in reversed(parse_lines(whole)) if key in record), None)
+            finished = _finished_lines(handle.read(min(size, tail)))
+            found = next((record for record in reversed(parse_lines(finished)) if key in record), None)
             if found is not None or tail >= size:
                 return found
             tail *= 4
@@ -104,5 +104,5 @@ def append_line(path: Path, line: str) -> None:
         logger.warning("%s: a line is lost: %s", path, error)
 
 
-def _whole_lines(content: bytes) -> bytes:
+def _finished_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]

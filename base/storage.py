@@ -65,7 +65,7 @@ def _locate(uri: str) -> tuple[Any, str]:
     """
     if has_credentials(uri):
         raise ConfigError(
-            f"{without_credentials(uri)}: a URI must not hold a password. Give credentials by the environment "
+            f"{without_credentials(uri)}: a URI must not hold a password. Set credentials in the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)."
         )
     try:

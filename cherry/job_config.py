@@ -296,7 +296,7 @@ class CommunicationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are saved, where, and how many are kept."""
+    """Checkpoints: interval, directory, and how many are kept."""
 
     every_steps: PositiveInt = 50
     """Steps between two checkpoints."""

@@ -144,7 +144,7 @@ def _start(options: Any) -> None:
     except (DistError, RendezvousError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WorkerLostError(
-            f"the nodes did not find each other: {first}. Check --master_addr and --master_port, and that every node "
+            f"the rendezvous of the nodes failed: {first}. Check --master_addr and --master_port, and that every node "
             "was started; then start the same command again."
         ) from error
     except SignalException as error:

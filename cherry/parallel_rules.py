@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def experts_shard_evenly(experts: int, widths: Sequence[int], ranks: int) -> bool:
-    """Whether the experts of an expert-parallel rank shard over `ranks` without padding: by expert, or else by width.
+    """Whether the experts of an expert parallel rank shard over `ranks` without padding: by expert, or else by width.
 
     Args:
         widths: the second dimension of each fused expert tensor.

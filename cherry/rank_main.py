@@ -285,7 +285,7 @@ def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) 
         check_model(found, record, model.model_dump(mode="json"))
         config = _with_steps(config, record, options)
         for change in check_resume(config, manifest, found, record, named=named is not None):
-            print(f"resuming from {found} with a changed value: {change}", flush=True)
+            print(f"resuming from {found} with another {change}", flush=True)
     write_config(config, run_directory, options.config)
     return config, named
 
@@ -300,7 +300,7 @@ def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Nam
         return config
     done, planned = int(record["step"]), int(record.get("steps", 0))
     steps = planned if planned > done else done + config.train.steps
-    print(f"training from step {done} to {steps}; --steps changes this", flush=True)
+    print(f"trains from step {done} to {steps}; set --steps to change this", flush=True)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 

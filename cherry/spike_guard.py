@@ -29,7 +29,7 @@ class StepGuard:
     """Compares every step with the taken ones before it. Deterministic: ranks that see the same figures agree.
 
     Args:
-        sigma: standard deviations above the mean that make a spike; `None` skips only what is not finite.
+        sigma: standard deviations above the mean that make a spike; `None` skips only values that are not finite.
     """
 
     def __init__(self, sigma: float | None, window: int = WINDOW_STEPS) -> None:

@@ -3,7 +3,7 @@
 A resolved config comes in; checkpoints, metrics.jsonl and result.json go out. Everything else that observes a run is
 a hook (cherry/hooks/protocol.py).
 
-Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L mixture layer, E expert.
+Shapes: B sequences of a micro-batch, T position, N = B T, D hidden, L MoE layer, E expert.
 """
 
 from __future__ import annotations

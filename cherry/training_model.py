@@ -159,7 +159,7 @@ def build(config: JobConfig, device: torch.device, print_line: Callable[[str], N
         raise ConfigError(f"train.precision {train.precision} {rule}. Use fp32.")
     if device.type == "cuda":
         # The router alone multiplies in fp32, from bf16 copies when training in bf16 or fp8: TensorFloat32 holds them
-        # whole, and what it rounds of gradients is less than bf16 does right after. Without it the router took 2 ms of
+        # exactly, and rounds gradients less than bf16 does right after. Without it the router took 2 ms of
         # a step of 150 (H200, 2026-11-27).
         torch.set_float32_matmul_precision("highest" if train.precision == "fp32" else "high")
     if train.precision == "fp8":

@@ -32,7 +32,7 @@ class _WithOverrides(click.Command):
     """A subcommand with key=value arguments; its error explains how to write keys that were given as options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See click."""
+        """Remaining arguments, as click parses them; an unknown option's error explains KEY=VALUE."""
         written = {word.split("=")[0]: word.lstrip("-") for word in args if word.startswith("--") and "=" in word}
         try:
             return super().parse_args(ctx, args)

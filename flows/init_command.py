@@ -68,7 +68,7 @@ def init(directory: Path) -> list[Path]:
     path = directory / CONFIG_FILE
     run = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        *_comment(f"A run of your own. What it needs: cherry plan {path}. To start it: cherry run {path}."),
+        *_comment(f"A run of your own. To plan it: cherry plan {path}. To start it: cherry run {path}."),
         *_comment("Keys that are not here keep their defaults; `cherry schema` prints all of them."),
         *_lines(_RUN | {"cluster": str(directory / CLUSTER_FILE)}, RunConfig),
     ]

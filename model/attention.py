@@ -155,16 +155,16 @@ def scaled_dot_product(
 
 def suffix_attention(q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
     """Causal attention of the last T of S positions [B, H, T, V]; `scaled_dot_product` when T is S."""
-    length, whole = q_BHTQ.shape[2], k_BHSQ.shape[2]
-    if length == whole:
+    length, total = q_BHTQ.shape[2], k_BHSQ.shape[2]
+    if length == total:
         return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, None)
     if not q_BHTQ.is_cuda:
-        mask_TS = torch.ones(length, whole, dtype=torch.bool, device=q_BHTQ.device).tril(whole - length)
+        mask_TS = torch.ones(length, total, dtype=torch.bool, device=q_BHTQ.device).tril(total - length)
         return scaled_dot_product(q_BHTQ, k_BHSQ, v_BHSV, scale, mask_TS)
     from torch.nn.attention.bias import causal_lower_right  # imports the compiler: a second that few processes need
 
     # Flash applies this mask without materializing it, but only for values as wide as keys.
     value_width = v_BHSV.shape[-1]
     v_BHSV = F.pad(v_BHSV, (0, q_BHTQ.shape[-1] - value_width))
-    mask = causal_lower_right(length, whole)
+    mask = causal_lower_right(length, total)
     return F.scaled_dot_product_attention(q_BHTQ, k_BHSQ, v_BHSV, attn_mask=mask, scale=scale)[..., :value_width]

@@ -35,10 +35,10 @@ class ModelOutput(NamedTuple):
     """Output of the model before the head."""
 
     hidden_BTD: Tensor
-    """After the final norm: `logits` of position t predict token t + 1."""
+    """Hidden states after the final norm: `logits` of position t predict token t + 1."""
     mtp_hidden_BTD: Tensor | None
-    """After the MTP module's norm: position t has seen tokens up to t + 1 and predicts t + 2. The last position
-    has no next token to see: leave it out of the loss. None without an MTP module, and outside training."""
+    """Hidden states after the MTP module's norm: position t has seen tokens up to t + 1 and predicts t + 2. The last
+    position has no next token to see: leave it out of the loss. None without an MTP module, and outside training."""
     balance_loss: Tensor
     """Sum over the MoE layers (MTP's included), unweighted, 0-dim fp32."""
 

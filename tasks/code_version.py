@@ -32,7 +32,7 @@ STEP_SOURCES: dict[str, tuple[str, ...]] = {
     "register": ("base", "tasks/register.py", "tasks/tracking"),
     "deploy": ("base", "model", "anything", "tasks/deploy.py", "tasks/processes/replicas.py"),
 }
-"""What each step's output depends on: its program's packages and the task's own file. Another step depends on all."""
+"""Sources that a step's output depends on: its program's packages and the task's file. The others depend on all."""
 
 
 @dataclass(frozen=True)

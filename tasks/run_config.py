@@ -78,7 +78,7 @@ class RegisterConfig(Section):
 
 
 class DeployConfig(Section):
-    """How a release takes over traffic."""
+    """Deployment: the replica, its smoke test, and the steps in which a release takes over traffic."""
 
     artifact: Literal["quantized", "export"] = "quantized"
     """Weights to serve: the quantized ones or the export."""
@@ -108,7 +108,7 @@ class DeployConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where runs and model versions are recorded."""
+    """Tracker of runs and model versions."""
 
     uri: str | None = None
     """Tracking URI of MLflow, or `json:` for JSON files without MLflow (in `<runs_directory>/tracking`, or in PATH with

@@ -42,7 +42,7 @@ class Call:
         """
         reading = asyncio.ensure_future(_read(request, limit_bytes))
         try:
-            if await self._comes(reading):
+            if await self._is_done_in_time(reading):
                 return reading.result()
             text = f"the request's body did not arrive within {self._deadline.timeout_s:g} s"
             raise RefusedError(text, status=408, code="request_timeout")
@@ -62,7 +62,7 @@ class Call:
             pass
         self.interrupt(DisconnectedError())
 
-    async def _comes(self, step: asyncio.Future[Any]) -> bool:
+    async def _is_done_in_time(self, step: asyncio.Future[Any]) -> bool:
         """Whether `step` is done before the deadline; raises the error given to `interrupt` if that comes first."""
         waiting: set[asyncio.Future[Any]] = {step, self._interrupted}
         await asyncio.wait(waiting, timeout=self._deadline.remaining_s(), return_when=asyncio.FIRST_COMPLETED)
@@ -80,7 +80,7 @@ class Call:
         assert self._stream is not None
         step = asyncio.ensure_future(anext(self._stream))
         try:
-            if await self._comes(step):
+            if await self._is_done_in_time(step):
                 return step.result()
             self._deadline.expire()
             raise UnavailableError(

@@ -29,7 +29,7 @@ class Launch:
     port: int
     """A port that was free; a kind may let the server pick another one."""
     port_file: str
-    """Where the server may write its URL once it is ready; absent before."""
+    """File to which the server may write its URL once it is ready; absent before."""
     key_file: str
     """Hashes of the keys to accept (see anything/keys.py)."""
     api_key_file: str

@@ -22,7 +22,7 @@ class StepBatch:
     """One rank's micro-batches of an optimizer step, and the target counts of the whole step."""
 
     micro_batches: list[MicroBatch]
-    """On the CPU; pinned where training runs on a GPU."""
+    """Micro-batches on the CPU; pinned where training runs on a GPU."""
     targets: int
     """Targets of the step that bear loss, over all ranks and micro-batches; at least 1, so that it can divide."""
     mtp_targets: int

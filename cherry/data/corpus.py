@@ -150,8 +150,8 @@ def sample_texts(documents: Iterable[Document], *, size_bytes: int, seed: int) -
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
     rest = b""
     while block := handle.read(_BLOCK_BYTES):
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
     yield rest
 
 

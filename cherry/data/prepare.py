@@ -110,13 +110,13 @@ def _tokenizer(source: Source, vocab_size: int, bos_id: int, eos_id: int) -> Tok
         tokenizer = load_tokenizer(config.tokenizer)
         check_fit(tokenizer, config.tokenizer, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
         return tokenizer
-    train = (document for document in source.documents() if not _held(document, config))
+    train = (document for document in source.documents() if not _is_held_out(document, config))
     texts = sample_texts(train, size_bytes=config.tokenizer_sample_bytes, seed=config.seed)
     fim_tokens = TRAINED_TOKENS if config.fim_rate else ()
     return train_tokenizer(texts, vocab_size, bos_id=bos_id, eos_id=eos_id, more_special=fim_tokens)
 
 
-def _held(document: Document, config: DataConfig) -> bool:
+def _is_held_out(document: Document, config: DataConfig) -> bool:
     return is_heldout(document.id, seed=config.seed, fraction=config.heldout_fraction)
 
 
@@ -151,7 +151,7 @@ class _Tally:
         self.digest.update(f"{document.id}\0{len(content)}\0".encode() + content)
         self.documents += 1
         self.bytes += len(text)
-        held = _held(document, config)
+        held = _is_held_out(document, config)
         if held:
             self.heldout += 1
             self.heldout_bytes += len(text)

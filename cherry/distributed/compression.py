@@ -88,7 +88,7 @@ def all_reduce(x_N: Tensor, codec: Codec, group: dist.ProcessGroup, count: Count
 
         result + sum(residuals) = sum(x)
 
-    up to fp32's rounding. A non-finite value makes its block of the result useless, but no residual.
+    up to fp32's rounding. A non-finite value makes its block of the result invalid, but no residual.
     """
     ranks, rank, values = group.size(), group.rank(), x_N.numel()
     width = padded_chunk(values, ranks)

@@ -1,7 +1,7 @@
 """Expert parallelism: all-to-all dispatch of routed rows to the ranks that hold their experts, and the combine back.
 
 Every rank of the expert parallel (EP) group takes part in every call, also with nothing to send. No row is dropped or
-padded: a rank computes as many rows as its experts were chosen for. A token is sent once for each of its experts on
+padded: a rank computes exactly the rows that are routed to its experts. A token is sent once for each of its experts on
 another rank, which suits the ranks of one node (several nodes: cherry/distributed/expert_parallel_nodes.py).
 
 Shapes: N token, K top-k slot, R = routed rows of this rank in expert order, Q = rows that this rank receives, S rank of

@@ -25,7 +25,7 @@ _MEMORY_EVENT_NAME = "[memory]"
 
 
 class ProfilerHook(TrainerHook):
-    """Profiles this rank from `config.steps[0]` to `config.steps[1]` and writes what it recorded when they are over.
+    """Profiles this rank from `config.steps[0]` to `config.steps[1]` and writes the recording after the last.
 
     Files: `rank-<r>-steps-<a>-<b>.trace.json.gz`; with `config.memory` also `....memory.pickle`, a CUDA snapshot with
     the stack of every allocation, or without a GPU `....memory.json.gz`, a list of {time_us, bytes, total_bytes}.

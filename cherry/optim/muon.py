@@ -92,7 +92,7 @@ class _Piece:
     """Matrices, or this rank's rows of one, as a view of one parameter's shard."""
 
     parameter: int
-    """Its index in the list of parameters."""
+    """Index of the parameter in the list of parameters."""
     shape: tuple[int, int, int]
     """Shape of the shard, as stacked rows."""
     index: tuple[int | slice, ...]
@@ -151,7 +151,7 @@ def _step(
 
 
 def _add_momentum(updates: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
-    """Add the gradients in `updates` to the momenta, and make them what is orthogonalized, both in place."""
+    """Add the gradients in `updates` to the momenta, and replace them by the matrices to orthogonalize, in place."""
     momentum = group["momentum"]
     widened = [buffer.float() for buffer in momenta]  # the buffers themselves where they are fp32
     torch._foreach_mul_(widened, momentum)
@@ -165,7 +165,7 @@ def _add_momentum(updates: list[Tensor], momenta: list[Tensor], group: dict[str,
 
 
 def _by_shape(stacks: list[Tensor], iterations: int) -> list[Tensor]:
-    """Every matrix of the stacks [B, M, N] orthogonalized, those of one shape together."""
+    """Stacks [B, M, N] with every matrix orthogonalized; matrices of one shape are computed together."""
     by_shape: dict[torch.Size, list[int]] = {}
     for index, stack in enumerate(stacks):
         by_shape.setdefault(stack.shape[1:], []).append(index)

@@ -33,7 +33,7 @@ class Optimizer(Protocol):
         The host calls it while the device still computes, and the returned step after it has waited for the device.
 
         Args:
-            clip_coefficient: 0-dim fp32, what every gradient is multiplied with; `None` leaves them as they are.
+            clip_coefficient: 0-dim fp32, multiplies every gradient; `None` leaves them as they are.
         """
 
     def forget_shards(self) -> None:

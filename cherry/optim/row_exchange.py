@@ -1,6 +1,6 @@
 """Row exchange: matrices whose rows are sharded over ranks, gathered on one owner rank each, and scattered back.
 
-Every rank owns its share of the matrices, by their cost, so that what needs a whole matrix is computed once and not on
+Every rank owns its share of the matrices, by their cost, so that an unsharded matrix is worked on once and not on
 every rank. Both ways are one all-to-all of rows.
 
 Shapes: M rows, N columns of a matrix; S rank of the group.

@@ -31,7 +31,7 @@ def _adamw(
     COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
-    # A gradient that is no number leaves everything as it was.
+    # With a NaN in the gradients, all tensors stay unchanged.
     if (clip == clip) & (clip >= 0.0):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
@@ -82,7 +82,7 @@ def adamw_(
 
     Args:
         copy: the low-precision copy, which takes the new parameter too, in its own type.
-        clip: 0-dim fp32 on the device, what the gradient is multiplied with; NaN or negative leaves all as it is.
+        clip: 0-dim fp32 on the device, multiplies the gradient; NaN or negative leaves all tensors unchanged.
         step: 0-dim fp32 on the device, 1 for the first update.
     """
     if not param.numel():

@@ -23,7 +23,7 @@ class Reliability:
     stall_s: float
     """Seconds for which a save stops training."""
     write_s: float
-    """Seconds from the end of the stall until the checkpoint is committed: training goes on meanwhile."""
+    """Seconds from the end of the stall until the checkpoint is committed: training continues meanwhile."""
 
 
 def goodput(reliability: Reliability, interval_s: float) -> float:

@@ -60,7 +60,7 @@ def compute_precision(work: Workload) -> str:
 def layer_matmuls(work: Workload, *, moe: bool) -> list[Matmul]:
     """The matmuls of one decoder layer's forward pass."""
     model, tokens = work.model, work.tokens
-    # Every context-parallel rank computes keys and values of the whole sequence.
+    # Every context parallel rank computes keys and values of the whole sequence.
     rows = {"kv_b_proj": tokens * work.context}
     shapes = model.attention_linears()
     if moe:
@@ -165,5 +165,5 @@ def requantize_seconds(work: Workload) -> float:
 
 
 def memory_seconds(work: Workload, moved_bytes: float) -> float:
-    """Seconds to read and write so many bytes of device memory."""
+    """Seconds to move `moved_bytes` bytes in device memory, reads and writes together."""
     return moved_bytes / (work.gpu.memory_rate * work.efficiency.memory)

@@ -159,7 +159,7 @@ class _Stages:
         return found
 
     def _stage(self, **sizes: int) -> Components:
-        """Components of a stage: what is always there, and `sizes`."""
+        """Components of a stage: those of every stage, and `sizes`."""
         stage = dict(self._always)
         for name, size in sizes.items():
             stage[name.replace("_", " ")] += size
@@ -192,7 +192,7 @@ class _Stages:
 
     @property
     def _gathers(self) -> bool:
-        """Whether FSDP2 gathers anything: not on one CPU rank, nor where working copies stay."""
+        """Whether FSDP2 all-gathers anything: not on one CPU rank, nor where working copies stay."""
         return not (self.work.keeps_working_copies or self.work.unsharded)
 
     def _unsharded_root(self) -> int:
@@ -204,14 +204,14 @@ class _Stages:
         return 0 if not self._gathers else self.work.type_bytes * layer.elements
 
     def _kept(self, dense: int, mixture: int) -> int:
-        """Bytes that so many layers keep unsharded after forward; experts only where all of a block is kept."""
+        """Bytes that `dense` + `mixture` layers keep unsharded after forward; experts only if a block is kept in full."""
         work = self.work
         if not (self._gathers and work.kept_share):
             return 0
-        whole = work.kept_share >= 1
+        full = work.kept_share >= 1
         layers = ((self.network.dense, dense), (self.network.mixture, mixture))
         elements = sum(
-            count * unit.elements for layer, count in layers for unit in layer.units if whole or unit.name != EXPERTS
+            count * unit.elements for layer, count in layers for unit in layer.units if full or unit.name != EXPERTS
         )
         return int(work.type_bytes * work.kept_share * elements)
 
@@ -224,7 +224,7 @@ class _Stages:
         return layer_activations(self.work, moe=False, imbalance=1.0)
 
     def _saved(self, dense: int, mixture: int) -> int:
-        """Bytes of activations that so many layers, and the root, save for their backward passes."""
+        """Bytes of activations that `dense` and `mixture` layers and the root save for their backward passes."""
         if self.work.recompute == "full":
             layers = (dense + mixture) * boundary_bytes(self.work)
         else:

@@ -36,7 +36,7 @@ class RunPlan:
     tokens: int
     checkpoint_bytes: int
     save_s: float
-    """Seconds until a save is committed; training goes on meanwhile but for the stall."""
+    """Seconds until a save is committed; training continues meanwhile but for the stall."""
     stall_s: float
     restore_s: float
     every_steps: int

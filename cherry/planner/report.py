@@ -14,7 +14,7 @@ _SHOWN_SECONDS = 5e-4
 """Seconds below which a part of a step is left out."""
 _SHOWN_SHARE = 0.01
 """Fraction of a step below which matmuls are summed up in one row."""
-# What each collective overlaps with, and under which name the step has what is exposed of it.
+# The pass that each collective overlaps with, and the key of its exposed time in `StepTime.exposed`.
 _OVERLAPS = {
     "all-gather, forward": ("the forward pass", "gathering"),
     "all-gather, backward": ("the backward pass", "gathering and reducing"),
@@ -138,7 +138,7 @@ def _matmuls(plan: Plan) -> list[Row]:
 
 
 def _communication(plan: Plan) -> list[Row]:
-    """Rows of the collectives, what each overlaps with, and what is exposed; both of the backward pass share that."""
+    """Rows of the collectives: the pass each overlaps with, and exposed time, which both of the backward pass share."""
     step = plan.step
     rows = []
     for name, seconds in step.collectives.items():

@@ -1,6 +1,6 @@
 """Search over parallel layouts: all that fit on the plan's ranks, fastest first, and the nearest that would fit.
 
-The optimizer's batch stays as it is, so what is trained does not change.
+The batch of an optimizer step stays the same, so the training result does not change.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class StepTime:
     collectives: dict[str, float]
     """Communication seconds by kind of collective, overlapped or not."""
     exposed: dict[str, float]
-    """Seconds that the step takes beyond its compute, by what it waits for."""
+    """Seconds that the step takes beyond its compute, by the collective or host work that is waited for."""
     total: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class _Step:
         inside, across = self._all_to_all()
         gather_forward, gather_backward, reduce = self._collectives()
         root_gather, root_reduce = self._root()
-        # A queue that the host fills more slowly than the device empties it.
+        # Time in which the device waits because the host queues kernels more slowly than they run.
         layers = self.network.dense_layers + self.network.mixture_layers
         computed = forward.total + backward.total + copies + inside + across
         hosted = max(0.0, layers * work.efficiency.layer_s - computed)

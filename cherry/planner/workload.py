@@ -151,7 +151,7 @@ class Workload:
 
     @cached_property
     def expert_group(self) -> Group:
-        """Expert-parallel group: ranks that split the experts of a layer."""
+        """Expert parallel group: ranks that split the experts of a layer."""
         return self._group(self.expert, stride=1)
 
     @cached_property
@@ -161,12 +161,12 @@ class Workload:
 
     @cached_property
     def context_group(self) -> Group:
-        """Context-parallel group: ranks that share a sequence."""
+        """Context parallel group: ranks that share a sequence."""
         return self._group(self.context, stride=self.expert)
 
     @cached_property
     def replicate_group(self) -> Group:
-        """Data-parallel group of HSDP: ranks with copies of the same shard."""
+        """Data parallel group of HSDP: ranks with copies of the same shard."""
         return self._group(self.replicate, stride=self.dense_shards)
 
     def _group(self, ranks: int, *, stride: int) -> Group:

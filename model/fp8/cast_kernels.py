@@ -182,12 +182,12 @@ def swiglu_backward(
         _empty(h_RX, (rows, 2 * width), (2 * wide, rows)),
         _empty(h_RX, (2 * width, rows), (tall, 2 * width)),
     )
-    parts = weight_R.new_empty(wide, rows)
-    results = *act, *dh, *dh_transposed, parts
+    partial_sums = weight_R.new_empty(wide, rows)
+    results = *act, *dh, *dh_transposed, partial_sums
     tiles._swiglu_backward[(3, wide, tall)](
         h_RX, weight_R, group_T, grad_RF, *results, rows, width, num_warps=tiles.WARPS
     )
-    return act, dh, dh_transposed, parts.sum(0)
+    return act, dh, dh_transposed, partial_sums.sum(0)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], scales: tuple[int, ...]) -> Operand:

@@ -37,7 +37,7 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 BLOCK = 128
 # Stages of the ring buffer: 33 or 34 KiB each, beside 32 KiB for results, in 227 KiB of shared memory.
 _STAGES = 5
-# Three warpgroups share 65,536 registers: 168 a thread at launch, of which the producer hands on what it does not need.
+# Three warpgroups share 65,536 registers: 168 a thread at launch; the producer releases those it does not need.
 _REGISTERS, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 168, 232, 40
 
 _OPERAND = gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], gl.float8e4nv)

@@ -81,8 +81,8 @@ def linear_backward(
 def _multiply(rows: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, expert_T: Tensor) -> Tensor:
     x, matrices = dequantize_rows(*rows), dequantize_weights(weight, scale)
     blocks = zip(torch.split(x, BLOCK), expert_T.tolist(), strict=True)
-    whole = [block @ matrices[e].t() if e >= 0 else block.new_zeros(BLOCK, matrices.shape[1]) for block, e in blocks]
-    return torch.cat(whole).bfloat16()
+    products = [block @ matrices[e].t() if e >= 0 else block.new_zeros(BLOCK, matrices.shape[1]) for block, e in blocks]
+    return torch.cat(products).bfloat16()
 
 
 def _gradients(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], starts_E: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ _PROJECTION = re.compile(
 
 
 class StoredEntry(NamedTuple):
-    """Where one state entry of a quantized module is stored: the plain parameter's released name plus a suffix."""
+    """Stored name of one state entry of a quantized module: the plain parameter's released name plus a suffix."""
 
     parameter: str
     """The parameter of the plain module, like `weight` or `w13_EFD`; it decides the released names and the slicing."""
@@ -35,7 +35,7 @@ class StoredEntry(NamedTuple):
 
 
 class QuantizationFormat(Protocol):
-    """How weights are quantized, described in config.json, and kept in memory.
+    """Quantization format: how weights are quantized, described in config.json, and kept in memory.
 
     Quantizing is local to a group of weights: nothing is kept from one group to the next, so workers may share a
     folder's files among themselves in any way.

@@ -149,7 +149,7 @@ class Part(NamedTuple):
 
     name: str
     shape: torch.Size
-    """Shape of the whole entry."""
+    """Shape of the unsharded entry."""
     box: Box
     """Bounds of the local slice in the entry; it may be empty."""
     values: Tensor
@@ -180,10 +180,10 @@ def load_parts(
     wanted: set[str] = set()
     requests: list[Request] = []
     for part in parts:
-        whole = torch.empty(part.shape, device="meta")
+        entry = torch.empty(part.shape, device="meta")
         for piece in _pieces(part, config, entries):
             wanted.add(piece.hf_name)
-            shape = tuple(whole[piece.part].shape)
+            shape = tuple(entry[piece.part].shape)
             if piece.hf_name not in source:
                 misfit.missing[piece.hf_name] = shape
             elif (problem := _problem(source, piece.hf_name, shape, part.values.dtype)) is not None:

@@ -66,7 +66,7 @@ class Hosts(_Record):
     master_port: PositiveInt | None
     """`None` lets the launcher pick a free port, on one host."""
     allocation: str | None = None
-    """The provider's own identifier of what it took: a job, a cluster."""
+    """The provider's own identifier of the allocation: a job's or a cluster's."""
 
     def launcher_flags(self, node_rank: int) -> list[str]:
         """Flags of `cherry-launch` on one of the hosts."""
@@ -83,8 +83,8 @@ class Provider(Protocol):
         """Check that the cluster has the hosts of a reservation; takes nothing.
 
         Raises:
-            ConfigError: the cluster never has what is asked for.
-            OperationalError: it does not have it now.
+            ConfigError: the cluster never has these hosts.
+            OperationalError: it does not have them now.
         """
         ...
 

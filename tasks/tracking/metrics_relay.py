@@ -109,6 +109,6 @@ class MetricsRelay:
         for record in records:
             second = int(record.time or 0.0)
             last = record.step == record.steps
-            whole = second != self._second or last or record.marked
+            sends_all = second != self._second or last or record.marked
             self._second = second
-            yield record, self._series if whole else self._every_step
+            yield record, self._series if sends_all else self._every_step

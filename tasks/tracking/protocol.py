@@ -1,4 +1,4 @@
-"""The tracker protocols: where runs are recorded, the model registry, and the records that both take.
+"""Tracker protocols: records of runs, the model registry, and the values that both take.
 
 tasks/tracking/connect.py chooses the tracker that the config names: MLflow (mlflow_tracker.py) or JSON files
 (json_tracker.py). Calls on runs are best effort: an outage is a warning in the log and never fails a step, for what
@@ -44,14 +44,14 @@ class ModelVersion:
     name: str
     version: int
     uri: str
-    """Where its weights are."""
+    """URI of the weights."""
     tags: dict[str, str] = field(default_factory=dict)
     model_id: str | None = None
     """The tracker's id of the model as an input or output of runs; `None` where it has none."""
 
 
 class RunTracker(Protocol):
-    """Where runs are recorded. A run id of `None` is a run that could not be made: calls on it do nothing."""
+    """Records of runs. A run id of `None` is a run that could not be created: calls on it do nothing."""
 
     def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
         """Id of a step's run, opened: found again by (name, step, identity, run_key), or new."""
@@ -109,7 +109,7 @@ class Tracker(Protocol):
 
     @property
     def runs(self) -> RunTracker:
-        """Where runs are recorded."""
+        """Records of runs in this backend."""
 
     @property
     def registry(self) -> ModelRegistry:
@@ -117,13 +117,13 @@ class Tracker(Protocol):
 
     @property
     def address(self) -> str:
-        """Where the backend is, without credentials."""
+        """URI of the backend, without credentials."""
 
     def connect_early(self) -> None:
         """Do the first call's work in a thread; an error in it is left to the first call."""
 
     def page(self, run_id: str | None = None) -> str:
-        """Where a person sees all runs, or one run: a URL, or a command or path; of a run a Markdown link or its id."""
+        """Page of all runs, a URL, command or path; with `run_id` that of one run, a Markdown link or its id."""
 
     def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
         """Record processor, memory, disk and GPU use of this node until the returned function is called.

@@ -61,7 +61,7 @@ def test_a_password_in_any_uri_is_refused_and_not_repeated(tmp_path: Path) -> No
         load(path, Outer)
     lines = [line.strip() for line in str(caught.value).splitlines()]
     for key in ("name", "inner.label"):
-        rule = "a URI must not hold a password: this file is kept and shown. Give credentials by the environment"
+        rule = "a URI must not hold a password: this file is kept and shown. Set credentials in the environment"
         assert f"{key}: {rule} (got 'http://***@mlflow:5000')" in lines
     assert len(lines) == 5
     assert "hunter2" not in str(caught.value)
