@@ -1,7 +1,5 @@
-"""Weights on disk: round trips, sharding, and the error of a damaged folder."""
+"""Pretrained folders: round trips, sharding, transformers' reading of them, and tensors that do not fit."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,18 @@ from torch import Tensor
 
 from base import storage
 from base.errors import MissingFileError, WeightsError
-from model.model_config import PRESETS, ModelConfig
+from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
 from model.weights.pretrained import (
     WeightsReader,
-    config_from_hf,
-    hf_config,
     load_into,
     load_pretrained,
     read_model_config,
     save_pretrained,
     state_to_hf,
 )
-from model.weights.safetensors_file import SafetensorsFile
 
+Export = Callable[..., None]
 MakeConfig = Callable[..., ModelConfig]
 MakeModel = Callable[..., DeepseekV3]
 MakeTokens = Callable[..., Tensor]
@@ -37,23 +33,12 @@ def named(model: DeepseekV3) -> list[tuple[str, Tensor]]:
     return [pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, model.config)]
 
 
-def export(model: DeepseekV3, uri: str, **options: Any) -> None:
-    save_pretrained(named(model), uri, model.config, **{"dtype": torch.float32, "max_shard_bytes": 60_000, **options})
-
-
-@pytest.fixture
-def folder(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel) -> str:
-    uri = str(tmp_path / "export")
-    export(make_model(make_config()), uri)
-    return uri
-
-
 @pytest.mark.parametrize("place", ["local", "memory"])
 @pytest.mark.parametrize(
     "changes", [{}, {"q_lora_rank": None, "scoring_func": "softmax", "num_nextn_predict_layers": 0}]
 )
 def test_export_and_import_are_bit_exact(
-    place: str, changes: dict[str, Any], tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
+    place: str, changes: dict[str, Any], tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, export: Export
 ) -> None:
     uri = str(tmp_path / "export") if place == "local" else f"memory://{tmp_path.name}"
     model = make_model(make_config(**changes))
@@ -70,35 +55,12 @@ def test_export_and_import_are_bit_exact(
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_index_is_what_the_files_hold(folder: str) -> None:
-    index = storage.read_json(storage.join(folder, "model.safetensors.index.json"))
-    held = {
-        name: (file, info)
-        for file in set(index["weight_map"].values())
-        for name, info in SafetensorsFile(storage.join(folder, file)).tensors.items()
-    }
-    assert {name: file for name, (file, _) in held.items()} == index["weight_map"]
-    assert index["metadata"]["total_size"] == sum(info.stop - info.start for _, info in held.values())
-
-
-def test_released_names_of_the_mtp_module(folder: str) -> None:
-    reader = WeightsReader(folder)
-    for tail in (
-        "enorm.weight",
-        "hnorm.weight",
-        "eh_proj.weight",
-        "shared_head.norm.weight",
-        "embed_tokens.weight",
-        "shared_head.head.weight",
-        "mlp.gate.e_score_correction_bias",
-        "mlp.experts.7.down_proj.weight",
-        "self_attn.kv_a_proj_with_mqa.weight",
-    ):
-        assert f"model.layers.3.{tail}" in reader
-    assert torch.equal(reader.read("model.layers.3.shared_head.head.weight"), reader.read("lm_head.weight"))
-
-
-def test_bf16_export_keeps_the_bias_fp32(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel) -> None:
+def test_bf16_export_keeps_the_bias_fp32(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    make_model: MakeModel,
+    export: Export,
+) -> None:
     model = make_model(make_config())
     export(model, str(tmp_path / "e"), dtype=torch.bfloat16)
     reader = WeightsReader(str(tmp_path / "e"))
@@ -113,41 +75,8 @@ def test_bf16_export_keeps_the_bias_fp32(tmp_path: Path, make_config: MakeConfig
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_config_json_round_trip(preset: str) -> None:
-    config = ModelConfig(**PRESETS[preset])
-    raw = json.loads(json.dumps(hf_config(config)))
-    assert config_from_hf(raw) == config
-    assert raw["topk_method"] == ("greedy" if preset == "16b" else "noaux_tc")
-    if preset == "671b":
-        assert raw["rope_scaling"]["type"] == raw["rope_scaling"]["rope_type"] == "yarn"
-        assert raw["rope_parameters"]["rope_theta"] == raw["rope_theta"] == 10000.0
-
-
-def test_config_json_of_the_release_is_understood() -> None:
-    """Keys and types as in the released file: integers where we have floats, a classic rope_scaling."""
-    release = {**PRESETS["671b"], "model_type": "deepseek_v3", "rope_theta": 10000, "initializer_range": 0.02}
-    release["rope_scaling"] = {
-        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096, "type": "yarn",
-    }  # fmt: skip
-    release |= {"hidden_act": "silu", "topk_method": "noaux_tc", "rms_norm_eps": 1e-06, "moe_layer_freq": 1}
-    config = config_from_hf(release)
-    assert config.softmax_scale == pytest.approx(0.135234, abs=1e-6)
-    assert config == ModelConfig(**{**PRESETS["671b"], "initializer_range": 0.02})
-
-
-def test_a_foreign_config_is_refused_with_every_reason() -> None:
-    raw = {**hf_config(ModelConfig(**PRESETS["tiny"])), "hidden_act": "gelu", "attention_bias": True}
-    raw["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
-    with pytest.raises(WeightsError) as caught:
-        config_from_hf(raw, "x/config.json")
-    for part in ("x/config.json", "hidden_act", "attention_bias", "rope_type"):
-        assert part in str(caught.value)
-
-
 def test_a_folder_that_transformers_wrote_loads(
-    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, make_tokens: MakeTokens
+    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, make_tokens: MakeTokens, export: Export
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = make_config(num_nextn_predict_layers=0, rope_scaling=YARN)
@@ -175,7 +104,7 @@ def test_an_export_with_mtp_loads_in_transformers(
 
 @pytest.mark.parametrize("given", ["", "/tokenizer.json"])
 def test_tokenizer_travels_with_the_weights(
-    given: str, tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
+    given: str, tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, export: Export
 ) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -187,47 +116,8 @@ def test_tokenizer_travels_with_the_weights(
     assert (loaded.bos_token, loaded.eos_token_id) == ("<bos>", 1)
 
 
-def damaged(folder: str, damage: Callable[[Path], object]) -> str:
-    """The text of the error that loading `folder` raises after `damage` to its second shard."""
-    shard = sorted(Path(folder).glob("model-00002-*.safetensors"))[0]
-    damage(shard)
-    with pytest.raises(WeightsError) as caught:
-        load_pretrained(folder, dtype=torch.float32)
-    assert shard.name in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_truncated_file_is_named_with_the_tensor(folder: str) -> None:
-    shard = sorted(Path(folder).glob("model-00002-*.safetensors"))[0]
-    last = max(SafetensorsFile(str(shard)).tensors.items(), key=lambda item: item[1].stop)[0]
-    text = damaged(folder, lambda path: path.write_bytes(path.read_bytes()[:-1]))
-    assert "truncated" in text
-    assert last in text
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"abc", b"\x00" * 100, (50).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"nope"]
-)
-def test_a_malformed_file_is_named(folder: str, content: bytes) -> None:
-    text = damaged(folder, lambda path: path.write_bytes(content))
-    assert "safetensors" in text
-
-
-def test_a_truncated_remote_file_is_named(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel) -> None:
-    uri = f"memory://{tmp_path.name}"
-    export(make_model(make_config()), uri)
-    shard = storage.join(uri, next(name for name in storage.list_names(uri) if name.startswith("model-00002")))
-    storage.write_bytes(shard, storage.read_bytes(shard)[:-1])
-    with pytest.raises(WeightsError, match=r"model-00002.* truncated: tensor model\."):
-        load_pretrained(uri, dtype=torch.float32)
-
-
-def test_a_file_that_is_gone_is_named(folder: str) -> None:
-    assert "does not exist" in damaged(folder, lambda path: path.unlink())
-
-
 def test_missing_wrong_and_unexpected_tensors_are_told_at_once(
-    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
+    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, export: Export
 ) -> None:
     export(make_model(make_config()), str(tmp_path / "e"))
     other = make_model(make_config(num_hidden_layers=4, vocab_size=98))
@@ -242,7 +132,7 @@ def test_missing_wrong_and_unexpected_tensors_are_told_at_once(
 
 
 def test_saving_refuses_what_does_not_fit_and_leaves_no_marker(
-    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
+    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, export: Export
 ) -> None:
     uri = str(tmp_path / "e")
     model = make_model(make_config())
@@ -257,9 +147,3 @@ def test_saving_refuses_what_does_not_fit_and_leaves_no_marker(
     assert not storage.is_committed(uri)
     with pytest.raises(MissingFileError):
         read_model_config(uri)
-
-
-def test_a_folder_without_weights_says_so(folder: str, tmp_path: Path) -> None:
-    shutil.copy(Path(folder) / "config.json", tmp_path / "config.json")
-    with pytest.raises(MissingFileError, match="holds no weights"):
-        load_pretrained(str(tmp_path), dtype=torch.float32)
