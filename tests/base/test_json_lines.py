@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from base.json_lines import JsonLinesReader, append_json, append_line, parse_lines, read_last, read_lines
-from base.progress import PROGRESS_FILE_VARIABLE, print_progress
 
 
 def test_each_finished_line_is_read_once(tmp_path: Path) -> None:
@@ -54,14 +53,3 @@ def test_the_last_object_with_a_key_is_found_behind_others_and_a_cut_line(tmp_pa
 def test_a_device_that_takes_nothing_costs_the_line_and_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     append_line(Path("/dev/full"), "lost")
     assert "/dev/full: a line is lost" in caplog.text
-
-
-def test_progress_is_printed_and_reported_where_someone_asks_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv(PROGRESS_FILE_VARIABLE, raising=False)
-    print_progress("alone", 0.5)
-    monkeypatch.setenv(PROGRESS_FILE_VARIABLE, str(tmp_path / "progress"))
-    print_progress("half", 0.5)
-    assert capsys.readouterr().out == "alone\nhalf\n"
-    assert read_lines(tmp_path / "progress") == [{"line": "half", "fraction": 0.5}]

@@ -2,9 +2,7 @@
 
 import ast
 import inspect
-import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +10,13 @@ from pathlib import Path
 import click
 import pytest
 
-from base.errors import ConfigError, DoesNotFitError, MissingFileError
-from flows.cli import cli, main
+from base.errors import ConfigError, MissingFileError
+from flows.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
 LARGE = str(ROOT / "configs" / "671b.yaml")
 CLUSTER = str(ROOT / "configs" / "clusters" / "h100-256.yaml")
-
-
-def code(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return ended.value.code
 
 
 def parse(name, *words):
@@ -89,12 +81,12 @@ def test_every_option_reaches_its_subcommand():
 @pytest.mark.parametrize(
     "arguments", [[], ["run"], ["fly"], ["deploy", "a.yaml", "--model-version", "newest"], ["run", "a.yaml", "--fast"]]
 )
-def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsys):
+def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsys, code):
     assert code(*arguments) == 2
     assert "Usage: cherry" in capsys.readouterr().err
 
 
-def test_an_override_that_is_written_like_a_flag_is_told_how_to_write_it(capsys):
+def test_an_override_that_is_written_like_a_flag_is_told_how_to_write_it(capsys, code):
     assert code("run", "a.yaml", "--train.steps=3", "name=b") == 2
     error = capsys.readouterr().err
     assert "--train.steps" in error
@@ -111,12 +103,12 @@ def test_a_shell_completes_subcommands_and_options(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["status", "stop", "doctor"])
-def test_the_runs_directory_is_explained(command, capsys):
+def test_the_runs_directory_is_explained(command, capsys, code):
     assert code(command, "--help") == 0
     assert "--runs-directory DIR Directory of the runs. [default: runs]" in " ".join(capsys.readouterr().out.split())
 
 
-def test_only_the_config_is_required(capsys):
+def test_only_the_config_is_required(capsys, code):
     assert code("run") == 2
     assert "Missing argument 'CONFIG'" in capsys.readouterr().err
 
@@ -131,7 +123,7 @@ def test_only_the_config_is_required(capsys):
         (("configs/tinny.yaml",), MissingFileError, "configs/tinny.yaml"),
     ],
 )
-def test_a_mistake_is_told_before_a_flow_exists(command, arguments, error, text, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_told_before_a_flow_exists(command, arguments, error, text, tmp_path, monkeypatch, capsys, code):
     monkeypatch.chdir(tmp_path)
     assert code(command, *arguments) == error.exit_code
     told = capsys.readouterr().err
@@ -140,7 +132,7 @@ def test_a_mistake_is_told_before_a_flow_exists(command, arguments, error, text,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_to_show_and_nothing_to_stop(tmp_path, capsys):
+def test_nothing_to_show_and_nothing_to_stop(tmp_path, capsys, code):
     for command, text in (("status", f"no runs in {tmp_path}"), ("stop", "nothing was being served")):
         assert code(command, "--runs-directory", str(tmp_path)) == 0
         assert text in capsys.readouterr().out.replace("\n", "")
@@ -174,58 +166,3 @@ def test_a_question_is_answered_without_torch_or_mlflow(command, tmp_path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout
-
-
-def test_a_plan_is_a_table_or_a_json_document(capsys):
-    assert code("plan", LARGE, "--cluster", CLUSTER) == 0
-    told = capsys.readouterr().out
-    for text in ("finetune-671b on 256 x H100", "optimizer states", "all-to-all across nodes", "MFU, full", "fits"):
-        assert text in told
-    assert code("plan", LARGE, "--cluster", CLUSTER, "--json", "--search", "parallel.expert=32") == 0
-    made = json.loads(capsys.readouterr().out)
-    assert made["fits"]
-    assert made["layout"]["parallel.expert"] == 32
-    ranks = made["memory"]["busiest ranks"]
-    assert ranks["total_bytes"] == sum(ranks["components_bytes"].values()) <= ranks["usable_bytes"]
-    step = made["step"]
-    assert step["seconds"] == pytest.approx(sum(step["busy_s"].values()) + sum(step["exposed_s"].values()))
-    assert len(made["layouts"]) > 10
-
-
-def test_a_plans_memory_can_be_drawn(tmp_path, capsys):
-    picture = tmp_path / "plots" / "memory.png"
-    assert code("plan", LARGE, "--cluster", CLUSTER, "--plot", str(picture)) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert code("plan", LARGE, "--cluster", CLUSTER, "--plot", "memory.bmp") == ConfigError.exit_code
-    assert "--plot: must end with .png, .svg, .pdf (got 'memory.bmp')" in capsys.readouterr().err
-
-
-def test_a_job_without_room_has_an_exit_code_and_is_told_what_would_fit(capsys):
-    assert code("plan", LARGE, "--cluster", CLUSTER, "parallel.expert=1", "--json") == DoesNotFitError.exit_code == 19
-    printed = capsys.readouterr()
-    assert not json.loads(printed.out)["fits"]
-    assert "There is no room for gathered layers" in printed.err
-    assert "What would fit: parallel.expert=32" in printed.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--cluster", "nowhere.yaml"], "nowhere.yaml"),
-        (["--cluster", CLUSTER, "launch.nnodes=64", "train.gradient_accumulation_steps=1"], "launch.nnodes"),
-        (["--cluster", CLUSTER, "parallel.expert=48"], "parallel.expert"),
-    ],
-)
-def test_a_plan_of_what_cannot_be_is_refused(arguments, told, capsys):
-    assert code("plan", LARGE, *arguments) in (ConfigError.exit_code, MissingFileError.exit_code)
-    assert told in capsys.readouterr().err
-
-
-def test_a_plan_takes_less_than_two_seconds_of_a_processor():
-    """Its own time, which other programs on the machine do not lengthen much."""
-    command = [sys.executable, "-m", "flows.cli", "plan", LARGE, "--cluster", CLUSTER]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
+from model.weights.pretrained import save_pretrained, state_to_hf
 
 # Small enough that a forward pass takes milliseconds.
 SMALL: dict[str, Any] = {
@@ -70,3 +72,13 @@ def make_model() -> Callable[..., DeepseekV3]:
 @pytest.fixture
 def make_tokens() -> Callable[..., torch.Tensor]:
     return random_tokens
+
+
+@pytest.fixture
+def bf16_folder(tmp_path: Path) -> str:
+    """Folder of a small random model in bf16, in several shards."""
+    model = random_model(small_config())
+    named = (pair for name, tensor in model.state_dict().items() for pair in state_to_hf(name, tensor, model.config))
+    uri = str(tmp_path / "export")
+    save_pretrained(named, uri, model.config, dtype=torch.bfloat16, max_shard_bytes=30_000)
+    return uri

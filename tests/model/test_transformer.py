@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from model.model_config import ModelConfig
-from model.rope import inverse_frequencies, rotary_tables
+from model.rope import rotary_tables
 from model.transformer import Block, DeepseekV3, initial_values
 
 MakeConfig = Callable[..., ModelConfig]
@@ -210,12 +210,3 @@ def test_any_rows_of_initial_values_can_be_drawn_alone() -> None:
     whole = initial_values("w", shape, seed=3, std=0.1)
     parts = [initial_values("w", shape, seed=3, std=0.1, rows=rows) for rows in [(0, 2), (2, 9), (9, 9), (9, 11)]]
     assert torch.equal(torch.cat(parts), whole)
-
-
-def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(make_config: MakeConfig) -> None:
-    plain = inverse_frequencies(make_config(qk_rope_head_dim=64))
-    config = make_config(qk_rope_head_dim=64, rope_scaling={}, max_position_embeddings=163840)
-    yarn = inverse_frequencies(config)
-    assert torch.equal(yarn[:10], plain[:10])
-    torch.testing.assert_close(yarn[-8:], plain[-8:] / 40)
-    assert ((yarn <= plain) & (yarn >= plain / 40 * 0.999)).all()

@@ -74,16 +74,6 @@ def test_a_resolved_config_is_taken_as_it_is_and_as_the_api_keeps_it():
     assert resolve(config, {"train": {"steps": 77}}).train.steps == 77
 
 
-def test_the_api_offers_a_flow_a_path_and_no_resolved_config():
-    from prefect.utilities.callables import parameter_schema
-
-    from flows.train_flow import train_flow
-
-    properties = parameter_schema(train_flow).properties
-    assert properties["config"]["type"] == "string"
-    assert "anyOf" not in properties["config"]
-
-
 def test_the_day_is_added_to_the_name():
     config = resolve("configs/tiny.yaml")
     assert dated(config, date(2026, 3, 9)) == resolve("configs/tiny.yaml", {"name": "tiny-20260309"})

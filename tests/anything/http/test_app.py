@@ -1,24 +1,20 @@
-"""The API over a real server: every status, streams, deadlines, disconnects and draining."""
+"""The API over a real server: answers, streams, statuses, deadlines, and what is kept out of logs."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import socket
-import threading
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
 from anything.engine.embedded import EmbeddedEngine
-from anything.http.app import EventStream, Gateway, create_app
+from anything.http.app import EventStream, Gateway
 from anything.http.request import Call
-from anything.http.serve import DrainingServer, bind, url_of
 from anything.keys import create_key, list_keys, load_keys, revoke_key
 from anything.protocol import Chunk, Deadline, Generation, SamplingParams, UnavailableError
 from anything.serve_config import EngineConfig, ServeConfig
@@ -118,23 +114,6 @@ def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, message: str, serve:
     assert engine.started == 0
 
 
-def test_too_large_a_body_is_413_declared_or_not(serve: Serve, ask: httpx.Client) -> None:
-    url = serve(EchoEngine(), ServeConfig(port=0, max_request_bytes=1000))
-    assert ask.post(url + PATH, json=body("x" * 900)).status_code == 200
-    declared = ask.post(url + PATH, json=body("x" * 1000))
-    chunked = ask.post(url + PATH, content=iter([b"x" * 600, b"x" * 600]))
-    for answer in (declared, chunked):
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
-
-
-def test_a_body_that_does_not_arrive_is_408(
-    serve: Serve, key_file: tuple[str, str], connect: Callable[..., socket.socket]
-) -> None:
-    url = serve(EchoEngine(), ServeConfig(port=0, timeout_s=0.2))
-    with connect(url, key_file[1], body(), missing_bytes=1) as connection:
-        assert b" 408 " in connection.makefile("rb").readline()
-
-
 def test_a_body_that_arrives_slowly_leaves_less_time_for_the_answer(
     key_file: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,16 +156,6 @@ def test_overload_is_429_with_retry_after(serve: Serve, ask: httpx.Client) -> No
     assert events(first)[-1] is None
 
 
-def test_an_answer_that_takes_too_long_is_504_and_cancelled(serve: Serve, ask: httpx.Client) -> None:
-    engine = EchoEngine(tokens=1)
-    url = serve(engine, ServeConfig(port=0, timeout_s=0.2))
-    answer = ask.post(url + PATH, json=body())
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-    assert engine.wait_for("cancelled", 1)
-    engine.let(None)
-    assert ask.post(url + PATH, json=body()).status_code == 200
-
-
 def test_a_stream_is_bounded_at_the_first_token_and_at_every_gap(serve: Serve, ask: httpx.Client) -> None:
     engine = EchoEngine(tokens=0)
     url = serve(engine, ServeConfig(port=0, timeout_s=0.3))
@@ -226,21 +195,6 @@ def test_every_token_of_a_stream_starts_the_time_anew() -> None:
     assert left == [10.0] * 4
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_disconnects_cancels_its_generation(
-    stream: bool, serve: Serve, key_file: tuple[str, str], ask: httpx.Client, connect: Callable[..., socket.socket]
-) -> None:
-    engine = EchoEngine(tokens=1)
-    url = serve(engine)
-    with connect(url, key_file[1], body(stream=stream)) as connection:
-        if stream:
-            assert b"one" in b"".join(iter(lambda: connection.recv(1), b"}"))
-        else:
-            assert engine.wait_for("started", 1)
-    assert engine.wait_for("cancelled", 1)
-    assert engine.finished == 0
-
-
 def test_an_engine_that_fails_is_told_before_and_after_the_first_byte(serve: Serve, ask: httpx.Client) -> None:
     engine = EchoEngine(tokens=1)
     url = serve(engine)
@@ -256,71 +210,6 @@ def test_an_engine_that_fails_is_told_before_and_after_the_first_byte(serve: Ser
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert ask.get(url + "/readyz").status_code == 503
     assert ask.get(url + "/healthz").status_code == 200
-
-
-def test_alive_but_not_ready_while_loading(key_file: tuple[str, str], ask: httpx.Client) -> None:
-    class Loading(EchoEngine):
-        loaded = threading.Event()
-
-        async def start(self) -> None:
-            await asyncio.to_thread(self.loaded.wait)
-
-    engine = Loading()
-    listener = bind("127.0.0.1", 0)
-    server = DrainingServer(create_app(engine, ServeConfig(), load_keys(key_file[0])), listener)
-    ready = threading.Event()
-    server.on_ready = ready.set
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    url = url_of(listener)
-    assert ask.get(url + "/healthz").json() == {"status": "alive"}
-    assert (ask.get(url + "/readyz").status_code, ask.get(url + "/readyz").json()) == (503, {"status": "not ready"})
-    answer = ask.post(url + PATH, json=body())
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
-    engine.loaded.set()
-    assert ready.wait(30)
-    assert ask.get(url + "/readyz").json() == {"status": "ready"}
-    server.exit_soon()
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
-    with bind("127.0.0.1", 0) as listener:
-        # What asyncio looks at before it sets TCP_NODELAY on a connection.
-        assert listener.proto == socket.IPPROTO_TCP
-
-
-def test_an_engine_that_cannot_load_ends_the_server_with_its_error(key_file: tuple[str, str]) -> None:
-    class Broken(EchoEngine):
-        async def start(self) -> None:
-            raise UnavailableError("no device", status=503, code="engine_failed")
-
-    server = DrainingServer(create_app(Broken(), ServeConfig(), load_keys(key_file[0])), bind("127.0.0.1", 0))
-    with pytest.raises(UnavailableError, match="no device"):
-        server.run()
-
-
-def test_metrics_are_prometheus_text(serve: Serve, ask: httpx.Client) -> None:
-    url = serve(EchoEngine())
-    ask.post(url + PATH, json=body())
-    ask.post(url + PATH, json={})
-    text = ask.get(url + "/metrics").text
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    assert all(name.startswith("anything_") for name in families), "nothing but this server's own"
-    samples = {(sample.name, *sample.labels.values()): sample.value for f in families.values() for sample in f.samples}
-    assert samples["anything_responses_total", "200"] == samples["anything_responses_total", "422"] == 1
-    assert samples["anything_completion_tokens_total",] == 3
-    assert samples["anything_in_flight",] == 0
-    assert families["anything_request_seconds"].type == "histogram"
-    assert samples["anything_request_seconds_bucket", "+Inf"] == samples["anything_request_seconds_count",] == 1
-
-
-def test_servers_of_one_process_count_for_themselves(serve: Serve, ask: httpx.Client) -> None:
-    first, second = serve(EchoEngine()), serve(EchoEngine())
-    ask.post(first + PATH, json=body())
-    assert "anything_request_seconds_count 1.0" in ask.get(first + "/metrics").text
-    assert "anything_request_seconds_count 0.0" in ask.get(second + "/metrics").text
 
 
 def test_the_seed_of_a_request_decides_what_is_sampled(serve: Serve, ask: httpx.Client, model_folder: str) -> None:

@@ -1,36 +1,30 @@
-"""FP8 training layers against bf16, on CPUs by the torch reference and on Hopper GPUs by kernels; and each kernel
-against the reference."""
+"""fp8 linear layers and experts against bf16, on CPUs by the torch reference and on Hopper GPUs by kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.experts import Experts, identity_permutation, looped_experts, permutation_by_expert, run_permuted
-from model.fp8 import ops, reference
 from model.fp8.linear import Fp8Linear, fp8_experts, fp8_linear, pad_rows, use_fp8
-from model.fp8.reference import BLOCK, dequantize_rows
+from model.fp8.reference import BLOCK
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
+Chosen = Callable[..., Tensor]
+Numbers = Callable[..., Tensor]
+Relative = Callable[[Tensor, Tensor], float]
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU and finds none")]
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_hopper)]
 # A CPU needs no kernels of the compiler's to show what becomes of the layers in its hands.
 COMPILERS = {"cpu": "aot_eager", "cuda": "inductor"}
-COUNTS = [[130, 0, 1, 128, 300, 0, 0, 81], [640, 0, 0, 0, 0, 0, 0, 0], [80] * 8]
 
 
-def chosen(counts: list[int], choices: int, device: str = "cpu") -> Tensor:
-    """Experts of each token [N, K] with these counts, in random order."""
-    flat = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
-    return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))].view(-1, choices).to(device)
-
-
-@pytest.mark.parametrize("counts", COUNTS)
-def test_padded_rows_begin_each_expert_at_a_block_and_drop_no_slot(counts: list[int]) -> None:
+def test_padded_rows_begin_each_expert_at_a_block_and_drop_no_slot(counts: list[int], chosen: Chosen) -> None:
     experts_NK = chosen(counts, 2)
     rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor(counts)))
     blocks = [-(-count // BLOCK) for count in counts]
@@ -84,24 +78,12 @@ def test_a_model_narrower_than_a_block_has_nothing_in_fp8() -> None:
     assert use_fp8(model) == 0
 
 
-def numbers(*shape: int, seed: int = 0, device: str = "cuda") -> Tensor:
-    """bf16, whose rows and columns differ in size as activations do."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator)
-    for axis in range(len(shape)):
-        sizes = torch.rand(shape[axis], generator=generator).mul_(4).exp_()
-        values *= sizes.view([-1 if other == axis else 1 for other in range(len(shape))])
-    return (values / values.std()).to(device, torch.bfloat16)
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
-
-
 @pytest.mark.filterwarnings("ignore")  # the compiler's own imports warn, once
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(compiled: bool, device: str) -> None:
+def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(
+    compiled: bool, device: str, numbers: Numbers, relative: Relative
+) -> None:
     layer = nn.Linear(512, 384, bias=False, device=device, dtype=torch.bfloat16)
     x, upstream = numbers(2, 100, 512, device=device).requires_grad_(), numbers(2, 100, 384, seed=1, device=device)
     expected = layer(x)
@@ -115,9 +97,10 @@ def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(compiled: boo
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, counts: list[int], device: str) -> None:
+def test_experts_and_their_gradients_are_bf16s_but_for_rounding(
+    compiled: bool, counts: list[int], device: str, chosen: Chosen, numbers: Numbers, relative: Relative
+) -> None:
     experts_NK = chosen(counts, 4, device)
     permutation = permutation_by_expert(experts_NK, torch.tensor(counts, device=device))
     x = numbers(len(experts_NK), 256, device=device).requires_grad_()
@@ -146,10 +129,13 @@ def test_experts_and_their_gradients_are_bf16s_but_for_rounding(compiled: bool, 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(compiled: bool, device: str) -> None:
+def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(
+    compiled: bool, device: str, chosen: Chosen, numbers: Numbers
+) -> None:
     """Adapters train beside them."""
-    experts_NK = chosen(COUNTS[0], 4, device)
-    permutation = permutation_by_expert(experts_NK, torch.tensor(COUNTS[0], device=device))
+    counts = [130, 0, 1, 128, 300, 0, 0, 81]
+    experts_NK = chosen(counts, 4, device)
+    permutation = permutation_by_expert(experts_NK, torch.tensor(counts, device=device))
     weights = [numbers(8, 256, 256, seed=1, device=device) / 16, numbers(8, 256, 128, seed=2, device=device) / 12]
     layer = numbers(256, 256, seed=5, device=device)
 
@@ -169,75 +155,3 @@ def test_weights_that_are_not_trained_get_no_gradient_and_change_no_other(compil
 
     for frozen, trained in zip(gradients(trained=False), gradients(trained=True), strict=True):
         assert torch.equal(frozen, trained)
-
-
-def close(got: Tensor, wanted: Tensor) -> bool:
-    """Equal, but for numbers between two of e4m3's that a scale's last bit sends the other way."""
-    off = (got - wanted).abs() > 1e-6 * wanted.abs()  # a scale's last bit is no difference
-    step = wanted.abs() / 7 + wanted.abs().max() * 2**-17  # of normal numbers, and of denormal ones
-    return bool(off.float().mean() < 0.01 and ((got - wanted).abs() <= step)[off].all())
-
-
-class TestKernels:
-    """Against the same operators in plain torch: the same casts, and bf16's rounding of results alone."""
-
-    pytestmark = needs_hopper
-
-    @pytest.mark.parametrize(("rows", "width"), [(256, 384), (40, 576), (300, 128), (1, 144)])
-    def test_casts_are_those_of_plain_torch(self, rows: int, width: int) -> None:
-        from model.fp8 import cast_kernels
-
-        x, weight = numbers(rows, width), numbers(3, rows, width)
-        x[:, 5], weight[1] = 0, 0
-        plain, transposed = cast_kernels.cast(x)
-        assert close(dequantize_rows(*plain), dequantize_rows(*reference.cast_rows(x)))
-        assert close(dequantize_rows(*transposed), dequantize_rows(*reference.cast_transposed(x)))
-        for wanted in (False, True):
-            made = ops.cast_weight(weight, wanted)
-            for got, expected in zip(made, reference.cast_weight(weight, wanted), strict=True):
-                assert got.shape == expected.shape and close(got.float(), expected.float())
-
-    @pytest.mark.parametrize(
-        ("rows", "width", "columns"),
-        [(512, 256, 384), (300, 576, 192), (40, 128, 576), (1, 144, 128), (200, 1408, 256)],
-    )
-    def test_products_and_weight_gradients_are_those_of_plain_torch(self, rows: int, width: int, columns: int) -> None:
-        x, weight, grad = numbers(rows, width), numbers(1, columns, width, seed=1), numbers(rows, columns, seed=2)
-        plain, transposed = (ops.cast_weight(weight, wanted) for wanted in (False, True))
-        out, *x_transposed = ops.linear_forward(x, *plain)
-        assert relative(out, reference.linear_forward(x, *plain)[0]) < 5e-3
-        backward = grad, *transposed, *x_transposed, True
-        wanted = reference.linear_backward(*backward)
-        for got, expected in zip(ops.linear_backward(*backward), wanted, strict=True):
-            assert got.shape == expected.shape and relative(got, expected) < 5e-3
-
-    @pytest.mark.parametrize("counts", COUNTS)
-    def test_the_experts_passes_are_those_of_plain_torch(self, counts: list[int]) -> None:
-        experts_NK = chosen(counts, 4, "cuda")
-        rows = pad_rows(permutation_by_expert(experts_NK, torch.tensor(counts, device="cuda")))
-        live = rows.token_P >= 0
-        x, grad = numbers(len(experts_NK), 256), numbers(len(experts_NK), 256, seed=3)
-        weights = numbers(8, 256, 256, seed=1) / 16, numbers(8, 256, 128, seed=2) / 12
-        plain, transposed = ([part for w in weights for part in ops.cast_weight(w, wanted)] for wanted in (False, True))
-        weight = torch.rand(len(live), device="cuda").where(live, 0)
-        forward = x, weight, *rows[:3], *plain
-        out, *x_transposed, h = ops.experts_forward(*forward)
-        expected = reference.experts_forward(*forward)
-        assert relative(out, expected[0]) < 2e-2 and relative(h[live], expected[3][live]) < 5e-3
-        backward = grad, weight, *rows, *transposed, *x_transposed, h, True
-        wanted = reference.experts_backward(*backward)
-        for place, (got, other) in enumerate(zip(ops.experts_backward(*backward), wanted, strict=True)):
-            kept = live if place == 1 else slice(None)
-            assert relative(got[kept], other[kept]) < 2e-2
-
-    def test_the_same_operands_give_the_same_bits(self) -> None:
-        x, weight = numbers(1024, 512), numbers(768, 512, seed=1)
-        assert torch.equal(fp8_linear(x, weight), fp8_linear(x, weight))
-
-    def test_a_deep_sum_keeps_what_tensor_cores_alone_would_lose(self) -> None:
-        """8,192 products, the second half 2^-8 of the first: 14 bits of a sum would drop them one by one."""
-        x, weight = torch.full((128, 8192), 1.0), torch.full((128, 8192), 1.0)
-        x[:, 4096:] = 2**-8
-        out = fp8_linear(x.to("cuda", torch.bfloat16), weight.to("cuda", torch.bfloat16))
-        exact = F.linear(x[:1], weight[:1]).item()
-        assert relative(out, torch.full(out.shape, exact, device="cuda")) < 2**-8

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against published values, from the configuration and from the real module on meta."""
+"""Model configuration: parameters and FLOPs against published values and the module on meta, and impossible shapes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every tracker does, MLflow's and the one of JSON files: runs found again, values kept, versions and aliases."""
+"""The tracker protocol, held by both trackers, of MLflow and of JSON files: runs, values, versions and aliases."""
 
 from __future__ import annotations
 

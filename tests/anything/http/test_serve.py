@@ -1,16 +1,26 @@
-"""Ending a server: what is in flight finishes or gets a 503, and the process exits with 0."""
+"""A server from its socket to its end: ready once loaded; draining, requests in flight finish or get a 503."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+
+from anything.http.app import create_app
+from anything.http.serve import DrainingServer, bind, url_of
+from anything.keys import load_keys
+from anything.protocol import UnavailableError
+from anything.serve_config import ServeConfig
+from anything.testing import EchoEngine
+from base.errors import InvalidInputError, PortInUseError
 
 PATH = "/v1/anything/infer"
 
@@ -24,6 +34,7 @@ _PROGRAM = """
 import sys, threading
 from anything.serve_config import ServeConfig
 from anything.testing import EchoEngine
+from base.errors import InvalidInputError, PortInUseError
 from anything.http.app import create_app
 from anything.keys import load_keys
 from anything.http.serve import DrainingServer, bind
@@ -120,3 +131,62 @@ def test_a_client_that_does_not_read_cannot_hold_the_server(
             assert b" 200 " in connection.recv(20)
             process.terminate()
             assert process.wait(60) == 0
+
+
+def test_alive_but_not_ready_while_loading(key_file: tuple[str, str], ask: httpx.Client) -> None:
+    class Loading(EchoEngine):
+        loaded = threading.Event()
+
+        async def start(self) -> None:
+            await asyncio.to_thread(self.loaded.wait)
+
+    engine = Loading()
+    listener = bind("127.0.0.1", 0)
+    server = DrainingServer(create_app(engine, ServeConfig(), load_keys(key_file[0])), listener)
+    ready = threading.Event()
+    server.on_ready = ready.set
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = url_of(listener)
+    assert ask.get(url + "/healthz").json() == {"status": "alive"}
+    assert (ask.get(url + "/readyz").status_code, ask.get(url + "/readyz").json()) == (503, {"status": "not ready"})
+    answer = ask.post(url + PATH, json=body())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+    engine.loaded.set()
+    assert ready.wait(30)
+    assert ask.get(url + "/readyz").json() == {"status": "ready"}
+    server.exit_soon()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        # What asyncio looks at before it sets TCP_NODELAY on a connection.
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_an_engine_that_cannot_load_ends_the_server_with_its_error(key_file: tuple[str, str]) -> None:
+    class Broken(EchoEngine):
+        async def start(self) -> None:
+            raise UnavailableError("no device", status=503, code="engine_failed")
+
+    server = DrainingServer(create_app(Broken(), ServeConfig(), load_keys(key_file[0])), bind("127.0.0.1", 0))
+    with pytest.raises(UnavailableError, match="no device"):
+        server.run()
+
+
+def test_a_port_in_use_and_an_address_of_another_machine_are_refused() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert url_of(listener) == f"http://127.0.0.1:{port}"
+        with pytest.raises(PortInUseError, match=rf"port {port} on 127\.0\.0\.1 is in use"):
+            bind("127.0.0.1", port)
+    # 192.0.2.0/24 is for documentation (RFC 5737): no machine has such an address.
+    with pytest.raises(InvalidInputError, match=r"192\.0\.2\.1:0.*--host"):
+        bind("192.0.2.1", 0)
+
+
+def test_a_server_on_every_address_is_asked_on_this_machine() -> None:
+    with bind("0.0.0.0", 0) as listener:
+        assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"

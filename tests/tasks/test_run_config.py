@@ -1,0 +1,54 @@
+"""Run configuration: the shipped files, rules over all sections at once, and passwords in any of its URIs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from base.config import dump, load
+from base.errors import ConfigError
+from tasks.overrides import resolve
+from tasks.run_config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tracking": {"uri": "https://me:hunter2@mlflow"}},
+        {"data": {"source": "s3://AKIA:hunter2@bucket/docs"}},
+        {"data": {"tokenizer": "s3://AKIA:hunter2@bucket/tokenizer.json"}},
+        {"checkpoint": {"directory": "s3://AKIA:hunter2@bucket"}},
+        {"init_from": "s3://AKIA:hunter2@bucket/base"},
+    ],
+)
+def test_a_run_is_not_resolved_with_a_password_in_it(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="must not hold a password") as caught:
+        resolve(str(ROOT / "configs" / "tiny.yaml"), changes)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_a_valid_run_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load(path, RunConfig)
+    assert config.model.preset == path.stem
+    (tmp_path / "run.yaml").write_text(dump(config))
+    assert load(tmp_path / "run.yaml", RunConfig) == config
+
+
+def test_the_run_configuration_reports_rules_of_every_section_at_once(tmp_path: Path) -> None:
+    overrides = ["train.batch_size=15", "launch.nproc_per_node=2", "deploy.traffic_steps_percent=[50]", "train.stpes=9"]
+    with pytest.raises(ConfigError) as caught:
+        load(ROOT / "configs" / "tiny.yaml", RunConfig, overrides)
+    text = str(caught.value)
+    assert "tiny.yaml: 3 problems" in text
+    assert "train.batch_size: must be divisible by ranks" in text
+    assert "deploy.traffic_steps_percent: must be rising percentages" in text
+    assert "train.stpes: unknown key, did you mean steps? (got 9)" in text
+
+
+def test_an_unknown_format_is_refused_with_the_key_and_the_names_there_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"quantize\.format: must be one of int8 \(got 'int3'\)"):
+        resolve("configs/tiny.yaml", {"quantize": {"format": "int3"}, "runs_directory": str(tmp_path)})
