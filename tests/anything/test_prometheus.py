@@ -50,11 +50,11 @@ def test_each_version_has_its_own_counts_and_quantiles() -> None:
     versions.of("v2").errors.inc()
     for hundredth in range(1, 101):
         versions.of("v1").latency.observe(hundredth / 100)
-    told = versions.describe()
-    assert [told["v1"][name] for name in ("requests", "errors", "cancelled")] == [3, 0, 0]
-    assert told["v1"]["latency_s"] == {"p50": 0.51, "p95": 0.96, "p99": 1.0}
-    assert told["v1"]["first_token_s"] == {}, "nothing was observed"
-    assert [told["v2"][name] for name in ("requests", "errors", "cancelled")] == [0, 1, 0]
+    described = versions.describe()
+    assert [described["v1"][name] for name in ("requests", "errors", "cancelled")] == [3, 0, 0]
+    assert described["v1"]["latency_s"] == {"p50": 0.51, "p95": 0.96, "p99": 1.0}
+    assert described["v1"]["first_token_s"] == {}, "nothing was observed"
+    assert [described["v2"][name] for name in ("requests", "errors", "cancelled")] == [0, 1, 0]
     assert versions.registry.get_sample_value("anything_version_seconds_count", {"version": "v1"}) == 100
 
 

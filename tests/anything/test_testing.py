@@ -84,6 +84,6 @@ def test_a_failure_reaches_a_generation_that_waits_and_can_be_repaired() -> None
     asyncio.run(main())
 
 
-def test_a_counter_that_is_not_reached_is_told() -> None:
+def test_waiting_for_a_counter_that_is_not_reached_returns_false() -> None:
     assert EchoEngine().wait_for("started", 0)
     assert not EchoEngine().wait_for("started", 1, timeout_s=0.0)

@@ -1,4 +1,4 @@
-"""Strict configuration: every mistake told at once, with its place, and what is valid kept as it was given."""
+"""Strict configuration: every mistake reported at once, with its place, and what is valid kept as it was given."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsy
     assert "Usage: cherry" in capsys.readouterr().err
 
 
-def test_an_override_that_is_written_like_a_flag_is_told_how_to_write_it(capsys, code):
+def test_the_error_of_an_override_written_as_a_flag_says_how_to_write_it(capsys, code):
     assert code("run", "a.yaml", "--train.steps=3", "name=b") == 2
     error = capsys.readouterr().err
     assert "--train.steps" in error
@@ -123,12 +123,14 @@ def test_only_the_config_is_required(capsys, code):
         (("configs/tinny.yaml",), MissingFileError, "configs/tinny.yaml"),
     ],
 )
-def test_a_mistake_is_told_before_a_flow_exists(command, arguments, error, text, tmp_path, monkeypatch, capsys, code):
+def test_a_mistake_is_an_error_before_a_flow_exists(
+    command, arguments, error, text, tmp_path, monkeypatch, capsys, code
+):
     monkeypatch.chdir(tmp_path)
     assert code(command, *arguments) == error.exit_code
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert text in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert text in printed
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,9 +18,9 @@ CLUSTER = str(ROOT / "configs" / "clusters" / "h100-256.yaml")
 
 def test_a_plan_is_a_table_or_a_json_document(capsys, code):
     assert code("plan", LARGE, "--cluster", CLUSTER) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for text in ("finetune-671b on 256 x H100", "optimizer states", "all-to-all across nodes", "MFU, full", "fits"):
-        assert text in told
+        assert text in printed
     assert code("plan", LARGE, "--cluster", CLUSTER, "--json", "--search", "parallel.expert=32") == 0
     made = json.loads(capsys.readouterr().out)
     assert made["fits"]
@@ -40,7 +40,7 @@ def test_a_plans_memory_can_be_drawn(tmp_path, capsys, code):
     assert "--plot: must end with .png, .svg, .pdf (got 'memory.bmp')" in capsys.readouterr().err
 
 
-def test_a_job_without_room_has_an_exit_code_and_is_told_what_would_fit(capsys, code):
+def test_a_job_that_does_not_fit_has_an_exit_code_and_shows_what_would(capsys, code):
     assert code("plan", LARGE, "--cluster", CLUSTER, "parallel.expert=1", "--json") == DoesNotFitError.exit_code == 19
     printed = capsys.readouterr()
     assert not json.loads(printed.out)["fits"]
@@ -49,16 +49,16 @@ def test_a_job_without_room_has_an_exit_code_and_is_told_what_would_fit(capsys, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "named"),
     [
         (["--cluster", "nowhere.yaml"], "nowhere.yaml"),
         (["--cluster", CLUSTER, "launch.nnodes=64", "train.gradient_accumulation_steps=1"], "launch.nnodes"),
         (["--cluster", CLUSTER, "parallel.expert=48"], "parallel.expert"),
     ],
 )
-def test_a_plan_of_what_cannot_be_is_refused(arguments, told, capsys, code):
+def test_a_plan_of_what_cannot_be_is_refused(arguments, named, capsys, code):
     assert code("plan", LARGE, *arguments) in (ConfigError.exit_code, MissingFileError.exit_code)
-    assert told in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 def test_a_plan_takes_less_than_two_seconds_of_a_processor():

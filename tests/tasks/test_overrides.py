@@ -81,7 +81,7 @@ def test_the_day_is_added_to_the_name():
         dated(resolve("configs/tiny.yaml", {"name": "n" * 60}), date(2026, 3, 9))
 
 
-def test_a_combination_that_cannot_work_is_told_with_its_key(tmp_path):
+def test_an_impossible_combination_is_refused_with_its_key(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.batch_size: must be divisible"):
         resolve("configs/tiny.yaml", {"train": {"batch_size": 7, "gradient_accumulation_steps": 2}})
 

@@ -195,7 +195,9 @@ def test_every_token_of_a_stream_starts_the_time_anew() -> None:
     assert left == [10.0] * 4
 
 
-def test_an_engine_that_fails_is_told_before_and_after_the_first_byte(serve: Serve, ask: httpx.Client) -> None:
+def test_an_engine_failure_is_a_status_before_the_first_byte_and_an_event_after_it(
+    serve: Serve, ask: httpx.Client
+) -> None:
     engine = EchoEngine(tokens=1)
     url = serve(engine)
     with ask.stream("POST", url + PATH, json=body(stream=True)) as answer:

@@ -86,7 +86,7 @@ def test_sigterm_drains_and_exits_0(
 
 
 @pytest.mark.parametrize("arrives", [True, False])
-def test_a_body_that_is_on_its_way_is_told_of_the_drain(
+def test_a_request_whose_body_is_still_arriving_gets_503_while_draining(
     arrives: bool,
     tmp_path: Path,
     key_file: tuple[str, str],

@@ -26,12 +26,12 @@ pytestmark = [
 def close(got: Tensor, wanted: Tensor) -> bool:
     """Equal, but for numbers between two of e4m3's that a scale's last bit sends the other way."""
     off = (got - wanted).abs() > 1e-6 * wanted.abs()  # a scale's last bit is no difference
-    step = wanted.abs() / 7 + wanted.abs().max() * 2**-17  # of normal numbers, and of denormal ones
-    return bool(off.float().mean() < 0.01 and ((got - wanted).abs() <= step)[off].all())
+    spacing = wanted.abs() / 7 + wanted.abs().max() * 2**-17  # of normal numbers, and of denormal ones
+    return bool(off.float().mean() < 0.01 and ((got - wanted).abs() <= spacing)[off].all())
 
 
 @pytest.mark.parametrize(("rows", "width"), [(256, 384), (40, 576), (300, 128), (1, 144)])
-def test_casts_are_those_of_plain_torch(rows: int, width: int, numbers: Numbers) -> None:
+def test_casts_equal_the_reference(rows: int, width: int, numbers: Numbers) -> None:
     from model.fp8 import cast_kernels
 
     x, weight = numbers(rows, width), numbers(3, rows, width)

@@ -81,7 +81,7 @@ def test_a_model_narrower_than_a_block_has_nothing_in_fp8() -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own imports warn, once
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(
+def test_a_projection_and_its_gradients_equal_bf16_within_rounding(
     compiled: bool, device: str, numbers: Numbers, relative: Relative
 ) -> None:
     layer = nn.Linear(512, 384, bias=False, device=device, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def test_a_projection_and_its_gradients_are_bf16s_but_for_rounding(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_experts_and_their_gradients_are_bf16s_but_for_rounding(
+def test_experts_and_their_gradients_equal_bf16_within_rounding(
     compiled: bool, counts: list[int], device: str, chosen: Chosen, numbers: Numbers, relative: Relative
 ) -> None:
     experts_NK = chosen(counts, 4, device)

@@ -28,7 +28,7 @@ pytestmark = [
     ("rows", "width", "columns"),
     [(512, 256, 384), (300, 576, 192), (40, 128, 576), (1, 144, 128), (200, 1408, 256)],
 )
-def test_products_and_weight_gradients_are_those_of_plain_torch(
+def test_linear_passes_equal_the_reference(
     rows: int, width: int, columns: int, numbers: Numbers, relative: Relative
 ) -> None:
     x, weight, grad = numbers(rows, width), numbers(1, columns, width, seed=1), numbers(rows, columns, seed=2)
@@ -41,7 +41,7 @@ def test_products_and_weight_gradients_are_those_of_plain_torch(
         assert got.shape == expected.shape and relative(got, expected) < 5e-3
 
 
-def test_the_experts_passes_are_those_of_plain_torch(
+def test_expert_passes_equal_the_reference(
     counts: list[int], chosen: Chosen, numbers: Numbers, relative: Relative
 ) -> None:
     experts_NK = chosen(counts, 4, "cuda")

@@ -53,8 +53,8 @@ def test_a_weight_and_its_transpose_share_their_blocks(numbers: Numbers) -> None
     weight_EXD[1] = 0
     plain, transposed = (reference.cast_weight(weight_EXD, wanted) for wanted in (False, True))
     assert (plain[0].shape, plain[1].shape) == ((3, 200, 300), (3, 2, 3))
-    for one, other in zip(plain, transposed, strict=True):
-        assert torch.equal(one.float(), other.float().transpose(1, 2))
+    for kept, turned in zip(plain, transposed, strict=True):
+        assert torch.equal(kept.float(), turned.float().transpose(1, 2))
     assert plain[1][2, 1, 2] == weight_EXD[2, 128:, 256:].float().abs().max() / 448
     assert torch.equal(plain[1][1], torch.ones(2, 3)), "a block of zeros has a scale that divides nothing by zero"
 

@@ -118,7 +118,7 @@ def test_tokenizer_travels_with_the_weights(
     assert (loaded.bos_token, loaded.eos_token_id) == ("<bos>", 1)
 
 
-def test_missing_wrong_and_unexpected_tensors_are_told_at_once(
+def test_missing_wrong_and_unexpected_tensors_are_reported_at_once(
     tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, export: Export
 ) -> None:
     export(make_model(make_config()), str(tmp_path / "e"))

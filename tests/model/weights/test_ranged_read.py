@@ -199,7 +199,7 @@ def test_a_part_of_a_local_file_maps_its_own_pages_only(tmp_path: Path) -> None:
     assert 512 <= sum(map(int, entries)) < 16384, "the kernel maps some pages around, not all"
 
 
-def test_progress_tells_bytes_rate_and_the_time_left(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel):
+def test_progress_reports_bytes_rate_and_the_time_left(tmp_path: Path, make_config: MakeConfig, make_model: MakeModel):
     model = make_model(make_config())
     tensors = [pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, model.config)]
     save_pretrained(tensors, str(tmp_path), model.config, dtype=torch.bfloat16)
@@ -209,7 +209,7 @@ def test_progress_tells_bytes_rate_and_the_time_left(tmp_path: Path, make_config
     assert re.fullmatch(r"read (\S+ [KM]B) of \1 of weights, \S+ [KMG]B/s, 0 s left", reports[-1][0])
 
 
-def test_damaged_files_missing_tensors_and_scales_are_told_at_once(
+def test_damaged_files_missing_tensors_and_scales_are_reported_at_once(
     tmp_path: Path, make_config: MakeConfig, make_model: MakeModel
 ) -> None:
     model = make_model(make_config(hidden_size=160, moe_intermediate_size=136))
@@ -242,7 +242,7 @@ def test_damaged_files_missing_tensors_and_scales_are_told_at_once(
     assert torch.equal(model.lm_head.weight, before)
 
 
-def test_a_file_that_was_cut_while_it_was_open_is_told(counted: str) -> None:
+def test_a_file_that_was_cut_while_it_was_open_is_reported(counted: str) -> None:
     write_file(storage.join(counted, "model.safetensors"), {"w": torch.ones(64, 32)})
     reader = WeightsReader(counted)
     path = storage.join(counted, "model.safetensors")
