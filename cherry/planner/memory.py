@@ -204,7 +204,7 @@ class _Stages:
         return 0 if not self._gathers else self.work.type_bytes * layer.elements
 
     def _kept(self, dense: int, mixture: int) -> int:
-        """Bytes of `dense` and `mixture` layers kept unsharded after forward; experts only in blocks kept in full."""
+        """Bytes that `dense` + `mixture` layers keep unsharded after forward; experts only in blocks kept in full."""
         work = self.work
         if not (self._gathers and work.kept_share):
             return 0
