@@ -61,7 +61,7 @@ def anything() -> None:
     _check_packages()
     from anything.cli import main
 
-    main()
+    raise SystemExit(main())
 
 
 if __name__ == "__main__":

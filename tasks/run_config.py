@@ -7,6 +7,7 @@ MLflow is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -107,6 +108,27 @@ class DeployConfig(Section):
             yield Problem("traffic_steps_percent", rule, list(steps))
 
 
+# Schemes of tracking URIs that the model registry takes too (mlflow 3.17's own list, and `json` for files without it);
+# installed packages add theirs to MLflow by entry points. An empty scheme is a directory.
+TRACKING_SCHEMES = (
+    *(
+        "",
+        "json",
+        "file",
+        "sqlite",
+        "postgresql",
+        "mysql",
+        "mssql",
+        "http",
+        "https",
+        "databricks",
+        "databricks-uc",
+        "uc",
+    ),
+)
+_TRACKING_PLUGINS = "mlflow.tracking_store"
+
+
 class TrackingConfig(Section):
     """Tracker of runs and model versions."""
 
@@ -117,6 +139,14 @@ class TrackingConfig(Section):
     """Experiment that the runs belong to."""
     system_metrics: bool = True
     """Record this machine's CPU, memory, disk and GPU use during each step (MLflow only)."""
+
+    def problems(self) -> Iterator[Problem]:
+        """A tracking URI that neither MLflow nor the JSON tracker takes: registering would fail, after all training."""
+        scheme = self.uri.split(":", 1)[0].split("+")[0] if self.uri and ":" in self.uri else ""
+        if scheme in TRACKING_SCHEMES or entry_points(group=_TRACKING_PLUGINS, name=scheme):
+            return
+        known = ", ".join(filter(None, TRACKING_SCHEMES))
+        yield Problem("uri", f"must be a directory or a URI with one of the schemes {known}", self.uri)
 
 
 class RunConfig(JobConfig):

@@ -215,7 +215,7 @@ def _watched(running: StepRun) -> Iterator[None]:
     except BaseException as error:
         # A cancellation and Ctrl-C are BaseExceptions.
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        line = str(error) if isinstance(error, CherryError) else f"{type(error).__name__}: {error}"
+        line = _line_of(error)
         write_event(running.context.path, running.step, "failed", line=line)
         raise
     finally:
@@ -280,6 +280,13 @@ def make_room(context: RunContext, step: str, folder: Path, identity: str) -> No
     owner = storage.read_json(str(path))["fingerprint"] if path.exists() else None
     if owner not in (None, identity) and storage.is_committed(str(folder)):
         move_aside(folder, owner)
+
+
+def _line_of(error: BaseException) -> str:
+    """What the terminal shows of an error that ended a step."""
+    if isinstance(error, CherryError):
+        return str(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
 def find_output(uri: str, identity: str) -> str:

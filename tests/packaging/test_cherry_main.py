@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,22 @@ def test_a_package_of_another_place_is_found_out(
         cherry_main.cherry()
     assert ended.value.code == 11
     assert f"model is {tmp_path / 'model.py'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "code"),
+    [
+        (cherry_main.cherry, ["run", "nowhere.yaml"], 12),
+        (cherry_main.cherry_launch, ["--nproc_per_node=none", "train.py"], 11),
+        (cherry_main.anything, ["infer"], 11),
+    ],
+)
+def test_a_command_ends_with_the_code_of_its_error(
+    program: Callable[[], None], arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # commands set defaults for the programs that they start
+    monkeypatch.delenv("ANYTHING_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        program()
+    assert ended.value.code == code

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from base.config import dump, load
+from base.config import dump, load, validate
 from base.errors import ConfigError
 from tasks.overrides import resolve
-from tasks.run_config import RunConfig
+from tasks.run_config import RunConfig, TrackingConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,3 +52,19 @@ def test_the_run_configuration_reports_rules_of_every_section_at_once(tmp_path: 
 def test_an_unknown_format_is_refused_with_the_key_and_the_names_there_are(tmp_path):
     with pytest.raises(ConfigError, match=r"quantize\.format: must be one of int8 \(got 'int3'\)"):
         resolve("configs/tiny.yaml", {"quantize": {"format": "int3"}, "runs_directory": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("mlruns", "/srv/mlruns", "json:", "json:/srv/runs", "file:///srv/mlruns", "sqlite:///runs/mlflow.db"),
+        *("postgresql+psycopg2://host/db", "http://tracking:5000", "databricks", "databricks://profile"),
+    ],
+)
+def test_tracking_uris_of_mlflow_and_of_the_json_tracker(uri: str) -> None:
+    assert validate({"uri": uri}, TrackingConfig, origin="run.yaml").uri == uri
+
+
+def test_a_scheme_that_no_tracker_has_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"uri: must be .* schemes json, .*https.* \(got 'jsn:foo'\)"):
+        validate({"uri": "jsn:foo"}, TrackingConfig, origin="run.yaml")

@@ -179,10 +179,14 @@ def test_other_code_is_another_identity(context, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(ConfigError("no"), "FAILED"), (ZeroDivisionError("bug"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
+    ("error", "status", "line"),
+    [
+        (ConfigError("no"), "FAILED", "no"),
+        (ZeroDivisionError("bug"), "FAILED", "ZeroDivisionError: bug"),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+    ],
 )
-def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch, error, status):
+def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch, error, status, line):
     ended = []
     monkeypatch.setattr(MlflowRuns, "finish", lambda _self, _run, status: ended.append(status))
 
@@ -193,6 +197,7 @@ def test_a_step_that_does_not_end_well_is_no_finished_step(context, monkeypatch,
         perform(context, "export", {}, work)
     assert ended == [status]
     assert events(context) == ["started", "failed"]
+    assert json.loads((context.path / "events.jsonl").read_text().splitlines()[-1])["line"] == line
     assert find_finished(context.path, "export") is None
 
 
