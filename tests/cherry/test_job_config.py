@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from base.errors import ConfigError
-from cherry.job_config import JobConfig, ParallelConfig
+from cherry.job_config import JobConfig
 
 Make = Callable[..., JobConfig]
 
@@ -61,21 +61,3 @@ def test_a_layout_that_cannot_be_is_refused(mini: Make, ranks: int, flags: list[
     for problem in problems:
         assert problem in str(refused.value)
     assert str(refused.value).count("parallel.shard:") <= 1
-
-
-def test_context_ranks_share_sequences_and_no_other_ranks_do() -> None:
-    from cherry.distributed.mesh import DataShard, data_shard
-
-    config = ParallelConfig(replicate=2, shard=3, expert=2, context=2)
-    shares = [data_shard(config, rank, 24) for rank in range(24)]
-    assert sorted((share.data_rank, share.context_rank) for share in shares) == [
-        (rank, part) for rank in range(12) for part in (0, 1)
-    ]
-    assert {(share.data_ranks, share.context_ranks) for share in shares} == {(12, 2)}
-    # Neighbours hold different experts and read different sequences; the next two have the other halves of these.
-    assert shares[:4] == [
-        DataShard(0, 12, 0, 2),
-        DataShard(1, 12, 0, 2),
-        DataShard(0, 12, 1, 2),
-        DataShard(1, 12, 1, 2),
-    ]

@@ -1,17 +1,14 @@
-"""The metrics stream after a resume or a kill, the line for people, and who may write to a run directory."""
+"""The metrics stream after a resume or a kill, its printed line, and attempts that were superseded."""
 
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from base.errors import SupersededError
-from cherry.checkpoint.fence import Fence
 from cherry.metrics import MetricsWriter, format_line, peak_flops
 from cherry.train_record import TrainRecord
 
@@ -118,28 +115,3 @@ def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are
 
 def test_a_processor_without_a_data_sheet_is_measured() -> None:
     assert peak_flops(torch.device("cpu"), "fp32") > 1e9
-
-
-def test_the_second_attempt_stops_the_first_and_is_not_stopped_by_it(tmp_path: Path) -> None:
-    first = Fence(str(tmp_path / "train"))
-    first.check()
-    second = Fence(str(tmp_path / "train"))
-    second.check()
-    with pytest.raises(SupersededError, match="attempt 2 took over from attempt 1"):
-        first.check()
-    second.check()
-
-
-def test_of_attempts_that_start_together_exactly_one_goes_on(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        fences = list(pool.map(lambda _: Fence(str(tmp_path)), range(24)))
-    assert sorted(fence.epoch for fence in fences) == list(range(1, 25))
-
-    def alive(fence: Fence) -> bool:
-        try:
-            fence.check()
-        except SupersededError:
-            return False
-        return True
-
-    assert [fence.epoch for fence in fences if alive(fence)] == [24]

@@ -1,4 +1,4 @@
-"""Search over parallel layouts: the order of those that fit, the keys it varies, and the nearest change that makes room."""
+"""Search over parallel layouts: the order of those that fit, the keys it varies, the nearest that would fit."""
 
 from __future__ import annotations
 
