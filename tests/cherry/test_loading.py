@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from base.errors import WeightsError
 from cherry.distributed.local_part import local_part
@@ -25,19 +20,9 @@ from model.numerics.fp8_blocks import quantize_blocks
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
 from model.weights.pretrained import load_pretrained, save_pretrained
+from tests.cherry.fake_ranks import as_rank
 
 RANKS = 4
-
-
-@contextmanager
-def as_rank(rank: int) -> Iterator[None]:
-    """This process as one of four: nothing is sent, and filling shards needs nothing to be."""
-    _clear_sharding_prop_cache()  # keyed by meshes that compare equal between ranks
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +59,7 @@ def test_the_parts_of_all_ranks_are_the_whole(how: str, release: tuple[ModelConf
     config, uri, expected = release
     found = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
     for rank in range(RANKS):
-        with as_rank(rank):
+        with as_rank(rank, RANKS):
             with torch.device("meta"):
                 model = DeepseekV3(config)
             shard(model, how)
