@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from base.config import validate
-from base.errors import ConfigError
-from cherry.cluster import ClusterSpec
+from base.errors import ConfigError, MissingFileError
+from cherry.cluster import ClusterSpec, read_cluster
+from cherry.hardware import GPUS
+
+CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "problem"),
     [
         (
             {"kind": "nodes", "gpu": "H1000", "nodes": 2},
@@ -30,7 +35,25 @@ from cherry.cluster import ClusterSpec
         ({"kind": "nodes", "gpu": "H100", "assumed_imbalance": 0.5}, "assumed_imbalance: input should be greater"),
     ],
 )
-def test_a_wrong_cluster_is_a_sentence(spec: dict[str, object], told: str) -> None:
+def test_a_wrong_cluster_is_a_sentence(spec: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(spec, ClusterSpec, origin="spec.yaml")
-    assert f"spec.yaml: 1 problem\n  {told}" in str(caught.value)
+    assert f"spec.yaml: 1 problem\n  {problem}" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_spec_is_what_its_file_s_name_says(path: Path) -> None:
+    spec = read_cluster(str(path))
+    gpu, _, gpus = path.stem.partition("-")
+    if not gpus:
+        assert (spec.kind, spec.gpus) == ("local", 1)
+    else:
+        assert (spec.kind, spec.hardware, spec.gpus) == ("nodes", gpu.upper(), int(gpus))
+    assert spec.hardware in GPUS
+
+
+def test_local_is_this_machine() -> None:
+    assert read_cluster("local") == ClusterSpec(kind="local")
+    assert ClusterSpec(kind="local").hardware == "laptop"
+    with pytest.raises(MissingFileError, match=r"elsewhere\.yaml"):
+        read_cluster("elsewhere.yaml")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cherry.planner.links import all_to_all_seconds, ring_seconds
+from cherry.planner.links import all_reduce_seconds, all_to_all_seconds, even_all_to_all_seconds, ring_seconds
 from tests.cherry.planner.workloads import released
 
 
@@ -30,3 +30,26 @@ def test_collectives_take_the_time_of_their_narrowest_link() -> None:
     assert sum(all_to_all_seconds(replace(once, fused_all_to_all=True), 2 * 7168)) == pytest.approx(
         away / 45e9, rel=0.01
     )
+
+
+def test_a_group_of_one_rank_and_nothing_to_send_take_no_time() -> None:
+    work = released()
+    alone = replace(work, expert=1)
+    assert ring_seconds(alone, alone.expert_group, 1e9) == ring_seconds(work, work.expert_group, 0) == 0
+    assert even_all_to_all_seconds(alone, alone.expert_group, 1e9) == 0
+    assert all_to_all_seconds(alone, 1e4) == (0.0, 0.0)
+
+
+def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
+    work = released()
+    assert all_reduce_seconds(work, work.dense_group, 1e9) == 2 * ring_seconds(work, work.dense_group, 1e9)
+
+
+def test_an_even_all_to_all_takes_the_slower_of_node_and_network() -> None:
+    work = released()
+    group, size = work.expert_group, 64e9
+    assert (group.ranks, group.on_node) == (64, 8)
+    # 56 of 64 parts leave the node, over this rank's own adapter of 50e9 x 0.7.
+    assert even_all_to_all_seconds(work, group, size) == pytest.approx(size * 56 / 64 / 35e9, rel=0.01)
+    inside = replace(work, expert=8)
+    assert even_all_to_all_seconds(inside, inside.expert_group, size) == pytest.approx(size * 7 / 8 / 360e9, rel=0.01)
