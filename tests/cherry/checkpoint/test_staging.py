@@ -78,3 +78,18 @@ def test_no_memory_for_the_copy_costs_that_save_alone(tmp_path, group, monkeypat
     saver.close()
     assert ["allocate memory" in str(error) for error in saver.failures] == [True]
     assert committed_steps(str(tmp_path)) == []
+
+
+def test_a_snapshot_is_the_state_and_a_second_one_reuses_the_large_buffers():
+    large, small = torch.randn(300, 100), torch.randn(4)
+    state = {"model": {"large": large, "turned": large.T}, "steps": [small, 3]}
+    staging = Staging()
+    first = staging.copy(staging.begin(state))
+    assert first["model"]["large"].equal(large) and first["model"]["turned"].equal(large.T)
+    assert first["steps"][0].equal(small) and first["steps"][1] == 3
+    places = [value.data_ptr() for value in first["model"].values()]
+    large.add_(1.0)
+    second = staging.copy(staging.begin(state))
+    assert second["model"]["large"].equal(large)
+    assert [value.data_ptr() for value in second["model"].values()] == places
+    assert large.data_ptr() not in places
