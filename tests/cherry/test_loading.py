@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from model.numerics.formats import is_projection
 from model.numerics.fp8_blocks import quantize_blocks
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
-from model.weights.pretrained import load_pretrained, save_pretrained
+from model.weights.pretrained import load_pretrained, read_model_config, save_pretrained
 from tests.cherry.fake_ranks import as_rank
 
 RANKS = 4
@@ -104,3 +105,33 @@ def test_a_quantized_or_larger_folder_is_refused_for_training(
     with pytest.raises(WeightsError, match=r"unexpected model\.layers\.1\.mlp\.experts\.4\.down_proj\.weight "):
         load_weights(smaller, uri)
     assert torch.equal(smaller.lm_head.weight, before)
+
+
+def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(released_weights, monkeypatch):
+    folder, tensors = released_weights
+    config = read_model_config(str(folder))[0]
+    torch.save(tensors, folder / "671b_model.pt")
+    loaded, expected = DeepseekV3(config), DeepseekV3(config)
+    load_weights(loaded, str(folder / "671b_model.pt"))
+    load_weights(expected, str(folder))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    monkeypatch.chdir(folder)
+    torch.save({"model": Harmful()}, folder / "harmful.pt")
+    with pytest.raises(WeightsError, match="cannot be read as tensors only"):
+        load_weights(loaded, str(folder / "harmful.pt"))
+    assert not (folder / "harmed").exists()
+    whole = (folder / "671b_model.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="cut"):
+        load_weights(loaded, str(folder / "cut.pt"))
+    torch.save({name: value for name, value in tensors.items() if "lm_head" not in name}, folder / "headless.pt")
+    with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(shape \[600, 32\]\)"):
+        load_weights(loaded, str(folder / "headless.pt"))
+
+
+class Harmful:
+    """Unpickling it would make a directory in the working directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)

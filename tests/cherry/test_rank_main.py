@@ -11,8 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from base.errors import InvalidInputError, WorkerLostError, is_retryable_exit_code
-from cherry.rank_main import classify_error
+from base.errors import (
+    ConfigError,
+    InvalidInputError,
+    MissingFileError,
+    WorkerLostError,
+    is_retryable_exit_code,
+)
+from cherry.rank_main import build_parser, classify_error, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,3 +72,35 @@ def test_pdb_with_several_ranks_is_refused(make_job: Any) -> None:
     ended = make_job("ranks").run("--pdb", ranks=2)
     assert ended.returncode == 11
     assert "--pdb needs a single rank, got 2" in ended.stderr
+
+
+def options(*flags):
+    return build_parser().parse_args(flags)
+
+
+def test_with_only_a_model_path_shape_and_tokenizer_come_from_its_folder(released_weights, mini):
+    folder, _ = released_weights
+    job = resolve(options(f"--model_path={folder}", "--batch_size=24", "--learning_rate=1e-5"))
+    assert job.model.model_copy(update={"preset": "tiny"}) == mini().model.model_copy(
+        update={"initializer_range": 0.02}
+    )
+    assert (job.init_from, job.data.tokenizer) == (str(folder), f"{folder}/tokenizer.json")
+    assert (job.train.batch_size, job.train.learning_rate) == (24, 1e-5)
+
+
+def test_a_pt_file_has_its_config_beside_it(released_weights, monkeypatch, tmp_path):
+    folder, _ = released_weights
+    monkeypatch.chdir(folder)
+    assert resolve(options("--model_path=671b_model.pt")).init_from == "671b_model.pt"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingFileError, match=r"\./config\.json does not exist"):
+        resolve(options("--model_path=671b_model.pt"))
+
+
+def test_flags_that_break_rules_are_all_told_at_once(job_config):
+    with pytest.raises(ConfigError) as caught:
+        resolve(options(f"--config={job_config}", "--batch_size=7", "--gradient_accumulation_steps=2", "--steps=1"))
+    assert "train.batch_size: must be divisible by" in str(caught.value)
+    assert "train.warmup_steps: must be below train.steps (1)" in str(caught.value)
+    with pytest.raises(ConfigError, match="needs --config, or --model_path"):
+        resolve(options())
