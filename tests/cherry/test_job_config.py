@@ -1,13 +1,14 @@
-"""The layout of the ranks is checked against their number before anything starts, every broken rule at once."""
+"""Layouts checked against the number of ranks, every broken rule at once, and the settings of communication."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
+from pydantic import ValidationError
 
 from base.errors import ConfigError
-from cherry.job_config import JobConfig
+from cherry.job_config import CommunicationConfig, JobConfig
 
 Make = Callable[..., JobConfig]
 
@@ -61,3 +62,17 @@ def test_a_layout_that_cannot_be_is_refused(mini: Make, ranks: int, flags: list[
     for problem in problems:
         assert problem in str(refused.value)
     assert str(refused.value).count("parallel.shard:") <= 1
+
+
+@pytest.mark.parametrize(("size", "expected"), [("8MiB", 8 << 20), ("512KiB", 512 << 10), ("1GiB", 1 << 30), (77, 77)])
+def test_a_buffer_s_size(size, expected):
+    assert CommunicationConfig(buffer_size=size).variables() == {"NCCL_BUFFSIZE": str(expected)}
+
+
+def test_invalid_settings_are_refused(mini):
+    for wrong in ({"buffer_size": "8MB"}, {"buffer_size": 0}, {"environment": {"PATH": "/"}}, {"replicate": "int4"}):
+        with pytest.raises(ValidationError):
+            CommunicationConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"communication\.replicate: compresses between replicas"):
+        mini("communication.replicate=int8")
+    assert mini("communication.reduce_dtype=bf16").communication.variables() == {}
