@@ -35,7 +35,7 @@ CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
         ({"kind": "nodes", "gpu": "H100", "assumed_imbalance": 0.5}, "assumed_imbalance: input should be greater"),
     ],
 )
-def test_a_wrong_cluster_is_a_sentence(spec: dict[str, object], problem: str) -> None:
+def test_a_spec_that_breaks_a_rule_is_refused_with_its_key(spec: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(spec, ClusterSpec, origin="spec.yaml")
     assert f"spec.yaml: 1 problem\n  {problem}" in str(caught.value)

@@ -54,7 +54,7 @@ def test_scores_of_documents_are_those_of_plain_forward_passes(
     assert max(len(document.tokens) for document in documents) > 2 * WINDOW, "several windows a document"
     progress: list[float] = []
     scores = score_documents(model_score(model, CPU), documents, window, progress.append)
-    assert [(score.id, score.bytes) for score in scores] == [(one.id, one.bytes) for one in documents]
+    assert [(score.id, score.bytes) for score in scores] == [(document.id, document.bytes) for document in documents]
     for score, document in zip(scores, documents, strict=True):
         assert score.nll == pytest.approx(plain_nll(model, document, window), rel=1e-4)
         assert score.tokens == sum(document.loss_mask)

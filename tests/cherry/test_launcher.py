@@ -92,7 +92,7 @@ def test_two_nodes_train_as_one(make_job):
 
 
 @pytest.mark.slow
-def test_the_error_of_a_rank_that_fails_alone_is_told_and_is_the_code(tmp_path):
+def test_the_error_of_a_rank_that_fails_alone_is_printed_and_is_the_code(tmp_path):
     (tmp_path / "lonely.py").write_text(LONELY)
     command = [sys.executable, "-m", "cherry.launcher", "--nproc_per_node=2", str(tmp_path / "lonely.py")]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)

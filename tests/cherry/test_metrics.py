@@ -80,7 +80,7 @@ def test_an_attempt_that_was_superseded_writes_to_no_file_that_anyone_reads(tmp_
         (90061.0, 1000.0, "1.0k tok/s mfu 3.1% (causal) load 1.21 eta 25h01m"),
     ],
 )
-def test_the_line_for_people(seconds: float, speed: float, expected: str) -> None:
+def test_the_printed_line(seconds: float, speed: float, expected: str) -> None:
     record: dict[str, Any] = {
         "step": 120,
         "steps": 300,
@@ -99,7 +99,7 @@ def test_the_line_for_people(seconds: float, speed: float, expected: str) -> Non
     )
 
 
-def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are_any() -> None:
+def test_the_printed_line_has_skipped_steps_and_rollbacks_once_there_are_any() -> None:
     record: dict[str, Any] = {
         **dict.fromkeys(("loss", "grad_norm", "learning_rate", "mfu", "expert_load_max_over_mean"), 1.0),
         **{"step": 5, "steps": 9, "tokens_per_second": 10.0, "seconds_left": 1.0, "skipped_steps": 0, "rollbacks": 0},

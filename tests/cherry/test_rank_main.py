@@ -99,7 +99,7 @@ def test_a_pt_file_has_its_config_beside_it(released_weights, monkeypatch, tmp_p
         resolve(options("--model_path=671b_model.pt"))
 
 
-def test_flags_that_break_rules_are_all_told_at_once(job_config):
+def test_flags_that_break_rules_are_all_reported_at_once(job_config):
     with pytest.raises(ConfigError) as caught:
         resolve(options(f"--config={job_config}", "--batch_size=7", "--gradient_accumulation_steps=2", "--steps=1"))
     assert "train.batch_size: must be divisible by" in str(caught.value)

@@ -72,7 +72,7 @@ def test_random_states_and_the_optimizer_come_back(tmp_path, group):
             assert torch.equal(value, other_optimizer.state[theirs][key])
 
 
-def test_a_failed_save_is_told_once_and_the_next_one_counts(tmp_path, group, caplog):
+def test_a_failed_save_is_reported_once_and_the_next_one_counts(tmp_path, group, caplog):
     model, optimizer = build()
     directory = tmp_path / "checkpoints"
     directory.write_text("a file where the directory should be")

@@ -25,6 +25,6 @@ def stream(directory: object) -> list[int]:
     """All tokens, read through the sequences."""
     dataset = TokenDataset(str(directory))
     rows = [dataset.sequence(i)[0] for i in range(len(dataset))]
-    for one, two in pairwise(rows):
-        assert one[-1] == two[0]
+    for row, following in pairwise(rows):
+        assert row[-1] == following[0]
     return [int(token) for row in rows for token in row[:-1]] + [int(rows[-1][-1])]

@@ -80,15 +80,15 @@ def test_the_same_documents_give_the_same_files_in_any_place_and_process(corpus:
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", program, str(copy), str(tmp_path / "two")]
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    for files in (one, two):
+    first, second = contents(tmp_path / "one"), contents(tmp_path / "two")
+    for files in (first, second):
         record = json.loads(files.pop("manifest.json"))
         assert record.pop("source")
         marker = json.loads(files.pop("COMMITTED"))
         assert marker["config"].pop("source")
         record |= marker
         files["record"] = json.dumps(record).encode()
-    assert one == two
+    assert first == second
 
 
 def test_the_digest_knows_names_contents_and_roles(tmp_path: Path, chats: Path) -> None:
@@ -218,7 +218,7 @@ def test_data_may_be_prepared_again_inside_its_own_source(corpus: Path, tmp_path
         (["a"] * 30, r"tokens do not fill one sequence of 4096 \+ 1"),
     ],
 )
-def test_too_little_text_is_told(tmp_path: Path, texts: list[str | bytes], message: str) -> None:
+def test_too_little_text_is_refused(tmp_path: Path, texts: list[str | bytes], message: str) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number, text in enumerate(texts):
@@ -268,7 +268,7 @@ def test_shards_are_mapped_from_a_local_disk_alone(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_tokens", [SHARD_TOKENS, 1000])
-def test_a_disk_that_fills_up_is_told_as_such(
+def test_a_disk_that_fills_up_is_reported_as_such(
     small_disk: Callable[[int], Path], tmp_path: Path, shard_tokens: int
 ) -> None:
     folder, target = tmp_path / "corpus", small_disk(96) / "data"

@@ -23,10 +23,10 @@ def test_several_shards_read_as_one(corpus: Path, chats: Path, tmp_path: Path, m
     for shard_tokens in (5, 17, 64, whole.tokens, whole.tokens - 1):
         manifest = make(source, tmp_path / "parts", shard_tokens=shard_tokens, **options)
         assert len(manifest.shards) == -(-whole.tokens // shard_tokens)
-        one, parts = TokenDataset(str(tmp_path / "whole")), TokenDataset(str(tmp_path / "parts"))
-        assert len(one) == len(parts) == (whole.tokens - 1) // 16
-        for index in range(len(one)):
-            for ours, theirs in zip(one.sequence(index), parts.sequence(index), strict=True):
+        single, several = TokenDataset(str(tmp_path / "whole")), TokenDataset(str(tmp_path / "parts"))
+        assert len(single) == len(several) == (whole.tokens - 1) // 16
+        for index in range(len(single)):
+            for ours, theirs in zip(single.sequence(index), several.sequence(index), strict=True):
                 assert ours.tolist() == theirs.tolist()
                 assert len(ours) == 17
 

@@ -23,9 +23,9 @@ def tokenizer() -> Tokenizer:
 
 
 def test_training_the_same_texts_gives_the_same_tokenizer_of_the_size_asked() -> None:
-    one, two = (train_tokenizer(TEXTS, 300, bos_id=0, eos_id=1).to_str() for _ in range(2))
-    assert one == two
-    assert Tokenizer.from_str(one).get_vocab_size() == 300
+    first, second = (train_tokenizer(TEXTS, 300, bos_id=0, eos_id=1).to_str() for _ in range(2))
+    assert first == second
+    assert Tokenizer.from_str(first).get_vocab_size() == 300
 
 
 def test_a_trained_tokenizer_has_its_ends_where_the_model_looks() -> None:

@@ -22,15 +22,15 @@ def main(store: str, rank: int, ranks: int) -> None:
     shares = [torch.randint(0, 5, (ranks,), generator=generator).tolist() for _ in COLUMNS]
     shares[0] = [0] * (ranks - 1) + [4]
     matrices = [ShardedRows(tuple(rows), columns) for rows, columns in zip(shares, COLUMNS, strict=True)]
-    whole = [torch.randn(sum(one.rows_S), one.columns, generator=generator) for one in matrices]
-    rows = [value.split(list(one.rows_S))[rank] for value, one in zip(whole, matrices, strict=True)]
+    whole = [torch.randn(sum(matrix.rows_S), matrix.columns, generator=generator) for matrix in matrices]
+    rows = [value.split(list(matrix.rows_S))[rank] for value, matrix in zip(whole, matrices, strict=True)]
     for owners in (assign_owners(matrices, [0] * ranks), [0] * len(matrices), [ranks - 1, 0, 0, ranks - 1, 0]):
         exchange = RowExchange(matrices, owners, dist.group.WORLD)
         own = exchange.gather(rows)
         expected = [value for value, owner in zip(whole, owners, strict=True) if owner == rank]
         assert len(own) == len(expected)
         assert all(found.equal(value) for found, value in zip(own, expected, strict=True))
-        back = exchange.scatter([2 * matrix for matrix in own], like=rows[0])
+        back = exchange.scatter([2 * value for value in own], like=rows[0])
         assert all(found.equal(2 * sent) for found, sent in zip(back, rows, strict=True))
     dist.destroy_process_group()
 

@@ -20,13 +20,13 @@ from cherry.optim.muon_buckets import fill_buckets
     ],
 )
 def test_a_bucket_ends_before_the_limit_is_exceeded(sizes: list[int], buckets: list[tuple[int, int]]) -> None:
-    assert [(part.start, part.stop) for part in fill_buckets(sizes, 10)] == buckets
+    assert [(bucket.start, bucket.stop) for bucket in fill_buckets(sizes, 10)] == buckets
 
 
 @given(sizes=st.lists(st.integers(0, 30)), limit=st.integers(1, 40))
 def test_every_matrix_is_in_one_bucket_and_no_bucket_could_take_the_next(sizes: list[int], limit: int) -> None:
     buckets = list(fill_buckets(sizes, limit))
-    assert [index for part in buckets for index in range(part.start, part.stop)] == list(range(len(sizes)))
-    for part in buckets:
-        assert part.stop - part.start == 1 or sum(sizes[part]) <= limit
-        assert part.stop == len(sizes) or sum(sizes[part]) + sizes[part.stop] > limit
+    assert [index for bucket in buckets for index in range(bucket.start, bucket.stop)] == list(range(len(sizes)))
+    for bucket in buckets:
+        assert bucket.stop - bucket.start == 1 or sum(sizes[bucket]) <= limit
+        assert bucket.stop == len(sizes) or sum(sizes[bucket]) + sizes[bucket.stop] > limit

@@ -24,7 +24,7 @@ from tests.cherry.planner.workloads import released_fp8
 def test_blocks_multiply_in_fp8_and_nothing_else_does() -> None:
     """DeepSeek-V3, section 3.3.1; the router takes TensorFloat32, which its narrow product does not gain from."""
     work = released_fp8()
-    found = {one.name: one.precision for moe in (True, False) for one in layer_matmuls(work, moe=moe)}
+    found = {matmul.name: matmul.precision for moe in (True, False) for matmul in layer_matmuls(work, moe=moe)}
     assert found.pop("router") == "bf16"
     assert set(found.values()) == {"fp8"}
     assert {"kv_b_proj", "o_proj", "dense_down", "shared_gate_up", "experts_gate_up", "experts_down"} <= set(found)
@@ -36,7 +36,10 @@ def test_blocks_multiply_in_fp8_and_nothing_else_does() -> None:
 
 def test_what_is_narrower_than_a_scales_block_stays_in_bf16() -> None:
     narrow = ModelConfig.model_validate({**PRESETS["tiny"], "kv_lora_rank": 64, "moe_intermediate_size": 64})
-    found = {one.name: one.precision for one in layer_matmuls(released_fp8(model=narrow, expert=1, shard=1), moe=True)}
+    found = {
+        matmul.name: matmul.precision
+        for matmul in layer_matmuls(released_fp8(model=narrow, expert=1, shard=1), moe=True)
+    }
     assert found["kv_b_proj"] == found["experts_gate_up"] == found["experts_down"] == "bf16"
 
 
@@ -73,7 +76,7 @@ def test_matmuls_of_a_step_are_the_published_active_parameters(preset: str, acti
     step = step_time(work)
     norms = 2 * model.hidden_size + model.kv_lora_rank + (model.q_lora_rank or 0)
     active -= model.num_hidden_layers * norms + model.hidden_size
-    assert sum(one.flops for one in step.matmuls) / (6 * 2 * 4096) == pytest.approx(active, rel=1e-12)
-    again = sum(one.flops for one in step_time(replace(work, recompute="full")).matmuls) / (8 * 2 * 4096)
+    assert sum(matmul.flops for matmul in step.matmuls) / (6 * 2 * 4096) == pytest.approx(active, rel=1e-12)
+    again = sum(matmul.flops for matmul in step_time(replace(work, recompute="full")).matmuls) / (8 * 2 * 4096)
     head = model.vocab_size * model.hidden_size
     assert again == pytest.approx(active - head / 4, rel=1e-12)

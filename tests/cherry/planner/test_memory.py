@@ -94,9 +94,9 @@ def test_states_of_the_671b_release_are_what_their_bytes_give(ranks: int, gigaby
 
 
 def test_a_cpu_shares_its_memory_among_its_ranks() -> None:
-    one = released(gpu=GPUS["laptop"], gpus_per_node=1, shard=1, expert=1, precision="fp32")
-    two = memory_of(replace(one, gpus_per_node=2, shard=2))[0].usable
-    assert memory_of(one)[0].usable + PROCESS_BYTES == 2 * (two + PROCESS_BYTES) < 16 * GIB
+    alone = released(gpu=GPUS["laptop"], gpus_per_node=1, shard=1, expert=1, precision="fp32")
+    shared = memory_of(replace(alone, gpus_per_node=2, shard=2))[0].usable
+    assert memory_of(alone)[0].usable + PROCESS_BYTES == 2 * (shared + PROCESS_BYTES) < 16 * GIB
 
 
 def test_memory_is_bf16s_but_for_what_matmuls_keep() -> None:

@@ -1,4 +1,4 @@
-"""The plan's arithmetic against published values, what fits on real clusters, and what is refused."""
+"""Plans of the shipped configs on the shipped clusters: what fits, how fast, and what costs more memory or time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_671b_config_fits_on_the_clusters_that_are_shipped(cluster: str, ove
     assert plan.work.ranks == plan.cluster.gpus
     assert 0.05 < plan.step.mfu(causal=True) < 0.5
     assert plan.run.cost is not None
-    best = next(one for one in search(plan) if "train.precision" not in one.changes)
+    best = next(layout for layout in search(plan) if "train.precision" not in layout.changes)
     assert plan.step.tokens_per_s_gpu > 0.98 * best.tokens_per_s_gpu or cluster not in HELD_AGAINST_SEARCH
 
 
@@ -67,13 +67,13 @@ def test_the_671b_config_fits_on_the_clusters_that_are_shipped(cluster: str, ove
 def test_more_gpus_want_a_larger_batch_or_copies(
     cluster: str, wide: list[str], same: list[str], speeds: tuple[int, int, int]
 ) -> None:
-    """The figures that the clusters' files tell."""
+    """The figures in the comments of the clusters' files."""
     copies = {"h100-512": 2, "h100-1024": 4}[cluster]
     plans = [wide, [*same, f"parallel.replicate={copies}"], same]
-    told = (CLUSTERS / f"{cluster}.yaml").read_text()
+    comments = (CLUSTERS / f"{cluster}.yaml").read_text()
     for overrides, speed in zip(plans, speeds, strict=True):
         assert plan_for(cluster, *overrides).step.tokens_per_s_gpu == pytest.approx(speed, abs=0.6)
-        assert str(speed) in told
+        assert str(speed) in comments
 
 
 def test_the_demo_fits_on_a_laptop() -> None:
@@ -99,10 +99,10 @@ def test_more_of_anything_needs_more_memory_or_time() -> None:
     assert step_time(replace(base, assumed_imbalance=1.5)).total > step_time(base).total
 
 
-def test_what_the_communication_section_says_is_in_the_plan() -> None:
+def test_the_communication_section_is_in_the_plan() -> None:
     plain = plan_for("h100-256")
-    told = plan_for("h100-256", "communication.buffer_size=16MiB", "communication.max_channels=8")
-    assert told.worst.components["communication"] == 2 * plain.worst.components["communication"]
+    changed = plan_for("h100-256", "communication.buffer_size=16MiB", "communication.max_channels=8")
+    assert changed.worst.components["communication"] == 2 * plain.worst.components["communication"]
     thin = plan_for("h100-256", "communication.reduce_dtype=bf16")
     assert thin.step.collectives["reduce-scatter"] < 0.6 * plain.step.collectives["reduce-scatter"]
     copies = ["parallel.replicate=4", "communication.replicate=int8"]

@@ -1,4 +1,4 @@
-"""How a plan is told: every matmul of a step by size, what hides each collective, saves, and GPUs left idle."""
+"""The report of a plan: every matmul of a step by size, what hides each collective, saves, and GPUs left idle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plan_for(*overrides: str, nodes: int = 32) -> Plan:
     return make_plan(config, ClusterSpec(kind="nodes", gpu="H100", nodes=nodes, gpus_per_node=8))
 
 
-def told(plan: Plan, section: str) -> dict[str, Row]:
+def section_rows(plan: Plan, section: str) -> dict[str, Row]:
     rows = next(rows for title, rows in sections_of(plan) if title.startswith(section))
     return {row.name: row for row in rows}
 
@@ -31,49 +31,49 @@ def test_matmuls_by_size_add_up_to_the_steps() -> None:
     for overrides in ([], ["train.gradient_accumulation_steps=2"], ["train.activation_checkpointing=none"]):
         step = plan_for(*overrides).step
         busy = step.busy["matmuls"] + step.busy["experts' matmuls"]
-        assert sum(one.seconds for one in step.matmuls) == pytest.approx(busy)
-    rows = told(plan_for(), "matmuls")
+        assert sum(matmul.seconds for matmul in step.matmuls) == pytest.approx(busy)
+    rows = section_rows(plan_for(), "matmuls")
     assert next(iter(rows)) == "experts_gate_up", "the largest first"
     assert "7,168 x 4,096, bf16" in rows["experts_gate_up"].note
-    narrow = told(plan_for("train.precision=fp8"), "matmuls")
+    narrow = section_rows(plan_for("train.precision=fp8"), "matmuls")
     assert "fp8" in narrow["experts_gate_up"].note and "bf16" in narrow["lm_head"].note
 
 
 def test_each_collective_stands_with_what_it_overlaps() -> None:
-    rows = told(plan_for(), "communication")
+    rows = section_rows(plan_for(), "communication")
     assert rows["all-gather, forward"].note.startswith("the forward pass, 0.0")
     assert rows["reduce-scatter"].note.startswith("the backward pass")
     assert rows["all-to-all across nodes"].note == "nothing"
     assert "all-reduce of replicas" not in rows
-    copies = told(plan_for("launch.nnodes=64", "parallel.replicate=2", nodes=64), "communication")
+    copies = section_rows(plan_for("launch.nnodes=64", "parallel.replicate=2", nodes=64), "communication")
     assert copies["all-reduce of replicas"].note.startswith("the last backward pass")
 
 
-def test_what_average_ranks_wait_for_the_busiest_is_told() -> None:
+def test_what_average_ranks_wait_for_the_busiest_is_reported() -> None:
     plan = plan_for()
     even = step_time(replace(plan.work, assumed_imbalance=1.0))
     assert 0 < plan.step.bubbles == pytest.approx(plan.step.total - even.total)
-    assert told(plan, "a step")["EP load imbalance"].value == f"{plan.step.bubbles:.3f}"
+    assert section_rows(plan, "a step")["EP load imbalance"].value == f"{plan.step.bubbles:.3f}"
     assert even.bubbles == 0
 
 
 def test_both_classes_of_ranks_stand_in_one_table() -> None:
     plan = plan_for()
-    rows, (worst, other) = told(plan, "memory of busiest ranks, GiB"), plan.memory
+    rows, (worst, other) = section_rows(plan, "memory of busiest ranks, GiB"), plan.memory
     assert rows["all"].value == f"{worst.total / 2**30:.2f}"
     assert rows["all"].note == f"{other.total / 2**30:.2f} average ranks"
     assert (rows["parameters"].note, rows["optimizer states"].note) == ("", "")
 
 
-def test_a_save_in_the_foreground_is_not_told_as_one_behind_the_steps() -> None:
+def test_a_save_in_the_foreground_is_not_reported_as_one_behind_the_steps() -> None:
     behind, before = plan_for(), plan_for("checkpoint.asynchronous=false")
-    assert told(behind, "the run")["save"].note == "asynchronous, but for the stall"
-    rows = told(before, "the run")
+    assert section_rows(behind, "the run")["save"].note == "asynchronous, but for the stall"
+    rows = section_rows(before, "the run")
     assert (rows["save"].note, rows["save"].value) == ("", "2.7 min")
     assert before.run.stall_s == pytest.approx(behind.run.save_s)
     assert rows["checkpoint stall"].note == f"{before.run.stall_s / 100:.2g} s a step"
 
 
-def test_gpus_that_a_job_leaves_idle_are_told() -> None:
+def test_gpus_that_a_job_leaves_idle_are_reported() -> None:
     assert unused(plan_for()) == ""
     assert unused(plan_for(nodes=64)) == "takes 256 of the cluster's 512 GPUs; all with launch.nnodes=64"

@@ -10,7 +10,7 @@ from cherry.planner.step_time import step_time
 from tests.cherry.planner.workloads import released, released_fp8
 
 
-def test_mfu_is_told_in_both_conventions() -> None:
+def test_mfu_counts_attention_causal_or_in_full() -> None:
     step = step_time(released())
     for causal, gigaflops in ((True, 250.5), (False, 281.2)):
         assert step.mfu(causal=causal) * 989.4e12 / step.tokens_per_s_gpu / 1e9 == pytest.approx(gigaflops, abs=0.1)

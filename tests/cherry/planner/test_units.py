@@ -22,10 +22,10 @@ def test_units_hold_every_parameter_of_the_model() -> None:
         network = network_of(released(model=config, shard=1, expert=1))
         assert network.total("elements") + biases == config.parameters(with_mtp=True)
         for expert in (2, 4):
-            dealt = network_of(released(model=config, shard=1, expert=expert))
-            (own,) = [unit for unit in dealt.mixture.units if unit.name == EXPERTS]
-            elsewhere = (expert - 1) * dealt.mixture_layers * own.elements
-            assert dealt.total("elements") + elsewhere == network.total("elements")
+            parallel = network_of(released(model=config, shard=1, expert=expert))
+            (own,) = [unit for unit in parallel.mixture.units if unit.name == EXPERTS]
+            elsewhere = (expert - 1) * parallel.mixture_layers * own.elements
+            assert parallel.total("elements") + elsewhere == network.total("elements")
 
 
 @pytest.mark.parametrize("targets", [None, ("q_b_proj", "shared_down")])
@@ -47,8 +47,8 @@ def test_adapters_alone_are_trained(targets: tuple[str, ...] | None) -> None:
 def test_routed_experts_are_most_of_the_weights(preset: str, experts: int, share: float, terabytes: float) -> None:
     model = ModelConfig.model_validate({**PRESETS[preset], "num_nextn_predict_layers": 0})
     network = network_of(released(model=model, shard=1, expert=8))
-    dealt = next(unit for unit in network.mixture.units if unit.name == EXPERTS)
-    assert network.mixture_layers * 8 * dealt.elements == experts
+    unit = next(unit for unit in network.mixture.units if unit.name == EXPERTS)
+    assert network.mixture_layers * 8 * unit.elements == experts
     whole = whole_network(model, None).total("elements")
     assert experts / whole == pytest.approx(share, abs=5e-5)
     assert 2 * whole / 1e12 == pytest.approx(terabytes, rel=0.001)
@@ -60,7 +60,7 @@ def test_one_mixture_layer_gathered_whole_is_23_gigabytes() -> None:
 
 
 @pytest.mark.parametrize(("expert", "terabytes"), [(1, 5.4), (64, 0.22)])
-def test_what_a_step_gathers_and_reduces_is_what_pure_fsdp_fails_by(expert: int, terabytes: float) -> None:
+def test_without_expert_parallel_a_step_gathers_and_reduces_terabytes(expert: int, terabytes: float) -> None:
     """Gathered in bf16 for both passes, reduced in fp32."""
     network = network_of(released(shard=256 // expert, expert=expert))
     assert (2 + 2 + 4) * network.total("elements") / 1e12 == pytest.approx(terabytes, abs=0.05)

@@ -29,7 +29,7 @@ def test_groups_know_how_many_of_them_share_a_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "cluster", "told"),
+    ("overrides", "cluster", "problem"),
     [
         (
             [],
@@ -41,11 +41,13 @@ def test_groups_know_how_many_of_them_share_a_node() -> None:
         ([], ClusterSpec(kind="local"), "train.precision: laptop computes in fp32"),
     ],
 )
-def test_a_job_that_does_not_go_on_a_cluster_is_refused(overrides: list[str], cluster: ClusterSpec, told: str) -> None:
+def test_a_job_that_does_not_go_on_a_cluster_is_refused(
+    overrides: list[str], cluster: ClusterSpec, problem: str
+) -> None:
     config = load(ROOT / "configs" / "671b.yaml", RunConfig, overrides)
     with pytest.raises(ConfigError, match="the job does not go on the cluster") as caught:
         workload_of(config, cluster)
-    assert told in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_the_planner_and_the_engine_name_the_same_axes() -> None:
@@ -57,5 +59,5 @@ def test_a_job_in_fp8_goes_on_gpus_that_the_engine_has_kernels_for(gpu: str, goe
     config = load(ROOT / "configs" / "671b.yaml", RunConfig)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp8"})})
     cluster = read_cluster(str(ROOT / "configs" / "clusters" / "h100-256.yaml"))
-    told = [str(problem) for problem in cluster_problems(config, cluster, GPUS[gpu])]
-    assert told == ([] if goes else ["train.precision: B200 computes in fp32, bf16 (got 'fp8')"])
+    problems = [str(problem) for problem in cluster_problems(config, cluster, GPUS[gpu])]
+    assert problems == ([] if goes else ["train.precision: B200 computes in fp32, bf16 (got 'fp8')"])
