@@ -1,4 +1,4 @@
-"""What tests of several packages share: an S3 server over HTTP on this machine, and tiny training jobs."""
+"""What tests of several packages share: an S3 server over HTTP, programs of several ranks, tiny training jobs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,32 @@ def _environment() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """What programs of tests see: this checkout first, one thread each."""
     return _environment()
+
+
+@pytest.fixture(scope="session")
+def run_together(environment: dict[str, str]) -> Callable[[list[list[str]]], None]:
+    """Runs programs side by side; one that fails ends the others, which would wait for it."""
+    return lambda commands: _run_together(commands, environment)
+
+
+def _run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
+
+    def wait(process: subprocess.Popen[str]) -> str:
+        output = process.communicate()[0]
+        if process.returncode:
+            for other in started:
+                other.kill()
+        return output
+
+    try:
+        with ThreadPoolExecutor(len(started)) as pool:
+            output = list(pool.map(wait, started))
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(output)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from base.config import load
 from cherry.job_config import JobConfig
+from tests.cherry.releases import release
 
 
 @pytest.fixture
@@ -24,3 +25,10 @@ def group() -> Iterator[dist.ProcessGroup]:
 def mini(job_config: Path) -> Callable[..., JobConfig]:
     """The tiny job's config with dotted overrides."""
     return lambda *overrides: load(job_config, JobConfig, overrides)
+
+
+@pytest.fixture
+def released_weights(mini, tmp_path, prepared_data):
+    """A released model: its folder, and the tensors that it holds."""
+    folder = tmp_path / "released"
+    return folder, release(mini().model, folder, prepared_data)

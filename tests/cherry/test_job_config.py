@@ -1,13 +1,14 @@
-"""The layout of the ranks is checked against their number before anything starts, every broken rule at once."""
+"""Layouts checked against the number of ranks, every broken rule at once, and the settings of communication."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
+from pydantic import ValidationError
 
 from base.errors import ConfigError
-from cherry.job_config import JobConfig, ParallelConfig
+from cherry.job_config import CommunicationConfig, JobConfig
 
 Make = Callable[..., JobConfig]
 
@@ -63,19 +64,15 @@ def test_a_layout_that_cannot_be_is_refused(mini: Make, ranks: int, flags: list[
     assert str(refused.value).count("parallel.shard:") <= 1
 
 
-def test_context_ranks_share_sequences_and_no_other_ranks_do() -> None:
-    from cherry.distributed.mesh import DataShard, data_shard
+@pytest.mark.parametrize(("size", "expected"), [("8MiB", 8 << 20), ("512KiB", 512 << 10), ("1GiB", 1 << 30), (77, 77)])
+def test_a_buffer_s_size(size, expected):
+    assert CommunicationConfig(buffer_size=size).variables() == {"NCCL_BUFFSIZE": str(expected)}
 
-    config = ParallelConfig(replicate=2, shard=3, expert=2, context=2)
-    shares = [data_shard(config, rank, 24) for rank in range(24)]
-    assert sorted((share.data_rank, share.context_rank) for share in shares) == [
-        (rank, part) for rank in range(12) for part in (0, 1)
-    ]
-    assert {(share.data_ranks, share.context_ranks) for share in shares} == {(12, 2)}
-    # Neighbours hold different experts and read different sequences; the next two have the other halves of these.
-    assert shares[:4] == [
-        DataShard(0, 12, 0, 2),
-        DataShard(1, 12, 0, 2),
-        DataShard(0, 12, 1, 2),
-        DataShard(1, 12, 1, 2),
-    ]
+
+def test_invalid_settings_are_refused(mini):
+    for wrong in ({"buffer_size": "8MB"}, {"buffer_size": 0}, {"environment": {"PATH": "/"}}, {"replicate": "int4"}):
+        with pytest.raises(ValidationError):
+            CommunicationConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"communication\.replicate: compresses between replicas"):
+        mini("communication.replicate=int8")
+    assert mini("communication.reduce_dtype=bf16").communication.variables() == {}

@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from base.errors import ConfigError, MissingFileError, WeightsError
-from cherry import loading
+from base.errors import ConfigError, WeightsError
 from cherry.launcher import _cause, launch
-from cherry.rank_main import build_parser, resolve
-from model.model_config import PRESETS, ModelConfig
-from model.transformer import DeepseekV3
-from model.weights.hf_names import state_to_hf
-from model.weights.pretrained import save_pretrained
+from tests.cherry.releases import release
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -36,23 +30,6 @@ def fail(options, rank, hooks):
 rank_main._train = fail
 rank_main.main([])
 """
-
-
-def release(config, folder, prepared_data):
-    """Save a model as it is released; the tensors that it holds."""
-    model = DeepseekV3(config)
-    model.init_weights(7)
-    tensors = dict(pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, config))
-    tokenizer = str(prepared_data / "tokenizer.json")
-    save_pretrained(tensors.items(), str(folder), config, dtype=torch.float32, tokenizer_uri=tokenizer)
-    return {name: value.clone() for name, value in tensors.items()}
-
-
-@pytest.fixture
-def weights(mini, tmp_path, prepared_data):
-    """A released model: its folder, and the tensors that it holds."""
-    folder = tmp_path / "released"
-    return folder, release(mini().model, folder, prepared_data)
 
 
 @pytest.mark.slow
@@ -115,7 +92,7 @@ def test_two_nodes_train_as_one(make_job):
 
 
 @pytest.mark.slow
-def test_the_error_of_a_rank_that_fails_alone_is_told_and_is_the_code(tmp_path):
+def test_the_error_of_a_rank_that_fails_alone_is_printed_and_is_the_code(tmp_path):
     (tmp_path / "lonely.py").write_text(LONELY)
     command = [sys.executable, "-m", "cherry.launcher", "--nproc_per_node=2", str(tmp_path / "lonely.py")]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -167,29 +144,6 @@ def test_the_cause_among_failures(failures, rank):
     assert _cause(failures) == (rank, failures[rank])
 
 
-def options(*flags):
-    return build_parser().parse_args(flags)
-
-
-def test_with_only_a_model_path_shape_and_tokenizer_come_from_its_folder(weights, mini):
-    folder, _ = weights
-    job = resolve(options(f"--model_path={folder}", "--batch_size=24", "--learning_rate=1e-5"))
-    assert job.model.model_copy(update={"preset": "tiny"}) == mini().model.model_copy(
-        update={"initializer_range": 0.02}
-    )
-    assert (job.init_from, job.data.tokenizer) == (str(folder), f"{folder}/tokenizer.json")
-    assert (job.train.batch_size, job.train.learning_rate) == (24, 1e-5)
-
-
-def test_a_pt_file_has_its_config_beside_it(weights, monkeypatch, tmp_path):
-    folder, _ = weights
-    monkeypatch.chdir(folder)
-    assert resolve(options("--model_path=671b_model.pt")).init_from == "671b_model.pt"
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingFileError, match=r"\./config\.json does not exist"):
-        resolve(options("--model_path=671b_model.pt"))
-
-
 @pytest.mark.parametrize(
     "flag", ["--nproc_per_node=x", "--nproc-per-node=0", "--nnodes=two", "--nnodes=2:1", "--nnodes=0"]
 )
@@ -199,47 +153,3 @@ def test_a_number_of_ranks_that_cannot_be_is_a_config_error(flag, monkeypatch):
     name, value = flag.removeprefix("--").replace("-", "_").split("=")
     with pytest.raises(ConfigError, match=rf"--{name} must be .* \(got '{value}'\)"):
         launch([flag, "train.py"])
-
-
-def test_flags_that_break_rules_are_all_told_at_once(job_config):
-    with pytest.raises(ConfigError) as caught:
-        resolve(options(f"--config={job_config}", "--batch_size=7", "--gradient_accumulation_steps=2", "--steps=1"))
-    assert "train.batch_size: must be divisible by" in str(caught.value)
-    assert "train.warmup_steps: must be below train.steps (1)" in str(caught.value)
-    with pytest.raises(ConfigError, match="needs --config, or --model_path"):
-        resolve(options())
-
-
-def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(weights):
-    folder, tensors = weights
-    config = ModelConfig.model_validate({**PRESETS["tiny"], **_shape(folder)})
-    torch.save(tensors, folder / "671b_model.pt")
-    loaded, expected = DeepseekV3(config), DeepseekV3(config)
-    loading.load_weights(loaded, str(folder / "671b_model.pt"))
-    loading.load_weights(expected, str(folder))
-    for name, value in expected.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name]), name
-    torch.save({"model": Harmful()}, folder / "harmful.pt")
-    with pytest.raises(WeightsError, match="holds more than tensors"):
-        loading.load_weights(loaded, str(folder / "harmful.pt"))
-    assert not (folder / "harmed").exists()
-    whole = (folder / "671b_model.pt").read_bytes()
-    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(WeightsError, match="cut"):
-        loading.load_weights(loaded, str(folder / "cut.pt"))
-    torch.save({name: value for name, value in tensors.items() if "lm_head" not in name}, folder / "headless.pt")
-    with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(shape \[600, 32\]\)"):
-        loading.load_weights(loaded, str(folder / "headless.pt"))
-
-
-def _shape(folder):
-    from model.weights.pretrained import read_model_config
-
-    return read_model_config(str(folder))[0].model_dump(exclude={"preset"})
-
-
-class Harmful:
-    """Unpickling it would make a directory."""
-
-    def __reduce__(self):
-        return os.mkdir, ("harmed",)

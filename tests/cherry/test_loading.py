@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from base.errors import WeightsError
 from cherry.distributed.local_part import local_part
@@ -24,20 +20,10 @@ from model.numerics.formats import is_projection
 from model.numerics.fp8_blocks import quantize_blocks
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
-from model.weights.pretrained import load_pretrained, save_pretrained
+from model.weights.pretrained import load_pretrained, read_model_config, save_pretrained
+from tests.cherry.fake_ranks import as_rank
 
 RANKS = 4
-
-
-@contextmanager
-def as_rank(rank: int) -> Iterator[None]:
-    """This process as one of four: nothing is sent, and filling shards needs nothing to be."""
-    _clear_sharding_prop_cache()  # keyed by meshes that compare equal between ranks
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +60,7 @@ def test_the_parts_of_all_ranks_are_the_whole(how: str, release: tuple[ModelConf
     config, uri, expected = release
     found = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
     for rank in range(RANKS):
-        with as_rank(rank):
+        with as_rank(rank, RANKS):
             with torch.device("meta"):
                 model = DeepseekV3(config)
             shard(model, how)
@@ -162,3 +148,33 @@ def test_names_with_a_wrapper_s_prefix_are_refused_in_one_line_that_names_it(
     with pytest.raises(WeightsError, match=f"begin with '{prefix}'") as caught:
         load_weights(DeepseekV3(config), path)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(released_weights, monkeypatch):
+    folder, tensors = released_weights
+    config = read_model_config(str(folder))[0]
+    torch.save(tensors, folder / "671b_model.pt")
+    loaded, expected = DeepseekV3(config), DeepseekV3(config)
+    load_weights(loaded, str(folder / "671b_model.pt"))
+    load_weights(expected, str(folder))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    monkeypatch.chdir(folder)
+    torch.save({"model": Harmful()}, folder / "harmful.pt")
+    with pytest.raises(WeightsError, match="holds more than tensors"):
+        load_weights(loaded, str(folder / "harmful.pt"))
+    assert not (folder / "harmed").exists()
+    whole = (folder / "671b_model.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="cut"):
+        load_weights(loaded, str(folder / "cut.pt"))
+    torch.save({name: value for name, value in tensors.items() if "lm_head" not in name}, folder / "headless.pt")
+    with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(shape \[600, 32\]\)"):
+        load_weights(loaded, str(folder / "headless.pt"))
+
+
+class Harmful:
+    """Unpickling it would make a directory in the working directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)

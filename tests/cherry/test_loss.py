@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cherry.data.collate import mtp_targets
 from cherry.loss import IGNORE_INDEX, cross_entropy_sum
 
 TOKENS, WIDTH, VOCAB = 37, 16, 101
@@ -99,9 +98,3 @@ def test_bf16_sums_in_fp32() -> None:
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden_ND, weight_VD)), (gradient_ND, gradient_VD), strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
-
-
-def test_the_mtp_module_predicts_one_token_further() -> None:
-    targets_BT = torch.tensor([[5, 6, IGNORE_INDEX, 8], [1, 2, 3, 4]])
-    expected_BT = torch.tensor([[6, IGNORE_INDEX, 8, IGNORE_INDEX], [2, 3, 4, IGNORE_INDEX]])
-    assert mtp_targets(targets_BT).equal(expected_BT)

@@ -1,17 +1,14 @@
-"""The metrics stream after a resume or a kill, the line for people, and who may write to a run directory."""
+"""The metrics stream after a resume or a kill, its printed line, and attempts that were superseded."""
 
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from base.errors import SupersededError
-from cherry.checkpoint.fence import Fence
 from cherry.metrics import MetricsWriter, format_line, peak_flops
 from cherry.train_record import TrainRecord
 
@@ -83,7 +80,7 @@ def test_an_attempt_that_was_superseded_writes_to_no_file_that_anyone_reads(tmp_
         (90061.0, 1000.0, "1.0k tok/s mfu 3.1% (causal) load 1.21 eta 25h01m"),
     ],
 )
-def test_the_line_for_people(seconds: float, speed: float, expected: str) -> None:
+def test_the_printed_line(seconds: float, speed: float, expected: str) -> None:
     record: dict[str, Any] = {
         "step": 120,
         "steps": 300,
@@ -102,7 +99,7 @@ def test_the_line_for_people(seconds: float, speed: float, expected: str) -> Non
     )
 
 
-def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are_any() -> None:
+def test_the_printed_line_has_skipped_steps_and_rollbacks_once_there_are_any() -> None:
     record: dict[str, Any] = {
         **dict.fromkeys(("loss", "grad_norm", "learning_rate", "mfu", "expert_load_max_over_mean"), 1.0),
         **{"step": 5, "steps": 9, "tokens_per_second": 10.0, "seconds_left": 1.0, "skipped_steps": 0, "rollbacks": 0},
@@ -118,28 +115,3 @@ def test_the_line_for_people_tells_of_skipped_steps_and_rollbacks_once_there_are
 
 def test_a_processor_without_a_data_sheet_is_measured() -> None:
     assert peak_flops(torch.device("cpu"), "fp32") > 1e9
-
-
-def test_the_second_attempt_stops_the_first_and_is_not_stopped_by_it(tmp_path: Path) -> None:
-    first = Fence(str(tmp_path / "train"))
-    first.check()
-    second = Fence(str(tmp_path / "train"))
-    second.check()
-    with pytest.raises(SupersededError, match="attempt 2 took over from attempt 1"):
-        first.check()
-    second.check()
-
-
-def test_of_attempts_that_start_together_exactly_one_goes_on(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        fences = list(pool.map(lambda _: Fence(str(tmp_path)), range(24)))
-    assert sorted(fence.epoch for fence in fences) == list(range(1, 25))
-
-    def alive(fence: Fence) -> bool:
-        try:
-            fence.check()
-        except SupersededError:
-            return False
-        return True
-
-    assert [fence.epoch for fence in fences if alive(fence)] == [24]

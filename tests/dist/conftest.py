@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,32 +12,6 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).with_name("train_jobs.py")
-
-
-@pytest.fixture(scope="session")
-def run_together(environment: dict[str, str]) -> Callable[[list[list[str]]], None]:
-    """Runs programs side by side; one that fails ends the others, which would wait for it."""
-    return lambda commands: _run_together(commands, environment)
-
-
-def _run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    started = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
-
-    def wait(process: subprocess.Popen[str]) -> str:
-        output = process.communicate()[0]
-        if process.returncode:
-            for other in started:
-                other.kill()
-        return output
-
-    try:
-        with ThreadPoolExecutor(len(started)) as pool:
-            output = list(pool.map(wait, started))
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(output)
 
 
 @pytest.fixture(scope="session")

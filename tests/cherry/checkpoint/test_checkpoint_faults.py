@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,6 @@ from cherry.checkpoint.naming import committed_steps, newest_checkpoint
 
 PAGE_BYTES = 4096
 Open = Callable[..., Checkpointer]
-
-
-@pytest.fixture
-def open_saver(group: dist.ProcessGroup, tmp_path: Path) -> Iterator[Open]:
-    """Makes checkpointers that are closed after the test."""
-    made: list[Checkpointer] = []
-
-    def open_one(directory: Path = tmp_path / "checkpoints", *, kind: Any = Checkpointer, **options: Any) -> Any:
-        settings: dict[str, Any] = {"keep_last": 9, "asynchronous": False, "fence": None, **options}
-        made.append(kind(str(directory), group=group, **settings))
-        return made[-1]
-
-    yield open_one
-    for saver in made:
-        saver.close()
 
 
 def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -61,15 +46,6 @@ def test_a_save_begins_when_the_one_before_is_committed(open_saver: Open) -> Non
     saver.wait()
     assert seen == [("1", []), ("2", [1]), ("3", [1, 2])]
     assert committed_steps(saver.directory) == [1, 2, 3]
-
-
-def test_the_newest_is_so_by_number_and_not_by_name(open_saver: Open) -> None:
-    saver = open_saver(keep_last=2)
-    for step in (5, 999_999, 1_000_000):
-        saver.save(step, *build(), {"step": step})
-    assert storage.list_names(saver.directory) == ["step_1000000", "step_999999"]
-    assert newest_checkpoint(saver.directory) == saver.last_saved
-    assert saver.last_saved_step == 1_000_000
 
 
 def test_going_back_to_an_older_one_gives_up_those_after_it(open_saver: Open) -> None:

@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from base import storage
-from base.errors import DataError, MissingFileError
 from cherry.data.corpus import Document
 from cherry.data.encode import Encoded, encode
-from cherry.data.tokenizer import BOS, EOS, ROLE_TOKENS, check_fit, load_tokenizer, train_tokenizer
+from cherry.data.tokenizer import BOS, EOS, ROLE_TOKENS, train_tokenizer
 
 BOS_ID, EOS_ID = 0, 1
 TEXTS = ["the quick brown fox jumps over the lazy dog", "def main(argv):\n    return 0\n", "naïve café 🙂 日本"] * 4
@@ -134,43 +132,3 @@ def test_text_that_a_tokenizer_normalizes_is_still_covered_as_it_was_written() -
     encoded = one(bpe(["<bos>", "<eos>"], normalized=True), Document("d", text))
     assert encoded.ends[-1] == len(text)
     assert [end for end in encoded.ends if end is not None] == sorted(end for end in encoded.ends if end is not None)
-
-
-def test_training_the_same_texts_gives_the_same_tokenizer_of_the_size_asked() -> None:
-    one, two = (train_tokenizer(TEXTS, 300, bos_id=0, eos_id=1).to_str() for _ in range(2))
-    assert one == two
-    assert Tokenizer.from_str(one).get_vocab_size() == 300
-
-
-def test_a_trained_tokenizer_has_its_ends_where_the_model_looks() -> None:
-    with pytest.raises(DataError, match=r"bos 0 and eos 1, the model has 5 and 1\. Give data\.tokenizer"):
-        train_tokenizer(TEXTS, 600, bos_id=5, eos_id=1)
-
-
-def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tokenizer: Tokenizer) -> None:
-    size = tokenizer.get_vocab_size()
-    check_fit(tokenizer, "t.json", vocab_size=size, bos_id=0, eos_id=1)
-    with pytest.raises(DataError, match=rf"t\.json: has tokens up to id {size - 1}, model\.vocab_size is {size - 1}"):
-        check_fit(tokenizer, "t.json", vocab_size=size - 1, bos_id=0, eos_id=1)
-    with pytest.raises(DataError, match=r"model\.eos_token_id must be one of its added tokens, got 40, which is 'D'"):
-        check_fit(tokenizer, "t.json", vocab_size=size, bos_id=0, eos_id=40)
-    with pytest.raises(DataError, match=r"model\.bos_token_id .* got 100000, which is None"):
-        check_fit(tokenizer, "t.json", vocab_size=size, bos_id=100_000, eos_id=1)
-
-
-def test_a_tokenizer_that_would_cut_or_pad_encodes_whole_documents(tokenizer: Tokenizer) -> None:
-    cutting = Tokenizer.from_str(tokenizer.to_str())
-    cutting.enable_truncation(4)
-    cutting.enable_padding(length=50)
-    storage.write_bytes("memory://tokenizers/cutting.json", cutting.to_str().encode())
-    document = Document("d", TEXTS[0])
-    assert one(load_tokenizer("memory://tokenizers/cutting.json"), document) == one(tokenizer, document)
-
-
-def test_a_file_that_is_no_tokenizer_is_named() -> None:
-    with pytest.raises(MissingFileError):
-        load_tokenizer("memory://tokenizers/none.json")
-    for content in (b"{}", b"\xff\x00", b"[1"):
-        storage.write_bytes("memory://tokenizers/wrong.json", content)
-        with pytest.raises(DataError, match=r"memory://tokenizers/wrong\.json: not a tokenizer\.json"):
-            load_tokenizer("memory://tokenizers/wrong.json")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,11 @@ from base import storage
 from base.errors import ConfigError, DataError, DiskFullError, MissingFileError
 from cherry.data.corpus import is_heldout
 from cherry.data.prepare import iterate_heldout, prepare, zlib_bits_per_byte
-from cherry.data.shards import SHARD_TOKENS, Manifest, TokenDataset
+from cherry.data.shards import SHARD_TOKENS, TokenDataset
 from cherry.job_config import DataConfig
+from tests.cherry.data.preparing import VOCAB, make, stream
 
 ROOT = Path(__file__).parents[3]
-VOCAB = 600
-WORDS = ["alpha", "beta", "gamma", "delta", "naïve", "🙂", "日本", "epsilon"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 documents of 20 to 100 words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = np.random.default_rng(0)
-    for number in range(60):
-        words = generator.choice(WORDS, size=int(generator.integers(20, 100)))
-        (folder / f"{number:02d}.txt").write_text(f"{number}: " + " ".join(words))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    lines = []
-    for number in range(60):
-        question = {"role": "user", "content": f"what is number {number}? 🙂"}
-        answer = {"role": "assistant", "content": f"the number is {number}, naïve 日本 {'yes ' * (number % 7)}"}
-        lines.append(json.dumps({"messages": [question, answer, question, answer]}))
-    path.write_text("\n".join(lines))
-    return path
-
-
-def make(
-    source: object, directory: object, *, shard_tokens: int = SHARD_TOKENS, vocab: int = VOCAB, **options: Any
-) -> Manifest:
-    config = DataConfig.model_validate(
-        {"source": str(source), "sequence_length": 16, "heldout_fraction": 0.2, **options}
-    )
-    return prepare(config, vocab_size=vocab, directory=str(directory), shard_tokens=shard_tokens)
-
-
-def stream(directory: object) -> list[int]:
-    """All tokens, read through the sequences."""
-    dataset = TokenDataset(str(directory))
-    rows = [dataset.sequence(i)[0] for i in range(len(dataset))]
-    for one, two in pairwise(rows):
-        assert one[-1] == two[0]
-    return [int(token) for row in rows for token in row[:-1]] + [int(rows[-1][-1])]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -123,15 +80,15 @@ def test_the_same_documents_give_the_same_files_in_any_place_and_process(corpus:
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", program, str(copy), str(tmp_path / "two")]
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    for files in (one, two):
+    first, second = contents(tmp_path / "one"), contents(tmp_path / "two")
+    for files in (first, second):
         record = json.loads(files.pop("manifest.json"))
         assert record.pop("source")
         marker = json.loads(files.pop("COMMITTED"))
         assert marker["config"].pop("source")
         record |= marker
         files["record"] = json.dumps(record).encode()
-    assert one == two
+    assert first == second
 
 
 def test_the_digest_knows_names_contents_and_roles(tmp_path: Path, chats: Path) -> None:
@@ -167,53 +124,6 @@ def test_another_seed_holds_out_others_and_the_number_of_documents_does_not_move
     for path in sorted(corpus.glob("*.txt"))[::2]:
         (fewer / path.name).write_bytes(path.read_bytes())
     assert held("half", source=fewer) == {name for name in first if int(name[:2]) % 2 == 0}
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_several_shards_read_as_one(corpus: Path, chats: Path, tmp_path: Path, masked: bool) -> None:
-    source = chats if masked else corpus
-    options: dict[str, Any] = {"format": "chat" if masked else "text", "max_documents": 12}
-    whole = make(source, tmp_path / "whole", **options)
-    # Shards of less than one sequence: a sequence may lie in several.
-    for shard_tokens in (5, 17, 64, whole.tokens, whole.tokens - 1):
-        manifest = make(source, tmp_path / "parts", shard_tokens=shard_tokens, **options)
-        assert len(manifest.shards) == -(-whole.tokens // shard_tokens)
-        one, parts = TokenDataset(str(tmp_path / "whole")), TokenDataset(str(tmp_path / "parts"))
-        assert len(one) == len(parts) == (whole.tokens - 1) // 16
-        for index in range(len(one)):
-            for ours, theirs in zip(one.sequence(index), parts.sequence(index), strict=True):
-                assert ours.tolist() == theirs.tolist()
-                assert len(ours) == 17
-
-
-def test_a_large_vocabulary_takes_four_bytes_a_token(corpus: Path, tmp_path: Path) -> None:
-    make(corpus, tmp_path / "small")
-    tokenizer = json.loads((tmp_path / "small" / "tokenizer.json").read_text())
-    (tmp_path / "t.json").write_text(json.dumps(tokenizer))
-    manifest = make(corpus, tmp_path / "large", vocab=100_000, tokenizer=str(tmp_path / "t.json"))
-    assert manifest.token_type == "uint32"
-    assert stream(tmp_path / "small") == stream(tmp_path / "large")
-
-
-def test_only_the_assistant_s_tokens_bear_loss_in_the_sequences(chats: Path, tmp_path: Path) -> None:
-    manifest = make(chats, tmp_path / "data", format="chat")
-    assert manifest.masked
-    tokenizer = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
-    dataset = TokenDataset(str(tmp_path / "data"))
-    rows = [dataset.sequence(i) for i in range(len(dataset))]
-    bearing = [int(t) for tokens, bears in rows for t, b in zip(tokens[:-1], bears[:-1], strict=True) if b]
-    text = tokenizer.decode(bearing, skip_special_tokens=False)
-    answers = text.split("<|end_of_text|>")[:-1]
-    assert len(answers) > 80
-    assert all(answer.startswith("the number is") for answer in answers)
-    assert "what is" not in text
-    assert "<|user|>" not in text
-
-
-def test_plain_text_bears_loss_everywhere(corpus: Path, tmp_path: Path) -> None:
-    assert not make(corpus, tmp_path / "data").masked
-    _, bears = TokenDataset(str(tmp_path / "data")).sequence(0)
-    assert bears.all()
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1, 7, 40])
@@ -308,7 +218,7 @@ def test_data_may_be_prepared_again_inside_its_own_source(corpus: Path, tmp_path
         (["a"] * 30, r"tokens do not fill one sequence of 4096 \+ 1"),
     ],
 )
-def test_too_little_text_is_told(tmp_path: Path, texts: list[str | bytes], message: str) -> None:
+def test_too_little_text_is_refused(tmp_path: Path, texts: list[str | bytes], message: str) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number, text in enumerate(texts):
@@ -357,32 +267,8 @@ def test_shards_are_mapped_from_a_local_disk_alone(corpus: Path) -> None:
         make(corpus, "memory://data")
 
 
-@pytest.mark.parametrize("change", ["shorter", "longer", "odd", "empty", "gone", "mask"])
-def test_a_damaged_shard_is_refused(chats: Path, tmp_path: Path, change: str) -> None:
-    make(chats, tmp_path / "data", format="chat", shard_tokens=300)
-    shard = tmp_path / "data" / ("train-00001.mask" if change == "mask" else "train-00001.bin")
-    content = shard.read_bytes()
-    damaged = {"shorter": content[:-2], "longer": content + b"\0\0", "odd": content[:-1], "mask": content[:-1]}
-    if change == "gone":
-        shard.unlink()
-        with pytest.raises(MissingFileError, match=r"train-00001\.bin does not exist"):
-            TokenDataset(str(tmp_path / "data"))
-        return
-    shard.write_bytes(damaged.get(change, b""))
-    with pytest.raises(DataError, match=rf"{shard.name}: \d+ bytes, {len(content)} were written"):
-        TokenDataset(str(tmp_path / "data"))
-
-
-def test_a_manifest_that_is_none_is_refused(corpus: Path, tmp_path: Path) -> None:
-    make(corpus, tmp_path / "data")
-    for content in ('{"tokens": 3}', "[1]", "{"):
-        (tmp_path / "data" / "manifest.json").write_text(content)
-        with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
-            TokenDataset(str(tmp_path / "data"))
-
-
 @pytest.mark.parametrize("shard_tokens", [SHARD_TOKENS, 1000])
-def test_a_disk_that_fills_up_is_told_as_such(
+def test_a_disk_that_fills_up_is_reported_as_such(
     small_disk: Callable[[int], Path], tmp_path: Path, shard_tokens: int
 ) -> None:
     folder, target = tmp_path / "corpus", small_disk(96) / "data"

@@ -1,4 +1,4 @@
-"""The optimizer step: its groups, the schedule at its corners, clipping, and the move towards balanced experts."""
+"""The optimizer that a configuration builds: its parameter groups and the learning-rate schedule at its corners."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import nn
 
 from cherry.job_config import TrainConfig
 from cherry.optim.build import build_optimizer, learning_rate, set_learning_rate
-from cherry.optim.expert_bias import update_expert_bias
-from cherry.optim.grad_norm import clip_coefficient, gradient_norm
 from model.model_config import ModelConfig
-from model.moe import MoE
 from model.transformer import DeepseekV3
 
 TINY: dict[str, Any] = {"preset": "tiny", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
@@ -68,59 +65,3 @@ def test_matrices_decay_and_norms_do_not() -> None:
         torch.testing.assert_close(parameter.detach(), kept * before[name], msg=name)
     grouped = sum(len(group["params"]) for group in optimizer.param_groups)
     assert grouped == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize(("max_norm", "left"), [(1.0, 1.0), (100.0, 13.0)])
-def test_the_norm_is_of_all_gradients_and_the_coefficient_brings_it_to_its_maximum(
-    max_norm: float, left: float
-) -> None:
-    model = nn.Linear(2, 1)
-    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([12.0])
-    norm = gradient_norm(model)
-    assert float(norm) == pytest.approx(13.0)
-    assert float(norm * clip_coefficient(norm, max_norm)) == pytest.approx(left, rel=1e-5)
-    assert model.bias.grad.tolist() == [12.0], "the optimizer scales, on its own pass"
-
-
-def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
-    model = nn.Linear(2, 1, bias=False)
-    model.weight.grad = torch.tensor([[float("nan"), 1.0]])
-    assert not gradient_norm(model).isfinite()
-
-
-def layers(counts: list[list[float]], **options: Any) -> list[MoE]:
-    made = [MoE(ModelConfig(**{**TINY, "n_routed_experts": 4, **options})) for _ in counts]
-    for layer, row in zip(made, counts, strict=True):
-        layer.tokens_per_expert_E.copy_(torch.tensor(row))
-    return made
-
-
-def test_the_bias_of_a_busy_expert_falls_and_of_an_idle_one_rises_by_the_rate() -> None:
-    made = layers([[0.0, 10.0, 5.0, 5.0], [4.0, 4.0, 4.0, 4.0]])
-    bias = made[0].e_score_correction_bias_E
-    assert bias is not None
-    bias.fill_(0.5)
-    counts = update_expert_bias(made, 0.125)
-    assert counts.tolist() == [[0.0, 10.0, 5.0, 5.0], [4.0, 4.0, 4.0, 4.0]]
-    assert bias.tolist() == [0.625, 0.375, 0.5, 0.5]
-    assert made[1].e_score_correction_bias_E is not None
-    assert made[1].e_score_correction_bias_E.tolist() == [0.0] * 4
-    assert all(not layer.tokens_per_expert_E.any() for layer in made)
-    update_expert_bias(made, 0.125)  # nothing was counted since
-    assert bias.tolist() == [0.625, 0.375, 0.5, 0.5]
-
-
-def test_the_distance_from_balance_does_not_matter() -> None:
-    near, far = layers([[99.0, 101.0, 100.0, 100.0], [0.0, 400.0, 0.0, 0.0]])
-    update_expert_bias([near, far], 1.0)
-    assert near.e_score_correction_bias_E is not None
-    assert far.e_score_correction_bias_E is not None
-    assert near.e_score_correction_bias_E.tolist() == [1.0, -1.0, 0.0, 0.0]
-    assert far.e_score_correction_bias_E.tolist() == [1.0, -1.0, 1.0, 1.0]
-
-
-def test_a_router_without_a_bias_is_counted_all_the_same() -> None:
-    made = layers([[1.0, 2.0, 3.0, 4.0]], scoring_func="softmax", norm_topk_prob=False)
-    assert update_expert_bias(made, 1.0).tolist() == [[1.0, 2.0, 3.0, 4.0]]
-    assert not made[0].tokens_per_expert_E.any()
-    assert update_expert_bias([], 1.0).shape == (0, 0)

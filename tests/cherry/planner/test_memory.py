@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
 
 from benchmarks.plan_cases import benchmark_workload
 from benchmarks.simulated_step import simulate, slice_of_671b
-from cherry.hardware import GIB, GPUS
+from cherry.hardware import GIB, GPUS, PROCESS_BYTES
 from cherry.job_config import ParallelConfig, TrainConfig
 from cherry.planner.activations import layer_activations
 from cherry.planner.memory import fsdp_buffers, memory_of
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
-from model.rope import rotary_tables
-from model.transformer import Block
+from tests.cherry.planner.workloads import released, released_fp8
 
-SMALL_STEP = {
-    "impl": "cherry",
-    "size": "3b",
-    "gpu": "NVIDIA H200",
-    "precision": "bf16",
-    "batch": 1,
-    "length": 128,
-    "experts": 64,
-}
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 SCALE = json.loads((RESULTS / "scale.json").read_text())
 CONFIGURATIONS = [json.loads(line) for line in (RESULTS / "plan_gpu.jsonl").read_text().splitlines()]
@@ -95,38 +83,31 @@ def test_the_allowance_for_fragmentation_is_what_the_allocator_took(row: dict) -
     assert (took <= ranks.components["fragmentation"] / GIB) == (row["precision"] != "fp32")
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler meets torch's own
-@pytest.mark.parametrize("moe", [True, False])
-def test_a_compiled_block_keeps_what_the_plan_says(moe: bool) -> None:
-    """Saved tensors of a real block of V2-Lite's widths, on a CPU: attention there pads values to the keys' width."""
-    work = benchmark_workload({**SMALL_STEP, "compile": True})
-    config = work.model
-    block = Block(config, moe=moe).to(torch.bfloat16).train()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for buffer in block.buffers():
-        buffer.zero_()
-    tables = rotary_tables(config, torch.arange(work.tokens))
-    x_BTD = torch.randn(1, work.tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    whole = [*block.parameters(), *block.buffers(), *vars(tables).values()]
-    apart = {tensor.untyped_storage().data_ptr() for tensor in whole}
-    kept: dict[int, int] = {}
+@pytest.mark.parametrize(("ranks", "gigabytes"), [(256, 41.9), (512, 21.0), (1024, 10.5)])
+def test_states_of_the_671b_release_are_what_their_bytes_give(ranks: int, gigabytes: float) -> None:
+    """16 bytes a parameter; 8.05 TB of them in a checkpoint."""
+    components = memory_of(released(shard=ranks // 64))[0].stages["optimizer"]
+    held = sum(components[name] for name in ("parameters", "gradients", "optimizer states"))
+    assert held / 1e9 == pytest.approx(gigabytes, rel=0.005)
+    thin = memory_of(released(shard=ranks // 64, moment_bytes=2))[0].stages["optimizer"]
+    assert 2 * thin["optimizer states"] == components["optimizer states"]
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart and tensor.shape != (config.n_routed_experts, config.hidden_size):
-            kept[storage.data_ptr()] = storage.nbytes()  # but for the router's weight in fp32
-        return tensor
 
-    compiled = torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)
-    with mock.patch("model.experts.can_group", lambda *_: True):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = compiled(x_BTD, tables)
-        torch._dynamo.reset()
-    assert out.hidden_BTD.shape == x_BTD.shape
-    # Values and results as wide as keys, the result once more at its own width, but no keys beside the values.
-    heads, padding = config.num_attention_heads, config.qk_head_dim - config.v_head_dim
-    on_cpu = 2 * heads * (2 * padding + config.v_head_dim - config.qk_nope_head_dim) * work.tokens
-    planned = layer_activations(work, moe=moe, imbalance=1.0).saved + on_cpu
-    assert sum(kept.values()) == pytest.approx(planned, rel=0.01)
+def test_a_cpu_shares_its_memory_among_its_ranks() -> None:
+    alone = released(gpu=GPUS["laptop"], gpus_per_node=1, shard=1, expert=1, precision="fp32")
+    shared = memory_of(replace(alone, gpus_per_node=2, shard=2))[0].usable
+    assert memory_of(alone)[0].usable + PROCESS_BYTES == 2 * (shared + PROCESS_BYTES) < 16 * GIB
+
+
+def test_memory_is_bf16s_but_for_what_matmuls_keep() -> None:
+    narrow, wide = memory_of(released_fp8())[0], memory_of(released_fp8(precision="bf16"))[0]
+    for stage, components in narrow.stages.items():
+        for name in ("parameters", "gradients", "optimizer states", "gathered layers", "reduction buffers", "dispatch"):
+            assert components[name] == wide.stages[stage][name], (stage, name)
+    assert narrow.total == pytest.approx(wide.total, rel=0.02)
+    for moe in (True, False):
+        kept = [
+            layer_activations(released_fp8(precision=precision, recompute="none"), moe=moe, imbalance=1.0).saved
+            for precision in ("fp8", "bf16")
+        ]
+        assert kept[0] < kept[1]
