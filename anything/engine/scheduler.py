@@ -100,7 +100,7 @@ class BlockAllocator:
 
 
 class Scheduler:
-    """First-come, first-served scheduler: no sequence overtakes an older one, and the youngest is preempted.
+    """First-come, first-served scheduler: no sequence is admitted before an older one; the youngest is preempted.
 
     Every sequence finishes: the oldest one always gets the blocks it needs, and a single sequence may fill
     `capacity_tokens`.

@@ -6,7 +6,13 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-COMPRESSED = ("--set", "parallel.replicate=2", "--set", "communication.replicate=int8", "--gradient_accumulation_steps=2")
+COMPRESSED = (
+    "--set",
+    "parallel.replicate=2",
+    "--set",
+    "communication.replicate=int8",
+    "--gradient_accumulation_steps=2",
+)
 
 
 def test_a_compressed_run_cut_in_two_equals_the_unbroken_one_and_stays_beside_the_uncompressed(make_job):

@@ -11,10 +11,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from base.config import load
-from cherry.job_config import JobConfig
 from cherry.export import export
-from model.weights.hf_names import state_to_hf
+from cherry.job_config import JobConfig
 from model.transformer import DeepseekV3
+from model.weights.hf_names import state_to_hf
 from model.weights.pretrained import load_pretrained, save_pretrained
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,11 @@ LAYOUTS = [
     Wanted("expert 4 on two nodes, two micro-batches", 4, [*NODES, "train.gradient_accumulation_steps=2"]),
     Wanted("context 2, two micro-batches", 2, [CONTEXT, "train.gradient_accumulation_steps=2"]),
     Wanted("context 2 x expert 2, recomputed", 4, [CONTEXT, EXPERT, RECOMPUTE]),
-    Wanted("kept until backward, on the CPU", 2, [EXPERT, "parallel.reshard_after_forward=false", "parallel.cpu_offload=true"]),
+    Wanted(
+        "kept until backward, on the CPU",
+        2,
+        [EXPERT, "parallel.reshard_after_forward=false", "parallel.cpu_offload=true"],
+    ),
 ]
 # One expert for each expert parallel rank, sharded over two ranks: on dimension 1, as 256 experts on 2,048 ranks are.
 # Weights are loaded, not initialized: each rank reads its box of every stored tensor.

@@ -7,8 +7,8 @@ import torch
 
 from base.config import dump, load
 from cherry.checkpoint.checkpointer import reader_of
-from cherry.job_config import JobConfig
 from cherry.export import export
+from cherry.job_config import JobConfig
 from model.weights.pretrained import load_pretrained
 
 pytestmark = pytest.mark.slow

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from base.config import dump, load
 from cherry.job_config import JobConfig
-from cherry.training_model import Network, build
 from cherry.trainer import Trainer
+from cherry.training_model import Network, build
 
 
 class Largest(TorchDispatchMode):
