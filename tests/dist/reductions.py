@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 
 def flat_gradient(size: int, step: int, rank: int) -> torch.Tensor:
-    """Magnitudes over eight decades; the first value of each block is large, so that most are below its scale's step."""
+    """Magnitudes over eight decades; the first value of each block is large, so most are below its scale."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     gradient = torch.randn(size, generator=generator) * 10 ** (8 * torch.rand(size, generator=generator) - 8)
     gradient[::256] = 3.0 + rank
@@ -55,7 +55,7 @@ def reduce_flat() -> dict:
             for step in range(STEPS):
                 gradient = flat_gradient(size, step, rank).to(device())
                 result = gradient + left
-                left = all_reduce(result, codec, group, lambda *count: counted.append(count))
+                left = all_reduce(result, codec, group, lambda *count, counted=counted: counted.append(count))
                 rows.append((gradient.cpu(), result.cpu(), left.cpu()))
             seen[name, size] = {"steps": rows, "counted": counted[:2]}
         broken = flat_gradient(700, 0, rank)

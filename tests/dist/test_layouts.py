@@ -149,7 +149,7 @@ def differences(job, reference):
 
 def test_every_layout_of_the_ranks_trains_the_same_model(jobs):
     wrong = {job.name: list(differences(jobs[job.name], jobs["one rank"])) for job in LAYOUTS[1:]}
-    assert wrong == dict.fromkeys(wrong, [])
+    assert wrong == {key: [] for key in wrong}
 
 
 def test_experts_in_bf16_follow_those_in_fp32(jobs):
@@ -205,7 +205,7 @@ def test_every_layout_of_the_ranks_trains_the_same_model_by_muon(muon_jobs):
     wrong = {job.name: list(differences(muon_jobs[job.name], muon_jobs[MUON[0].name])) for job in MUON[1:]}
     first = muon_jobs[MUON_BY_WIDTH[0].name]
     wrong |= {job.name: list(differences(muon_jobs[job.name], first)) for job in MUON_BY_WIDTH[1:]}
-    assert wrong == dict.fromkeys(wrong, [])
+    assert wrong == {key: [] for key in wrong}
 
 
 def test_momenta_of_four_ranks_go_on_with_any_number(muon_jobs):
