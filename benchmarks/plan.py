@@ -19,12 +19,13 @@ from pathlib import Path
 from benchmarks.goodput_simulation import simulate as simulate_life
 from benchmarks.plan_cases import benchmark_workload, gpu_of
 from cherry.hardware import GIB, GPUS
-from cherry.job_config import ParallelConfig, TrainConfig
+from cherry.job_config import ParallelConfig
 from cherry.planner.goodput import DAY_S, Reliability, goodput
 from cherry.planner.memory import fsdp_buffers, memory_of
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
+from cherry.train_config import TrainConfig
 from model.model_config import PRESETS, ModelConfig
 
 RESULTS = Path(__file__).with_name("results")

@@ -28,8 +28,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cherry.distributed import fsdp
 from cherry.distributed.expert_parallel import AllToAllDispatcher, DispatchPlan
-from cherry.job_config import ParallelConfig, TrainConfig
+from cherry.job_config import ParallelConfig
 from cherry.optim.build import build_optimizer
+from cherry.train_config import TrainConfig
 from cherry.training_model import TrainingModel, _wrap_blocks
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cherry.distributed.local_part import local_part
-from cherry.job_config import LoraConfig
+from cherry.train_config import LoraConfig
 from model.attention import Attention
 from model.moe import MoE
 from model.transformer import DeepseekV3, initial_values

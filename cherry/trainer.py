@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from base.progress import print_progress
 from cherry.checkpoint.checkpointer import Checkpointer, restore
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import newest_checkpoint
-from cherry.checkpoint.resume_rules import checkpoints_of, identity
+from cherry.checkpoint.resume_rules import Progress, checkpoints_of, identity
 from cherry.data.batches import BatchReader, StepBatch
 from cherry.data.collate import check_fits
 from cherry.data.sampler import Sampler
@@ -51,22 +51,6 @@ from cherry.training_model import build
 logger = logging.getLogger(__name__)
 # Expert loads of every layer are many numbers: one heat-map column in so many steps is enough.
 _LOAD_EVERY_STEPS = 10
-
-
-@dataclass
-class Progress:
-    """Counters that a checkpoint keeps, beside the step guard's state."""
-
-    step: int = 0
-    """Optimizer steps, skipped ones included."""
-    position: int = 0
-    """Sequences read so far, over all ranks: where the next batch begins. It is not `step` times the batch size, which
-    may change on a resume; after a rollback, data that was read before it is not read again."""
-    tokens: int = 0
-    """Tokens of the steps that were not skipped."""
-    seconds: float = 0.0
-    """Time spent in optimizer steps."""
-    rollbacks: int = 0
 
 
 class Trainer:

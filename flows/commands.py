@@ -18,7 +18,7 @@ from anything.keys import read_key_file
 from base import storage
 from base.errors import CherryError, OperationalError
 from flows.prefect_server import TemporaryServer
-from flows.progress import RunProgress
+from flows.progress_display import RunProgress
 from tasks.lifecycle import summarize
 from tasks.overrides import run_directory
 from tasks.run_config import RunConfig

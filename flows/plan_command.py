@@ -12,7 +12,7 @@ from rich.table import Table
 from base.errors import ConfigError, DoesNotFitError, storage_errors
 from cherry.cluster import LOCAL, read_cluster
 from cherry.hardware import GIB
-from cherry.planner.local import local_device
+from cherry.planner.local_device import local_device
 from cherry.planner.plan import NOT_MODELLED, Plan, make_plan
 from cherry.planner.report import advice, headline, memory_title, sections_of, unused
 from cherry.planner.search import Layout, nearest_that_fit, search

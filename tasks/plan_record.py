@@ -8,7 +8,7 @@ from pathlib import Path
 from base import storage
 from base.errors import ConfigError, DoesNotFitError, MissingFileError
 from cherry.cluster import LOCAL, ClusterSpec
-from cherry.planner.local import local_device
+from cherry.planner.local_device import local_device
 from cherry.planner.plan import Plan, make_plan
 from cherry.planner.report import advice, headline, memory_title, sections_of
 from cherry.planner.search import nearest_that_fit

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from base import storage
@@ -48,6 +49,22 @@ _NOT_RECIPE = {
 _READING = {"cross_document_attention"}
 Difference = tuple[str, Any, Any]
 """Dotted key, stored value, configured value."""
+
+
+@dataclass
+class Progress:
+    """Counters that a checkpoint keeps, beside the step guard's state."""
+
+    step: int = 0
+    """Optimizer steps, skipped ones included."""
+    position: int = 0
+    """Sequences read so far, over all ranks: where the next batch begins. It is not `step` times the batch size, which
+    may change on a resume; after a rollback, data that was read before it is not read again."""
+    tokens: int = 0
+    """Tokens of the steps that were not skipped."""
+    seconds: float = 0.0
+    """Time spent in optimizer steps."""
+    rollbacks: int = 0
 
 
 def checkpoints_of(config: JobConfig, run_directory: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from cherry.hooks.protocol import TrainerHook
-from cherry.job_config import ProfileConfig
+from cherry.train_config import ProfileConfig
 from cherry.train_record import TrainRecord
 
 # Allocations and frees that a CUDA snapshot keeps, as in torchtitan's tools/profiling.py.

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from cherry.job_config import TrainConfig
 from cherry.optim.adamw import AdamW
 from cherry.optim.muon import Muon
 from cherry.optim.protocol import Optimizer
+from cherry.train_config import TrainConfig
 from model.transformer import Block
 
 _STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

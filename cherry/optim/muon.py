@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cherry.job_config import MuonConfig
 from cherry.optim.adamw import AdamW, local, local_gradients
 from cherry.optim.muon_buckets import BUCKET_ELEMENTS, fill_buckets
 from cherry.optim.newton_schulz import orthogonalize
 from cherry.optim.protocol import Gradients
 from cherry.optim.row_exchange import RowExchange, ShardedRows, assign_owners
+from cherry.train_config import MuonConfig
 
 
 class Muon(AdamW):

@@ -157,7 +157,7 @@ def optimizer_seconds(work: Workload) -> float:
     """Seconds of the norm's pass, of AdamW with the clip in one pass, and of casting working copies again."""
     network = network_of(work)
     trained = network.total("trained_elements" if work.unsharded else "padded_trained")
-    if work.optimizer == "muon":  # its matrices: see cherry/planner/muon.py
+    if work.optimizer == "muon":  # its matrices: see cherry/planner/optimizer_cost.py
         trained -= network.total("padded_matrices")
     gradient = work.type_bytes if work.keeps_working_copies and work.accumulation == 1 else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.

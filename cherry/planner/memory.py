@@ -13,7 +13,7 @@ from functools import cached_property
 from cherry.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
 from cherry.planner.matmuls import CACHED_FP8_BYTES, cached_fp8_elements
-from cherry.planner.muon import state_bytes, workspace_bytes
+from cherry.planner.optimizer_cost import state_bytes, workspace_bytes
 from cherry.planner.units import EXPERTS, Layer, Network, network_of
 from cherry.planner.workload import Workload
 

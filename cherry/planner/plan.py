@@ -11,7 +11,7 @@ from cherry.hardware import GIB, PROCESS_BYTES, Gpu
 from cherry.job_config import JobConfig
 from cherry.planner.goodput import DAY_S, Reliability, best_interval_s, goodput, young_interval_s
 from cherry.planner.memory import RankMemory, memory_of
-from cherry.planner.muon import checkpoint_state_bytes
+from cherry.planner.optimizer_cost import checkpoint_state_bytes
 from cherry.planner.step_time import StepTime, step_time
 from cherry.planner.units import whole_network
 from cherry.planner.workload import Workload, workload_of

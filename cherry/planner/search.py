@@ -11,12 +11,12 @@ from typing import get_args
 
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS, Gpu
-from cherry.job_config import TrainConfig
 from cherry.parallel_rules import experts_shard_evenly, sequence_divides
 from cherry.planner.memory import busiest_of
 from cherry.planner.plan import Plan, layout_of
 from cherry.planner.step_time import step_time
 from cherry.planner.workload import Workload
+from cherry.train_config import TrainConfig
 
 # What the configuration takes; a precision that only hardware has is no layout.
 _PRECISIONS: tuple[str, ...] = get_args(TrainConfig.model_fields["precision"].annotation)

@@ -20,7 +20,7 @@ from cherry.planner.compute import (
 )
 from cherry.planner.links import all_reduce_seconds, all_to_all_seconds, ring_seconds
 from cherry.planner.matmuls import MatmulTime, head_matmul, layer_matmuls, memory_seconds, mtp_matmul, time_of
-from cherry.planner.muon import orthogonalize_seconds, row_exchange_seconds
+from cherry.planner.optimizer_cost import orthogonalize_seconds, row_exchange_seconds
 from cherry.planner.units import EXPERTS, Layer, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from cherry.job_config import LoraConfig
 from cherry.parallel_rules import shards_by_width
 from cherry.planner.workload import Workload
+from cherry.train_config import LoraConfig
 from model.model_config import ModelConfig
 
 Shape = tuple[int, ...]

@@ -15,7 +15,8 @@ from base.errors import ConfigError
 from cherry import parallel_rules
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS, NCCL_BUFFER_BYTES, NCCL_CHANNELS, Efficiency, Gpu, efficiency_of
-from cherry.job_config import JobConfig, LoraConfig, TrainConfig
+from cherry.job_config import JobConfig
+from cherry.train_config import LoraConfig, TrainConfig
 from model.model_config import ModelConfig
 
 _TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}

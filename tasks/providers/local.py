@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import psutil
 
 from base.errors import ConfigError, OperationalError
-from cherry.planner.local import local_gpus
+from cherry.planner.local_device import local_gpus
 from tasks.processes.programs import module_command
 from tasks.providers.protocol import Host, Hosts, Reservation
 

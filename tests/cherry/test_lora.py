@@ -7,8 +7,9 @@ import torch
 
 from base.config import validate
 from base.errors import ConfigError
-from cherry.job_config import JobConfig, LoraConfig
+from cherry.job_config import JobConfig
 from cherry.lora import LoraLinear, add_adapters, initialize_adapters, merged
+from cherry.train_config import LoraConfig
 from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
 

@@ -9,7 +9,7 @@ import pytest
 from base.errors import ConfigError, DoesNotFitError
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS
-from cherry.planner import local
+from cherry.planner import local_device
 from cherry.planner.plan import make_plan
 from tasks import plan_record as plans
 from tasks.overrides import resolve
@@ -88,19 +88,19 @@ def test_this_machines_gpu_is_known_by_its_drivers_name(tmp_path, monkeypatch, m
     folder = tmp_path / "0000:01:00.0"
     folder.mkdir()
     (folder / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 1\n")
-    monkeypatch.setattr(local, "_GPU_ROOT", tmp_path)
+    monkeypatch.setattr(local_device, "_GPU_ROOT", tmp_path)
     tiny = resolve(str(ROOT / "configs" / "tiny.yaml"), {})
     if device is not None:
         assert predict(tiny, ClusterSpec(kind="local")).work.gpu == GPUS[device]
         return
     with pytest.raises(ConfigError, match="this machine's Tesla T4: known are H100, H100 PCIe"):
-        local.local_device()
+        local_device.local_device()
     assert predict(tiny, ClusterSpec(kind="local")) is None  # such a machine trains all the same
 
 
 def test_a_machine_without_gpus_is_planned_with_its_own_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "_GPU_ROOT", tmp_path / "none")
-    device = local.local_device()
+    monkeypatch.setattr(local_device, "_GPU_ROOT", tmp_path / "none")
+    device = local_device.local_device()
     assert device == replace(GPUS["laptop"], name="this CPU", memory_bytes=device.memory_bytes)
     in_bf16 = large(launch={"nnodes": 1, "nproc_per_node": 1}, parallel={"expert": 1})
     assert predict(in_bf16, ClusterSpec(kind="local")) is None

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cherry.distributed import fsdp
 from cherry.distributed.mesh import build_meshes
-from cherry.job_config import ParallelConfig, TrainConfig
+from cherry.job_config import ParallelConfig
 from cherry.optim import adamw
 from cherry.optim.build import build_optimizer
+from cherry.train_config import TrainConfig
 from cherry.training_model import Network, TrainingModel
 from model.fp8.linear import use_fp8
 from model.model_config import ModelConfig

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from base.config import validate
 from base.errors import ConfigError
 from cherry.checkpoint.checkpointer import Checkpointer, restore
-from cherry.job_config import TrainConfig
 from cherry.optim.adamw import AdamW, OwnGradients, Shards, step_reference
+from cherry.train_config import TrainConfig
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:

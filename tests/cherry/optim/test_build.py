@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cherry.job_config import TrainConfig
 from cherry.optim.build import build_optimizer, learning_rate, set_learning_rate
+from cherry.train_config import TrainConfig
 from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
 

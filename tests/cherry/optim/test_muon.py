@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from base.config import validate
 from base.errors import ConfigError
-from cherry.job_config import JobConfig, TrainConfig
+from cherry.job_config import JobConfig
 from cherry.optim import muon
 from cherry.optim.adamw import OwnGradients
 from cherry.optim.build import build_optimizer, hidden_matrices
 from cherry.optim.muon import Muon
+from cherry.train_config import TrainConfig
 from model.model_config import ModelConfig
 from model.transformer import DeepseekV3
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cherry.job_config import MuonConfig
 from cherry.optim.muon import Muon
 from cherry.optim.muon_buckets import BUCKET_BYTES, BUCKET_ELEMENTS
+from cherry.train_config import MuonConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 RATE = 0.02

@@ -11,12 +11,13 @@ import pytest
 from benchmarks.plan_cases import benchmark_workload
 from benchmarks.simulated_step import simulate, slice_of_671b
 from cherry.hardware import GIB, GPUS, PROCESS_BYTES
-from cherry.job_config import ParallelConfig, TrainConfig
+from cherry.job_config import ParallelConfig
 from cherry.planner.activations import layer_activations
 from cherry.planner.memory import fsdp_buffers, memory_of
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of
 from cherry.planner.workload import Workload
+from cherry.train_config import TrainConfig
 from tests.cherry.planner.workloads import released, released_fp8
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from cherry.job_config import LoraConfig
 from cherry.lora import add_adapters
 from cherry.planner.units import EXPERTS, network_of, whole_network
+from cherry.train_config import LoraConfig
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 from tests.cherry.planner.workloads import released

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from flows.progress import RunProgress
+from flows.progress_display import RunProgress
 from tasks.steps import write_event
 
 

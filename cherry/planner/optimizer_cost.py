@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator
 
 from cherry.hardware import COLLECTIVE_S
-from cherry.job_config import TrainConfig
 from cherry.optim.muon_buckets import BUCKET_BYTES, BUCKET_ELEMENTS
 from cherry.planner.links import even_all_to_all_seconds
 from cherry.planner.matmuls import Matmul, compute_precision, forward_seconds, memory_seconds
 from cherry.planner.units import EXPERTS, MatrixShape, Network, Unit, network_of
 from cherry.planner.workload import Group, Workload, moment_bytes
+from cherry.train_config import TrainConfig
 
 # Memory traffic of an element beside matrix products, eager, by counting passes of `_step` and `orthogonalize`: the
 # fp32 gradient (8), clip (8), momentum (20) and Nesterov (12), to bf16 and in one batch (10), norm and division (6),

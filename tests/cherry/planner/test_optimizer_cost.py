@@ -13,16 +13,22 @@ from base.config import validate
 from benchmarks.simulated_step import simulate, slice_of_671b
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS
-from cherry.job_config import JobConfig, ParallelConfig, TrainConfig
+from cherry.job_config import JobConfig, ParallelConfig
 from cherry.optim.adamw import OwnGradients
 from cherry.optim.build import build_optimizer, hidden_matrices
 from cherry.optim.newton_schulz import orthogonalize
 from cherry.planner.memory import memory_of
-from cherry.planner.muon import checkpoint_state_bytes, orthogonalize_seconds, row_exchange_seconds, state_bytes
+from cherry.planner.optimizer_cost import (
+    checkpoint_state_bytes,
+    orthogonalize_seconds,
+    row_exchange_seconds,
+    state_bytes,
+)
 from cherry.planner.plan import make_plan
 from cherry.planner.step_time import step_time
 from cherry.planner.units import network_of, whole_network
 from cherry.planner.workload import Workload
+from cherry.train_config import TrainConfig
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
