@@ -99,7 +99,7 @@ def _ranks_of_node(options: Any) -> int:
     from torch.distributed import run as torchrun
 
     try:
-        ranks = torchrun.determine_local_world_size(options.nproc_per_node)
+        ranks = int(torchrun.determine_local_world_size(options.nproc_per_node))
     except ValueError as error:
         raise _wrong_value("nproc_per_node", "a number, or cpu, gpu or auto", options, error) from error
     try:
