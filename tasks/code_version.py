@@ -25,14 +25,19 @@ STEP_SOURCES: dict[str, tuple[str, ...]] = {
         "tasks/plan_record.py",
     ),
     "data": ("base", "cherry/data", "tasks/data.py"),
-    "train": ("base", "model", "cherry", "tasks/train.py"),
+    # Training is what costs most to repeat: what its program does not import is left out.
+    "train": (
+        *("base", "model", "cherry", "tasks/train.py"),
+        *("!model/quantize.py", "!cherry/cluster.py", "!cherry/export.py", "!cherry/planner", "!cherry/scoring.py"),
+    ),
     "export": ("base", "model", "cherry", "tasks/export.py"),
     "quantize": ("base", "model", "tasks/quantize.py"),
     "evaluate": ("base", "model", "cherry", "anything/statistics", "tasks/evaluate.py"),
     "register": ("base", "tasks/register.py", "tasks/tracking"),
     "deploy": ("base", "model", "anything", "tasks/deploy.py", "tasks/processes/replicas.py"),
 }
-"""Sources that a step's output depends on: its program's packages and the task's file. The others depend on all."""
+"""Sources that a step's output depends on: its program's packages and the task's file, less those with a leading `!`.
+A step that is not listed depends on all packages."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,25 @@ def step_digest(step: str) -> str:
 def source_digest(root: Path, sources: Sequence[str]) -> str:
     """SHA-256 over names and contents of Python files: those given, and all below the folders given.
 
-    A name that does not exist counts as empty.
+    Args:
+        sources: paths below `root`; what has a `!` before it is left out. A name that does not exist counts as empty.
     """
-    files: set[Path] = set()
-    for source in sources:
-        path = root / source
-        files.update(path.rglob("*.py") if path.is_dir() else [path] if path.is_file() else [])
     hasher = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(source_files(root, sources)):
         content = path.read_bytes()
         hasher.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return hasher.hexdigest()
+
+
+def source_files(root: Path, sources: Sequence[str]) -> set[Path]:
+    """Python files that `source_digest` reads."""
+    files: set[Path] = set()
+    left_out: set[Path] = set()
+    for source in sources:
+        path = root / source.removeprefix("!")
+        found = path.rglob("*.py") if path.is_dir() else [path] if path.is_file() else []
+        (left_out if source.startswith("!") else files).update(found)
+    return files - left_out
 
 
 def git_version(root: Path) -> GitVersion | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tasks.code_version import PACKAGES, STEP_SOURCES, code_version, git_version, source_digest
+from tasks.code_version import PACKAGES, STEP_SOURCES, code_version, git_version, source_digest, source_files
 from tasks.processes.programs import PACKAGES_FOLDER
 
 
@@ -24,7 +25,8 @@ def checkout(tmp_path: Path) -> Path:
     ("changed", "steps"),
     [
         ("cherry/trainer.py", {"provision", "train", "export", "evaluate"}),
-        ("model/quantize.py", {"train", "export", "quantize", "evaluate", "deploy"}),
+        ("model/quantize.py", {"export", "quantize", "evaluate", "deploy"}),
+        ("cherry/planner/plan.py", {"provision", "export", "evaluate"}),
         ("anything/http/app.py", {"deploy"}),
         ("anything/statistics/compare.py", {"evaluate", "deploy"}),
         ("tasks/export.py", {"export"}),
@@ -55,9 +57,37 @@ def test_a_file_that_moves_is_another_digest(tmp_path: Path) -> None:
 
 def test_every_source_of_a_step_exists() -> None:
     missing = {
-        source for sources in STEP_SOURCES.values() for source in sources if not (PACKAGES_FOLDER / source).exists()
+        source
+        for sources in STEP_SOURCES.values()
+        for source in sources
+        if not (PACKAGES_FOLDER / source.removeprefix("!")).exists()
     }
     assert missing == set()
+
+
+def imported_files(start: str) -> set[Path]:
+    """Files of the packages that a module imports, directly or not, inside functions too."""
+    todo, found = [start], set()
+    while todo:
+        name = todo.pop()
+        path = PACKAGES_FOLDER.joinpath(*name.split("."))
+        file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+        if name.split(".")[0] not in PACKAGES or file is None or file in found:
+            continue
+        found.add(file)
+        todo.append(name.rpartition(".")[0])
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_training_depends_on_all_that_its_program_imports() -> None:
+    imported = imported_files("cherry.rank_main") | imported_files("cherry.launcher")
+    assert PACKAGES_FOLDER / "cherry" / "trainer.py" in imported
+    assert imported <= source_files(PACKAGES_FOLDER, STEP_SOURCES["train"])
 
 
 def git(folder: Path, *arguments: str) -> str:
