@@ -44,7 +44,7 @@ def test_a_run_trains_on_the_hosts_that_its_provider_took(project, cherry):
     hosts = json.loads((project.runs / "paired" / "hosts.json").read_text())
     assert [host["address"] for host in hosts["hosts"]] == ["127.0.0.1", "127.0.0.2"]
     commands = json.loads((project.runs / "paired" / "train" / "commands.json").read_text())["commands"]
-    assert [[word for word in command if "rank" in word] for command in commands] == [
+    assert [[word for word in command if word.startswith("--node_rank")] for command in commands] == [
         ["--node_rank=0"],
         ["--node_rank=1"],
     ]
