@@ -159,7 +159,7 @@ def _no_server(error: Exception) -> str:
         return f"Prefect's server at {address} does not answer ({error}). Start it, or unset PREFECT_API_URL."
     return (
         f"Prefect's temporary server no longer answers ({error}). Start the same command again, or start a server "
-        "(prefect server start) and set PREFECT_API_URL."
+        "(prefect --no-prompt server start) and set PREFECT_API_URL."
     )
 
 
@@ -184,7 +184,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 def _next(console: Console, config: RunConfig, deploy_command: str) -> None:
     page = connect(config.tracking, config.runs_directory).page()
-    prefect = os.environ.get("PREFECT_API_URL", "prefect server start").removesuffix("/api")
+    prefect = os.environ.get("PREFECT_API_URL", "prefect --no-prompt server start").removesuffix("/api")
     console.print(
         f"\n  figures:  {page}\n  flow:     {prefect}\n  logs:     {run_directory(config)}/train/\n"
         f"  resume:   the same command; finished steps are found\n  serve:    {deploy_command}",
