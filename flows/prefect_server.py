@@ -122,8 +122,8 @@ def _named() -> bool:
 
 def _not_started(why: str, advice: str) -> OperationalError:
     return OperationalError(
-        f"Prefect's temporary server did not start ({why}). {advice}, or start a server (prefect --no-prompt server start) and set "
-        "PREFECT_API_URL."
+        f"Prefect's temporary server did not start ({why}). {advice}, or start a server (prefect --no-prompt server "
+        "start) and set PREFECT_API_URL."
     )
 
 
