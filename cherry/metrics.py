@@ -56,15 +56,16 @@ class MetricsWriter:
     def __init__(self, path: Path, *, resume_step: int) -> None:
         self._path = path
         lines = parse_lines(path.read_bytes()) if path.exists() else []
-        kept = [line for line in lines if line["step"] <= resume_step]
+        # Lines are kept as they are: they may have keys of another version.
+        kept = [(line, record) for line in lines if (record := TrainRecord.from_line(line)).step <= resume_step]
         with storage_errors(str(path)):
             # A new file under the old name: an attempt that was superseded keeps writing to the unlinked one.
-            storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
+            storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line, _ in kept).encode())
             self._handle = path.open("ab", buffering=0)
         self._waiting = b""
         self._failure: CherryError | None = None
         self._failure_taken = False
-        losses = [line["loss"] for line in kept if line["loss"] is not None]
+        losses = [record.loss for _, record in kept if record.loss is not None]
         self.first_loss: float | None = losses[0] if losses else None
         self.last_loss: float | None = losses[-1] if losses else None
 

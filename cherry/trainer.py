@@ -241,6 +241,7 @@ class Trainer:
         self.progress.tokens += batch_tokens if skipped is None else 0
         self.progress.seconds += seconds
         busiest, shares = expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps)
+        sent = self.communication.traffic.totals()
         return TrainRecord(
             step=self.progress.step,
             steps=train.steps,
@@ -254,7 +255,9 @@ class Trainer:
             mfu_convention=MFU_CONVENTION,
             expert_load_max_over_mean=busiest,
             expert_load=shares,
-            **self.communication.traffic.figures(),
+            bytes_on_wire=sent.by_collective,
+            bytes_on_wire_total=sent.total,
+            reduction_bytes_over_fp32=sent.reduction_over_fp32,
             step_seconds=seconds,
             seconds_left=self.progress.seconds / self.progress.step * (train.steps - self.progress.step),
             tokens=self.progress.tokens,

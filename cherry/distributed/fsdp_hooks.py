@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,16 @@ from model.experts import Experts
 
 # The checkpoint's name for residuals; earlier checkpoints have it.
 _STORED_RESIDUALS = "unsent"
+
+
+class TrafficTotals(NamedTuple):
+    """Bytes that this rank sent in one optimizer step."""
+
+    by_collective: dict[str, int]
+    """Bytes by `axis.kind`."""
+    total: int
+    reduction_over_fp32: float
+    """Bytes of the gradient reduction over those that it would take in fp32."""
 
 
 class Traffic:
@@ -71,13 +81,10 @@ class Traffic:
             self._reduced += sent
             self._reduced_fp32 += fp32
 
-    def figures(self) -> dict[str, Any]:
-        """Metrics of the step: bytes by `axis.kind`, their total, and gradient reduction bytes over fp32's."""
-        return {
-            "bytes_on_wire": dict(sorted(self._sent.items())),
-            "bytes_on_wire_total": sum(self._sent.values()),
-            "reduction_bytes_over_fp32": self._reduced / self._reduced_fp32 if self._reduced_fp32 else 1.0,
-        }
+    def totals(self) -> TrafficTotals:
+        """Totals since the last `clear`."""
+        over_fp32 = self._reduced / self._reduced_fp32 if self._reduced_fp32 else 1.0
+        return TrafficTotals(dict(sorted(self._sent.items())), sum(self._sent.values()), over_fp32)
 
 
 class Communication:

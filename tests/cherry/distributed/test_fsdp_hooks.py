@@ -55,11 +55,8 @@ def test_a_step_over_shards_gathers_fp32_and_reduces_in_the_configured_type(
     backward(network)
     # 13 of 52 padded rows of weight and bias are this rank's; the root is not gathered again for its backward pass.
     sent = (RANKS - 1) * 13 * (37 + 1) * 4
-    assert communication.traffic.figures() == {
-        "bytes_on_wire": {"shard.all_gather": sent, f"shard.{kind}": int(ratio * sent)},
-        "bytes_on_wire_total": int((1 + ratio) * sent),
-        "reduction_bytes_over_fp32": ratio,
-    }
+    by_collective = {"shard.all_gather": sent, f"shard.{kind}": int(ratio * sent)}
+    assert communication.traffic.totals() == (by_collective, int((1 + ratio) * sent), ratio)
 
 
 def test_replicas_reduce_in_the_last_micro_batch_only() -> None:
@@ -68,7 +65,7 @@ def test_replicas_reduce_in_the_last_micro_batch_only() -> None:
         communication.traffic.clear()
         communication.micro_batch(last=last)
         backward(network)
-        sent = communication.traffic.figures()["bytes_on_wire"]
+        sent = communication.traffic.totals().by_collective
         # 26 of 52 padded rows in fp32, twice for a ring's reduce-scatter and all-gather, half of it to the other rank.
         assert sent.get("replicate.all_reduce", 0) == (26 * (37 + 1) * 4 if last else 0)
         assert sent["shard.reduce_scatter"] == 26 * (37 + 1) * 4
@@ -96,14 +93,10 @@ def test_residuals_are_laid_out_by_parameter_and_dropped_after_a_skipped_step(co
 
 def test_traffic_adds_up_by_axis_and_kind_and_knows_what_fp32_would_have_sent() -> None:
     traffic = Traffic()
-    assert traffic.figures()["reduction_bytes_over_fp32"] == 1.0
+    assert traffic.totals().reduction_over_fp32 == 1.0
     traffic.add("shard", "all_gather", 100)
     traffic.add("replicate", "all_reduce", 10, fp32=40)
     traffic.add("replicate", "all_reduce", 20, fp32=40)
-    assert traffic.figures() == {
-        "bytes_on_wire": {"replicate.all_reduce": 30, "shard.all_gather": 100},
-        "bytes_on_wire_total": 130,
-        "reduction_bytes_over_fp32": 30 / 80,
-    }
+    assert traffic.totals() == ({"replicate.all_reduce": 30, "shard.all_gather": 100}, 130, 30 / 80)
     traffic.clear()
-    assert traffic.figures()["bytes_on_wire_total"] == 0
+    assert traffic.totals().total == 0
