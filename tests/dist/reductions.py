@@ -130,7 +130,7 @@ def reduce_model(directory: str) -> dict:
                 network(torch.ones(2, 37, device=device())).sum().backward()
         network.zero_grad()
         hooked.reset_error_feedback()
-        row = {"totals": hooked.traffic.totals(), "wire": dict(wire.sent)}
+        row = {"totals": hooked.traffic.totals()._asdict(), "wire": dict(wire.sent)}
         row["one"] = gradients(network, hooked, 1)
         hooked.reset_error_feedback()
         row["gradients"] = gradients(network, hooked, 3)

@@ -90,10 +90,10 @@ def test_the_counted_bytes_are_those_that_the_dispatcher_sees(seen, name):
     for rank in seen:
         row = rank["model"][name]
         by_kind = Counter()
-        for key, sent in row["totals"].by_collective.items():
+        for key, sent in row["totals"]["by_collective"].items():
             by_kind[key.partition(".")[2]] += sent
         assert by_kind == Counter(row["wire"])
-        assert row["totals"].total == sum(by_kind.values())
+        assert row["totals"]["total"] == sum(by_kind.values())
 
 
 def plain_gradients(micro_batches):
