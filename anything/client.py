@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import httpx
 
-from anything import sse
 from anything.keys import KEY_ENVIRONMENT
 from anything.protocol import DEFAULT_MAX_TOKENS, SamplingParams
+from anything.sse import EventReader
 from base.errors import AuthenticationError, CherryError, ConfigError, RequestError, ServiceError
 
 URL_ENVIRONMENT = "ANYTHING_URL"
@@ -86,7 +86,7 @@ class Client:
     ) -> Iterator[str]:
         """Text chunk by chunk; see `infer`. Closing the iterator cancels the generation."""
         body = {**_body(prompt, max_tokens, temperature, seed), "stream": True}
-        reader = sse.EventReader()
+        reader = EventReader()
         with self._errors(), self._http.stream("POST", "/v1/anything/infer", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()

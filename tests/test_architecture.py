@@ -142,7 +142,8 @@ def test_no_circle_between_files() -> None:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     name = f"{node.module}.{alias.name}"
-                    arrows.setdefault(module_of(path), set()).add(name if name in modules else str(node.module))
+                    # `from package import module` imports the package's own file too.
+                    arrows.setdefault(module_of(path), set()).update({name, str(node.module)} & modules)
     for module, others in arrows.items():
         others.discard(module)  # a package's own name, where a file of it is imported from it
     try:

@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from anything import sse
 from anything.http.request import Call, DisconnectedError
 from anything.keys import KeyRecord, KeyStore
 from anything.prometheus import ServerMetrics
 from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError, SamplingParams, UnavailableError
 from anything.serve_config import ServeConfig
+from anything.sse import DONE, event
 from base.errors import AuthenticationError, CherryError, RequestError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class EventStream(Response):
                     self._deadline.restart()
             except (RequestError, ServiceError) as error:
                 if not isinstance(error, DisconnectedError):
-                    await write(sse.event(error_body(error)))
+                    await write(event(error_body(error)))
             await write(b"", more=False)
         except TimeoutError:
             logger.info("a client stopped reading its stream; its generation was cancelled")
@@ -227,11 +227,11 @@ class EventStream(Response):
     async def _events(self) -> AsyncIterator[bytes]:
         chunk = self._first
         while chunk.finish_reason is None:
-            yield sse.event({"text": chunk.text})
+            yield event({"text": chunk.text})
             chunk = await self._call.next()
-        yield sse.event({"text": chunk.text, "finish_reason": chunk.finish_reason, **_usage(chunk)})
+        yield event({"text": chunk.text, "finish_reason": chunk.finish_reason, **_usage(chunk)})
         self._record(chunk)
-        yield sse.DONE
+        yield DONE
 
 
 async def _complete_answer(call: Call, record: Callable[[Chunk], None]) -> Response:

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from anything import sse
 from anything.keys import read_key_file
 from anything.protocol import Chunk, EngineStatus, FinishReason, Generation, RefusedError, UnavailableError, Usage
+from anything.sse import EventReader
 from base.errors import ServiceError
 
 # A replica on the same network accepts within milliseconds; a dead one must not consume the request's deadline.
@@ -53,7 +53,7 @@ class RemoteEngine:
         """
         assert self._http is not None, "start() comes first"
         body = {"prompt": generation.prompt, "stream": True, **generation.sampling.as_body()}
-        reader = sse.EventReader()
+        reader = EventReader()
         last: Chunk | None = None
         try:
             async with self._http.stream("POST", "/v1/anything/infer", json=body) as response:

@@ -59,11 +59,7 @@ def compare(
 
     The difference is weighted by tokens: sum of the documents' differences over the sum of their tokens. The unit of
     sampling is the document, for tokens of one document are not independent, and both models' losses of a document stay
-    together, so that what is hard for both cancels. The interval is the wider end, on each side, of two:
-
-    - Student's t around the jackknife's standard error of the ratio (Miller 1974), with Kish's effective number of
-      documents, less one, as degrees of freedom: right for few documents, also where a few hold most of the tokens;
-    - the bootstrap-t (Efron and Tibshirani 1993, section 12.5), whole documents drawn with replacement: follows skew.
+    together, so that what is hard for both cancels. `_Estimate` says how the interval is made.
 
     A difference up to `margin` counts as none. The verdict is
 
@@ -96,10 +92,7 @@ def compare(
     low, high = estimate.bound(tail), estimate.bound(1 - tail)
     upper = estimate.bound(confidence)
     effect = (high - low) / 2 + NormalDist().inv_cdf(POWER) * estimate.standard_error
-    if len(ids) < MIN_DOCUMENTS:
-        verdict, reason = _too_few(len(ids))
-    else:
-        verdict, reason = _verdict(difference, low, high, margin=margin, effect=effect)
+    verdict, reason = _verdict(len(ids), difference, low, high, margin=margin, effect=effect)
     reason += f" ({100 * confidence:.4g} % interval [{low:+.4f}, {high:+.4f}] on {len(ids)} documents)."
     left_out = len(baseline.keys() ^ candidate.keys())
     if left_out:
@@ -167,7 +160,14 @@ def _nlls(ids: list[str], losses: Losses, side: str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A token-weighted mean difference with what its confidence bounds are made of."""
+    """A token-weighted mean difference with what its confidence bounds are made of.
+
+    An interval is the wider end, on each side, of two:
+
+    - Student's t around the jackknife's standard error of the ratio (Miller 1974), with Kish's effective number of
+      documents, less one, as degrees of freedom: right for few documents, also where a few hold most of the tokens;
+    - the bootstrap-t (Efron and Tibshirani 1993, section 12.5), whole documents drawn with replacement: follows skew.
+    """
 
     difference: float
     standard_error: float
@@ -213,11 +213,11 @@ def _studentized(ratio: NDArray[np.float64], error: NDArray[np.float64], differe
     return np.where(error > 0, (ratio - difference) / np.where(error > 0, error, 1.0), far)
 
 
-def _too_few(documents: int) -> tuple[Verdict, str]:
-    return "can't tell", f"{documents} documents are too few for a verdict, which takes {MIN_DOCUMENTS}"
-
-
-def _verdict(difference: float, low: float, high: float, *, margin: float, effect: float) -> tuple[Verdict, str]:
+def _verdict(
+    documents: int, difference: float, low: float, high: float, *, margin: float, effect: float
+) -> tuple[Verdict, str]:
+    if documents < MIN_DOCUMENTS:
+        return "can't tell", f"{documents} documents are too few for a verdict, which takes {MIN_DOCUMENTS}"
     size = f"{abs(difference):.4f} nats per token"
     if high < 0 and difference < -margin:
         return "better", f"the candidate's loss is {size} lower"
