@@ -8,6 +8,7 @@ Shapes: S sequence, T sequence length; columns are the model's own targets and t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ def write_target_counts(dataset: TokenDataset, directory: Path, *, chunk_tokens:
             tokens_ST, bears_ST = dataset.sequences(start, min(start + chunk, manifest.sequences))
             counts = [count_targets(tokens_ST, bears_ST, manifest.bos_id, keep_apart=apart) for apart in (False, True)]
             file.write(np.stack(counts, axis=1).astype("<i4").tobytes())
+        file.flush()
+        os.fsync(file.fileno())  # before the data is committed: zeros after a power cut would scale losses wrongly
 
 
 class TargetCounts:
