@@ -1,27 +1,38 @@
-"""Strict configuration: YAML and overrides, merged and validated into frozen sections, with all errors at once.
+"""Strict configuration: plain values validated into frozen sections, with all errors at once.
 
-The schemas of the sections stand beside the code that they configure.
+The schemas of the sections stand beside the code that they configure; base/yaml_config.py reads the values.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from base.errors import ConfigError, MissingFileError, has_credentials, without_credentials
+from base.errors import ConfigError, has_credentials
+from base.yaml_config import apply_overrides, printable, read_yaml, shown
 
-PACKAGED_CONFIGS = Path(__file__).parent / "configs"
-"""The configurations that come with the package: configs/ of the repository."""
+UNION_TAG = ""
+"""Tag of the variants of a key that takes several types: errors name the key without it."""
 _DEFER_RULES = {"defer_rules": True}
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+_TEXT_RULE = "must not hold a null character or half of a surrogate pair"
 _NO_SECRETS = "a URI must not hold a password: this file is kept and shown. Set credentials in the environment"
 
 
@@ -34,7 +45,27 @@ class Problem:
     value: object
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.rule} (got {_short(self.value)})"
+        return f"{self.key}: {self.rule} (got {shown(self.value)})"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Annotation of a string that must match a pattern: an editor gets the pattern, a person the rule in words."""
+
+    pattern: str
+    rule: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "pattern": self.pattern}
+
+    def _checked(self, text: str) -> str:
+        # As in a JSON schema: `$` is the end, and not also before a last newline.
+        if re.search(self.pattern.removesuffix("$") + r"\Z" if self.pattern.endswith("$") else self.pattern, text):
+            return text
+        raise PydanticCustomError("no_match", "{rule}", {"rule": self.rule})
 
 
 class Section(BaseModel):
@@ -56,6 +87,10 @@ class Section(BaseModel):
             value = getattr(self, name)
             if isinstance(value, Section):
                 yield from value.all_problems(f"{prefix}{name}.")
+            elif isinstance(value, tuple):
+                for place, item in enumerate(value):
+                    if isinstance(item, Section):
+                        yield from item.all_problems(f"{prefix}{name}.{place}.")
             elif isinstance(value, str) and has_credentials(value):
                 yield Problem(prefix + name, _NO_SECRETS, value)
 
@@ -69,142 +104,6 @@ class Section(BaseModel):
 
 
 Schema = TypeVar("Schema", bound=Section)
-
-
-class _Loader(yaml.SafeLoader):
-    """safe_load, with YAML 1.2 floats (`1e-5` is a number) and with repeated keys refused."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
-# Integers match the pattern above too, and resolvers are tried in order: put the integer's first.
-for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    _resolvers.sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[object, object]:
-    seen: set[object] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, Hashable):
-            raise yaml.MarkedYAMLError(problem="a key must be a plain value", problem_mark=key_node.start_mark)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Parse one YAML document safely.
-
-    Raises:
-        ConfigError: `text` is not YAML, or repeats a key; the message names `origin` and the line.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{origin}{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {error}") from error
-
-
-def packaged_config(path: str | Path) -> Path | None:
-    """The packaged file that a relative path or a bare name stands for; `None` where the user's own file is there.
-
-    `configs/tiny.yaml` and `tiny` name configs/tiny.yaml of this package, `h100-256` a file of its configs/clusters/.
-    """
-    if Path(path).is_absolute() or Path(path).is_file():
-        return None
-    name = str(path).removeprefix("./").removeprefix("configs/")
-    if ".." in Path(name).parts:
-        return None
-    candidates = [PACKAGED_CONFIGS / file for file in (name, f"{name}.yaml", f"clusters/{name}.yaml")]
-    return next((file for file in candidates if file.is_file()), None)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, the user's own or the packaged one of that name (see `packaged_config`).
-
-    Raises:
-        MissingFileError: no file at `path`.
-        ConfigError: not YAML, or not a mapping.
-    """
-    try:
-        text = (packaged_config(path) or Path(path)).read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        names = sorted(str(file.relative_to(PACKAGED_CONFIGS)) for file in PACKAGED_CONFIGS.rglob("*.yaml"))
-        raise MissingFileError(
-            f"no config file at {path}. Give the path of a YAML file or the name of a packaged one: {', '.join(names)}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: must be UTF-8 text, got {error}") from error
-    raw = parse_yaml(text, str(path))
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of sections, got {type(raw).__name__}")
-    return raw
-
-
-def merge(raw: Mapping[str, Any], changes: Mapping[str, Any], *, origin: str, prefix: str = "") -> dict[str, Any]:
-    """A copy of `raw` with `changes` laid over it: sections are merged key by key, any other value is replaced.
-
-    Args:
-        origin: where the mistake is, for an error's text.
-        prefix: dotted key of `raw` itself, with a dot at the end.
-
-    Raises:
-        ConfigError: `changes` has a section where `raw` has a value.
-    """
-    result = copy.deepcopy(dict(raw))
-    for key, value in changes.items():
-        if not isinstance(value, Mapping):
-            result[key] = copy.deepcopy(value)
-            continue
-        old = result.get(key)
-        if old is not None and not isinstance(old, Mapping):
-            raise ConfigError(f"{origin}: {prefix}{key} must be a section to set its keys (got {_short(old)})")
-        result[key] = merge(old or {}, value, origin=origin, prefix=f"{prefix}{key}.")
-    return result
-
-
-def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with each `dotted.key=value` merged into it in turn; the value is read as YAML.
-
-    Lists and mappings are written in brackets: `tracking.uri=json:` is a string, not a mapping with the key `json`.
-
-    Raises:
-        ConfigError: an override is not `key=value`, or its path runs through something that is not a section.
-    """
-    result = dict(raw)
-    wrong: list[str] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        path = key.strip().split(".")
-        if not equals or not all(path):
-            wrong.append(f"override {override!r}: must read dotted.key=value, like train.learning_rate=2e-6")
-            continue
-        changes = parse_yaml(text, f"override {key}")
-        if isinstance(changes, list | dict) and not text.lstrip().startswith(("[", "{")):
-            changes = text.strip()
-        for name in reversed(path):
-            changes = {name: changes}
-        try:
-            result = merge(result, changes, origin=f"override {override!r}")
-        except ConfigError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    return result
 
 
 def load(
@@ -236,26 +135,49 @@ def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Sc
         ConfigError: lists every broken rule.
     """
     try:
-        text = json.dumps(raw)
-    except (TypeError, ValueError) as error:
+        # A copy: what no key can hold is taken out of it, so that the rest can be checked.
+        rest = json.loads(json.dumps(raw))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: only plain YAML values are allowed: {error}") from error
+    lines = []
+    for location, rule, value in list(_unfit(rest)):
+        lines.append(f"{printable('.'.join(map(str, location)))}: {rule} (got {shown(value)})")
+        _remove(rest, location)
     try:
-        config = _parse(text, schema)
+        config = _parse(json.dumps(rest), schema)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        lines = [_line(item, schema) for item in items]
+        lines += [_line(item, schema) for item in items]
         # Rules over several keys can only be checked on valid values: remove the wrong keys and check again, so that
         # all mistakes are reported at once.
-        rest = json.loads(text)
         for item in items:
             _remove(rest, item["loc"])
         lines += map(str, _broken_rules(rest, schema, ""))
     else:
-        lines = [str(problem) for problem in config.all_problems()]
+        lines += [str(problem) for problem in config.all_problems()]
         if not lines:
             return config
     count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
     raise ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _unfit(raw: Any, location: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], str, object]]:
+    """(location, rule, value) of every value in `raw` that no key takes: text that no file name, environment variable
+    or encoder takes, and numbers that no array or database takes."""
+    if isinstance(raw, dict | list):
+        for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
+            if isinstance(key, str) and _NO_TEXT.search(key):
+                yield (*location, key), _TEXT_RULE, key
+            else:
+                yield from _unfit(value, (*location, key))
+    elif isinstance(raw, str) and _NO_TEXT.search(raw):
+        yield location, _TEXT_RULE, raw
+    elif isinstance(raw, int) and not -(2**63) <= raw < 2**63:
+        yield location, "must be a number of at most 64 bits", raw
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    return printable(".".join(str(part) for part in location if part != UNION_TAG))
 
 
 def _parse(text: str, schema: type[Schema]) -> Schema:
@@ -283,23 +205,20 @@ def dump(config: Section) -> str:
 
 
 def _line(item: Any, schema: type[Section]) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = _dotted(item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(item['loc'], schema)} (got {_short(item['input'])})"
+        return f"{key}: unknown key{_suggestion(item['loc'], schema)} (got {shown(item['input'])})"
     if item["type"] == "missing":
         return f"{key}: is required and not set"
-    return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {_short(item['input'])})"
-
-
-def _short(value: object) -> str:
-    text = without_credentials(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {shown(item['input'])})"
 
 
 def _suggestion(location: Sequence[int | str], schema: type[BaseModel]) -> str:
     known = schema
     for part in location[:-1]:
-        field = known.model_fields.get(str(part))
+        if isinstance(part, int) or part == UNION_TAG:
+            continue  # a place in a list of sections
+        field = known.model_fields.get(part)
         nested = list(_types_in(field.annotation)) if field else []
         if not nested:
             return ""
@@ -316,10 +235,14 @@ def _types_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _remove(raw: Any, location: Sequence[int | str]) -> None:
-    for part in location[:-1]:
-        if isinstance(raw, dict) and part in raw:
+    """Remove a value by the key of the innermost mapping that holds it."""
+    holder, key = None, None
+    for part in (part for part in location if part != UNION_TAG):
+        if isinstance(raw, dict):
+            holder, key = raw, part
+        try:
             raw = raw[part]
-        else:
-            return
-    if isinstance(raw, dict):
-        raw.pop(location[-1], None)
+        except (KeyError, IndexError, TypeError):
+            break
+    if holder is not None:
+        holder.pop(key, None)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import logging
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,14 @@ _SHELL_SIGNAL = 128
 # user:password@ of a URI; a port is no password, and a name alone (abfs://container@account) is no secret. Secret keys
 # of AWS may hold a slash.
 _CREDENTIALS = re.compile(r"(?<=://)[^/@:\s]*:(?!\d+(?:/|$))[^@\s]+@")
+_NOT_THERE = {
+    errno.EISDIR: "a directory is there, where a file is needed",
+    errno.ENOTDIR: "a part of this path is a file, where a directory is needed",
+    errno.EEXIST: "a file is there, where a directory is needed",
+    errno.ENAMETOOLONG: "a name is longer than the file system takes",
+    errno.ELOOP: "its links lead in a circle",
+}
+"""Errors of the operating system that the same path meets again, by their number."""
 # Clients of object stores raise some errors (no connection, no credentials) that are no OSError.
 _STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
@@ -148,6 +158,26 @@ class SupersededError(OperationalError):
     exit_code = 36
 
 
+class HardwareError(OperationalError):
+    """A device computed something else from the same inputs: silent data corruption. The text names rank and host.
+
+    Args:
+        hosts: names of the hosts that it is certain to be on, for whoever starts the job again; empty if unknown.
+    """
+
+    exit_code = 37
+
+    def __init__(self, message: str, hosts: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.hosts = hosts
+
+
+class StoppedError(OperationalError):
+    """The job was told to end (SIGUSR2), and did after a step whose checkpoint is committed: the next start resumes."""
+
+    exit_code = 38
+
+
 def is_retryable_exit_code(code: int) -> bool:
     """Whether a program that ended with `code` may succeed when it is started again: a transient error or a signal.
 
@@ -181,8 +211,9 @@ def _family(kind: type[CherryError]) -> Iterator[type[CherryError]]:
 
 
 def error_record(error: CherryError) -> dict[str, Any]:
-    """An error as JSON: `kind` (its class), `exit_code` and `message`."""
-    return {"kind": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+    """An error as JSON: `kind` (its class), `exit_code`, `message`, and `hosts` where a HardwareError names some."""
+    hosts = {"hosts": list(error.hosts)} if isinstance(error, HardwareError) and error.hosts else {}
+    return {"kind": type(error).__name__, "exit_code": error.exit_code, "message": str(error), **hosts}
 
 
 def write_error(path: Path, error: CherryError) -> None:
@@ -198,7 +229,10 @@ def error_of_record(record: Any) -> CherryError | None:
     if not isinstance(record, dict):
         return None
     code, message = record.get("exit_code"), record.get("message")
-    return error_of_code(code, message) if isinstance(code, int) and isinstance(message, str) else None
+    error = error_of_code(code, message) if isinstance(code, int) and isinstance(message, str) else None
+    if isinstance(error, HardwareError):
+        error.hosts = tuple(str(host) for host in record.get("hosts", ()))
+    return error
 
 
 def read_error(path: Path) -> CherryError | None:
@@ -219,12 +253,28 @@ def without_credentials(text: str) -> str:
     return _CREDENTIALS.sub("***@", text)
 
 
+def directory_fault(path: str) -> str | None:
+    """Why no directory can be at a local path, like a file in its place; `None` where one is or can be made."""
+    place = os.path.abspath(path)
+    while True:
+        try:
+            found = os.stat(place).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.islink(place):
+                return f"{place} is a link to what does not exist"
+            place = os.path.dirname(place)
+        except (OSError, ValueError) as error:
+            return f"{place}: {getattr(error, 'strerror', None) or error}"
+        else:
+            return None if stat.S_ISDIR(found) else f"{place} is a file, and a directory is needed"
+
+
 @contextmanager
 def storage_errors(uri: str) -> Iterator[None]:
     """Context that converts errors of the operating system and of object stores about `uri` into this family's.
 
     Raises:
-        MissingFileError: nothing exists there.
+        MissingFileError: nothing exists there, or something of another kind does.
         DiskFullError: no space, or the quota, is exhausted.
         StorageError: any other OSError, or an error of an object store's client.
     """
@@ -233,6 +283,8 @@ def storage_errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingFileError(f"{uri} does not exist. Check the path, or run the step that writes it.") from error
     except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise MissingFileError(f"{uri}: {_NOT_THERE[error.errno]}. Check the path.") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(
                 f"no space left while writing {uri}. Free some space and run the same command again; "
@@ -280,6 +332,8 @@ def run_program(main: Callable[[], None]) -> int:
     Any other exception is a bug and keeps its traceback. Programs that this one starts do not inherit the error file.
     """
     error_file = os.environ.pop(ERROR_FILE_VARIABLE, None)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no UTF-8, as standard error shows it
     try:
         main()
     except CherryError as error:

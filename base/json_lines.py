@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,20 @@ class JsonLinesReader:
         return parse_lines(finished)
 
 
+def from_the_end(path: Path) -> JsonLinesReader:
+    """A reader of what is appended from now on; the file need not be there yet."""
+    return JsonLinesReader(path, path.stat().st_size if path.exists() else 0)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of all finished lines; empty when there is no file."""
     return JsonLinesReader(path).read_new() or []
 
 
-def read_last(path: Path, key: str) -> dict[str, Any] | None:
-    """The last finished line's object that has `key`, read from the end of the file; `None` when there is none."""
+def read_last(
+    path: Path, key: str, *, accept: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> dict[str, Any] | None:
+    """The last finished line's object that has `key` and is accepted, read from the end of the file; else `None`."""
     if not path.is_file():
         return None
     with path.open("rb") as handle:
@@ -65,7 +72,9 @@ def read_last(path: Path, key: str) -> dict[str, Any] | None:
         while True:
             handle.seek(max(0, size - tail))
             finished = _finished_lines(handle.read(min(size, tail)))
-            found = next((record for record in reversed(parse_lines(finished)) if key in record), None)
+            found = next(
+                (record for record in reversed(parse_lines(finished)) if key in record and accept(record)), None
+            )
             if found is not None or tail >= size:
                 return found
             tail *= 4
@@ -84,24 +93,34 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
     return records
 
 
-def append_json(path: Path, record: Mapping[str, Any]) -> None:
+def append_json(path: Path, record: Mapping[str, Any], *, most_bytes: int | None = None) -> None:
     """Append one object as a line; best effort, see `append_line`."""
-    append_line(path, json.dumps(record))
+    append_line(path, json.dumps(record), most_bytes=most_bytes)
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, *, most_bytes: int | None = None) -> None:
     """Append a line in full, or nothing where storage fails.
 
     Best effort: on a full disk the line is lost with a warning in the log, and the caller's work continues.
+
+    Args:
+        most_bytes: a file that has reached this size becomes `<name>.1`, in place of the one before it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if most_bytes is not None and path.exists() and path.stat().st_size >= most_bytes:
+            path.replace(older_part(path))
         with path.open("ab", buffering=0) as handle:
             before, data = handle.tell(), f"{line}\n".encode()
             if handle.write(data) != len(data):
                 handle.truncate(before)
     except OSError as error:
         logger.warning("%s: a line is lost: %s", path, error)
+
+
+def older_part(path: Path) -> Path:
+    """Where the lines before those of a bounded file are; see `append_line`."""
+    return path.with_name(f"{path.name}.1")
 
 
 def _finished_lines(content: bytes) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from base.json_lines import append_json
@@ -16,6 +18,27 @@ def print_progress(line: str, fraction: float) -> None:
 
     The report holds the line, so that its reader does not show it twice.
     """
-    if path := os.environ.get(PROGRESS_FILE_VARIABLE):
-        append_json(Path(path), {"line": line, "fraction": fraction})
+    _report(line=line, fraction=fraction)
     print(line, flush=True)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Context of work without progress that may take long, like an evaluation; reports its begin and its end."""
+    _report(busy=what)
+    try:
+        yield
+    finally:
+        _report(busy=None)
+
+
+def report_figures(**figures: float) -> None:
+    """Report figures to the program that started this one; best effort. A line that is printed after them takes them on
+    their way at once.
+    """
+    _report(figures=figures)
+
+
+def _report(**report: object) -> None:
+    if path := os.environ.get(PROGRESS_FILE_VARIABLE):
+        append_json(Path(path), report)

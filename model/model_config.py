@@ -167,7 +167,7 @@ class ModelConfig(Section):
         if not isinstance(raw, dict):
             return raw
         name = raw.get("preset")
-        if name is not None and name not in PRESETS:
+        if name is not None and name not in [*PRESETS]:  # a list, as what YAML gives need not be hashable
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         filled = raw if name is None else {**PRESETS[name], **raw}
         if "norm_topk_prob" not in filled and filled.get("scoring_func") == "softmax":

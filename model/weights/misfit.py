@@ -13,6 +13,11 @@ _SHOWN = 8
 # Endings of weights in quantized formats of GPTQ, AWQ and compressed-tensors.
 _PACKED = (".qweight", ".weight_packed", ".weight_zero_point")
 
+# Tensors that a release has twice, in its MTP layer too.
+_COPIES = ("embed_tokens.weight", "head.weight")
+# What torch.compile adds to the names inside a compiled block.
+_COMPILED = "._orig_mod."
+
 
 @dataclass
 class Misfit:
@@ -42,6 +47,8 @@ class Misfit:
                 f"{uri} does not fit the model: the names of its tensors begin with {prefix!r}, as in "
                 f"{prefix + next(iter(self.missing))}. Save them without it."
             )
+        if (reason := self._renamed()) is not None:
+            raise WeightsError(f"{uri} does not fit the model: {reason}")
         lines = [
             *_few("missing", [f"missing {name} (shape {list(shape)})" for name, shape in self.missing.items()]),
             *_few("of another shape or type, or damaged", list(self.wrong)),
@@ -58,13 +65,27 @@ class Misfit:
         found = next((name for name in names if name.endswith(f".{wanted}")), None)
         return None if found is None else found.removesuffix(wanted)
 
+    def _renamed(self) -> str | None:
+        """Sentences on how all unexpected names came from missing ones; `None` where they did not."""
+        if not self.unexpected:
+            return None
+        first = next(iter(self.unexpected))
+        if all(name.replace(_COMPILED, ".") in self.missing for name in self.unexpected):
+            return f"names of its tensors contain `_orig_mod.` of torch.compile, as in {first}. Save them without it."
+        if any(f"model.{name}" in self.missing for name in self.unexpected) and all(
+            f"model.{name}" in self.missing or name.endswith(_COPIES) for name in self.unexpected
+        ):
+            return (
+                f"the names of its tensors lack the prefix 'model.', as in {first}. Save the whole model's state dict, "
+                "not that of the decoder inside it."
+            )
+        return None
+
     def _cause(self, names: Collection[str], config: ModelConfig) -> str:
         mtp = f"model.layers.{config.num_hidden_layers}."
         without_mtp = not any(name.startswith(mtp) for name in names)
         if self.missing and without_mtp and all(name.startswith(mtp) for name in self.missing):
             return "The weights have no MTP layer: set model.num_nextn_predict_layers to 0."
-        if any("._orig_mod." in name for name in self.unexpected):
-            return "Names contain `_orig_mod.` of torch.compile: save the weights without it."
         if any(name.endswith(_PACKED) for name in self.unexpected):
             return "The weights are quantized in a format that cannot be loaded here. Take the plain weights."
         if self.missing and len(self.unexpected) == len(names):

@@ -295,7 +295,7 @@ def save_pretrained(
     write_index(uri, _write_shards(tensors, uri, shards, dtype))
     write_companions(uri, config, tokenizer_uri, source)
     storage.write_json(storage.join(uri, "config.json"), hf_config(config, dtype=dtype))
-    storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "files": len(shards)})
+    storage.commit(uri, {"dtype": str(dtype).removeprefix("torch."), "shards": len(shards)})
 
 
 def _write_shards(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import safetensors
 import safetensors.torch
@@ -145,7 +145,7 @@ class SafetensorsFile:
             tensors = {name: _parse(uri, name, entry, 8 + length) for name, entry in raw.items()}
         except WeightsError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _malformed(uri, f"its header cannot be read ({type(error).__name__}: {error})") from error
         for name, info in sorted(tensors.items(), key=lambda item: item[1].stop):
             if info.stop - info.start != math.prod(info.shape) * info.dtype.itemsize:
@@ -173,13 +173,19 @@ def _map(uri: str) -> Any:
 
 
 def _parse(uri: str, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
-    if entry["dtype"] not in _DTYPES:
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _malformed(uri, f"its header's entry of tensor {name} is not a type, a shape and two offsets")
+    if dtype not in _DTYPES:
         raise WeightsError(
-            f"{uri}: tensor {name}: type not supported: must be one of {', '.join(_DTYPES)} (got {entry['dtype']!r}). "
+            f"{uri}: tensor {name}: type not supported: must be one of {', '.join(_DTYPES)} (got {dtype!r}). "
             "Convert the weights to bf16."
         )
-    start, stop = entry["data_offsets"]
-    return TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + start, data_start + stop)
+    return TensorInfo(_DTYPES[dtype], tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _malformed(uri: str, why: str) -> WeightsError:
