@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 
 PACKAGES = ("base", "model", "cherry", "anything", "tasks", "flows")
 _CONFIG_EXIT_CODE = 11  # ConfigError's in base/errors.py, which may be the very module that is not found
@@ -40,6 +41,20 @@ def _check_packages() -> None:
     raise SystemExit(_CONFIG_EXIT_CODE)
 
 
+def explain_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A sys.excepthook: one sentence about a Python without the dependencies; any other error keeps its traceback."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not package or package in PACKAGES:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(
+        f"error: this Python ({sys.executable}) has no package {package}. Activate the environment of this checkout "
+        "(. .venv/bin/activate), or make it first (make install).",
+        file=sys.stderr,
+    )
+    raise SystemExit(_CONFIG_EXIT_CODE)
+
+
 def cherry() -> None:
     """Run the `cherry` command."""
     _check_packages()
@@ -49,9 +64,12 @@ def cherry() -> None:
 
 
 def cherry_launch() -> None:
-    """Run the `cherry-launch` command."""
+    """Run the `cherry-launch` command: on the hosts of --cluster, or on this node."""
     _check_packages()
-    from cherry.launcher import main
+    if any(word.partition("=")[0] == "--cluster" for word in sys.argv[1:]):
+        from cherry.slurm.cluster_launch import main
+    else:
+        from cherry.launcher import main
 
     main()
 

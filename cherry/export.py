@@ -17,8 +17,7 @@ from cherry.checkpoint.checkpointer import read_state, reader_of
 from cherry.checkpoint.digests import verify
 from cherry.checkpoint.naming import newest_checkpoint
 from cherry.checkpoint.resume_rules import checkpoints_of
-from cherry.job_config import JobConfig
-from cherry.loading import weights_folder
+from cherry.job_config import JobConfig, weights_folder
 from cherry.lora import add_adapters, merged
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from base import storage
+from base.progress import busy
 from cherry.data.prepare import HeldoutDocument, iterate_heldout
 from cherry.distributed.mesh import DataShard
 from cherry.job_config import JobConfig
@@ -109,6 +110,7 @@ def model_score(model: DeepseekV3, device: torch.device) -> Score:
 
 
 @torch.no_grad()
+@busy("evaluation")
 def evaluate_heldout(
     network: nn.Module, config: JobConfig, run_directory: str, device: torch.device, share: DataShard
 ) -> Heldout:

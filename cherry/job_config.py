@@ -5,36 +5,55 @@ The docstrings of keys are the user's documentation: they are the descriptions i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from base.config import Problem, Section
+from base.config import Matches, Problem, Section
+from base.sizes import Size
 from cherry.parallel_rules import experts_shard_evenly, sequence_divides
 from cherry.train_config import LoraConfig, ProfileConfig, TrainConfig
 from model.model_config import ModelConfig
+
+NETWORK_VARIABLE = "CHERRY_NETWORK"
+"""Environment variable in which a rank finds its cluster's settings, as JSON; see `over_network`."""
+_VARIABLE_RULE = "must be a variable in capitals that begins with NCCL_, TORCH_NCCL_, GLOO_, UCX_ or FI_"
+_NAME_RULE = "must be lower-case letters, digits and dashes, at most 63, and begin with a letter or a digit"
+# Files that hold a pickled state dict; all other weights are safetensors folders.
+PICKLED_WEIGHTS = (".pt", ".pth", ".bin")
+
+
+def weights_folder(uri: str) -> str:
+    """Folder of given weights, which holds their config.json and tokenizer; of a .pt file, the one it lies in."""
+    return (uri.rpartition("/")[0] or ".") if uri.endswith(PICKLED_WEIGHTS) else uri
 
 
 class DataConfig(Section):
     """Documents and how they are packed into token sequences of one length."""
 
     source: str = "python-stdlib"
-    """`python-stdlib` (the embedded default), or a file, directory or glob of text or JSONL, as a path or URI."""
+    """`python-stdlib` (the embedded default), or a file, directory or glob, as a path or URI: text, JSON lines, JSON
+    arrays, CSV or Parquet, also compressed by gzip, bzip2 or xz."""
     format: Literal["auto", "text", "jsonl", "chat"] = "auto"
-    """Format of the documents. `auto` goes by the file name. `chat` is JSONL with `messages`, and only the assistant's
-    tokens count in the loss."""
+    """Format of the documents. `auto` goes by what each file holds: records, or else one document. `text` takes every
+    file as one. `jsonl` is records only; `chat` is records with `messages`, and only the assistant's tokens count in
+    the loss."""
     text_key: str = "text"
-    """Key of the text in a JSONL record."""
+    """Key of the text in a record, or its column."""
     tokenizer: str | None = None
-    """Path or URI of a tokenizer.json; `null` trains a byte-level BPE of model.vocab_size on the training split."""
+    """Path or URI of a tokenizer.json, or of a folder that holds one. `null` takes the one beside the weights of
+    `init_from`; without given weights it trains a byte-level BPE of model.vocab_size on the training split."""
+    chat_template: str | None = None
+    """Path or URI of a Jinja chat template for data.format chat; `null` takes the one beside the tokenizer, else a
+    default. It is exported with the weights."""
     sequence_length: PositiveInt = 512
     """Tokens in a training sequence."""
     heldout_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Fraction of the documents that are held out for evaluation."""
     max_documents: PositiveInt | None = None
     """Use at most this many documents, chosen by the seed; `null` uses all."""
-    tokenizer_sample_bytes: PositiveInt = 8_000_000
+    tokenizer_sample_bytes: Size = 8_000_000
     """Bytes of text that a tokenizer is trained on, when none is given."""
     fim_rate: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of the training documents that are rearranged to prefix, suffix, middle, for fill-in-the-middle training
@@ -112,7 +131,58 @@ class ParallelConfig(Section):
                 yield Problem("parallel.reshard_after_forward", rule, self.reshard_after_forward)
 
 
-class CommunicationConfig(Section):
+class NetworkConfig(Section):
+    """NCCL, gloo and the network that they use. What a job leaves out, its cluster's file decides."""
+
+    backend: Literal["nccl", "gloo"] | None = None
+    """Communication library: nccl on GPUs, gloo on CPUs; `null` takes what the device needs. A host without GPUs
+    refuses nccl, one with GPUs gloo."""
+    buffer_size: Size | None = None
+    """NCCL's buffer size per channel, in bytes or like `8MiB` or `256MB`; `null` is NCCL's own default, 4 MiB."""
+    max_channels: PositiveInt | None = None
+    """Maximum number of NCCL channels, each of which takes an SM from computation; `null` is NCCL's own default."""
+    interface: str | None = None
+    """Network interface of NCCL and gloo, like `eth0`; `null` lets them choose, and on given hosts takes the one that
+    ssh reached."""
+    environment: dict[Annotated[str, Matches(r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$", _VARIABLE_RULE)], str] = (
+        Field(default_factory=dict)
+    )
+    """Other environment variables of NCCL, gloo or their network plug-ins, like `NCCL_IB_HCA: mlx5`."""
+    timeout_s: PositiveFloat | None = None
+    """Timeout in seconds of a collective in any process group, after which the job ends; `null` is torch's default
+    (NCCL 600, gloo 1800). Ranks also wait for each other while one prepares data or writes its part of a checkpoint."""
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables for the communication libraries; those that are set already take precedence."""
+        named = {
+            "NCCL_BUFFSIZE": self.buffer_size,
+            "NCCL_MAX_NCHANNELS": self.max_channels,
+            "NCCL_SOCKET_IFNAME": self.interface,
+            "GLOO_SOCKET_IFNAME": self.interface,
+        }
+        return {**{name: str(value) for name, value in named.items() if value is not None}, **self.environment}
+
+    def given(self) -> dict[str, Any]:
+        """The keys that are set, as JSON values."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if value not in (None, {})}
+
+
+def over_network(own: Mapping[str, Any] | None, network: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's `communication` section over its cluster's: a key that the job sets is the job's.
+
+    Args:
+        own: as it was read, not validated yet.
+        network: `NetworkConfig.given` of the cluster.
+    """
+    own = own or {}
+    merged = {**network, **{key: value for key, value in own.items() if value is not None or key not in network}}
+    inner = [section.get("environment") for section in (network, own)]
+    if all(isinstance(section, Mapping) for section in inner):
+        merged["environment"] = {**(inner[0] or {}), **(inner[1] or {})}
+    return merged
+
+
+class CommunicationConfig(NetworkConfig):
     """Gradient reduction and the communication libraries. Any of it may change on a resume."""
 
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -122,31 +192,6 @@ class CommunicationConfig(Section):
     feedback: the residual of a step is added to the next one's gradient."""
     overlap: bool = True
     """Overlap communication with computation. `false` is slower, and shows what communication costs."""
-    buffer_size: PositiveInt | Annotated[str, Field(pattern=r"^[1-9][0-9]*(KiB|MiB|GiB)$")] | None = None
-    """NCCL's buffer size per channel, in bytes or like `8MiB`; `null` is NCCL's own default, 4 MiB."""
-    max_channels: PositiveInt | None = None
-    """Maximum number of NCCL channels, each of which takes an SM from computation; `null` is NCCL's own default."""
-    interface: str | None = None
-    """Network interface of NCCL and gloo, like `eth0`; `null` lets them choose."""
-    environment: dict[Annotated[str, Field(pattern=r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$")], str] = Field(
-        default_factory=dict
-    )
-    """Other environment variables of NCCL, gloo or their network plug-ins, like `NCCL_IB_HCA: mlx5`."""
-    timeout_s: PositiveFloat | None = None
-    """Timeout of a collective in seconds, after which the job ends; `null` is torch's default (NCCL 600, gloo 1800)."""
-
-    def variables(self) -> dict[str, str]:
-        """Environment variables for the communication libraries; those that are set already take precedence."""
-        size = self.buffer_size
-        if isinstance(size, str):
-            size = int(size[:-3]) * 1024 ** (1 + ["KiB", "MiB", "GiB"].index(size[-3:]))
-        named = {
-            "NCCL_BUFFSIZE": size,
-            "NCCL_MAX_NCHANNELS": self.max_channels,
-            "NCCL_SOCKET_IFNAME": self.interface,
-            "GLOO_SOCKET_IFNAME": self.interface,
-        }
-        return {**{name: str(value) for name, value in named.items() if value is not None}, **self.environment}
 
 
 class CheckpointConfig(Section):
@@ -172,13 +217,14 @@ class LaunchConfig(Section):
     nnodes: PositiveInt = 1
     """Number of nodes."""
     master_port: PositiveInt | None = None
-    """Port of the rendezvous on the first node; `null` picks a free one, with one node only."""
+    """Port of the rendezvous on the first node; `null` picks a free one, but torchrun's 29500 for several nodes that a
+    provider other than ssh starts. Provider ssh picks a fresh one for each attempt."""
 
 
 class JobConfig(Section):
     """A training job: the sections of a run's configuration that `train.py` reads."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: Annotated[str, Matches(r"^[a-z0-9][a-z0-9-]{0,62}$", _NAME_RULE)]
     """Name of the run, and of its directory: lower-case letters, digits and dashes."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
@@ -210,8 +256,6 @@ class JobConfig(Section):
         if self.communication.replicate != "fp32" and self.parallel.replicate == 1:
             rule = "compresses between replicas, and parallel.replicate is 1"
             yield Problem("communication.replicate", rule, self.communication.replicate)
-        if self.launch.nnodes > 1 and self.launch.master_port is None:
-            yield Problem("launch.master_port", "is required when launch.nnodes > 1", None)
         if self.data.sequence_length > self.model.max_position_embeddings:
             rule = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
             yield Problem("data.sequence_length", rule, self.data.sequence_length)
@@ -221,7 +265,7 @@ class JobConfig(Section):
             yield Problem(
                 "train.warmup_steps", f"must be below train.steps ({self.train.steps})", self.train.warmup_steps
             )
-        if self.data.tokenizer is None and self.model.vocab_size < 512:
+        if self.data.tokenizer is None and self.init_from is None and self.model.vocab_size < 512:
             rule = "a byte-level BPE needs 256 byte tokens, special tokens and merges: at least 512"
             yield Problem("model.vocab_size", rule, self.model.vocab_size)
         if self.train.optimizer == "muon":

@@ -1,6 +1,7 @@
 """`cherry-launch`: torchrun's flags on torch's elastic launcher, with an exit code for each kind of error.
 
-torch is imported only when something is launched. SIGUSR1 to the launcher makes its ranks log their stacks.
+torch is imported only when something is launched. SIGUSR1 to the launcher makes its ranks log their stacks, SIGUSR2
+makes the job save a checkpoint and end (38).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,12 +27,15 @@ from base.errors import (
     USER_EXIT_CODES,
     CherryError,
     ConfigError,
+    HardwareError,
     PortInUseError,
     WorkerLostError,
     error_of_code,
     error_of_record,
     run_program,
+    storage_errors,
 )
+from cherry.watch.node_sampler import sample_node
 
 LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
 """Environment variable in which a rank finds its launcher's pid."""
@@ -38,7 +43,12 @@ TRAIN_SCRIPT, TRAIN_MODULE = "train.py", "cherry.rank_main"
 """The training program: the file of a checkout, and the module that is installed."""
 RECORD_KEY = "cherry"
 """Key of a rank's error record in the error file of torch's launcher."""
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""Variables of GNU's and Intel's OpenMP."""
 _PR_SET_PDEATHSIG = 1
+# torchrun's, of the static rendezvous.
+_DEFAULT_PORT = 29500
+_MAX_PORT = 65535
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,11 +74,17 @@ def launch(arguments: list[str]) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run as torchrun
 
-    options = _parse(torchrun.get_args_parser(), arguments)
+    parser = torchrun.get_args_parser()
+    parser.epilog = "cherry-launch --cluster FILE starts every node that a cluster file names; see its own --help."
+    if "PET_MASTER_PORT" not in os.environ:
+        parser.set_defaults(master_port=None)  # 2.11 has 29500, so that nobody could tell it from one that was given
+    options = _parse(parser, arguments)
     ranks = _ranks_of_node(options)
     _find_program(options)
-    _check_port(options, arguments)
-    _pass_on_sigusr1(options.training_script_args)
+    _set_rendezvous(options)
+    run_directory = run_directory_of(options.training_script_args)
+    _pass_on_signals(run_directory)
+    _sample_node(run_directory)
     _share_cores(ranks)
     with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
         options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
@@ -136,7 +152,11 @@ def _start(options: Any) -> None:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
-    config, command, command_arguments = torchrun.config_from_args(options)
+    try:
+        with storage_errors(options.log_dir):
+            config, command, command_arguments = torchrun.config_from_args(options)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise _refused(error) from error
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
@@ -147,33 +167,61 @@ def _start(options: Any) -> None:
             f"the rendezvous of the nodes failed: {first}. Check --master_addr and --master_port, and that every node "
             "was started; then start the same command again."
         ) from error
+    except ValueError as error:  # an unknown backend or a malformed endpoint: nothing has been started
+        raise _refused(error) from error
     except SignalException as error:
         print(f"ended by {error.sigval.name}, with all ranks. Run the same command again to resume.", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from error
 
 
-def _pass_on_sigusr1(script_arguments: Sequence[str]) -> None:
-    """Pass SIGUSR1 on to the ranks of this node, from now on.
+def _refused(error: Exception) -> ConfigError:
+    """torch's own reason to refuse a value."""
+    reason = str(error).strip().rstrip(".") or type(error).__name__
+    return ConfigError(f"cherry-launch: {reason}. `cherry-launch --help` lists all flags.")
 
-    It is blocked here and in the ranks, which inherit that, so that it ends no rank that does not handle it yet.
-    """
+
+def run_directory_of(script_arguments: Sequence[str]) -> str | None:
+    """The run directory that the program's --run_dir names; `None` without one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--run_dir")
-    run_directory = parser.parse_known_args(script_arguments)[0].run_dir
+    found: str | None = parser.parse_known_args(script_arguments)[0].run_dir
+    return found
+
+
+def _sample_node(run_directory: str | None) -> None:
+    """Sample what this node uses, from now on, where the run directory is known and on a file system."""
+    from base import storage  # fsspec, which `cherry --help` does without
+
+    if run_directory is not None and storage.is_local(run_directory):
+        sample_node(Path(storage.local_path(run_directory)) / "train")
+
+
+def _pass_on_signals(run_directory: str | None) -> None:
+    """Pass SIGUSR1 and SIGUSR2 on to the ranks of this node, from now on.
+
+    They are blocked here and in the ranks, which inherit that, so that they end no rank that does not handle them yet.
+    """
     where = f"{run_directory.rstrip('/')}/train" if run_directory else "train/ of the run directory"
+    signals = {signal.SIGUSR1, signal.SIGUSR2}
 
     def pass_on() -> None:
+        told = False
         while True:
-            signal.sigwait({signal.SIGUSR1})
+            number = signal.sigwait(signals)
             ranks = psutil.Process().children()
             for rank in ranks:
                 with suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGUSR1)
+                    rank.send_signal(number)
             pids = ", ".join(str(rank.pid) for rank in ranks) or "none"
-            print(f"stacks of all threads of the ranks (pids {pids}) are in rank-<n>.log in {where}", flush=True)
+            if number == signal.SIGUSR2:  # which may come again and again
+                if ranks and not told:
+                    print(f"told to end: the ranks (pids {pids}) save a checkpoint after their step", flush=True)
+                told = told or bool(ranks)
+            else:
+                print(f"stacks of all threads of the ranks (pids {pids}) are in rank-<n>.log in {where}", flush=True)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    threading.Thread(target=pass_on, name="sigusr1", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=pass_on, name="signals", daemon=True).start()
 
 
 def die_with_parent(signal_number: int, parent: int) -> None:
@@ -194,30 +242,58 @@ def _cores() -> int:
 
 
 def _share_cores(ranks: int) -> None:
-    """Set OMP_NUM_THREADS to a rank's share of the cores, unless it is set; torchrun would set it to 1."""
+    """Set OMP_NUM_THREADS to a rank's share of the cores, unless it is set; torchrun would set it to 1.
+
+    Threads wait passively: where other programs take the cores, a thread that spins keeps the one that it waits for
+    from its core (benchmarks/busy_cpu.py). Whatever the environment sets wins.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    for name, value in PASSIVE_WAITING.items():
+        os.environ.setdefault(name, value)
 
 
-def _check_port(options: Any, arguments: Sequence[str]) -> None:
-    """Choose a free master port for a single node if none was given; check that a given one is free."""
-    if options.standalone or options.rdzv_endpoint:
+def _set_rendezvous(options: Any) -> None:
+    """Fill in what torchrun's own `run` does: the rendezvous of --standalone, and a port where none is given.
+
+    A single node without a port gets a free one, several nodes torchrun's 29500.
+
+    Raises:
+        ConfigError: --master_port or --node_rank is out of range.
+        PortInUseError: the port is in use on the node of rank 0.
+    """
+    from torch.distributed import run as torchrun
+
+    if options.standalone:
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    port = options.master_port
+    if port is not None and not 1 <= port <= _MAX_PORT:
+        raise _wrong_value("master_port", f"from 1 to {_MAX_PORT}", options)
+    if options.rdzv_backend != "static" or options.rdzv_endpoint:
+        options.master_port = _DEFAULT_PORT if port is None else port
         return
-    single = str(options.nnodes) in ("1", "1:1")
-    given = any(argument.startswith("--master") for argument in arguments)
-    if single and not given:
+    nodes = torchrun.parse_min_max_nnodes(options.nnodes)[1]
+    if not 0 <= options.node_rank < nodes:
+        raise _wrong_value("node_rank", f"from 0 to {nodes - 1}, as --nnodes is {options.nnodes}", options)
+    if port is None and nodes == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             options.master_port = probe.getsockname()[1]
-    elif int(options.node_rank) == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", int(options.master_port)))
-            except OSError as error:
-                raise PortInUseError(
-                    f"port {options.master_port} is taken on this node. Give another --master_port; with one node, "
-                    "leave it out and a free one is picked."
-                ) from error
+        return
+    options.master_port = _DEFAULT_PORT if port is None else port
+    if options.node_rank == 0:
+        _check_port(options.master_port)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise PortInUseError(
+                f"port {port} is taken on this node. Give another --master_port; with one node, leave it out and a "
+                "free one is picked."
+            ) from error
 
 
 def _cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
@@ -262,7 +338,10 @@ def _error_of(rank: int, failure: Any) -> CherryError:
             raise SystemExit(code)
         return error_of_code(code, f"{where} ended with exit code {code} ({log})")
     if rank != 0:
-        return error_of_code(code, f"{where} ended with exit code {code}: {own} ({log})")
+        told = error_of_code(code, f"{where} ended with exit code {code}: {own} ({log})")
+        if isinstance(told, HardwareError) and isinstance(own, HardwareError):
+            told.hosts = own.hosts
+        return told
     summary = error_of_code(code, f"{where} ended with exit code {code}; it printed its error above ({log})")
     summary.origin = own
     return summary

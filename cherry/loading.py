@@ -12,18 +12,11 @@ from base import storage
 from base.errors import MissingFileError, WeightsError
 from base.storage import Progress
 from cherry.distributed.local_part import local_part
+from cherry.job_config import PICKLED_WEIGHTS
 from model.transformer import DeepseekV3
 from model.weights.pretrained import Part, load_parts
 from model.weights.reader import Source, WeightsReader
 from model.weights.safetensors_file import Box, SafetensorsFile
-
-# Files that hold a pickled state dict; everything else is a safetensors folder.
-_PICKLED = (".pt", ".pth", ".bin")
-
-
-def weights_folder(uri: str) -> str:
-    """Folder of given weights, which holds their config.json and tokenizer; of a .pt file, the one it lies in."""
-    return (uri.rpartition("/")[0] or ".") if uri.endswith(_PICKLED) else uri
 
 
 def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = None) -> None:
@@ -37,7 +30,7 @@ def load_weights(model: DeepseekV3, uri: str, *, on_progress: Progress | None = 
         WeightsError: tensors are missing, unexpected, of another shape or without scales, or files are damaged. The
             text lists them all; the model is unchanged.
     """
-    source: Source = PickledWeights(uri) if uri.endswith(_PICKLED) else WeightsReader(uri)
+    source: Source = PickledWeights(uri) if uri.endswith(PICKLED_WEIGHTS) else WeightsReader(uri)
     state = [*model.named_parameters(), *_persistent_buffers(model)]
     parts = [Part(name, tensor.shape, box, local) for name, tensor in state for local, box in [local_part(tensor)]]
     load_parts(parts, source, model.config, on_progress=on_progress)
@@ -56,6 +49,8 @@ class PickledWeights:
         if not storage.exists(path):
             raise MissingFileError(f"{path} does not exist. --model_path takes a safetensors folder, or a .pt file.")
         local = storage.local_path(path)
+        if not storage.is_file(path):
+            raise MissingFileError(f"{path} is a folder, and its name that of a file of weights. Rename it.")
         if not zipfile.is_zipfile(local):
             raise WeightsError(
                 f"{path} is damaged, or was saved in the format of torch before 1.6, which cannot be read in parts. "
@@ -105,6 +100,8 @@ def _named_tensors(path: str, content: object) -> dict[str, Tensor]:
     Raises:
         WeightsError: names the key that is no tensor's name, or that holds the tensors.
     """
+    if isinstance(content, dict) and not content:
+        raise WeightsError(f"{path} holds no tensors. Save model.state_dict() in it.")
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: must hold a mapping of names to tensors (got {type(content).__name__})")
     for key, value in content.items():

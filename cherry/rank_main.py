@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base import storage
-from base.config import apply_overrides, merge, packaged_config, read_yaml, validate
+from base.config import validate
 from base.errors import (
     ArgumentParser,
     CherryError,
     ConfigError,
     InvalidInputError,
+    MissingFileError,
     WorkerLostError,
+    directory_fault,
     error_record,
     run_program,
-    storage_errors,
 )
-from cherry.job_config import JobConfig
+from base.yaml_config import apply_overrides, merge, packaged_config, read_yaml
+from cherry.job_config import NETWORK_VARIABLE, PICKLED_WEIGHTS, JobConfig, NetworkConfig, over_network, weights_folder
 from cherry.launcher import LAUNCHER_PID, RECORD_KEY, die_with_parent
+from cherry.watch.rank_log import log_to_file
 
 if TYPE_CHECKING:  # torch is imported once the environment is set
+    from cherry.data.shards import Manifest
     from cherry.hooks.protocol import TrainerHook
 
 logger = logging.getLogger(__name__)
@@ -96,7 +99,7 @@ def _run(arguments: Sequence[str] | None, hooks: Sequence[TrainerHook]) -> None:
         if not isinstance(error, CherryError):
             raise
         logger.error("%s", error, exc_info=error.__cause__)
-        _write_for_launcher(error)
+        write_for_launcher(error)
         if rank == 0:
             raise
         os._exit(error.exit_code)
@@ -110,7 +113,7 @@ def _debug(error: Exception) -> None:
     pdb.post_mortem((error.__cause__ or error).__traceback__)
 
 
-def _write_for_launcher(error: CherryError) -> None:
+def write_for_launcher(error: CherryError) -> None:
     """Write the error to the file that torch's launcher reads (torch.distributed.elastic.multiprocessing.errors)."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         detail = {"py_callstack": "", "timestamp": str(int(time.time()))}
@@ -122,7 +125,7 @@ def _write_for_launcher(error: CherryError) -> None:
                 Path(path).unlink(missing_ok=True)
 
 
-def resolve(options: argparse.Namespace) -> JobConfig:
+def resolve(options: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> JobConfig:
     """Job configuration of the flags and the launcher's environment variables.
 
     Raises:
@@ -137,17 +140,20 @@ def resolve(options: argparse.Namespace) -> JobConfig:
         raise ConfigError(
             "train.py needs --config, or --model_path of a folder whose config.json gives the architecture"
         )
-    raw = merge(raw, _given(options), origin=origin)
-    return validate(apply_overrides(raw, options.set), JobConfig, origin=origin)
+    raw = merge(raw, _given(options, environment), origin=origin)
+    raw = apply_overrides(raw, options.set)
+    if network := environment.get(NETWORK_VARIABLE):
+        raw["communication"] = over_network(raw.get("communication"), json.loads(network))
+    return validate(raw, JobConfig, origin=origin)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
+def _given(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
     """Config values from the flags that were given, and the number of ranks that the launcher started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    world = int(environment.get("WORLD_SIZE", "1"))
+    local = int(environment.get("LOCAL_WORLD_SIZE", world))
     launch = {"nproc_per_node": local, "nnodes": world // local}
     if world > local:
-        launch["master_port"] = int(os.environ["MASTER_PORT"])
+        launch["master_port"] = int(environment["MASTER_PORT"])
     values = {key: getattr(options, key) for key in _TRAIN_FLAGS if getattr(options, key) is not None}
     weights = {} if options.model_path is None else {"init_from": options.model_path}
     return {"launch": launch, "train": values, **weights}
@@ -155,10 +161,14 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _from_model_path(path: str) -> dict[str, Any]:
     """Config values of a job on given weights: architecture and tokenizer from their folder."""
-    from cherry.loading import weights_folder
     from model.weights.pretrained import read_model_config
 
     folder = weights_folder(path)
+    if storage.is_file(folder):
+        raise MissingFileError(
+            f"--model_path {path} is a file, and no {', '.join(PICKLED_WEIGHTS)} file. Give the folder that it lies "
+            "in, with its config.json."
+        )
     model, _ = read_model_config(folder)
     raw: dict[str, Any] = {"name": "train", "model": model.model_dump(mode="json", exclude={"preset"})}
     tokenizer = storage.join(folder, "tokenizer.json")
@@ -172,9 +182,9 @@ def _train(options: argparse.Namespace, rank: int, hooks: Sequence[TrainerHook])
         raise ConfigError(f"--pdb needs a single rank, got {os.environ['WORLD_SIZE']}. Use --nproc_per_node=1.")
     config = resolve(options)
     run_directory = options.run_dir or f"runs/{config.name}"
-    _log_to_file(run_directory, rank)
-    for name, value in config.communication.variables().items():
-        os.environ.setdefault(name, value)  # libraries read these when they connect
+    check_directories(config, run_directory)
+    log_to_file(run_directory, rank, prints=not options.pdb)
+    _set_variables(config.communication)
     import torch
 
     if config.train.threads_per_rank is not None:
@@ -195,20 +205,61 @@ def _train(options: argparse.Namespace, rank: int, hooks: Sequence[TrainerHook])
         raise classified from error
 
 
+def set_network_variables() -> None:
+    """Set what the cluster's file says of NCCL and gloo, for a program without a configuration of its own."""
+    _set_variables(NetworkConfig.model_validate(json.loads(os.environ.get(NETWORK_VARIABLE, "{}"))))
+
+
+def _set_variables(network: NetworkConfig) -> None:
+    for name, value in network.variables().items():
+        os.environ.setdefault(name, value)  # libraries read these when they connect
+
+
+def check_directories(config: JobConfig, run_directory: str) -> None:
+    """Check that no file is in the place of a directory that training writes to.
+
+    Raises:
+        ConfigError: names the flag or key.
+    """
+    if not storage.is_local(run_directory):
+        raise ConfigError(f"--run_dir must be on a file system (got {run_directory}); checkpoint.directory need not be")
+    for name, uri in (("--run_dir", run_directory), ("checkpoint.directory", config.checkpoint.directory)):
+        fault = directory_fault(storage.local_path(uri)) if uri is not None and storage.is_local(uri) else None
+        if fault is not None:
+            raise ConfigError(f"{name} {uri}: {fault}. Give another directory.")
+
+
 def _train_in_group(
     config: JobConfig, run_directory: str, options: argparse.Namespace, hooks: Sequence[TrainerHook]
 ) -> None:
-    import torch
     import torch.distributed as dist
 
-    seconds = config.communication.timeout_s
+    from cherry.distributed.group_timeout import set_group_timeout
+
+    if (seconds := config.communication.timeout_s) is not None:
+        set_group_timeout(seconds)
     timeout = None if seconds is None else timedelta(seconds=seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    dist.init_process_group(_backends(config.communication.backend), timeout=timeout)
     config, resume_from = _prepare(config, run_directory, options)
     from cherry.trainer import Trainer
 
     Trainer(config, run_directory, resume_from=resume_from, hooks=hooks).run()
     dist.destroy_process_group()
+
+
+def _backends(wanted: str | None) -> str:
+    """Communication libraries of this host's devices, as torch names them.
+
+    Raises:
+        ConfigError: the configuration names another.
+    """
+    import torch
+
+    gpus = torch.cuda.is_available()
+    if wanted not in (None, "nccl" if gpus else "gloo"):
+        here = "has GPUs, whose tensors gloo does not reduce" if gpus else "has no GPU, which nccl needs"
+        raise ConfigError(f"communication.backend: {wanted} cannot be used, as this host {here}. Leave the key out.")
+    return "cpu:gloo,cuda:nccl" if gpus else "gloo"
 
 
 def classify_error(error: RuntimeError) -> Exception:
@@ -257,37 +308,56 @@ def _prepare(config: JobConfig, run_directory: str, options: argparse.Namespace)
 
 def _accept(config: JobConfig, run_directory: str, options: argparse.Namespace) -> tuple[JobConfig, str | None]:
     """Result of `_prepare` on rank 0, after preparing data and writing config.yaml, or checking those of a flow."""
-    from cherry.checkpoint.checkpointer import check_model
-    from cherry.checkpoint.naming import newest_checkpoint
-    from cherry.checkpoint.resume_rules import check_data, check_resume, checkpoints_of, find_checkpoint, write_config
-    from cherry.data.prepare import prepare
-    from cherry.data.shards import read_manifest
+    from base.exclusive import check_exclusive
+    from cherry.checkpoint import resume_rules as rules
+    from cherry.checkpoint.claim import claim_checkpoints
 
     if options.config is not None and (file := packaged_config(options.config)) is not None:
         print(f"{options.config}: taken from the package, {file}", flush=True)
-    checkpoints = checkpoints_of(config, run_directory)
-    named = None if options.resume_from is None else find_checkpoint(options.resume_from, checkpoints)
+    checkpoints = rules.checkpoints_of(config, run_directory)
+    check_exclusive(checkpoints)
+    found, named = rules.starting_point(options.resume_from, checkpoints)
+    if found is None:
+        rules.check_moved(config, run_directory)
+    manifest = prepared(config, run_directory)
+    claim_checkpoints(config, manifest, run_directory)
+    for line in rules.passed_over(checkpoints, found):
+        print(line, flush=True)
+    if found is not None:
+        record = rules.read_record(found)
+        rules.check_model(found, record, config.model.model_dump(mode="json"))
+        config = _with_steps(config, record, options)
+        for change in rules.check_resume(config, manifest, found, record, named=named):
+            print(f"resuming from {found} with another {change}", flush=True)
+    rules.write_config(config, run_directory, options.config)
+    return config, found if named else None
+
+
+def prepared(config: JobConfig, run_directory: str) -> Manifest:
+    """Manifest of the run directory's data, which is prepared if it is not there.
+
+    Raises:
+        ConfigError: it was prepared with another configuration.
+        MissingFileError, DataError, DiskFullError: see `cherry.data.prepare.prepare`.
+    """
+    from cherry.checkpoint.resume_rules import check_data
+    from cherry.data.prepare import prepare
+    from cherry.data.shards import read_manifest
+
     data, model = storage.join(run_directory, "data"), config.model
     if storage.is_committed(data):
         manifest = read_manifest(data)
         check_data(config, data, manifest)
-    else:
-        manifest = prepare(
-            config.data,
-            vocab_size=model.vocab_size,
-            directory=data,
-            bos_id=model.bos_token_id,
-            eos_id=model.eos_token_id,
-            on_progress=lambda line, _: print(line, flush=True),
-        )
-    if found := named or newest_checkpoint(checkpoints):
-        record = storage.read_commit(found)
-        check_model(found, record, model.model_dump(mode="json"))
-        config = _with_steps(config, record, options)
-        for change in check_resume(config, manifest, found, record, named=named is not None):
-            print(f"resuming from {found} with another {change}", flush=True)
-    write_config(config, run_directory, options.config)
-    return config, named
+        return manifest
+    return prepare(
+        config.data,
+        vocab_size=model.vocab_size,
+        directory=data,
+        bos_id=model.bos_token_id,
+        eos_id=model.eos_token_id,
+        weights=None if config.init_from is None else weights_folder(config.init_from),
+        on_progress=lambda line, _: print(line, flush=True),
+    )
 
 
 def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Namespace) -> JobConfig:
@@ -302,21 +372,6 @@ def _with_steps(config: JobConfig, record: dict[str, Any], options: argparse.Nam
     steps = planned if planned > done else done + config.train.steps
     print(f"trains from step {done} to {steps}; set --steps to change this", flush=True)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-
-
-def _log_to_file(run_directory: str, rank: int) -> None:
-    """Log to train/rank-<n>.log in the run directory; SIGUSR1 adds the stacks of all threads."""
-    directory = Path(storage.local_path(run_directory)) / "train"
-    with storage_errors(str(directory)):
-        directory.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(directory / f"rank-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("cherry").setLevel(logging.INFO)
-    # Python writes them itself, whatever the threads wait for; see "A run hangs" in docs/runbook.md.
-    assert handler.stream is not None
-    faulthandler.register(signal.SIGUSR1, file=handler.stream, all_threads=True)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # the launcher starts its ranks with it blocked
 
 
 if __name__ == "__main__":

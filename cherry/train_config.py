@@ -84,6 +84,17 @@ class TrainConfig(Section):
     spike_sigma: PositiveFloat | None = 6.0
     """Spike guard: skip a step whose loss or gradient norm is this many standard deviations above the mean of the last
     128 steps, as OLMo 2 does; `null` skips only NaN and infinity. A skipped step counts; its data is not read again."""
+    gradient_fingerprints: bool = False
+    """Fingerprint each rank's gradients before they are reduced (one pass over them), so that corruption in a backward
+    pass can be pinned on a rank; that in a forward pass always can. A step that the spike guard refuses is computed
+    again: other bits from the same inputs are silent data corruption, and end the run with the host's name."""
+    self_check_every_steps: PositiveInt | None = None
+    """Steps between self-checks: a small workload with known bits on each rank's device; `null` makes none."""
+    straggler_share: PositiveFloat | None = 0.1
+    """Name a rank, with its host, whose own computation took this share longer in each of its last three reports than
+    the median rank's in any of them: the others wait for it in every step. `null` measures none."""
+    rank_report_every_s: PositiveFloat = 10.0
+    """Seconds between two reports of each rank's pace, for stragglers and `cherry top`."""
     max_skipped_steps: PositiveInt = 10
     """Consecutive skipped steps that trigger `on_divergence`."""
     on_divergence: Literal["rollback", "stop"] = "rollback"

@@ -14,6 +14,11 @@ from typing import Annotated, Any, get_type_hints
 
 from base.errors import DataError
 
+TRAIN = "train"
+"""Group of what training minimizes and how."""
+THROUGHPUT = "throughput"
+"""Group of speed and of bytes on the wire."""
+
 
 @dataclass(frozen=True)
 class FieldInfo:
@@ -21,10 +26,10 @@ class FieldInfo:
 
     description: str
     unit: str = ""
-    tracked: bool = False
-    """Whether the tracker gets the field as a series."""
+    group: str | None = None
+    """Group of charts that the tracker shows the field's series in; `None` is no series."""
     tracked_name: str | None = None
-    """Name of the series, where it is not the field's."""
+    """Name of the series within its group, where it is not the field's."""
     every_step: bool = False
     """Whether each step sends it. Of the other series one point a second is enough: a point costs more than a line of
     metrics.jsonl, and a small model takes ten steps in that time, on the same cores."""
@@ -44,33 +49,31 @@ class TrainRecord:
     steps: Annotated[int | None, FieldInfo("optimizer steps of the whole run", "steps")] = None
     loss: Annotated[
         float | None,
-        FieldInfo("cross-entropy of the next token", "nats per token", tracked=True, every_step=True, in_flow_run=True),
+        FieldInfo("cross-entropy of the next token", "nats per token", group=TRAIN, every_step=True, in_flow_run=True),
     ] = None
     mtp_loss: Annotated[
         float | None,
-        FieldInfo("cross-entropy of the multi-token prediction module", "nats per token", tracked=True),
+        FieldInfo("cross-entropy of the multi-token prediction module", "nats per token", group=TRAIN),
     ] = None
     balance_loss: Annotated[
-        float | None, FieldInfo("sequence-wise expert balance loss before its weight", tracked=True)
+        float | None, FieldInfo("sequence-wise expert balance loss before its weight", group=TRAIN)
     ] = None
     grad_norm: Annotated[
-        float | None, FieldInfo("L2 norm of the gradient before clipping", tracked=True, in_flow_run=True)
+        float | None, FieldInfo("L2 norm of the gradient before clipping", group=TRAIN, in_flow_run=True)
     ] = None
-    learning_rate: Annotated[float | None, FieldInfo("learning rate of the step", tracked=True, in_flow_run=True)] = (
-        None
-    )
+    learning_rate: Annotated[float | None, FieldInfo("learning rate of the step", group=TRAIN, in_flow_run=True)] = None
     tokens_per_second: Annotated[
-        float | None, FieldInfo("tokens of the batch over step_seconds", "tokens/s", tracked=True)
+        float | None, FieldInfo("tokens of the batch over step_seconds", "tokens/s", group=THROUGHPUT)
     ] = None
     mfu: Annotated[
-        float | None, FieldInfo("model FLOP/s over the device's peak; null on a CPU", "fraction", tracked=True)
+        float | None, FieldInfo("model FLOP/s over the device's peak; null on a CPU", "fraction", group=THROUGHPUT)
     ] = None
     mfu_convention: Annotated[str | None, FieldInfo("how mfu counts attention's FLOPs")] = None
     expert_load_max_over_mean: Annotated[
         float | None,
         FieldInfo(
             "tokens of the busiest expert over the mean, in the worst layer",
-            tracked=True,
+            group=TRAIN,
             in_flow_run=True,
         ),
     ] = None
@@ -81,26 +84,32 @@ class TrainRecord:
     bytes_on_wire: Annotated[
         dict[str, int] | None, FieldInfo("bytes that a rank sent, by `axis.kind` of collective", "bytes")
     ] = None
-    bytes_on_wire_total: Annotated[int | None, FieldInfo("bytes that a rank sent", "bytes", tracked=True)] = None
+    bytes_on_wire_total: Annotated[int | None, FieldInfo("bytes that a rank sent", "bytes", group=THROUGHPUT)] = None
     reduction_bytes_over_fp32: Annotated[
         float | None,
-        FieldInfo("bytes of the gradient reduction over those of one in fp32", "fraction", tracked=True),
+        FieldInfo("bytes of the gradient reduction over those of one in fp32", "fraction", group=THROUGHPUT),
     ] = None
-    step_seconds: Annotated[float | None, FieldInfo("wall time of the step", "s", tracked=True)] = None
+    step_seconds: Annotated[float | None, FieldInfo("wall time of the step", "s", group=THROUGHPUT)] = None
     seconds_left: Annotated[float | None, FieldInfo("steps left times the mean step time", "s")] = None
     tokens: Annotated[int | None, FieldInfo("tokens trained on so far, without skipped steps", "tokens")] = None
-    skipped_steps: Annotated[int | None, FieldInfo("steps skipped so far", "steps", tracked=True)] = None
-    rollbacks: Annotated[int | None, FieldInfo("rollbacks to a checkpoint so far", tracked=True)] = None
+    skipped_steps: Annotated[int | None, FieldInfo("steps skipped so far", "steps", group=TRAIN)] = None
+    rollbacks: Annotated[int | None, FieldInfo("rollbacks to a checkpoint so far", group=TRAIN)] = None
     skipped: Annotated[str | None, FieldInfo("why the step was skipped", marks_step=True, omitted_when_none=True)] = (
         None
     )
+    corruption: Annotated[
+        str | None,
+        FieldInfo(
+            "silent data corruption that was found, with its rank and host", marks_step=True, omitted_when_none=True
+        ),
+    ] = None
     time: Annotated[float | None, FieldInfo("unix time at the end of the step", "s")] = None
     heldout_loss: Annotated[
         float | None,
         FieldInfo(
             "cross-entropy on windows of held-out documents",
             "nats per token",
-            tracked=True,
+            group=TRAIN,
             tracked_name="heldout_window_loss",  # the evaluate step has one over whole documents
             every_step=True,
             in_flow_run=True,
@@ -157,8 +166,11 @@ FIELDS: dict[str, FieldInfo] = {
     for name, hint in get_type_hints(TrainRecord, include_extras=True).items()
 }
 """Every field by name, in the order of a line."""
-SERIES: dict[str, str] = {name: info.tracked_name or name for name, info in FIELDS.items() if info.tracked}
-"""Series name in the tracker by field: what the run of the train step gets."""
+SERIES: dict[str, str] = {
+    name: f"{info.group}/{info.tracked_name or name}" for name, info in FIELDS.items() if info.group is not None
+}
+"""Series name in the tracker by field: what the run of the train step gets. MLflow shows what stands before the slash
+as a group of charts."""
 FLOW_SERIES: dict[str, str] = {name: series for name, series in SERIES.items() if FIELDS[name].in_flow_run}
 """Series name in the tracker by field, of the series that the flow's run gets too."""
 EVERY_STEP: frozenset[str] = frozenset(name for name, info in FIELDS.items() if info.every_step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,22 +24,23 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from base import storage
-from base.errors import NonFiniteLossError
+from base.errors import NonFiniteLossError, StoppedError
 from base.progress import print_progress
 from cherry.checkpoint.checkpointer import Checkpointer, restore
+from cherry.checkpoint.claim import fenced_directories
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import newest_checkpoint
-from cherry.checkpoint.resume_rules import Progress, checkpoints_of, identity
-from cherry.data.batches import BatchReader, StepBatch
+from cherry.checkpoint.resume_rules import Progress, checkpoints_of, identity, rate_change, settled
+from cherry.corruption.recheck import Recheck
+from cherry.corruption.self_check import SelfCheck
+from cherry.data.batches import StepBatch, batch_reader
 from cherry.data.collate import check_fits
-from cherry.data.sampler import Sampler
 from cherry.data.shards import TokenDataset
-from cherry.data.target_counts import TargetCounts
 from cherry.distributed import fsdp_hooks
 from cherry.distributed.mesh import data_shard
 from cherry.heldout import Heldout, evaluate_heldout
+from cherry.hooks.build import build_hooks
 from cherry.hooks.metrics_hook import MetricsHook
-from cherry.hooks.profiler import ProfilerHook
 from cherry.hooks.protocol import HookList, TrainerHook
 from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, expert_load, peak_flops, peak_memory_bytes
@@ -69,21 +71,23 @@ class Trainer:
         resume_from: str | None = None,
         hooks: Sequence[TrainerHook] = (),
     ) -> None:
-        self.config = config
-        self.run_directory = run_directory
+        self.config, self.run_directory = config, run_directory
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.share = data_shard(config.parallel, self.rank, self.ranks)
         self.dataset = TokenDataset(storage.join(run_directory, "data"))
         check_fits(self.dataset.manifest, config, run_directory)
-        self.batches = self._batch_reader()
+        data = Path(storage.local_path(run_directory)) / "data"
+        self.batches = batch_reader(
+            self.dataset, data, config, self.share.data_rank, self.share.data_ranks, self.device
+        )
         self.network = build(config, self.device, self._print_line)
         self.model = self.network.model
         self.communication = fsdp_hooks.install(self.network.module, config.communication)
         self.optimizer = self.accelerator.prepare_optimizer(self.network.optimizer)
         group = dist.new_group(backend="gloo")
-        fence = Fence(storage.join(run_directory, "train")) if self.rank == 0 else None
+        fence = Fence(*fenced_directories(config, run_directory)) if self.rank == 0 else None
         directory = checkpoints_of(config, run_directory)
         self.checkpointer = Checkpointer(
             directory,
@@ -95,40 +99,32 @@ class Trainer:
         )
         self.progress = Progress()
         self.guard = StepGuard(config.train.spike_sigma)
+        self.recheck = Recheck(config, self.network, self.communication, self.device)
         self._rollback_before: int | None = None  # after a rollback, until the next save: the step it restored
-        self._save_owed, self._group = False, group
+        self._save_owed, self._told_to_end, self._group = False, False, group
         self._heldout: Heldout | None = None
         self._resume(resume_from, directory)
         self.network.start()
         self.metrics = self._metrics_hook() if self.rank == 0 else None
-        own = [hook for hook in (self.metrics, self._profiler_hook()) if hook is not None]
-        self.hooks = HookList([*own, *hooks], self._print_line)
+        own = [hook for hook in (self.metrics, self._self_check()) if hook is not None]
+        built = build_hooks(config, self.network.module, self._train_directory, self.device, self._print_line)
+        self.hooks = HookList([*own, *built, *hooks], self._print_line)
         # A CPU has no data sheet peak; a measured one depends on its load, so MFU would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
-
-    def _batch_reader(self) -> BatchReader:
-        config, apart = self.config, not self.config.data.cross_document_attention
-        counts = TargetCounts(self.dataset, Path(storage.local_path(self.run_directory)) / "data", keep_apart=apart)
-        return BatchReader(
-            self.dataset,
-            Sampler(len(self.dataset), config.seed, config.train.batch_size),
-            counts,
-            data_rank=self.share.data_rank,
-            data_ranks=self.share.data_ranks,
-            micro_batches=config.train.gradient_accumulation_steps,
-            keep_apart=apart,
-            device=self.device,
-        )
 
     def _resume(self, resume_from: str | None, directory: str) -> None:
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
         dist.broadcast_object_list(found, group=self._group)
-        self._started_from = found[0]
-        if found[0] is not None:
-            self._restore(found[0])
-            self._print_line(f"resumed from {found[0]}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
+        self._started_from = start = found[0]
+        if start is not None:
+            record = self._restore(start)
+            self.progress.resumed_from = settled(resume_from) if resume_from else self.progress.resumed_from
+            if change := rate_change(self.config.train, record):
+                self.progress.changes.append(change)
+                self._print_line(change)
+            self._print_line(f"resumed from {start}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
 
-    def _restore(self, uri: str) -> None:
+    def _restore(self, uri: str) -> dict[str, Any]:
         model = self.config.model.model_dump(mode="json")
         self.network.reshard()
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
@@ -138,17 +134,15 @@ class Trainer:
         if "guard" in record:
             self.guard.restore(record["guard"])
         self.checkpointer.last_saved = uri  # an attempt may have died between the last save and the result
+        return record
 
     def _metrics_hook(self) -> MetricsHook:
         path, every = self._train_directory / "metrics.jsonl", self.config.train.log_every_steps
         return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, print_line=self._print_line)
 
-    def _profiler_hook(self) -> ProfilerHook | None:
-        wanted = self.config.train.profile
-        if wanted is None or self.rank not in wanted.ranks:
-            return None
-        print_line = self._print_line if self.accelerator.is_main_process else logger.info
-        return ProfilerHook(wanted, self._train_directory / "profile", rank=self.rank, print_line=print_line)
+    def _self_check(self) -> SelfCheck | None:
+        every = self.config.train.self_check_every_steps
+        return None if every is None else SelfCheck(every, self.device, self._print_line)
 
     @property
     def _train_directory(self) -> Path:
@@ -160,6 +154,8 @@ class Trainer:
         Raises:
             NonFiniteLossError: too many steps in a row had a spike or a value that is not finite in loss or gradient
                 norm, and a rollback was not possible.
+            HardwareError: a device computed something else from the same inputs.
+            StoppedError: SIGUSR2 told it to end.
             SupersededError: a newer attempt took over the run directory.
             StorageError: the last checkpoint could not be written.
         """
@@ -172,6 +168,7 @@ class Trainer:
                 if not diverged:
                     self._evaluate_if_due(record)
                 self.hooks.on_step_end(record)
+                self.recheck.raise_if_found()
                 if diverged:
                     self._rollback(record)
                 else:
@@ -195,10 +192,13 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         done = self.progress.step
-        self._save_owed |= done % self.config.checkpoint.every_steps == 0
+        self._save_owed |= self._told_to_end or done % self.config.checkpoint.every_steps == 0
         # Between skipped steps the state may have diverged already: a rollback must not find it.
         if done == self.config.train.steps or (self._save_owed and not self.guard.consecutive_skips):
             self._save()
+            if self._told_to_end and done < self.config.train.steps:
+                self.checkpointer.wait()
+                raise StoppedError(f"told to end: step {done} is saved. Run the same command again to resume.")
 
     def close(self) -> None:
         """Finish the save in flight, end the reading thread and close the hooks; `run` does it by itself."""
@@ -215,20 +215,19 @@ class Trainer:
         batch = self.batches.take(self.progress.position)
         # Losses are divided by the targets of the whole optimizer step, so that accumulation and ranks change nothing.
         micro_batches = len(batch.micro_batches) * self.share.data_ranks
-        sums = self._backward(batch, micro_batches)
+        losses = self.recheck.compute(lambda: self._backward(batch, micro_batches))
         norm = self.network.gradient_norm()
         take_step = self.network.ready_step(norm, train.max_grad_norm)
         layers = self.model.moe_layers()
-        counts_LE = expert_counts(layers).to(sums.device)
-        # One all-reduce for everything (the norm as a mean): all ranks decide by the same numbers, and wait once.
-        sums = torch.cat([sums, norm.double()[None] / self.ranks, counts_LE.double().flatten()])
-        sums, load = self._sum_over_ranks(sums).tensor_split([4])
-        load_LE = load.view_as(counts_LE).float()
-        figures = Figures(float(sums[0]) / batch.targets, float(sums[3]))
-        skipped = self.guard.check_step(figures)
+        counts_LE = expert_counts(layers).to(losses.device)
+        sums, load_LE = self._sum_over_ranks(losses, norm, counts_LE)
+        figures, self._told_to_end = Figures(float(sums[0]) / batch.targets, float(sums[3])), bool(sums[4])
+        skipped, corruption = self.guard.check_step(figures), None
         if skipped is None:
             take_step()
         else:
+            del take_step  # it holds these gradients
+            corruption = self.recheck.check_step(step + 1, skipped)
             self.communication.reset_error_feedback()
         # After the optimizer's step, which keeps the GPU busy while this and the next forward pass are queued.
         bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
@@ -264,8 +263,22 @@ class Trainer:
             skipped_steps=self.guard.skipped,
             rollbacks=self.progress.rollbacks,
             skipped=skipped,
+            corruption=corruption,
             time=time.time(),
         )
+
+    def _sum_over_ranks(self, losses: Tensor, norm: Tensor, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
+        """The three losses, the norm and whether a rank was told to end, fp64 [5], and the experts' load [L, E].
+
+        One all-reduce for everything (the norm as a mean): all ranks decide by the same numbers, and wait once.
+        """
+        # A rank that was told to end leaves the signal pending, since all have to end after the same step.
+        told = losses.new_full((1,), float(signal.SIGUSR2 in signal.sigpending()))
+        sums = torch.cat([losses, norm.double()[None] / self.ranks, told, counts_LE.double().flatten()]).to(self.device)
+        if self.ranks > 1:
+            dist.all_reduce(sums)
+        sums, load = sums.cpu().tensor_split([5])
+        return sums, load.view_as(counts_LE).float()
 
     def _backward(self, batch: StepBatch, micro_batches: int) -> Tensor:
         """Sums of the three losses over this rank's share, fp64 [3]; the gradients are left in the parameters.
@@ -304,11 +317,12 @@ class Trainer:
             )
         skipped = self.guard.skipped
         self._restore(target)
+        self.checkpointer.roll_back(self.progress.step)
         self.guard.skipped = skipped
         self.guard.reset_consecutive_skips()
-        self.progress.position = reached.position
+        self.progress.position, self.progress.seconds = reached.position, reached.seconds
         self.progress.rollbacks = reached.rollbacks + 1
-        self.progress.seconds = reached.seconds
+        self.progress.resumed_from, self.progress.changes = reached.resumed_from, reached.changes
         self._rollback_before, self._save_owed = self.progress.step, False
         passed, nth = reached.step - self.progress.step, self.progress.rollbacks
         self._print_line(f"rolled back to {target}: {passed} batches passed over, rollback {nth}")
@@ -323,17 +337,9 @@ class Trainer:
         dist.broadcast_object_list(found, group=self._group)
         return found[0] or self._started_from
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self.ranks > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
-
     def _mfu(self, tokens_per_second: float) -> float | None:
-        if self.peak_flops is None:
-            return None
         per_token = self.config.model.flops_per_token(self.config.data.sequence_length, with_mtp=True)
-        return tokens_per_second * per_token / (self.peak_flops * self.ranks)
+        return None if self.peak_flops is None else tokens_per_second * per_token / (self.peak_flops * self.ranks)
 
     def heldout(self) -> Heldout:
         """Held-out loss now, over at most `train.heldout_sequences` documents, which the data ranks divide."""
@@ -377,6 +383,7 @@ class Trainer:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
             "skipped_steps": self.guard.skipped,
             "rollbacks": self.progress.rollbacks,
+            "changes": self.progress.changes,
             "failed_saves": [str(error) for error in self.checkpointer.failures],
             "versions": {"torch": torch.__version__},
         }
@@ -385,10 +392,6 @@ class Trainer:
         return result
 
     def _print_line(self, line: str, fraction: float | None = None) -> None:
-        """Print and log a line for people, on the main process only; with a fraction of the run, also as progress."""
+        """Print a line for people, on the main process only; with a fraction of the run, also as progress."""
         if self.accelerator.is_main_process:
-            if fraction is None:
-                print(line, flush=True)
-            else:
-                print_progress(line, fraction)
-            logger.info(line)
+            print(line, flush=True) if fraction is None else print_progress(line, fraction)

@@ -17,6 +17,7 @@ from cherry import loading
 from cherry.data.collate import mtp_targets
 from cherry.distributed import fsdp
 from cherry.distributed.context_parallel import ContextParallel, apply_context_parallel
+from cherry.distributed.local_part import local_part
 from cherry.distributed.resident_params import ResidentParams
 from cherry.job_config import JobConfig
 from cherry.lora import add_adapters, initialize_adapters
@@ -99,6 +100,14 @@ class Network:
         if self.resident is not None:
             return self.resident.gradient_norm()
         return gradient_norm(self.module)
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's shards of the gradients, in the order of the parameters; those without one are left out."""
+        if self.resident is not None:
+            found = [self.resident.gradient(parameter) for parameter in self.resident.resident]
+        else:
+            found = [parameter.grad for parameter in self.module.parameters()]
+        return [local_part(gradient)[0] for gradient in found if gradient is not None]
 
     def ready_step(self, norm: Tensor, max_norm: float) -> Callable[[], None]:
         """Callable that takes one optimizer step, with gradients clipped to a total norm of at most `max_norm`.

@@ -1,6 +1,7 @@
 """Training checkpoints: saved asynchronously, committed by a marker file, pruned, and verified when they are loaded.
 
-Each step has a directory of its own, which is never overwritten. A directory without its marker counts as absent.
+Each step has a directory of its own. What is committed is never overwritten, and removed only as `keep_last` and
+`keep_every_steps` say, or where a rollback left it. A directory without its marker counts as absent.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from base import storage
 from base.errors import CheckpointError, CherryError, SupersededError
+from base.progress import busy
 from cherry.checkpoint.digests import as_storage_error, digest_own, verify
 from cherry.checkpoint.fence import Fence
 from cherry.checkpoint.naming import committed_steps, step_name, step_of
+from cherry.checkpoint.resume_rules import check_model
 from cherry.checkpoint.staging import Staging
 
 logger = logging.getLogger(__name__)
-# A preset's name and the scale of initial weights do not matter to a run that resumes.
-_NOT_ARCHITECTURE = {"preset", "initializer_range"}
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -77,6 +78,7 @@ class Checkpointer:
         self._staging = Staging()
         self._copying = False
         self._hooked: torch.optim.Optimizer | None = None
+        self._rolled_back: int | None = None
         self._reported = 0
 
     @property
@@ -87,6 +89,10 @@ class Checkpointer:
     def uri_of(self, step: int) -> str:
         """URI of a step's checkpoint, committed or not."""
         return storage.join(self.directory, step_name(step))
+
+    def roll_back(self, step: int) -> None:
+        """Have the next save replace the checkpoints after `step`, which led to divergence."""
+        self._rolled_back = step
 
     def new_failures(self) -> list[CherryError]:
         """Errors of saves that failed since the last call, of the one in flight too; for reports only.
@@ -152,7 +158,8 @@ class Checkpointer:
     def _stalling(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with busy("checkpoint"):
+                yield
         finally:
             self.stalled_seconds += time.perf_counter() - started
 
@@ -175,8 +182,7 @@ class Checkpointer:
 
     def _write(self, step: int, snapshot: dict[str, Any], record: dict[str, Any]) -> None:
         """Save on every rank's background thread: copy, clear, write, agree that all ranks wrote, commit, prune."""
-        target = self.uri_of(step)
-        rank = dist.get_rank(self._group)
+        target, rank = self.uri_of(step), dist.get_rank(self._group)
         files: dict[str, list[Any]] = {}
         error: CherryError | None = None
         try:
@@ -186,7 +192,7 @@ class Checkpointer:
         del snapshot
         failed, _ = self._agree(error, files)
         failed = failed or self._clear(target)
-        if failed is None:
+        if cleared := failed is None:
             try:
                 with _is_single_process(self._group) as single:
                     writer = self._writer(target)
@@ -200,7 +206,7 @@ class Checkpointer:
                 self._check_fence()
                 if failed is None:
                     self._commit(step, record, files)
-                else:
+                elif cleared:
                     storage.remove_tree(target)
             except Exception as failure:  # of any kind: the other ranks wait for the outcome
                 verdict = [as_storage_error(failure, target)]
@@ -249,12 +255,27 @@ class Checkpointer:
         if dist.get_rank(self._group) == 0:
             try:
                 self._check_fence()  # a newer attempt may have committed this very step
+                self._check_free(target)
                 storage.remove_tree(target)
                 storage.make_directory(target)
             except Exception as failure:  # as above
                 verdict = [as_storage_error(failure, target)]
         dist.broadcast_object_list(verdict, group=self._group, group_src=0)
         return verdict[0]
+
+    def _check_free(self, target: str) -> None:
+        """Check that `target` is not committed, unless a rollback left it.
+
+        Raises:
+            CheckpointError: another run has committed it, or this one from another beginning.
+        """
+        step = step_of(target) or 0
+        left = self._rolled_back is not None and step > self._rolled_back
+        if not left and storage.is_committed(target):
+            raise CheckpointError(
+                f"{target} is committed already, and is not written to again: another run saves to {self.directory} "
+                "too, or this one began before that step. Give this run another --run_dir or checkpoint.directory."
+            )
 
     def _check_fence(self) -> None:
         if self._fence is not None:
@@ -268,19 +289,23 @@ class Checkpointer:
             self._check_fence()  # a newer attempt may resume from what this one would remove
             for outdated in self._outdated(step):
                 storage.remove_tree(self.uri_of(outdated))
+            self._rolled_back = None
         except CherryError as error:
             logger.warning("an old checkpoint was not removed: %s", error)  # the new checkpoint is committed anyway
 
     def _outdated(self, saved: int) -> list[int]:
-        """Steps whose checkpoints are pruned once step `saved` is committed: older than `keep_last`, or later steps.
+        """Steps whose checkpoints are pruned once step `saved` is committed: older than `keep_last`, or left behind.
 
-        Later steps belong to a branch that was left by resuming from an older checkpoint. They must not count as the
-        newest, nor push out this branch's checkpoints.
+        Steps that a rollback left led to divergence: they must not count as the newest, nor push out older ones. Other
+        later steps are not this training's to remove, and what a link points at may be another run's.
         """
         steps = committed_steps(self.directory)
         every = self._keep_every_steps
         older = [step for step in steps if step <= saved][: -self._keep_last]
-        return [step for step in steps if step > saved] + [step for step in older if every is None or step % every]
+        pruned = [step for step in older if every is None or step % every]
+        if self._rolled_back is not None:
+            pruned += [step for step in steps if step > saved]
+        return [step for step in pruned if not storage.is_link(self.uri_of(step))]
 
 
 def restore(
@@ -347,27 +372,6 @@ def reader_of(uri: str) -> FileSystemReader:
 
     reader: FileSystemReader = FsspecReader(uri)
     return reader
-
-
-def check_model(uri: str, record: dict[str, Any], expected: dict[str, Any] | None) -> None:
-    """Check that the architecture in a checkpoint's record is the configured one.
-
-    Raises:
-        CheckpointError: names the keys that differ.
-    """
-    if expected is None or "model" not in record:
-        return
-    stored = record["model"]
-    wrong = [
-        f"  model.{key}: the checkpoint has {stored.get(key)!r}, the config {expected.get(key)!r}"
-        for key in sorted(stored.keys() | expected.keys())
-        if key not in _NOT_ARCHITECTURE and stored.get(key) != expected.get(key)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{uri} is of another model:\n" + "\n".join(wrong) + "\nResume with the config it was made with, or start "
-            "in another run directory."
-        )
 
 
 def _random_states(rank: int) -> dict[str, Any]:

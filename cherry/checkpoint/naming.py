@@ -30,3 +30,10 @@ def newest_checkpoint(directory: str, *, before: int | None = None) -> str | Non
     """URI of the newest committed checkpoint of a step below `before` (if given), or `None`. On one rank only."""
     steps = [step for step in committed_steps(directory) if before is None or step < before]
     return storage.join(directory, step_name(steps[-1])) if steps else None
+
+
+def unreadable_checkpoints(directory: str) -> list[str]:
+    """URIs of checkpoints whose markers are there, but empty or cut short, by step. On one rank only."""
+    steps = sorted(step for name in storage.list_names(directory) if (step := step_of(name)) is not None)
+    uris = [storage.join(directory, step_name(step)) for step in steps]
+    return [u for u in uris if storage.exists(storage.join(u, storage.MARKER)) and not storage.is_committed(u)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from cherry.data.collate import MicroBatch, micro_batch
 from cherry.data.sampler import Sampler
 from cherry.data.shards import TokenDataset
 from cherry.data.target_counts import TargetCounts
+from cherry.job_config import JobConfig
 
 # Optimizer steps that are read ahead: one hides an even reading time, the second a read that takes longer than a step.
 _STEPS_AHEAD = 2
@@ -112,3 +114,24 @@ class BatchReader:
         torch.set_num_threads(1)  # more OpenMP threads than cores slow training's down; as checkpointer.py explains
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+
+
+def batch_reader(
+    dataset: TokenDataset, directory: Path, config: JobConfig, data_rank: int, data_ranks: int, device: torch.device
+) -> BatchReader:
+    """Reader of a job's batches on a rank, in the order of its seed.
+
+    Args:
+        directory: of the prepared data; target counts are kept there.
+    """
+    apart = not config.data.cross_document_attention
+    return BatchReader(
+        dataset,
+        Sampler(len(dataset), config.seed, config.train.batch_size),
+        TargetCounts(dataset, directory, keep_apart=apart),
+        data_rank=data_rank,
+        data_ranks=data_ranks,
+        micro_batches=config.train.gradient_accumulation_steps,
+        keep_apart=apart,
+        device=device,
+    )

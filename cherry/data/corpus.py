@@ -1,4 +1,4 @@
-"""Corpus sources: text files, JSONL, chat JSONL, or the source files of Python's standard library.
+"""Corpus sources: text files, records (JSON, CSV, Parquet), or the source files of Python's standard library.
 
 A document's id is its path (and line) relative to the source: the same on every machine.
 """
@@ -13,26 +13,27 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from base import storage
 from base.errors import DataError, MissingFileError
 from base.storage import FoundFile
+from cherry.data.chat import Chat, read_chat
+from cherry.data.records import Record, has_records, kind_of, open_plain, read_records
 from cherry.job_config import DataConfig
 
 STDLIB = "python-stdlib"
-ROLES = ("system", "user", "assistant")
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-_BLOCK_BYTES = 1 << 20
+# Files that a published data set has beside its records.
+_ABOUT_THE_DATA = ("readme", "license", "licence", "dataset_infos", "dataset_info", "dataset_dict", "state")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document. `messages` is set for chats only, as (role, content) pairs; `text` then joins their contents."""
+    """One document. `chat` is set for conversations only; `text` then joins the contents of their messages."""
 
     id: str
     text: str
-    messages: tuple[tuple[str, str], ...] | None = None
+    chat: Chat | None = None
 
 
 class Source:
@@ -44,7 +45,10 @@ class Source:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.files = list_files(config.source)
+        files = list_files(config.source)
+        self.left_out = _about_the_data(files) if config.format != "text" else []
+        """Files that describe a data set (README, LICENSE and the like), which are not read."""
+        self.files = [file for file in files if file not in self.left_out]
         self.bytes = sum(file.bytes for file in self.files)
         self.skipped = 0
         """Number of text files that the last pass left out because they are not UTF-8."""
@@ -56,7 +60,7 @@ class Source:
         With `max_documents`, the documents with the lowest seeded hash of their id, which are kept in memory.
 
         Raises:
-            DataError: a JSONL line is malformed; the text names file and line.
+            DataError: a record is malformed, or a file is of a kind that is not read; the text names file and line.
         """
         config = self.config
         if config.max_documents is None:
@@ -70,19 +74,30 @@ class Source:
     def _read(self) -> Iterator[Document]:
         self.skipped = 0
         for file in self.files:
-            kind = self.config.format
-            if kind == "auto":
-                kind = "jsonl" if file.name.endswith(".jsonl") else "text"
-            if kind != "text":
-                yield from _read_records(file, self.config.text_key, chat=kind == "chat")
-                continue
+            with open_plain(file) as handle:
+                kind = "text" if self.config.format == "text" else kind_of(file, handle)
+                if kind == "text" and self.config.format != "auto" and self.config.format != "text":
+                    kind = "json"
+                if kind != "text":
+                    for record in read_records(file, handle, kind):
+                        document = _document(record, file, self.config)
+                        if document.text.strip() or document.chat is not None:
+                            yield document
+                    continue
+                content = handle.read()
             try:
-                text = storage.read_bytes(file.uri).decode("utf-8-sig")
+                text = content.decode("utf-8-sig")
             except UnicodeDecodeError:
                 self.skipped += 1
                 continue
             if text.strip():
                 yield Document(file.name, text)
+
+
+def _about_the_data(files: list[FoundFile]) -> list[FoundFile]:
+    """The files of a folder of records that describe them."""
+    about = [file for file in files if file.name.rpartition("/")[2].split(".")[0].lower() in _ABOUT_THE_DATA]
+    return about if any(has_records(file.name) for file in files if file not in about) else []
 
 
 def list_files(source: str) -> list[FoundFile]:
@@ -147,62 +162,22 @@ def sample_texts(documents: Iterable[Document], *, size_bytes: int, seed: int) -
     return [text for _, _, text in sorted(heap, reverse=True)]
 
 
-def _lines(handle: BinaryIO) -> Iterator[bytes]:
-    rest = b""
-    while block := handle.read(_BLOCK_BYTES):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
-
-
-def _read_records(file: FoundFile, text_key: str, *, chat: bool) -> Iterator[Document]:
-    with storage.open_read(file.uri) as handle:
-        for number, line in enumerate(_lines(handle), start=1):
-            if line.strip():
-                document = _document(line, f"{file.name}:{number}", f"{file.uri} line {number}", text_key, chat=chat)
-                if document.text.strip():
-                    yield document
-
-
-def _document(line: bytes, name: str, where: str, text_key: str, *, chat: bool) -> Document:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        # Not str(error): the decoder's line number is always 1 here.
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON ({reason}). Fix or remove the line.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}. Fix or remove the line.")
-    messages = _messages(record, where) if chat else None
-    text = "\n".join(content for _, content in messages) if messages is not None else record.get(text_key)
+def _document(record: Record, file: FoundFile, config: DataConfig) -> Document:
+    value, where = record.value, record.where
+    chat = read_chat(value, where) if config.format == "chat" else None
+    text = chat.text if chat is not None else value.get(config.text_key)
     if not isinstance(text, str):
+        other = "set data.format=chat" if "messages" in value else "name another key, or set data.format=text"
         raise DataError(
-            f"{where}: must have a string under {text_key!r} (data.text_key), got {text!r:.60}. "
-            "Fix or remove the line, or name another key."
+            f"{where}: must have a string under {config.text_key!r} (data.text_key), got {text!r:.60}. "
+            f"Fix or remove the record, or {other}."
         )
     try:
-        text.encode()
+        (text if chat is None else json.dumps([chat.messages, chat.context], ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: an unpaired surrogate cannot be encoded ({error}). Fix or remove the line."
         ) from error
-    return Document(name, text, messages)
-
-
-def _messages(record: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: must have a list of messages under 'messages'. Fix or remove the line.")
-    pairs: list[tuple[str, str]] = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        if role not in ROLES or not isinstance(content, str):
-            raise DataError(
-                f"{where}: a message must have a role of {', '.join(ROLES)} and a string content, got "
-                f"{message!r:.80}. Fix or remove the line."
-            )
-        pairs.append((role, content))
-    if all(role != "assistant" for role, _ in pairs):
-        raise DataError(f"{where}: no message has the role assistant, so no token would bear loss. Remove the line.")
-    return tuple(pairs)
+    except TypeError as error:
+        raise DataError(f"{where}: only values that JSON has can be trained on: {error}. Remove the key.") from error
+    return Document(f"{file.name}:{record.number}", text, chat)

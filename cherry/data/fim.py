@@ -31,7 +31,7 @@ class Fim:
 
     def cut(self, document: Document) -> tuple[str, str, str] | None:
         """Prefix, middle and suffix (each may be empty) of a document; `None` if it stays in its order."""
-        if document.messages is not None or seeded(self.seed, "fim", document.id) >= self.rate * 2**64:
+        if document.chat is not None or seeded(self.seed, "fim", document.id) >= self.rate * 2**64:
             return None
         places = len(document.text) + 1
         first, second = sorted(seeded(self.seed, f"fim-{cut}", document.id) % places for cut in ("a", "b"))

@@ -16,12 +16,15 @@ from tokenizers import Tokenizer
 from base import storage
 from base.errors import ConfigError, DataError, storage_errors
 from base.storage import Progress
+from cherry.data.chat import Chat
+from cherry.data.chat_template import FILE_NAME as TEMPLATE_NAME
 from cherry.data.corpus import Document, Source, is_heldout, sample_texts
-from cherry.data.encode import Encoded, encode, encode_filled
+from cherry.data.encode import Encoded, Encoder
 from cherry.data.fim import TRAINED_TOKENS, fim_of
 from cherry.data.shards import SHARD_TOKENS, Manifest, ShardWriter, TokenDataset, read_manifest
 from cherry.data.target_counts import write_target_counts
 from cherry.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
+from cherry.data.tokenizer_files import chat_template, saved_template, tokenizer_uri
 from cherry.job_config import DataConfig
 
 _BATCH_DOCUMENTS = 256
@@ -52,12 +55,16 @@ def prepare(
     directory: str,
     bos_id: int = 0,
     eos_id: int = 1,
+    weights: str | None = None,
     on_progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
     """Prepare a directory: split documents, train or load the tokenizer, write token shards, commit; its manifest.
 
     The corpus is streamed once, and once before that if a tokenizer is trained.
+
+    Args:
+        weights: folder of the weights that training starts from, whose tokenizer is taken.
 
     Raises:
         ConfigError: `directory` is not local, but shards are memory-mapped.
@@ -73,11 +80,19 @@ def prepare(
     path = Path(storage.local_path(directory))
     storage.make_directory(directory)
     report(f"{len(source.files):,} files, {source.bytes / 1e6:.1f} MB", 0.0)
-    tokenizer = _tokenizer(source, vocab_size, bos_id, eos_id)
+    uri = tokenizer_uri(config, weights)
+    tokenizer = _tokenizer(source, uri, vocab_size, bos_id, eos_id)
     fim = fim_of(tokenizer, config)
     storage.write_bytes(str(path / "tokenizer.json"), tokenizer.to_str(pretty=True).encode())
-    report(f"tokenizer of {tokenizer.get_vocab_size():,} tokens", _TOKENIZER_SHARE)
     tally = _Tally()
+    template = None
+    if config.format == "chat":
+        template = chat_template(config, tokenizer, uri, bos_id=bos_id, eos_id=eos_id)
+        tally.digest.update(template.source.encode())
+        storage.write_bytes(str(path / TEMPLATE_NAME), template.source.encode())
+    told = "" if template is None else f", chat template: {template.origin}"
+    report(f"tokenizer of {tokenizer.get_vocab_size():,} tokens{told}", _TOKENIZER_SHARE)
+    encoder = Encoder(tokenizer, bos_id=bos_id, eos_id=eos_id, template=template)
     with (
         ShardWriter(path, vocab_size, masked=config.format == "chat", shard_tokens=shard_tokens) as writer,
         storage_errors(directory),
@@ -85,30 +100,42 @@ def prepare(
     ):
         for batch in _batches(source.documents()):
             train = [document for document in batch if not tally.add(document, config, heldout)]
-            for encoded in encode_filled(tokenizer, train, fim, bos_id=bos_id, eos_id=eos_id):
+            for encoded in encoder.encode_filled(train, fim):
                 writer.add(encoded.tokens, encoded.bears)
             done = _TOKENIZER_SHARE + (0.98 - _TOKENIZER_SHARE) * min(1.0, tally.bytes / max(source.bytes, 1))
             report(f"packed {tally.documents:,} documents, {writer.tokens:,} tokens", done)
         heldout.flush()
         os.fsync(heldout.fileno())
+    if template is not None:
+        _write_generation_settings(path, bos_id, eos_id, encoder.turn_ends)
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
     write_target_counts(TokenDataset(directory, manifest), path)
     storage.write_json(str(path / "manifest.json"), asdict(manifest))
     storage.commit(directory, {"digest": manifest.digest, "config": config.model_dump(mode="json")})
-    report(_summary(manifest), 1.0)
+    report(_summary(manifest, source) + told, 1.0)
     return manifest
 
 
-def _summary(manifest: Manifest) -> str:
+def _write_generation_settings(path: Path, bos_id: int, eos_id: int, turn_ends: set[int]) -> None:
+    """Settings by which a model stops at eos and at the tokens that ended the assistant's turns."""
+    ends = [eos_id, *sorted(turn_ends - {eos_id})]
+    settings = {"bos_token_id": bos_id, "eos_token_id": ends, "do_sample": False}
+    storage.write_json(str(path / "generation_config.json"), settings)
+
+
+def _summary(manifest: Manifest, source: Source) -> str:
     left_out = f", {manifest.skipped_files} files that are not UTF-8 left out" if manifest.skipped_files else ""
+    if source.left_out:
+        names = ", ".join(file.name for file in source.left_out[:3]) + (", ..." if len(source.left_out) > 3 else "")
+        left_out += f", {names} left out (about the data, not of it)"
     return f"{manifest.sequences:,} sequences of {manifest.sequence_length} tokens{left_out}"
 
 
-def _tokenizer(source: Source, vocab_size: int, bos_id: int, eos_id: int) -> Tokenizer:
+def _tokenizer(source: Source, uri: str | None, vocab_size: int, bos_id: int, eos_id: int) -> Tokenizer:
     config = source.config
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-        check_fit(tokenizer, config.tokenizer, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
+    if uri is not None:
+        tokenizer = load_tokenizer(uri)
+        check_fit(tokenizer, uri, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
         return tokenizer
     train = (document for document in source.documents() if not _is_held_out(document, config))
     texts = sample_texts(train, size_bytes=config.tokenizer_sample_bytes, seed=config.seed)
@@ -147,7 +174,9 @@ class _Tally:
     def add(self, document: Document, config: DataConfig, heldout: TextIO) -> bool:
         """True if the document is held out: it is then written to `heldout`. Counts it either way."""
         text = document.text.encode()
-        content = text if document.messages is None else json.dumps(document.messages).encode()
+        content = (
+            text if document.chat is None else json.dumps([document.chat.messages, document.chat.context]).encode()
+        )
         self.digest.update(f"{document.id}\0{len(content)}\0".encode() + content)
         self.documents += 1
         self.bytes += len(text)
@@ -157,8 +186,8 @@ class _Tally:
             self.heldout_bytes += len(text)
             self.zlib.add(text)
             record: dict[str, Any] = {"id": document.id, "text": document.text, "bytes": len(text)}
-            if document.messages is not None:
-                record["messages"] = [{"role": role, "content": content} for role, content in document.messages]
+            if document.chat is not None:
+                record |= {"messages": document.chat.messages, "context": document.chat.context}
             heldout.write(json.dumps(record, ensure_ascii=False) + "\n")
         return held
 
@@ -223,29 +252,31 @@ def iterate_heldout(directory: str, max_tokens: int | None) -> Iterator[HeldoutD
     """
     manifest = read_manifest(directory)
     tokenizer = load_tokenizer(storage.join(directory, "tokenizer.json"))
+    ids = {"bos_id": manifest.bos_id, "eos_id": manifest.eos_id}
+    template = saved_template(storage.join(directory, TEMPLATE_NAME), tokenizer, **ids)
+    encoder = Encoder(tokenizer, template=template, **ids)
     for batch in _batches(_read_heldout(storage.join(directory, "heldout.jsonl"))):
-        encoded = encode(tokenizer, batch, bos_id=manifest.bos_id, eos_id=manifest.eos_id, with_ends=True)
-        for document, tokens in zip(batch, encoded, strict=True):
-            yield _cut(document.id, tokens, max_tokens, manifest.eos_id)
+        for document, tokens in zip(batch, encoder.encode(batch, with_ends=True), strict=True):
+            yield _cut(document.id, tokens, max_tokens, encoder.control_ids)
 
 
 def _read_heldout(uri: str) -> Iterator[Document]:
     with storage.open_read(uri) as handle:
         for line in handle:
             record = json.loads(line)
-            messages = tuple((m["role"], m["content"]) for m in record["messages"]) if "messages" in record else None
-            yield Document(record["id"], record["text"], messages)
+            chat = Chat(tuple(record["messages"]), record.get("context", {})) if "messages" in record else None
+            yield Document(record["id"], record["text"], chat)
 
 
-def _cut(name: str, encoded: Encoded, max_tokens: int | None, eos_id: int) -> HeldoutDocument:
+def _cut(name: str, encoded: Encoded, max_tokens: int | None, control_ids: set[int]) -> HeldoutDocument:
     """Held-out document of an encoded one: without the last eos, cut to `max_tokens` at a character boundary."""
-    length = len(encoded.tokens) - (encoded.tokens[-1] == eos_id)
+    length = len(encoded.tokens) - (encoded.tokens[-1] in control_ids)
     if max_tokens is not None:
         length = min(length, max_tokens + 1)
     while (end := encoded.ends[length - 1]) is None:
         length -= 1
     tokens, text = encoded.tokens[:length], encoded.text[:end]
-    scored = [bears and token != eos_id for token, bears in zip(tokens, encoded.bears, strict=False)]
+    scored = [bears and token not in control_ids for token, bears in zip(tokens, encoded.bears, strict=False)]
     scored[0] = False
     return HeldoutDocument(name, tokens, scored, len(text.encode()), text)
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from cherry.checkpoint.checkpointer import read_state, reader_of
+from cherry.distributed.bits import bit_sum
 from cherry.distributed.compression import CODECS, Codec, all_reduce, reduce_scatter_bf16
 from cherry.distributed.expert_parallel import AllToAllDispatcher
 from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
@@ -95,6 +96,8 @@ class Communication:
         self.overlap = config.overlap
         self.last = True
         """True during the last micro-batch of an optimizer step: only then are gradients reduced over replicas."""
+        self.fingerprints: list[tuple[Tensor, Tensor]] | None = None
+        """Fingerprints of this rank's gradients before each reduce-scatter, in order; `None` takes none."""
         self._network = network
         self.reductions: list[_CompressedAllReduce] = []
 
@@ -103,6 +106,11 @@ class Communication:
         if last != self.last and isinstance(self._network, FSDPModule):
             self._network.set_requires_all_reduce(last)
         self.last = last
+
+    def fingerprint(self, gradient: Tensor) -> None:
+        """Add the bit sum and the norm of a gradient that is about to be reduced, where they are wanted."""
+        if self.fingerprints is not None:
+            self.fingerprints.append((bit_sum(gradient), torch.linalg.vector_norm(gradient, dtype=torch.float32)))
 
     def reset_error_feedback(self) -> None:
         """Drop all residuals (error feedback): after a skipped step, its error belongs to no later step."""
@@ -206,6 +214,7 @@ class _ReduceScatter(DefaultReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work:
+        self._communication.fingerprint(input_tensor)
         sent = (group.size() - 1) * output_tensor.nbytes
         self._communication.traffic.add("shard", "reduce_scatter", sent, fp32=sent)
         with self._communication.exposed(input_tensor.device):
@@ -235,6 +244,7 @@ class _Bf16ReduceScatter(DefaultAllocMixin, ReduceScatter):
         assert (input_tensor.dtype, output_tensor.dtype) == (torch.bfloat16, torch.float32)
         assert op == dist.ReduceOp.SUM
         assert not async_op
+        self._communication.fingerprint(input_tensor)
 
         def count(kind: str, sent: int, fp32: int) -> None:
             self._communication.traffic.add("shard", kind, sent, fp32)

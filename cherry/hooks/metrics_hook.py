@@ -60,6 +60,8 @@ class MetricsHook(TrainerHook):
                 self._print_from = time.monotonic() + self.print_every_s
         if record.skipped is not None:
             self._print_line(f"step {record.step} skipped: {record.skipped}", None)
+        if record.corruption is not None:
+            self._print_line(record.corruption, None)
         if failure := self._writer.new_failure():
             self._print_line(f"metrics wait in memory, training continues: {failure}", None)
         for failed in record.failed_saves or ():

@@ -74,7 +74,7 @@ class Plan:
         return max(self.memory, key=lambda ranks: ranks.total)
 
     def why_not(self) -> str:
-        """Sentences on why a plan does not fit: the peak, the usable memory, and the component that exceeds it."""
+        """Why a plan does not fit, a line each: what is short, the peak, what is usable, what exceeds it."""
         ranks, left = self.worst, self.worst.usable
         largest = max(ranks.components, key=lambda name: ranks.components[name])
         breaking = largest
@@ -83,13 +83,20 @@ class Plan:
             if left < 0:
                 breaking = name
                 break
-        reason = (
-            f"{self.job} does not fit: memory of {ranks.name} must hold {ranks.total / GIB:.1f} GiB in "
-            f"'{ranks.peak_stage}', and {ranks.usable / GIB:.1f} GiB of {self.work.gpu.name} are usable. "
-            f"There is no room for {breaking} ({ranks.components[breaking] / GIB:.1f} GiB)"
-        )
-        same = f", the largest is {largest} ({ranks.components[largest] / GIB:.1f} GiB)" if largest != breaking else ""
-        return f"{reason}{same}."
+        lines = [
+            f"{self.job} does not fit: short by {(ranks.total - ranks.usable) / GIB:,.1f} GiB on {ranks.name}",
+            f"needed: {ranks.total / GIB:,.1f} GiB at the peak, in {ranks.peak_stage}",
+            f"usable: {ranks.usable / GIB:,.1f} GiB of {self.work.gpu.name}",
+            f"no room for {breaking}: {ranks.components[breaking] / GIB:,.1f} GiB",
+        ]
+        if largest != breaking:
+            lines.append(f"the largest part: {largest}, {ranks.components[largest] / GIB:,.1f} GiB")
+        return "\n  - ".join(lines)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak bytes of a rank as a run measures them: of the whole process on a CPU, of torch's tensors on a GPU."""
+        return self.worst.allocated + (PROCESS_BYTES if self.work.gpu.shared_memory else 0)
 
     @property
     def host_bytes_per_node(self) -> int:
@@ -100,12 +107,10 @@ class Plan:
 
     def predictions(self) -> dict[str, float]:
         """Predicted figures that a run also measures, under the names of the measured ones."""
-        # On a CPU the whole process is measured, on a GPU torch's tensors.
-        process = PROCESS_BYTES if self.work.gpu.shared_memory else 0
         return {
             "predicted_step_seconds": self.step.total,
             "predicted_tokens_per_second": self.step.tokens_per_s,
-            "predicted_peak_memory_gib": (self.worst.allocated + process) / GIB,
+            "predicted_peak_memory_gib": self.peak_memory_bytes / GIB,
             "predicted_goodput": self.run.goodput,
         }
 
@@ -182,7 +187,7 @@ def make_plan(config: JobConfig, cluster: ClusterSpec, gpu: Gpu | None = None) -
 def plan_of(config: JobConfig, cluster: ClusterSpec, work: Workload) -> Plan:
     """The plan of a job in the layout of `work`, which may differ from the job's own."""
     step = step_time(work)
-    return Plan(config.name, cluster, work, memory_of(work), step, _run(config, cluster, work, step))
+    return Plan(config.name, cluster, work, memory_of(work), step, run_plan(config, cluster, work, step))
 
 
 def checkpoint_bytes(config: JobConfig) -> int:
@@ -191,7 +196,8 @@ def checkpoint_bytes(config: JobConfig) -> int:
     return 4 * network.total("elements") + checkpoint_state_bytes(network, config.train)
 
 
-def _run(config: JobConfig, cluster: ClusterSpec, work: Workload, step: StepTime) -> RunPlan:
+def run_plan(config: JobConfig, cluster: ClusterSpec, work: Workload, step: StepTime) -> RunPlan:
+    """Checkpoints, failures, duration and cost of a job in the layout of `work`."""
     train, held = config.train, checkpoint_bytes(config)
     copy_s = held / work.ranks * work.replicate / work.gpu.host_rate
     stall_s = _STALL_S + max(0.0, copy_s - step.total) if config.checkpoint.asynchronous else 0.0

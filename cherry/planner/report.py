@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cherry.cluster import ClusterSpec
 from cherry.hardware import GIB
 from cherry.planner.plan import Plan
 from cherry.planner.search import Layout
@@ -55,6 +56,13 @@ def headline(plan: Plan) -> str:
     return f"{work.ranks} x {work.gpu.name}: {layout}; {micro}; {work.precision}, {recompute}"
 
 
+def summary_line(plan: Plan) -> str:
+    """The plan in a short line: devices, speed, and the peak memory that the run's measured one is compared with."""
+    of = "a rank's process" if plan.work.gpu.shared_memory else "a GPU"
+    peak = f"{plan.peak_memory_bytes / GIB:.2f} GiB at the peak of {of}"
+    return f"{plan.work.ranks} x {plan.work.gpu.name}, {plan.step.tokens_per_s:,.0f} tokens/s, {peak}"
+
+
 def memory_title(plan: Plan) -> str:
     """Title of a plot of the plan's memory."""
     return f"{plan.job} on {plan.work.ranks} x {plan.work.gpu.name}: memory of {plan.worst.name}"
@@ -66,7 +74,7 @@ def unused(plan: Plan) -> str:
     if cluster.kind != "nodes" or work.ranks >= cluster.gpus:
         return ""
     nodes, on_node = work.ranks // work.gpus_per_node, work.gpus_per_node
-    keys = {"launch.nnodes": (nodes, cluster.nodes), "launch.nproc_per_node": (on_node, cluster.gpus_per_node)}
+    keys = {"launch.nnodes": (nodes, cluster.node_count), "launch.nproc_per_node": (on_node, cluster.node_gpus)}
     overrides = " ".join(f"{key}={available}" for key, (asked, available) in keys.items() if asked != available)
     return f"takes {work.ranks} of the cluster's {cluster.gpus} GPUs; all with {overrides}"
 
@@ -101,7 +109,9 @@ def _memory(plan: Plan) -> list[Row]:
         for name, size in worst.components.items()
         if size >= 2**20
     ]
-    return [*rows, row("all", worst.total, {ranks.name: ranks.total for ranks in others})]
+    total = row("all", worst.total, {ranks.name: ranks.total for ranks in others})
+    kind = "tensors and the process itself" if plan.work.gpu.shared_memory else "tensors, by torch's count"
+    return [*rows, total, Row("peak as measured", f"{plan.peak_memory_bytes / GIB:.2f}", None, kind)]
 
 
 def _step(plan: Plan) -> list[Row]:
@@ -180,8 +190,15 @@ def _run(plan: Plan) -> list[Row]:
         Row("duration", duration(run.wall_s), None, f"{run.gpu_hours:,.0f} GPU hours"),
     ]
     if run.cost is not None:
-        rows.append(Row("cost", f"{run.cost:,.0f}", None, f"at {cluster.price_per_gpu_hour} a GPU hour"))
+        rows.append(
+            Row("cost", cost(run.cost, cluster), None, f"at {cluster.price_per_gpu_hour} {cluster.currency} a GPU hour")
+        )
     return rows
+
+
+def cost(amount: float, cluster: ClusterSpec) -> str:
+    """A cost with its currency."""
+    return f"{amount:,.0f} {cluster.currency}" if amount >= 10 else f"{amount:,.2f} {cluster.currency}"
 
 
 def _size(size: float) -> str:
@@ -202,11 +219,11 @@ def duration(seconds: float) -> str:
 
 
 def advice(nearest: Sequence[Layout]) -> str:
-    """Sentence with the nearest layouts that fit."""
+    """Lines with the nearest layouts that fit."""
     if not nearest:
-        return "No one or two changes that the planner knows make it fit: take more nodes or a smaller model."
-    layouts = "; ".join(
-        f"{layout.overrides} ({layout.total_bytes / GIB:.1f} GiB, {layout.tokens_per_s_gpu:,.0f} tokens/s/GPU)"
+        return "  No one or two changes that the planner knows make it fit: take more nodes or a smaller model."
+    layouts = (
+        f"  - {layout.overrides}\n    {layout.total_bytes / GIB:,.1f} GiB, {layout.tokens_per_s_gpu:,.0f} tokens/s/GPU"
         for layout in nearest
     )
-    return f"What would fit: {layouts}."
+    return "\n".join(["What would fit:", *layouts])

@@ -21,6 +21,8 @@ from cherry.train_config import TrainConfig
 # What the configuration takes; a precision that only hardware has is no layout.
 _PRECISIONS: tuple[str, ...] = get_args(TrainConfig.model_fields["precision"].annotation)
 _CONTEXT = (1, 2, 4, 8)
+# Sequences of a micro-batch: no rank holds as many, and a batch may be of any size.
+_MICRO_SEQUENCES = 4096
 _CHUNKS = (512, 1024, 2048, 4096)
 _MORE_NODES = (2, 4, 8)
 
@@ -113,9 +115,9 @@ def _relayout(own: Workload, **axes: int) -> Workload | None:
 
 
 def _micro_batches(work: Workload) -> Iterator[Workload]:
-    """The workload with its batch in every number of micro-batches that it divides into."""
+    """The workload with its batch in every number of micro-batches that it divides into, its own among them."""
     each = work.micro_sequences * work.accumulation
-    for sequences in range(1, each + 1):
+    for sequences in sorted({*range(1, min(each, _MICRO_SEQUENCES) + 1), work.micro_sequences}):
         if each % sequences == 0:
             yield replace(work, micro_sequences=sequences, accumulation=each // sequences)
 

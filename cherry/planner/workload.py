@@ -233,8 +233,8 @@ def cluster_problems(config: JobConfig, cluster: ClusterSpec, device: Gpu) -> It
     launch = config.launch
     if cluster.kind == "nodes":
         for key, asked, available in (
-            ("nnodes", launch.nnodes, cluster.nodes),
-            ("nproc_per_node", launch.nproc_per_node, cluster.gpus_per_node),
+            ("nnodes", launch.nnodes, cluster.node_count),
+            ("nproc_per_node", launch.nproc_per_node, cluster.node_gpus),
         ):
             if asked > available:
                 yield Problem(f"launch.{key}", f"the cluster has {available}", asked)

@@ -1,0 +1,197 @@
+"""Supervisor: starts a job on all its hosts, and again from its newest checkpoint when a host or a rank is lost.
+
+    cherry-launch --cluster cluster.yaml train.py --config CONFIG --run_dir DIRECTORY
+
+It runs on any machine that reaches the hosts by ssh, and needs no torch there. The job ends with it, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+
+from base.errors import HardwareError, WorkerLostError, is_retryable_exit_code, run_program
+from base.json_lines import append_json, read_lines
+from cherry.launcher import die_with_parent
+from cherry.remote.agent import KILL_S
+from cherry.remote.attempt import CANCELLED, Attempt, Ending, Printer, RankLogs, start_launchers
+from cherry.remote.connection import LEASE_MARGIN_S, LEASE_S, Session
+from cherry.remote.gather import Gathered, Refusal, choose, gather
+from cherry.remote.job import ATTEMPTS_FILE, Job, parse_job
+from cherry.remote.step_watch import StepWatch
+
+_MAX_BACKOFF_S = 300.0
+
+
+class Supervisor:
+    """The attempts of one job."""
+
+    def __init__(self, job: Job, printer: Printer) -> None:
+        self._job, self._printer = job, printer
+        self._failures: Counter[str] = Counter()
+        self._lost: str | None = None
+        hang_s = job.spec.recovery.hang_s
+        self._watch = None if hang_s is None else StepWatch(hang_s)
+        self._in_vain = 0
+        """Attempts in a row that made no steps."""
+        self._names: dict[str, str] = {}
+        """Hosts of the cluster file by the names that they have for themselves."""
+        self._wrong: dict[str, WorkerLostError] = {}
+        """Hosts whose devices computed wrongly, and are left out."""
+        self._began = time.monotonic()
+        self._left = set(self._hosts_of_a_killed_supervisor())
+
+    async def run(self) -> None:
+        """Run the job to its good end.
+
+        Raises:
+            CherryError: a user error, or the last attempt's.
+            SystemExit: someone ended the job on one of its hosts.
+        """
+        recovery = self._job.spec.recovery
+        for number in range(1, recovery.attempts + 1):
+            began = time.monotonic()
+            cause = await self._attempt(number)
+            if cause is None:
+                return
+            assert cause.error is not None
+            self._failures[cause.host] += 1
+            self._lost = cause.host if cause.code is None else None
+            if isinstance(cause.error, HardwareError):
+                self._leave_out(cause.error)
+            if cause.code == CANCELLED:
+                self._printer.put(f"the job was ended on {cause.host} by SIGTERM; it is not started again")
+                raise SystemExit(CANCELLED)
+            if not is_retryable_exit_code(cause.error.exit_code) or number == recovery.attempts:
+                raise cause.error
+            backoff = min(recovery.backoff_s * 2 ** max(0, self._in_vain - 1), _MAX_BACKOFF_S)
+            # What went by while the hosts were waited for counts.
+            left = backoff - max(0.0, time.monotonic() - began - cause.after_s)
+            self._printer.put(f"attempt {number} of {recovery.attempts} ended: {cause.error}")
+            await asyncio.sleep(max(0.0, left))
+
+    async def _attempt(self, number: int) -> Ending | None:
+        """Cause of an attempt's failure; `None` when the job has ended well."""
+        began = time.monotonic()
+        self._in_vain += 1
+        try:
+            sessions = await self._take_hosts()
+        except WorkerLostError as error:
+            return Ending("the cluster", None, error, time.monotonic() - began)
+        hosts = [session.node.host for session in sessions]
+        self._names |= {session.facts.hostname: session.node.host for session in sessions if session.facts is not None}
+        port = start_launchers(self._job, sessions)
+        self._printer.put(f"attempt {number} of {self._job.spec.recovery.attempts} on {', '.join(hosts)} (port {port})")
+        self._record(attempt=number, event="began", hosts=hosts, port=port)
+        directory = self._job.local_directory
+        if self._watch is not None:
+            self._watch.begin()
+        logs = None if directory is None else RankLogs(directory / "train", len(hosts) * self._job.ranks_per_node)
+        try:
+            cause = await Attempt(sessions, self._printer, self._watch, logs).run()
+        except asyncio.CancelledError:
+            self._record(attempt=number, event="ended", error="the supervisor was told to end")
+            raise
+        if self._watch is None or self._watch.has_steps:
+            self._in_vain = 0
+        if cause is None:
+            self._record(attempt=number, event="ended")
+        else:
+            told = {"host": cause.host, "code": cause.code, "error": str(cause.error)}
+            self._record(attempt=number, event="ended", after_s=round(cause.after_s, 1), **told)
+        return cause
+
+    async def _take_hosts(self) -> list[Session]:
+        # A host that was just lost would be waited for, and is asked only where the others are too few.
+        able = [node for node in self._job.candidates if node.host not in self._wrong]
+        others = [node for node in able if node.host != self._lost]
+        gathered = await gather(self._job, others)
+        if len(gathered.sessions) < self._job.nodes and len(others) < len(able):
+            await gathered.close()
+            gathered = await gather(self._job, able)
+        left_out = [Refusal(host, error) for host, error in self._wrong.items()]
+        gathered = Gathered(gathered.sessions, [*gathered.refusals, *left_out])
+        for refusal in gathered.refusals:
+            self._printer.put(f"not taken: {refusal.error}")
+        taken: list[Session] = []
+        try:
+            taken = choose(self._job, gathered, self._failures)
+        finally:
+            await gathered.close(kept=taken)
+        await self._outwait_a_killed_supervisor({session.node.host for session in gathered.sessions})
+        return taken
+
+    def _leave_out(self, error: HardwareError) -> None:
+        for name in error.hosts:
+            host = self._names.get(name, name)
+            self._wrong[host] = WorkerLostError(f"{host}: is left out, as a device there computed wrongly: {error}")
+
+    def _hosts_of_a_killed_supervisor(self) -> list[str]:
+        """Hosts of an attempt that began and has no end on record: its supervisor was killed outright."""
+        directory = self._job.local_directory
+        records = [] if directory is None else read_lines(directory / "train" / ATTEMPTS_FILE)
+        return records[-1].get("hosts", []) if records and records[-1].get("event") == "began" else []
+
+    async def _outwait_a_killed_supervisor(self, answering: set[str]) -> None:
+        """Wait until no rank of an earlier supervisor is left: those that it could reach ended with its connections."""
+        if self._left:
+            lease = 0.0 if self._left <= answering else LEASE_S + LEASE_MARGIN_S
+            left = max(0.0, self._began + lease + KILL_S - time.monotonic())
+            self._printer.put(f"an earlier supervisor of this run was killed: waiting {left:.0f} s for its last ranks")
+            await asyncio.sleep(left)
+            self._left = set()
+
+    def _record(self, **event: object) -> None:
+        directory = self._job.local_directory
+        if directory is not None:
+            append_json(directory / "train" / ATTEMPTS_FILE, {**event, "time": time.time()})
+
+
+def supervise(job: Job) -> None:
+    """Run a job to its end. SIGTERM and SIGINT end it on every host.
+
+    Raises:
+        CherryError: see `Supervisor.run`.
+        SystemExit: a signal ended it.
+    """
+    if parent := os.environ.get("CHERRY_PARENT"):
+        die_with_parent(signal.SIGTERM, int(parent))
+    printer, got = Printer(), list[int]()
+
+    async def until_signal() -> None:
+        running = asyncio.create_task(Supervisor(job, printer).run())
+
+        def cancel(number: int) -> None:
+            got.append(number)
+            running.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, cancel, number)
+        with suppress(asyncio.CancelledError):
+            await running
+
+    try:
+        asyncio.run(until_signal())
+    finally:
+        printer.close()
+    if got:
+        print(
+            f"ended by {signal.Signals(got[0]).name}, on all hosts. Run the same command again to resume.",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + got[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `cherry-launch --cluster`, and exit with the code of the error that ended the job."""
+    raise SystemExit(run_program(lambda: supervise(parse_job(sys.argv[1:] if arguments is None else list(arguments)))))
+
+
+if __name__ == "__main__":
+    main()

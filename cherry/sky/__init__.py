@@ -1,0 +1,1 @@
+"""SkyPilot: a training job as a task for clouds and Kubernetes."""
