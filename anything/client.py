@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from anything.connections import FRESH_ONLY, send
 from anything.keys import KEY_ENVIRONMENT
 from anything.protocol import DEFAULT_MAX_TOKENS, SamplingParams
 from anything.sse import EventReader
@@ -37,9 +38,16 @@ class Client:
         timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
         headers = {"authorization": f"Bearer {api_key}"}
         try:
-            # A proxy from the environment is for other machines.
-            trust_env = not _is_this_machine(httpx.URL(self.base_url).host)
-            self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, trust_env=trust_env)
+            address = httpx.URL(self.base_url)
+            if address.scheme not in ("http", "https") or not address.host:
+                raise httpx.InvalidURL("it must read like http://127.0.0.1:8080")
+            trust_env = not _is_this_machine(address.host)  # a proxy from the environment is for other machines
+            self._http, self._fresh = (
+                httpx.Client(
+                    base_url=self.base_url, headers=headers, timeout=timeout, trust_env=trust_env, limits=limits
+                )
+                for limits in (httpx.Limits(max_connections=100, max_keepalive_connections=20), FRESH_ONLY)
+            )
         except (httpx.InvalidURL, UnicodeEncodeError) as error:
             raise ConfigError(f"{base_url!r} or the API key cannot be used in a request: {error}") from error
 
@@ -66,17 +74,23 @@ class Client:
         return self._ask("GET", "routes")
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        with self._errors():
-            response = self._http.request(method, f"/v1/anything/{path}", json=body)
+        with self._errors(), closing(self._send(method, path, body)) as response:
+            response.read()
         if response.status_code != httpx.codes.OK:
             raise self._error(response)
         try:
             answer = response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._unexpected_answer(response.text) from error
         if not isinstance(answer, dict):
             raise self._unexpected_answer(response.text)
         return answer
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        try:
+            return send(self._http, self._fresh, method, f"/v1/anything/{path}", body)
+        except ValueError as error:  # of JSON, before anything is sent
+            raise RequestError(f"the request holds a value that JSON has not: {error}") from error
 
     def _unexpected_answer(self, text: str) -> ServiceError:
         return ServiceError(f"{self.base_url} did not answer as an Anything server: {text[:80]!r}")
@@ -87,14 +101,11 @@ class Client:
         """Text chunk by chunk; see `infer`. Closing the iterator cancels the generation."""
         body = {**_body(prompt, max_tokens, temperature, seed), "stream": True}
         reader = EventReader()
-        with self._errors(), self._http.stream("POST", "/v1/anything/infer", json=body) as response:
+        with self._errors(), closing(self._send("POST", "infer", body)) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
                 raise self._error(response)
-            for line in response.iter_lines():
-                event = reader.read(line)
-                if event is None:
-                    continue
+            for event in (event for received in response.iter_bytes() for event in reader.feed(received)):
                 if "error" in event:
                     raise ServiceError(f"the answer broke off: {_message(event)}")
                 yield str(event.get("text", ""))
@@ -104,6 +115,7 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        self._fresh.close()
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +142,7 @@ class Client:
         status = response.status_code
         try:
             message = _message(response.json())
-        except ValueError:
+        except (ValueError, RecursionError):
             message = response.text[:200]
         text = f"{self.base_url} answered {status}: {message}"
         if status in (401, 403):

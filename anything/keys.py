@@ -110,7 +110,7 @@ def read_key_file(path: str) -> str:
         MissingFileError: no file at `path`.
         ConfigError: the file is empty.
     """
-    with storage_errors(path), open(path, encoding="utf-8") as handle:
+    with storage_errors(path), open(path, encoding="utf-8", errors="replace") as handle:
         key = handle.readline().strip()
     if not key:
         raise ConfigError(f"{path} is empty; it must hold an API key on its first line.")
@@ -124,14 +124,17 @@ def _hash(key: str) -> str:
 def _read(path: str) -> list[KeyRecord]:
     if not os.path.exists(path):
         raise MissingFileError(f"no key file at {path}. Make one with `anything key create --key_file {path}`.")
-    with storage_errors(path), open(path, encoding="utf-8") as handle:
+    with storage_errors(path), open(path, encoding="utf-8", errors="replace") as handle:
         mode = os.fstat(handle.fileno()).st_mode & 0o777
         text = handle.read()
     if mode & 0o077:
         raise ConfigError(f"{path} can be read by others (mode {mode:03o}). Run: chmod 600 {path}")
     try:
-        return [KeyRecord(**entry) for entry in json.loads(text)["keys"]]
-    except (ValueError, TypeError, KeyError) as error:
+        records = [KeyRecord(**entry) for entry in json.loads(text)["keys"]]
+        if not all(isinstance(record.key_id, str) and isinstance(record.sha256, str) for record in records):
+            raise TypeError("an id and a hash are text")
+        return records
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not a key file (a JSON object with `keys`). Make one with `anything key create --key_file F`."
         ) from error

@@ -92,10 +92,11 @@ class VersionMetrics:
         return self._versions[version]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Counts and latency quantiles (seconds) of each version, as JSON."""
+        """Counts, newest error and latency quantiles (seconds) of each version, as JSON."""
         return {
             version: {
                 **{name: self._count(name, version) for name in self._counters},
+                "last_error": stats.last_error,
                 "latency_s": stats.latency.quantiles(),
                 "first_token_s": stats.first_token.quantiles(),
             }
@@ -124,7 +125,7 @@ class Latencies:
         return {f"p{q * 100:g}": ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in _QUANTILES if ordered}
 
 
-@dataclass(frozen=True)
+@dataclass
 class VersionStats:
     """Metrics of one model version."""
 
@@ -133,3 +134,10 @@ class VersionStats:
     cancelled: Counter
     latency: Latencies
     first_token: Latencies
+    last_error: str | None = None
+    """Sentence of the newest error."""
+
+    def fail(self, reason: str) -> None:
+        """Count an error, and keep its reason."""
+        self.errors.inc()
+        self.last_error = reason

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from base.errors import RequestError, ServiceError
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 # Some twenty lines of text: an answer that a default timeout leaves time for.
 DEFAULT_MAX_TOKENS = 256
+# Codes of errors that say nothing about the request: the server was not reached or refused it before any work, or ends
+# for a reason of its own. Any other failure may have been the request's doing, and would be again elsewhere.
+_CODES_WORTH_ANOTHER_REPLICA = frozenset(
+    {"draining", "engine_down", "engine_ended", "loading", "replica_refused", "replica_unavailable", "unreachable"}
+)
 # What torch.Generator.manual_seed and a signed 64-bit integer of other engines both take.
 _MAX_SEED = 2**63 - 1
 
@@ -41,6 +46,21 @@ class UnavailableError(ServiceError):
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s
+
+    @property
+    def worth_another_replica(self) -> bool:
+        """Whether another replica may be asked: what failed did not come from the request."""
+        return self.code in _CODES_WORTH_ANOTHER_REPLICA
+
+
+class GenerationError(UnavailableError):
+    """The engine failed on this request (HTTP 500): its logits are not finite, or a step raised.
+
+    It would fail elsewhere as well, so no other replica is asked.
+    """
+
+    def __init__(self, message: str, *, code: str = "generation_failed") -> None:
+        super().__init__(message, status=500, code=code)
 
 
 class Deadline:
@@ -76,6 +96,14 @@ class SamplingParams(BaseModel):
     """0 is greedy."""
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
     """Seed of the sampling; `None` draws one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, fields: Any) -> Any:
+        """Fields without those that are null: clients send null for what they leave to the server."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
 
     def as_body(self) -> dict[str, Any]:
         """Fields of a request body; those that are `None` are left to the server."""
@@ -122,6 +150,10 @@ class EngineStatus:
     """Further metrics of the engine's own."""
     routes: Mapping[str, Any] | None = None
     """Routes in force and figures of each version, as JSON; `None` for an engine that does not route."""
+    versions: tuple[str, ...] = ()
+    """Labels of the model versions that answer now."""
+    failure: str | None = None
+    """Why the engine will serve no request again, as a sentence; `None` while it may."""
 
 
 class Engine(Protocol):
@@ -129,7 +161,8 @@ class Engine(Protocol):
 
     `generate` yields at least one chunk, ends after the one with a finish reason, and cancels its generation when
     its iterator is closed or its waiting task is cancelled.
-    It raises `RefusedError` or `UnavailableError`.
+    It raises `RefusedError` or `UnavailableError`, and `GenerationError` when it failed on this very request: no other
+    generation is harmed by that.
     """
 
     async def start(self) -> None:

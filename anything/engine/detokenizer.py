@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import tokenizers
 
 from base import storage
@@ -19,19 +21,28 @@ _MAX_REPLACEMENTS = 3
 class Tokenizer:
     """Tokenizer of a folder's tokenizer.json.
 
+    Args:
+        control_tokens: encode names of control tokens in a text as those tokens. By default they are plain text, as
+            they are in a document of the training data: what a user writes neither ends nor poses as a turn.
+
     Raises:
         MissingFileError: the folder has none.
         WeightsError: it cannot be read.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, control_tokens: bool = False) -> None:
         path = storage.join(uri, "tokenizer.json")
         if not storage.exists(path):
             raise MissingFileError(f"{path} does not exist. Export the model with its tokenizer.")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(storage.read_bytes(path).decode())
+            content = storage.read_bytes(path).decode()
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            self._encoder = self._tokenizer if control_tokens else _plain_text_encoder(content)
         except Exception as error:  # the library raises plain Exception
             raise WeightsError(f"{path} is no tokenizer.json: {error}. Copy or export it again.") from error
+        # A prompt that is too long is refused, never cut.
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
         self._bos_token = self._read_bos_token(uri)
 
     def _read_bos_token(self, uri: str) -> int | None:
@@ -56,7 +67,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
-        tokens = list(self._tokenizer.encode(text).ids)
+        tokens = list(self._encoder.encode(text).ids)
         if self._bos_token is not None and tokens[:1] != [self._bos_token]:
             tokens.insert(0, self._bos_token)
         return tokens
@@ -64,6 +75,20 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _plain_text_encoder(content: str) -> tokenizers.Tokenizer:
+    """Tokenizer of a tokenizer.json that encodes the names of its added tokens as plain text.
+
+    Also those that are not marked special, as DeepSeek's role tokens are not; but not runs of blanks, which some
+    vocabularies add for text.
+    """
+    described = json.loads(content)
+    for token in described.get("added_tokens") or []:
+        token["special"] = token["special"] or bool(token["content"].strip())
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(described))
+    encoder.encode_special_tokens = True
+    return encoder
 
 
 class IncrementalDetokenizer:

@@ -14,9 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from anything.engine.detokenizer import IncrementalDetokenizer, Tokenizer
-from anything.engine.model_runner import ModelRunner, Sampling, sample
+from anything.engine.model_runner import ModelRunner, NonFiniteError, Sampling, sample
+from anything.engine.restarts import MAX_RESTARTS, WINDOW_S, RestartBudget
 from anything.engine.scheduler import ScheduledChunk, Scheduler, Sequence
-from anything.protocol import Chunk, EngineStatus, Generation, RefusedError, UnavailableError, Usage
+from anything.protocol import (
+    Chunk,
+    EngineStatus,
+    Generation,
+    GenerationError,
+    RefusedError,
+    UnavailableError,
+    Usage,
+)
 from anything.serve_config import EngineConfig
 from base.errors import ConfigError, WeightsError
 from model.weights.pretrained import load_pretrained
@@ -41,6 +50,10 @@ class _Job:
 class EmbeddedEngine:
     """Continuous batching over a paged latent cache, in this process.
 
+    A request that fails ends alone: its numbers are not finite, its text cannot be decoded, or a step raises that holds
+    it. When the model itself does not run any more, the cache and the scheduler are built anew a few times; then the
+    engine is broken for good, and `status` says why.
+
     Args:
         uri: a folder in Hugging Face's layout. A quantized folder stays quantized in memory.
         version: label of its chunks.
@@ -50,19 +63,15 @@ class EmbeddedEngine:
         self._uri = uri
         self._config = config
         self._version = version
-        self._scheduler = Scheduler(
-            blocks=config.cache_blocks,
-            block_tokens=config.block_tokens,
-            max_running=config.max_running,
-            prefill_chunk_tokens=config.prefill_chunk_tokens,
-            max_waiting=config.max_waiting,
-        )
+        self._scheduler = _new_scheduler(config)
         self._jobs: dict[Sequence, _Job] = {}
         # Guards the scheduler, the jobs and the flags below; notified when there is work, or the engine stops.
         self._work = threading.Condition()
         self._stopping = False
         self._failure: UnavailableError | None = None
         self._steps = 0
+        self._failed_generations = 0
+        self._restarts = RestartBudget()
         self._thread: threading.Thread | None = None
         self._runner: ModelRunner
         self._tokenizer: Tokenizer
@@ -87,9 +96,10 @@ class EmbeddedEngine:
 
         Raises:
             RefusedError: the prompt has no token, or leaves no room in the context (422).
-            UnavailableError: max_waiting requests are queued (429), or the engine failed or stops (503).
+            GenerationError: the engine failed on this request (500).
+            UnavailableError: max_waiting requests are queued (429), or the engine is broken or stops (503).
         """
-        prompt = await asyncio.to_thread(self._tokenizer.encode, generation.prompt)
+        prompt = await asyncio.to_thread(self._encode, generation.prompt)
         job = self._submit(prompt, generation)
         try:
             while True:
@@ -103,6 +113,13 @@ class EmbeddedEngine:
             with self._work:
                 if self._jobs.pop(job.sequence, None) is not None:
                     self._scheduler.cancel(job.sequence)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text)
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            logger.exception("a prompt could not be encoded")
+            raise _generation_error(error) from error
 
     def _submit(self, prompt: list[int], generation: Generation) -> _Job:
         room = min(self._context_tokens, self._scheduler.capacity_tokens) - len(prompt)
@@ -124,11 +141,11 @@ class EmbeddedEngine:
         return job
 
     async def ready(self) -> bool:
-        """Whether the model is loaded and no step has failed."""
+        """Whether the model is loaded and the engine loop runs."""
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
     async def status(self) -> EngineStatus:
-        """Running and waiting sequences, free cache blocks, and counts of preemptions and engine steps."""
+        """Running and waiting sequences, free cache blocks, counts of preemptions, steps, failures and restarts."""
         with self._work:
             gauges = {
                 "running": self._scheduler.running,
@@ -137,8 +154,12 @@ class EmbeddedEngine:
                 "cache_blocks_free": self._scheduler.free_blocks,
                 "preemptions": self._scheduler.preemptions,
                 "steps": self._steps,
+                "failed_generations": self._failed_generations,
+                "restarts": self._restarts.taken,
             }
-        return EngineStatus(gauges)
+            down = self._failure is not None and self._failure.code == "engine_down"
+            failure = str(self._failure) if down else None
+        return EngineStatus(gauges, versions=(self._version,), failure=failure)
 
     async def close(self) -> None:
         """Stop the engine loop after its current step; generations in flight fail with 503."""
@@ -149,34 +170,59 @@ class EmbeddedEngine:
             await asyncio.to_thread(self._thread.join)
 
     def _main(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
-        """Engine loop: load the model, then schedule, run and deliver steps until it stops or one fails."""
+        """Engine loop: load the model, then serve until it stops or is broken for good."""
         try:
             self._load()
         except BaseException as error:
             _call(loop, _fail, loaded, error)
             return
         _call(loop, _succeed, loaded)
-        failure = UnavailableError("the engine has ended", status=503, code="engine_ended")
-        try:
-            while chunks := self._next_chunks():
-                self._deliver(chunks, self._run(chunks))
-        except Exception as error:
-            logger.exception("a step of the engine failed; it takes no more requests")
-            failure = UnavailableError(
-                f"the engine failed: {type(error).__name__}", status=503, code="engine_failed", retry_after_s=5
-            )
+        failure = self._serve()
         with self._work:
             self._failure = failure
+        self._fail_all(failure)
+
+    def _serve(self) -> UnavailableError:
+        """Error for every request after the engine loop: it schedules, runs and delivers steps until it must end."""
+        while True:
+            try:
+                while chunks := self._next_chunks():
+                    self._deliver(chunks, self._run(chunks))
+                return UnavailableError("the engine has ended", status=503, code="engine_ended")
+            except BaseException as error:
+                logger.exception("the engine failed; it is started again")
+                self._fail_all(_generation_error(error))
+                if not self._restart():
+                    text = (
+                        f"the engine is broken ({type(error).__name__}): it failed {MAX_RESTARTS + 1} times within "
+                        f"{WINDOW_S:g} s. Start the server again; its log has the cause."
+                    )
+                    return UnavailableError(text, status=503, code="engine_down", retry_after_s=5)
+
+    def _restart(self) -> bool:
+        """Whether the model runs again, with a new cache, before the restarts are used up."""
+        while self._restarts.take():
+            try:
+                self._runner.reset()
+            except BaseException:
+                logger.exception("the engine could not be started again")
+                continue
+            return True
+        return False
+
+    def _fail_all(self, failure: UnavailableError) -> None:
+        """End every generation with an error; the scheduler is a new one."""
+        with self._work:
             for job in self._jobs.values():
-                self._scheduler.cancel(job.sequence)
                 _call(job.loop, job.queue.put_nowait, failure)
             self._jobs.clear()
+            self._scheduler = _new_scheduler(self._config)
 
     def _load(self) -> None:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         device, dtype = _place(self._config)
-        self._tokenizer = Tokenizer(self._uri)
+        self._tokenizer = Tokenizer(self._uri, control_tokens=self._config.control_tokens_in_prompts)
         model = load_pretrained(self._uri, dtype=dtype, device=device)
         config = model.config
         if self._tokenizer.size > config.vocab_size:
@@ -196,29 +242,73 @@ class EmbeddedEngine:
                 self._work.wait()
             return [] if self._stopping else self._scheduler.schedule()
 
-    def _run(self, chunks: list[ScheduledChunk]) -> dict[int, int]:
-        """Sampled token of each chunk that samples, by the chunk's index."""
-        indices, logits = self._runner.step(chunks)
+    def _run(self, chunks: list[ScheduledChunk]) -> dict[int, int | BaseException]:
+        """Sampled token of each chunk that samples, or what failed for a chunk, by the chunk's index.
+
+        A step that raises is run again chunk by chunk, which finds the chunks that it raises for. When it raises for
+        all of them the cache is not trusted any more: the other sequences are computed again.
+        """
+        try:
+            return self._compute(chunks)
+        except Exception:
+            logger.exception("a step of %d sequences failed; each is now run alone", len(chunks))
+        outcomes: dict[int, int | BaseException] = {}
+        raised = 0
+        for index, chunk in enumerate(chunks):
+            try:
+                of_chunk = self._compute([chunk])
+                if of_chunk:
+                    outcomes[index] = of_chunk[0]
+            except Exception as error:
+                outcomes[index] = error
+                raised += 1
+        if raised == len(chunks):
+            with self._work:
+                self._scheduler.preempt_all()
+            self._runner.reset()
+        return outcomes
+
+    def _compute(self, chunks: list[ScheduledChunk]) -> dict[int, int | BaseException]:
+        output = self._runner.step(chunks)
         with self._work:
             self._steps += 1
-            jobs = [self._jobs.get(chunks[index].sequence) for index in indices]
+            jobs = [self._jobs.get(chunks[index].sequence) for index in output.sampled]
         # A generation that was cancelled meanwhile gets a token that is discarded.
         samplings = [_GREEDY if job is None else job.sampling for job in jobs]
-        return dict(zip(indices, sample(logits, samplings), strict=True))
+        outcomes: dict[int, int | BaseException] = {}
+        outcomes.update(zip(output.sampled, sample(output.logits_NY, samplings), strict=True))
+        outcomes.update((index, NonFiniteError("the model's latents are not finite")) for index in output.broken)
+        return outcomes
 
-    def _deliver(self, scheduled: list[ScheduledChunk], tokens: dict[int, int]) -> None:
+    def _deliver(self, scheduled: list[ScheduledChunk], outcomes: dict[int, int | BaseException]) -> None:
         """Update the scheduler from a step's output, and queue the text: one wake-up of each event loop."""
-        ready: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Chunk]]] = defaultdict(list)
+        ready: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Chunk | UnavailableError]]] = defaultdict(list)
         with self._work:
             for index, computed in enumerate(scheduled):
                 job = self._jobs.get(computed.sequence)
                 if job is None:
                     continue
-                chunk = self._update(job, computed, tokens.get(index))
+                chunk = self._chunk_or_error(job, computed, outcomes.get(index))
                 if chunk is not None:
                     ready[job.loop].append((job, chunk))
         for loop, chunks in ready.items():
             _call(loop, _put, chunks)
+
+    def _chunk_or_error(
+        self, job: _Job, computed: ScheduledChunk, outcome: int | BaseException | None
+    ) -> Chunk | UnavailableError | None:
+        """Text to send for a computed chunk, if any, or the error that ends its generation alone."""
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return self._update(job, computed, outcome)
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            known = isinstance(error, NonFiniteError)
+            logger.error("a generation failed: %s", error if known else type(error).__name__, exc_info=not known)
+            self._failed_generations += 1
+            self._jobs.pop(computed.sequence, None)
+            self._scheduler.cancel(computed.sequence)
+            return _generation_error(error)
 
     def _update(self, job: _Job, computed: ScheduledChunk, token: int | None) -> Chunk | None:
         """Text to send for a computed chunk, if any."""
@@ -230,6 +320,25 @@ class EmbeddedEngine:
         del self._jobs[computed.sequence]
         usage = Usage(len(computed.sequence.prompt), len(computed.sequence.generated))
         return Chunk(text + job.detokenizer.finish(), self._version, reason, usage)
+
+
+def _new_scheduler(config: EngineConfig) -> Scheduler:
+    return Scheduler(
+        blocks=config.cache_blocks,
+        block_tokens=config.block_tokens,
+        max_running=config.max_running,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        max_waiting=config.max_waiting,
+    )
+
+
+def _generation_error(error: BaseException) -> GenerationError:
+    """Error for the request that `error` ended; the error's own text stays in the log, since it may quote others."""
+    if isinstance(error, NonFiniteError):
+        text = "the model's output for this request is not a number (NaN or infinite), so it has no next token."
+    else:
+        text = f"the engine failed on this request ({type(error).__name__}); the server's log has the cause."
+    return GenerationError(text)
 
 
 def _place(config: EngineConfig) -> tuple[str, torch.dtype]:
@@ -248,7 +357,7 @@ def _place(config: EngineConfig) -> tuple[str, torch.dtype]:
     return device, torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def _put(chunks: list[tuple[_Job, Chunk]]) -> None:
+def _put(chunks: list[tuple[_Job, Chunk | UnavailableError]]) -> None:
     for job, chunk in chunks:
         job.queue.put_nowait(chunk)
 

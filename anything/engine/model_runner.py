@@ -21,10 +21,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from anything.engine.scheduler import ScheduledChunk
+from anything.engine.scheduler import ScheduledChunk, Sequence
 from model.attention import Attention, Latents
 from model.rope import rotary_tables
 from model.transformer import Block, DeepseekV3
+
+# Below this a temperature is greedy: logits as float32 do not tell such small differences apart, and 1e-46 is no
+# float32 at all. vLLM's limit (v1/sample/sampler.py, _SAMPLING_EPS).
+_GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,25 @@ class Sampling:
     """Sampling parameters of one sequence."""
 
     temperature: float
-    """0 is greedy."""
+    """0 is greedy, as is anything below 1e-5."""
     generator: torch.Generator | None = None
     """Random state; needed when the temperature is not 0."""
+
+
+class NonFiniteError(ArithmeticError):
+    """The model gave a NaN or infinite number for a sequence, so that there is no next token."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Logits of a step, and the chunks whose numbers are not finite."""
+
+    sampled: list[int]
+    """Indices of the chunks that sample."""
+    logits_NY: Tensor
+    """Logits in the order of `sampled`, fp32."""
+    broken: list[int]
+    """Indices of the chunks with a NaN or infinite number in their latents. The cache has zeros in its place."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +92,47 @@ class ModelRunner:
         weight = model.embed_tokens.weight
         self._device = weight.device
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = (config.num_hidden_layers, blocks * block_tokens, width)
-        self.cache_LZX = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self._shape = (config.num_hidden_layers, blocks * block_tokens, width)
+        self._dtype = weight.dtype
+        self.cache_LZX = self._new_cache()
+
+    def reset(self) -> None:
+        """Allocate the cache anew, and raise what one token raises if the model still does not run."""
+        self.cache_LZX = torch.empty(0)  # there may be no memory for two
+        self.cache_LZX = self._new_cache()
+        probe = Sequence(0, [0], 1)
+        self.step([ScheduledChunk(probe, 0, (0,), (0,), samples=True)])
 
     @torch.inference_mode()
-    def step(self, chunks: Sequenced[ScheduledChunk]) -> tuple[list[int], Tensor]:
-        """Indices of the chunks that sample, and their logits [N, Y] in that order, fp32; fills the cache."""
+    def step(self, chunks: Sequenced[ScheduledChunk]) -> StepOutput:
+        """Logits of the chunks that sample; fills the cache, which never holds a number that is not finite.
+
+        A later sequence reads slots of the cache that are masked out: there 0 * NaN would be NaN.
+        """
         order = sorted(range(len(chunks)), key=lambda index: chunks[index].count > 1)
         batch = self._batch([chunks[index] for index in order])
         tables = rotary_tables(self._model.config, batch.positions_N)
+        finite_N = torch.ones_like(batch.tokens_N, dtype=torch.bool)
         x_1ND = self._model.embed_tokens(batch.tokens_N)[None]
         for index, module in enumerate(self._model.layers):
             layer = cast(Block, module)
             normed_1ND = layer.input_layernorm(x_1ND)
             queries = layer.self_attn.queries(normed_1ND, tables)
             cache_ZX = self.cache_LZX[index]
-            cache_ZX[batch.slots_N] = torch.cat(layer.self_attn.latents(normed_1ND, tables), dim=-1)[0]
+            latents_NX = torch.cat(layer.self_attn.latents(normed_1ND, tables), dim=-1)[0]
+            finite_NX = latents_NX.isfinite()
+            finite_N &= finite_NX.all(dim=-1)
+            cache_ZX[batch.slots_N] = latents_NX.where(finite_NX, 0.0)
             x_1ND = x_1ND + self._attend(layer.self_attn, queries, cache_ZX, batch)
             x_1ND = layer.feed_forward(x_1ND).hidden_BTD
         last_ND = self._model.norm(x_1ND[0, batch.sampled_rows])
         logits_NY = self._model.logits(last_ND).float()
-        return [index for index in order if chunks[index].samples], logits_NY
+        owners = [index for index in order for _ in range(chunks[index].count)]
+        broken = {index for index, finite in zip(owners, finite_N.tolist(), strict=True) if not finite}
+        return StepOutput([index for index in order if chunks[index].samples], logits_NY, sorted(broken))
+
+    def _new_cache(self) -> Tensor:
+        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
     def _attend(self, attention: Attention, queries: tuple[Tensor, Tensor], cache_ZX: Tensor, batch: _Batch) -> Tensor:
         decoding = batch.decode_slots_BS.shape[0]
@@ -182,12 +222,25 @@ def absorbed_attention(
 
 
 @torch.inference_mode()
-def sample(logits_NY: Tensor, samplings: Sequenced[Sampling]) -> list[int]:
-    """Next token of each row of logits. It depends only on its generator and logits, not on the rest of the batch."""
-    tokens = cast(list[int], logits_NY.argmax(dim=-1).tolist())
+def sample(logits_NY: Tensor, samplings: Sequenced[Sampling]) -> list[int | Exception]:
+    """Next token of each row of logits, or the exception that its sampling raised.
+
+    A row depends only on its generator and logits, not on the rest of the batch.
+    """
+    tokens: list[int | Exception] = [*cast(list[int], logits_NY.argmax(dim=-1).tolist())]
+    finite = logits_NY.isfinite().all(dim=-1).tolist()
     for row, sampling in enumerate(samplings):
-        if sampling.temperature > 0.0:
-            # Shifted before dividing: a small temperature gives -inf, not inf - inf.
-            scaled_Y = (logits_NY[row] - logits_NY[row].max()).cpu() / sampling.temperature
-            tokens[row] = int(torch.multinomial(scaled_Y.softmax(dim=-1), 1, generator=sampling.generator))
+        if not finite[row]:
+            tokens[row] = NonFiniteError("the model's logits are not finite")
+        elif sampling.temperature >= _GREEDY_BELOW:
+            try:
+                tokens[row] = _draw(logits_NY[row].cpu(), sampling)
+            except Exception as error:
+                tokens[row] = error
     return tokens
+
+
+def _draw(logits_Y: Tensor, sampling: Sampling) -> int:
+    # Shifted before dividing: a small temperature gives -inf, not inf - inf.
+    scaled_Y = (logits_Y - logits_Y.max()) / sampling.temperature
+    return int(torch.multinomial(scaled_Y.softmax(dim=-1), 1, generator=sampling.generator))

@@ -247,6 +247,11 @@ class Scheduler:
         sequence.blocks += [self._allocator.allocate() for _ in range(missing)]
         return True
 
+    def preempt_all(self) -> None:
+        """Free every block: the cache is empty, and running sequences are computed again from their first token."""
+        while self._running:
+            self._preempt_youngest()
+
     def _preempt_youngest(self) -> None:
         sequence = self._running.pop()
         self._free(sequence)

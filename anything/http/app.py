@@ -12,17 +12,21 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from anything.http.errors import api_error, error_body, error_response, failed, no_route
+from anything.http.page import page
 from anything.http.request import Call, DisconnectedError
 from anything.keys import KeyRecord, KeyStore
 from anything.prometheus import ServerMetrics
 from anything.protocol import Chunk, Deadline, Engine, Generation, RefusedError, SamplingParams, UnavailableError
 from anything.serve_config import ServeConfig
-from anything.sse import DONE, event
-from base.errors import AuthenticationError, CherryError, RequestError, ServiceError
+from anything.sse import DONE, event, json_bytes
+from base.errors import AuthenticationError
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +34,22 @@ VERSION_HEADER = "x-anything-version"
 SUBJECT_HEADER = "x-subject"
 # Seconds until a client may ask a draining server again: another one has taken over by then.
 _DRAIN_RETRY_AFTER_S = 5
+# What `/` answers, before the models.
+_INDEX = {
+    "name": "Anything",
+    "infer": "POST /v1/anything/infer",
+    "routes": "GET /v1/anything/routes",
+    "health": "GET /healthz",
+    "ready": "GET /readyz",
+    "metrics": "GET /metrics",
+    "schema": "GET /openapi.json",
+}
 # Seconds for interrupted requests to send their clients an error.
 _INTERRUPT_TIMEOUT_S = 1.0
 
 
 class InferRequest(SamplingParams):
-    """Body of POST /v1/anything/infer; an unknown key is refused."""
+    """Body of POST /v1/anything/infer. An unknown key is refused; null for an optional one is its default."""
 
     prompt: Annotated[str, Field(min_length=1)]
     stream: bool = False
@@ -215,9 +229,12 @@ class EventStream(Response):
                 async for data in self._events():
                     await write(data)
                     self._deadline.restart()
-            except (RequestError, ServiceError) as error:
-                if not isinstance(error, DisconnectedError):
-                    await write(event(error_body(error)))
+            except TimeoutError:
+                raise
+            except Exception as error:
+                failure = api_error(error)
+                if not isinstance(failure, DisconnectedError):
+                    await write(event(error_body(failure)))
             await write(b"", more=False)
         except TimeoutError:
             logger.info("a client stopped reading its stream; its generation was cancelled")
@@ -240,7 +257,7 @@ async def _complete_answer(call: Call, record: Callable[[Chunk], None]) -> Respo
         texts.append(chunk.text)
     record(chunk)
     content = {"output": "".join(texts), "finish_reason": chunk.finish_reason, "model": chunk.version, **_usage(chunk)}
-    return JSONResponse(content, headers={VERSION_HEADER: chunk.version})
+    return Response(json_bytes(content), media_type="application/json", headers={VERSION_HEADER: chunk.version})
 
 
 def _usage(chunk: Chunk) -> dict[str, Any]:
@@ -263,25 +280,6 @@ def _draining_error() -> UnavailableError:
     return UnavailableError(text, status=503, code="draining", retry_after_s=_DRAIN_RETRY_AFTER_S)
 
 
-def error_body(error: CherryError) -> dict[str, Any]:
-    """JSON of an error: {"error": {"code", "message"}}."""
-    code = getattr(error, "code", "authentication" if isinstance(error, AuthenticationError) else "error")
-    return {"error": {"code": code, "message": str(error)}}
-
-
-def error_response(error: CherryError) -> Response:
-    """Response to a request that failed before the first byte."""
-    if isinstance(error, AuthenticationError):
-        return JSONResponse(error_body(error), 401, headers={"www-authenticate": "Bearer"})
-    status = getattr(error, "status", 422 if isinstance(error, RequestError) else 503)
-    retry_after_s = getattr(error, "retry_after_s", None)
-    headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
-    if status in (408, 413) or getattr(error, "code", "") == "draining":
-        # The body may still be arriving, or the server is about to end: the connection cannot be used again.
-        headers["connection"] = "close"
-    return JSONResponse(error_body(error), status, headers=headers)
-
-
 def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
     """Application of one server. Its runner awaits `app.state.gateway.start()` (see anything.http.serve).
 
@@ -298,41 +296,64 @@ def create_app(engine: Engine, config: ServeConfig, keys: KeyStore) -> FastAPI:
 
     app = FastAPI(title="Anything", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, failed)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", SUBJECT_HEADER],
+            expose_headers=[VERSION_HEADER, "retry-after"],
+        )
+    _add_routes(app, gateway)
+    return app
 
+
+def _add_routes(app: FastAPI, gateway: Gateway) -> None:
+    read = ["GET", "HEAD"]
     schema = {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}, "required": True}
 
     @app.post("/v1/anything/infer", openapi_extra={"requestBody": schema})
     async def infer(request: Request) -> Response:
         return await _answer(gateway, request, gateway.infer)
 
-    @app.get("/v1/anything/routes")
+    @app.api_route("/v1/anything/routes", methods=read)
     async def routes(request: Request) -> Response:
         return await _answer(gateway, request, gateway.routes)
 
-    @app.get("/healthz")
+    @app.api_route("/", methods=read)
+    async def index(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return page()
+        return JSONResponse({**_INDEX, "models": (await gateway.engine.status()).versions})
+
+    @app.api_route("/healthz", methods=read)
     async def healthz() -> Response:
+        failure = (await gateway.engine.status()).failure
+        if failure is not None:
+            return JSONResponse({"status": "failed", "reason": failure}, 503)
         return JSONResponse({"status": "alive"})
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=read)
     async def readyz() -> Response:
         ready = await gateway.ready()
         status = "ready" if ready else "draining" if gateway.draining else "not ready"
         return JSONResponse({"status": status}, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=read)
     async def metrics() -> Response:
         return PlainTextResponse(await gateway.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return app
 
 
 async def _answer(gateway: Gateway, request: Request, work: Callable[[Request], Awaitable[Response]]) -> Response:
     """Response of `work`, or of the error that it raised; counted either way."""
     try:
         response = await work(request)
-    except (RequestError, ServiceError, AuthenticationError) as error:
-        if isinstance(error, DisconnectedError):
+    except Exception as error:
+        failure = api_error(error)
+        if isinstance(failure, DisconnectedError):
             gateway.metrics.disconnects.inc()
-        response = error_response(error)
+        response = error_response(failure)
     gateway.metrics.responses.labels(str(response.status_code)).inc()
     return response

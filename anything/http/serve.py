@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from anything.http.app import Gateway
 from base import storage
-from base.errors import CherryError, InvalidInputError, PortInUseError
+from base.errors import CherryError, InvalidInputError, PortInUseError, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FLUSH_TIMEOUT_S = 2
 # Connections waiting to be accepted: uvicorn's default.
 _BACKLOG = 2048
+# Seconds between looks at whether the engine is broken for good.
+_WATCH_PERIOD_S = 1.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -66,7 +68,8 @@ def url_of(listener: socket.socket) -> str:
 class DrainingServer(uvicorn.Server):
     """Server that is alive at once, ready when its engine is loaded, and drains before it exits.
 
-    The first signal drains; a second one cancels what is still in flight.
+    The first signal drains; a second one cancels what is still in flight. It also ends, with an error, once its engine
+    is broken for good: whoever started it sees that and starts another.
     """
 
     def __init__(self, app: FastAPI, listener: socket.socket, port_file: str | None = None) -> None:
@@ -91,7 +94,7 @@ class DrainingServer(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal; raise the error that kept the engine from loading."""
+        """Serve until a signal; raise the error that kept the engine from loading, or that it broke with."""
         super().run(sockets=sockets or [self._listener])
         if self.failure is not None:
             raise self.failure
@@ -114,6 +117,15 @@ class DrainingServer(uvicorn.Server):
             storage.write_json(self._port_file, record)
         logger.info("serving on %s", record["url"])
         self.on_ready()
+        await self._watch()
+
+    async def _watch(self) -> None:
+        """Drain and end with an error once the engine will serve no request again."""
+        while (failure := (await self._gateway.engine.status()).failure) is None:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+        logger.error("%s", failure)
+        self.failure = ServiceError(failure)
+        self.begin_exit()
 
     async def _drain(self) -> None:
         await self._gateway.drain()

@@ -6,12 +6,24 @@ It always streams, so that a deadline on the first token and a cancelled generat
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
+from pydantic import BaseModel, StrictStr, ValidationError
 
+from anything.connections import FRESH_ONLY, send_async
 from anything.keys import read_key_file
-from anything.protocol import Chunk, EngineStatus, FinishReason, Generation, RefusedError, UnavailableError, Usage
+from anything.protocol import (
+    Chunk,
+    EngineStatus,
+    FinishReason,
+    Generation,
+    GenerationError,
+    RefusedError,
+    UnavailableError,
+    Usage,
+)
 from anything.sse import EventReader
 from base.errors import ServiceError
 
@@ -19,6 +31,14 @@ from base.errors import ServiceError
 _CONNECT_TIMEOUT_S = 2.0
 # Idle connections to keep open to each replica.
 _KEEPALIVE_CONNECTIONS = 256
+
+
+class _Event(BaseModel):
+    """A piece of an answer. What else another server puts there is its own."""
+
+    text: StrictStr
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
 
 
 class RemoteEngine:
@@ -29,6 +49,7 @@ class RemoteEngine:
         self.version = version
         self._api_key_file = api_key_file
         self._http: httpx.AsyncClient | None = None
+        self._fresh: httpx.AsyncClient | None = None
 
     async def start(self) -> None:
         """Read the key and open the connection pool.
@@ -40,8 +61,9 @@ class RemoteEngine:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEEPALIVE_CONNECTIONS)
         # No read timeout: the gateway's deadline cancels. No proxy: replicas are on this network.
         timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
-        self._http = httpx.AsyncClient(
-            base_url=self.url, headers=headers, limits=limits, timeout=timeout, trust_env=False
+        self._http, self._fresh = (
+            httpx.AsyncClient(base_url=self.url, headers=headers, limits=each, timeout=timeout, trust_env=False)
+            for each in (limits, FRESH_ONLY)
         )
 
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
@@ -49,39 +71,52 @@ class RemoteEngine:
 
         Raises:
             RefusedError: the replica refused the request as a user error (4xx).
-            UnavailableError: it failed, broke off, refused this gateway's key (502), or is overloaded or draining.
+            GenerationError: the replica failed on this very request (500).
+            UnavailableError: it was not reached, broke off, sent what is no answer of this API, or refused this
+                gateway's key (502), or is overloaded or draining.
         """
-        assert self._http is not None, "start() comes first"
         body = {"prompt": generation.prompt, "stream": True, **generation.sampling.as_body()}
         reader = EventReader()
         last: Chunk | None = None
         try:
-            async with self._http.stream("POST", "/v1/anything/infer", json=body) as response:
+            async with aclosing(await self._send(body)) as response:
                 if response.status_code != httpx.codes.OK:
                     raise _refusal(self.url, response, await response.aread())
-                async for line in response.aiter_lines():
-                    event = reader.read(line)
-                    if event is None:
-                        continue
-                    chunk = self._chunk(event)
-                    if chunk.finish_reason is None:
-                        yield chunk
-                    else:
-                        # Kept until the stream has ended, so that the connection can be used again.
-                        last = chunk
+                async for received in response.aiter_bytes():
+                    for event in reader.feed(received):
+                        chunk = self._chunk(event)
+                        if chunk.finish_reason is None:
+                            yield chunk
+                        else:
+                            # Kept until the stream has ended, so that the connection can be used again.
+                            last = chunk
         except httpx.HTTPError as error:
             raise _failed(f"the replica at {self.url} failed: {type(error).__name__}: {error}") from error
+        except (RefusedError, UnavailableError):
+            raise
+        except ServiceError as error:
+            raise _failed(f"the replica at {self.url} sent no answer of this API: {error}") from error
         if last is None or not reader.done:
             raise _failed(f"the replica at {self.url} broke off in the middle of an answer")
         yield last
 
+    async def _send(self, body: dict[str, Any]) -> httpx.Response:
+        assert self._http is not None and self._fresh is not None, "start() comes first"
+        try:
+            return await send_async(self._http, self._fresh, "POST", "/v1/anything/infer", body)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            text = f"the replica at {self.url} cannot be reached: {type(error).__name__}: {error}"
+            raise UnavailableError(text, status=502, code="unreachable") from error
+
     def _chunk(self, event: dict[str, Any]) -> Chunk:
         if "error" in event:
-            error = event["error"]
-            raise _failed(f"the replica at {self.url} failed: {error.get('message')}")
-        reason: FinishReason | None = event.get("finish_reason")
-        usage = Usage(**event["usage"]) if "usage" in event else None
-        return Chunk(str(event["text"]), self.version, reason, usage)
+            raise _reported(self.url, event["error"])
+        try:
+            content = _Event.model_validate(event)
+        except ValidationError as error:
+            wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors(include_input=False))
+            raise _failed(f"the replica at {self.url} sent an event with a missing or wrong field: {wrong}") from None
+        return Chunk(content.text, self.version, content.finish_reason, content.usage)
 
     async def ready(self) -> bool:
         """Whether the replica answers /readyz with 200."""
@@ -99,13 +134,22 @@ class RemoteEngine:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
+        for client in (self._http, self._fresh):
+            if client is not None:
+                await client.aclose()
+        self._http = self._fresh = None
 
 
 def _failed(message: str) -> UnavailableError:
     return UnavailableError(message, status=502, code="replica_failed")
+
+
+def _reported(url: str, error: Any) -> UnavailableError:
+    """Error for the one that a replica reported in the middle of a stream."""
+    message = error.get("message") if isinstance(error, dict) else error
+    if isinstance(error, dict) and error.get("code") == "generation_failed":
+        return GenerationError(str(message))
+    return _failed(f"the replica at {url} failed: {message}")
 
 
 def _refusal(url: str, response: httpx.Response, body: bytes) -> ServiceError | RefusedError:
@@ -114,11 +158,16 @@ def _refusal(url: str, response: httpx.Response, body: bytes) -> ServiceError | 
     try:
         answer = response.json()["error"]
         message, code = str(answer["message"]), str(answer["code"])
-    except (ValueError, KeyError, TypeError):
-        message, code = f"the replica at {url} answered {status}: {body[:200]!r}", "replica_failed"
-    if status in (401, 403, 404):
+    except (ValueError, KeyError, TypeError, RecursionError):
+        message = f"the replica at {url} answered {status}: {body[:200]!r}"
+        # Without a server behind it, a proxy answers 503 in its own words.
+        code = "replica_unavailable" if status == httpx.codes.SERVICE_UNAVAILABLE else "replica_failed"
+    if status in (401, 403, 404, 405):
         # The caller's own key was right: this gateway's is not, or there is another kind of server.
-        return _failed(f"the replica at {url} does not take this gateway's requests ({status}): {message}")
+        text = f"the replica at {url} does not take this gateway's requests ({status}): {message}"
+        return UnavailableError(text, status=502, code="replica_refused")
+    if status == httpx.codes.INTERNAL_SERVER_ERROR:
+        return GenerationError(message, code=code)
     if status in (429, 503, 504):
         retry_after = response.headers.get("retry-after", "")
         return UnavailableError(

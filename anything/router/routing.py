@@ -19,17 +19,16 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from anything.prometheus import VersionMetrics
-from anything.protocol import Chunk, Engine, EngineStatus, Generation, UnavailableError
+from anything.protocol import Chunk, Engine, EngineStatus, Generation, RefusedError, UnavailableError
 from anything.router.kinds import DEFAULT_KIND, KINDS, kind_rule
 from base.config import Problem, Section, validate
 from base.errors import CherryError, ConfigError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
-# The first choice, and one retry when that fails before the first byte was sent.
+# The first choice, and one retry when that was not reached or refused before any work. A request on which a replica
+# failed is never handed to the next one, which it would break as well.
 _ATTEMPTS = 2
-# Worth asking another replica: this one failed, or is draining. Not when overloaded (429) or too late (504).
-_RETRIED_STATUSES = (502, 503)
 
 
 class ReplicaRoute(Section):
@@ -92,7 +91,7 @@ def read_routes(path: str) -> Routes:
             raw = json.load(handle)
     except FileNotFoundError as error:
         raise MissingFileError(f"no routes at {path}. A deploy writes them; see docs/runbook.md.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be an object with salt and replicas, got {type(raw).__name__}")
@@ -145,10 +144,11 @@ class Router:
         await self._apply(read_routes(self._path))
 
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
-        """Chunks of the replica that the subject is routed to, or of the next one when that failed before its first.
+        """Chunks of the replica that the subject is routed to, or of the next one when that did not take the request.
 
         Raises:
-            UnavailableError: both attempts failed (502 or 503), or the replica is overloaded (429).
+            GenerationError: the replica failed on this request (500).
+            UnavailableError: the replica failed, or no replica took the request (502 or 503), or is overloaded (429).
             RefusedError: the replica refused the request.
         """
         await self.refresh()
@@ -164,7 +164,7 @@ class Router:
                         yield chunk
                 return
             except UnavailableError as error:
-                if began or attempt == len(routes) or error.status not in _RETRIED_STATUSES:
+                if began or attempt == len(routes) or not error.worth_another_replica:
                     raise
                 logger.warning("replica %s failed, asking another one: %s", route.name, error)
 
@@ -186,14 +186,16 @@ class Router:
                 yield chunk
         except (asyncio.CancelledError, GeneratorExit):
             if generation.deadline is not None and generation.deadline.expired:
-                stats.errors.inc()
+                stats.fail(f"no answer within {generation.deadline.timeout_s:g} s")
             elif not finished:
                 stats.cancelled.inc()
             raise
-        except UnavailableError as error:
+        except RefusedError:
+            raise
+        except Exception as error:
             # An overloaded version has not failed.
-            if error.status != 429:
-                stats.errors.inc()
+            if getattr(error, "status", None) != 429:
+                stats.fail(str(error) or type(error).__name__)
             raise
         finally:
             await replica.release()
@@ -251,7 +253,8 @@ class Router:
             "versions": self._versions.describe(),
             "rejected": self._reload_error,
         }
-        return EngineStatus(gauges, self._versions.registry, routes)
+        versions = sorted({route.version for route in self._routes.replicas if route.weight_percent > 0})
+        return EngineStatus(gauges, self._versions.registry, routes, tuple(versions))
 
     async def close(self) -> None:
         """Close the connections to every replica."""
