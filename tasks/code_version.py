@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import without_credentials
 from cherry import __version__
+from cherry.remote.source_digest import source_digest
 from tasks.processes.programs import PACKAGES_FOLDER
 
 PACKAGES = ("base", "model", "cherry", "anything", "tasks", "flows")
@@ -24,17 +23,25 @@ STEP_SOURCES: dict[str, tuple[str, ...]] = {
         "tasks/providers",
         "tasks/plan_record.py",
     ),
-    "data": ("base", "cherry/data", "tasks/data.py"),
+    "data": ("base", "cherry/data", "tasks/data.py", "tasks/files/data_store.py"),
     # Training is what costs most to repeat: what its program does not import is left out.
     "train": (
         *("base", "model", "cherry", "tasks/train.py"),
-        *("!model/quantize.py", "!cherry/cluster.py", "!cherry/export.py", "!cherry/planner", "!cherry/scoring.py"),
+        *(
+            "!model/quantize.py",
+            "!cherry/cluster.py",
+            "!cherry/remote",
+            "!cherry/sky",
+            "!cherry/slurm",
+            "!cherry/export.py",
+            "!cherry/planner",
+            "!cherry/scoring.py",
+        ),
     ),
     "export": ("base", "model", "cherry", "tasks/export.py"),
     "quantize": ("base", "model", "tasks/quantize.py"),
     "evaluate": ("base", "model", "cherry", "anything/statistics", "tasks/evaluate.py"),
-    "register": ("base", "tasks/register.py", "tasks/tracking"),
-    "deploy": ("base", "model", "anything", "tasks/deploy.py", "tasks/processes/replicas.py"),
+    "register": ("base", "tasks/records/model_card.py", "tasks/register.py", "tasks/tracking"),
 }
 """Sources that a step's output depends on: its program's packages and the task's file, less those with a leading `!`.
 A step that is not listed depends on all packages."""
@@ -73,30 +80,6 @@ def code_version() -> CodeVersion:
 def step_digest(step: str) -> str:
     """Digest of the code that computes a step, SHA-256: a part of its fingerprint. Looked up once a process."""
     return source_digest(PACKAGES_FOLDER, STEP_SOURCES.get(step, PACKAGES))
-
-
-def source_digest(root: Path, sources: Sequence[str]) -> str:
-    """SHA-256 over names and contents of Python files: those given, and all below the folders given.
-
-    Args:
-        sources: paths below `root`; what has a `!` before it is left out. A name that does not exist counts as empty.
-    """
-    hasher = hashlib.sha256()
-    for path in sorted(source_files(root, sources)):
-        content = path.read_bytes()
-        hasher.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
-    return hasher.hexdigest()
-
-
-def source_files(root: Path, sources: Sequence[str]) -> set[Path]:
-    """Python files that `source_digest` reads."""
-    files: set[Path] = set()
-    left_out: set[Path] = set()
-    for source in sources:
-        path = root / source.removeprefix("!")
-        found = path.rglob("*.py") if path.is_dir() else [path] if path.is_file() else []
-        (left_out if source.startswith("!") else files).update(found)
-    return files - left_out
 
 
 def git_version(root: Path) -> GitVersion | None:

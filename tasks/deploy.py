@@ -1,158 +1,100 @@
-"""Deployment of a registered version: its replica, a smoke test, traffic shifted in steps, and the rollback.
+"""Deployment of a registered version: its replica, a smoke test, traffic shifted in steps, and the record of it.
 
-Server processes are in tasks/processes/replicas.py.
+Server processes are in tasks/processes/replicas.py, the choice of the version and the traffic in tasks/release.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from anything.client import Client
-from anything.keys import read_key_file
 from anything.protocol import Engine, Generation, SamplingParams
 from anything.router.kinds import KINDS
 from base import storage
-from base.errors import CherryError, ConfigError, MissingFileError, ServiceError
-from tasks.artifacts import show_table
-from tasks.lifecycle import RELEASE_CONFIG
-from tasks.processes.replicas import GATEWAY, Server, ServingDirectory
+from base.errors import CherryError, OperationalError, ServiceError
+from tasks.files.file_lock import try_lock
+from tasks.lifecycle import RELEASE_CONFIG, open_release
+from tasks.processes.replicas import Server, ServingDirectory
+from tasks.records.figures import seconds_of
+from tasks.release.choice import Release, choose, registered
+from tasks.release.room import check_room
+from tasks.release.traffic import running_step, shift_traffic
+from tasks.run_config import SERVING_ALIAS
 from tasks.run_logger import run_logger
-from tasks.steps import (
-    REGISTRY_DELAYS_S,
-    RunContext,
-    StepRun,
-    find_finished,
-    find_output,
-    perform,
-    worth_retrying,
-    write_event,
-)
-from tasks.tracking.protocol import ModelVersion, Point
+from tasks.steps import REGISTRY_DELAYS_S, RunContext, opened_step, read_record, step_file, worth_retrying
 
 _PROMPT_CHARACTERS = 60
 # Seconds; a server answers, or says that it could not, within 30 s by default.
 _SMOKE_TIMEOUT_S = 60.0
-# Times the requests that a share of traffic needs on average: subjects are assigned by a hash.
-_PATIENCE = 4
-
-
-@dataclass(frozen=True)
-class Release:
-    """Registered version to serve, and the folder of its weights."""
-
-    name: str
-    version: int
-    model_path: str
-
-    @property
-    def label(self) -> str:
-        """Label of the version in answers."""
-        return f"{self.name}-v{self.version}"
 
 
 def _serving(context: RunContext) -> ServingDirectory:
     return ServingDirectory(context.config.runs_directory)
 
 
-def _report(context: RunContext, line: str) -> None:
-    run_logger().info(line)
-    write_event(context.path, "deploy", "progress", line=line)
-
-
-def _registered(context: RunContext, number: int | None, alias: str | None = None) -> ModelVersion:
-    config = context.config.register_model
-    tracker = context.tracker()
-    if number is not None:
-        found = tracker.registry.version(config.model_name, number=number)
-    else:
-        found = tracker.registry.version(config.model_name, alias=alias)
-    if found is None:
-        wanted = f"version {number}" if number is not None else f"version with the alias {alias!r}"
-        raise MissingFileError(
-            f"{config.model_name} has no {wanted} in the registry at {tracker.address}. "
-            "Run the training flow first, or name a version that exists."
-        )
-    return found
-
-
-def _chosen(context: RunContext) -> ModelVersion:
-    """Version to serve when none was named: the one that this run registered, or the candidate when it registered none.
-
-    Raises:
-        ConfigError: it was judged worse than the champion, or this registry does not have the run's version.
-    """
-    config = context.config.register_model
-    record = find_finished(context.path, "register")
-    own = storage.read_json(record.outputs["register"]) if record is not None else {}
-    if own.get("name") == config.model_name:
-        found = _registered(context, own["version"])
-        registry = context.tracker().address
-        if own.get("identity") not in (None, found.tags.get("cherry.identity")):
-            raise ConfigError(
-                f"{found.name} version {found.version} in the registry at {registry} is not the one that "
-                f"run {context.config.name} registered. Track where it was trained (tracking.uri), or name a version."
-            )
-    else:
-        found = _registered(context, None, config.candidate_alias)
-    if found.tags.get("verdict") == "worse":
-        raise ConfigError(
-            f"{found.name} version {found.version} was judged worse than {found.tags.get('compared_with')}. To serve "
-            f"it anyway, name it: --model-version {found.version}."
-        )
-    return found
-
-
 @task(
     name="resolve",
+    task_run_name="resolve",
     cache_policy=NO_CACHE,
     retries=3,
     retry_delay_seconds=REGISTRY_DELAYS_S,
     retry_condition_fn=worth_retrying,
 )
 def resolve_version(context: RunContext, number: int | None, alias: str | None = None) -> Release:
-    """Release of the version with this number or alias, or of the run's own when neither is given.
+    """Release of the version with this number or alias, or of the run's own; see `choose`."""
+    release = choose(context, number, alias)
+    run_logger().info("%s version %d at %s", release.name, release.version, release.model_path)
+    return release
+
+
+@contextmanager
+def releasing(context: RunContext, release: Release) -> Iterator[tuple[RunContext, Release]]:
+    """Context of a release that has begun, with its run directory and its run in the tracker.
+
+    Each attempt is a run of its own, which ends with the attempt's error; one that Prefect starts again goes on in it.
 
     Raises:
-        MissingFileError: no such version, or its weights are gone.
-        ConfigError: the quantized weights may cost more than quantize.max_dnll, so they are not served; see `_chosen`.
+        OperationalError: another process is releasing in the same runs directory, or memory is short.
     """
-    named = number is not None or alias is not None
-    found = _registered(context, number, alias) if named else _chosen(context)
-    if context.config.deploy.artifact == "quantized":
-        if found.tags.get("quantized_passed") == "false":
-            raise ConfigError(
-                f"{found.name} version {found.version}: its quantized weights did not pass: "
-                f"{found.tags.get('quantized_reason', 'they cost more than quantize.max_dnll')}. Deploy the export "
-                "(deploy.artifact=export), or raise the limit and run the training flow again."
-            )
-        path = find_output(found.tags["quantized_uri"], found.tags.get("quantize_fingerprint", ""))
-    else:
-        path = find_output(found.uri, found.tags.get("export_fingerprint", ""))
-    if not storage.is_committed(path):
-        raise MissingFileError(f"{found.name} version {found.version}: its weights are no longer at {path}")
-    run_logger().info("%s version %d at %s", found.name, found.version, path)
-    return Release(found.name, found.version, path)
+    serving = _serving(context)
+    check_room(context.config, release)
+    serving.prepare()
+    attempt = str(runtime.flow_run.id or context.began)
+    with try_lock(serving.path / "release.lock") as is_free:
+        if not is_free:
+            raise OperationalError(f"another release is under way in {serving.path}. Wait until it has ended.")
+        with open_release(context) as opened:
+            inputs = {"release": release.label, "model_path": release.model_path}
+            identity = storage.fingerprint([inputs, attempt])
+            with opened_step(opened, "deploy", inputs, identity) as step:
+                for line in (release.story, f"replaces {release.replaces}" if release.replaces else ""):
+                    if line:
+                        step.say(line, lasting=True)
+                yield opened, replace(release, run_id=step.run_id)
+                step.outputs = {"deploy": str(opened.path / "deploy.json")}
+            seconds = read_record(step_file(opened.path, "deploy")).seconds
+            opened.tracker().runs.log(opened.parent_run_id, metrics={seconds_of("deploy"): seconds})
 
 
-@task(name="start", cache_policy=NO_CACHE)
+@task(name="start", task_run_name="start", cache_policy=NO_CACHE)
 def start(context: RunContext, release: Release) -> Server:
     """Healthy replica of the version, started unless it runs already."""
     serving, deploy = _serving(context), context.config.deploy
     serving.prepare()
-    running = serving.find(release.label)
-    if running is not None and (running.model, running.kind) == (release.model_path, deploy.replica_kind):
+    running = serving.find_replica(release.label, release.model_path, deploy.replica_kind)
+    if running is not None:
         run_logger().info("found running: %s at %s", running.name, running.url)
         return running
-    _report(context, f"starting a replica of {release.label}")
+    running_step(context, release).say(f"starting a replica of {release.label}")
     return serving.start_replica(
-        release.label,
+        serving.unused_name(release.label),
         deploy.replica_kind,
         model=release.model_path,
         version=release.label,
@@ -161,8 +103,8 @@ def start(context: RunContext, release: Release) -> Server:
     )
 
 
-@task(name="smoke", cache_policy=NO_CACHE)
-def smoke(context: RunContext, replica: Server) -> str:
+@task(name="smoke", task_run_name="smoke", cache_policy=NO_CACHE)
+def smoke(context: RunContext, release: Release, replica: Server) -> str:
     """Answer of the new replica to the smoke prompt, before any traffic; the replica is stopped when it fails."""
     serving, deploy = _serving(context), context.config.deploy
     try:
@@ -174,7 +116,7 @@ def smoke(context: RunContext, replica: Server) -> str:
         if replica.name not in serving.weights():
             serving.stop(replica)
         raise
-    _report(context, f"smoke: {deploy.smoke_prompt!r} -> {output[:_PROMPT_CHARACTERS]!r}")
+    running_step(context, release).say(f"smoke: {deploy.smoke_prompt!r} -> {output[:_PROMPT_CHARACTERS]!r}")
     return output
 
 
@@ -190,108 +132,15 @@ async def _generate(engine: Engine, prompt: str, sampling: SamplingParams) -> st
         await engine.close()
 
 
-@task(name="shift", cache_policy=NO_CACHE)
-def shift(context: RunContext, replica: Server) -> dict[str, Any]:
-    """Steps of shifting traffic to the replica, each checked with real requests; a breach is rolled back.
-
-    Raises:
-        ServiceError: the error rate of a step was above deploy.max_error_rate; traffic was rolled back.
-    """
-    serving, config = _serving(context), context.config.deploy
-    before = {name: weight for name, weight in serving.weights().items() if weight > 0}
-    others = {name: weight for name, weight in before.items() if name != replica.name}
-    rows: list[dict[str, Any]] = []
-    try:
-        for percent in config.traffic_steps_percent if others else (100,):
-            serving.write_routes(_shares(others, replica.name, float(percent)))
-            gateway = _gateway(context)
-            row = _probe(context, gateway, replica, percent)
-            rows.append(row)
-            failed = f"{row['errors']} of {row['requests']} requests failed"
-            _report(context, f"{percent} % of traffic on {replica.name}: {failed}")
-            if row["errors"] > config.max_error_rate * row["requests"]:
-                raise ServiceError(
-                    f"{replica.name}: {failed} at {percent} % of traffic (deploy.max_error_rate "
-                    f"{config.max_error_rate}); traffic was rolled back"
-                )
-    except BaseException:
-        _rollback(serving, before, replica)
-        raise
-    show_table(f"shift-{context.config.name}", rows, f"Traffic to {replica.name}")
-    return {"steps": rows, "gateway": gateway.url, "replaced": sorted(others)}
-
-
-def _shares(others: Mapping[str, float], name: str, percent: float) -> dict[str, float]:
-    """Weights in percent: `percent` for `name`, the rest shared by the others in their former proportions."""
-    total = sum(others.values())
-    return {**{other: weight / total * (100.0 - percent) for other, weight in others.items()}, name: percent}
-
-
-def _rollback(serving: ServingDirectory, before: Mapping[str, float], replica: Server) -> None:
-    """Restore the traffic. A replica that had none is stopped; with no other, so is the gateway in front of it."""
-    if before:
-        total = sum(before.values())
-        serving.write_routes({name: weight / total * 100.0 for name, weight in before.items()})
-    else:
-        gateway = serving.find(GATEWAY)
-        if gateway is not None:
-            serving.stop(gateway)
-        serving.routes.unlink(missing_ok=True)
-    if replica.name not in before:
-        serving.stop(replica)
-
-
-def _gateway(context: RunContext) -> Server:
-    """Running gateway, or a new one."""
-    serving = _serving(context)
-    running, port = serving.find(GATEWAY), context.config.serve.port
-    if running is not None and (port == 0 or running.url.endswith(f":{port}")):
-        return running
-    if running is not None:
-        serving.stop(running)  # it listens where this release is not wanted
-    return serving.start_gateway(f"{context.directory}/{RELEASE_CONFIG}", context.config.deploy.start_timeout_s)
-
-
-def _probe(context: RunContext, gateway: Server, replica: Server, percent: int) -> dict[str, Any]:
-    """Counts and median latency of requests to the gateway, sent until enough have reached the new version.
-
-    The gateway retries on another replica when one fails, so errors are those it counts for the version itself, and
-    requests that no replica could answer.
-    """
-    serving, config = _serving(context), context.config.deploy
-    key = read_key_file(str(serving.client_key))
-    wanted, unanswered, latencies = config.requests_per_step, 0, list[float]()
-    requests = errors = 0
-    with Client(gateway.url, key) as client:
-        before = _counts(client, replica.version)
-        for number in range(_PATIENCE * wanted * 100 // percent):
-            started = time.monotonic()
-            try:
-                client.infer(f"{config.smoke_prompt}f{percent}_{number}(", max_tokens=config.smoke_max_tokens)
-            except CherryError as error:
-                run_logger().warning("request failed: %s", error)
-                unanswered += 1
-            else:
-                latencies.append(time.monotonic() - started)
-            requests, errors = (new - old for new, old in zip(_counts(client, replica.version), before, strict=True))
-            if requests >= wanted or unanswered >= wanted:
-                break
-    return {
-        "percent": percent,
-        "requests": requests,
-        "errors": max(errors, unanswered),
-        "median_ms": round(1000 * sorted(latencies)[len(latencies) // 2], 1) if latencies else None,
-    }
-
-
-def _counts(gateway: Client, version: str) -> tuple[int, int]:
-    """Requests and errors of a version since the gateway started."""
-    counted = gateway.routes()["versions"].get(version, {"requests": 0, "errors": 0})
-    return counted["requests"], counted["errors"]
+@task(name="shift", task_run_name="shift", cache_policy=NO_CACHE)
+def shift(context: RunContext, release: Release, replica: Server) -> dict[str, Any]:
+    """Steps of shifting traffic to the replica, each checked with real requests; see `shift_traffic`."""
+    return shift_traffic(context, release, replica)
 
 
 @task(
     name="record",
+    task_run_name="record",
     cache_policy=NO_CACHE,
     retries=3,
     retry_delay_seconds=REGISTRY_DELAYS_S,
@@ -300,40 +149,19 @@ def _counts(gateway: Client, version: str) -> tuple[int, int]:
 def record(
     context: RunContext, release: Release, replica: Server, shifted: dict[str, Any], answer: str
 ) -> dict[str, Any]:
-    """Summary of the release, recorded in MLflow and the run directory; the replicas it replaced are stopped."""
+    """Summary of the release, recorded in the tracker and the run directory; the replicas it replaced are stopped."""
     serving = _serving(context)
     serving.write_routes({replica.name: 100.0})
     for name in shifted["replaced"]:
         old = serving.find(name)
         if old is not None:
             serving.stop(old)
-    inputs = {
-        "release": release.label,
-        "model_path": release.model_path,
-        "pid": replica.pid,
-        "created": replica.created,
-    }
-
-    def work(step: StepRun) -> dict[str, str]:
-        target = context.path / "deploy.json"
-        state = {"release": release.label, "replica": replica.url, **shifted, "smoke": answer}
-        storage.write_json(str(target), state)
-        for number, row in enumerate(shifted["steps"]):
-            now = int(time.time() * 1000)
-            values = [
-                Point(key, float(row[key]), number, now)
-                for key in ("percent", "errors", "median_ms")
-                if row[key] is not None
-            ]
-            step.tracker.points(step.run_id, values)
-        step.tracker.artifact(step.run_id, target)
-        found = _registered(context, release.version)
-        context.tracker().registry.tag_version(
-            found, {"deployed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        )
-        context.tracker().registry.set_alias(release.name, "serving", release.version)
-        return {"deploy": str(target)}
-
-    done = perform(context, "deploy", inputs, work, began=context.began)
-    context.tracker().runs.log(context.parent_run_id, metrics={"seconds_deploy": done.seconds})
+    target = context.path / "deploy.json"
+    state = {"release": release.label, "replica": replica.url, **shifted, "smoke": answer}
+    storage.write_json(str(target), state)
+    tracker = context.tracker()
+    tracker.runs.artifact(release.run_id, target)
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    tracker.registry.annotate(registered(context, release.version), tags={"deployed_at": when})
+    tracker.registry.set_alias(release.name, SERVING_ALIAS, release.version)
     return {"url": shifted["gateway"], "version": release.label, "key_file": str(serving.client_key)}

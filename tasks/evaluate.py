@@ -16,7 +16,9 @@ from prefect.cache_policies import NO_CACHE
 from anything.statistics.compare import Comparison, compare
 from base import storage
 from tasks.artifacts import show_table
+from tasks.files.outputs import find_output
 from tasks.plots import plot_comparison
+from tasks.records.figures import difference_of, tracked
 from tasks.run_config import EvaluateConfig, RunConfig
 from tasks.run_logger import run_logger
 from tasks.steps import (
@@ -24,7 +26,6 @@ from tasks.steps import (
     RunContext,
     StepRecord,
     StepRun,
-    find_output,
     perform,
     sections,
     worth_retrying,
@@ -36,6 +37,7 @@ UNTRAINED = "untrained"
 
 @task(
     name="evaluate",
+    task_run_name="evaluate",
     cache_policy=NO_CACHE,
     retries=3,
     retry_delay_seconds=REGISTRY_DELAYS_S,
@@ -68,33 +70,38 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
                 "baseline": baseline,
             }.items()
         }
-        return _report(context, step, verdicts(context.config, scores, _label(champion), missing), folder)
+        result = verdicts(context.config, scores, _label(champion), missing)
+        result["baseline_version"] = None if champion is None else champion.version
+        return _report(context, step, result, folder)
 
     return perform(context, "evaluate", inputs, work)
 
 
 def _label(champion: ModelVersion | None) -> str:
-    return f"{champion.name} v{champion.version}" if champion else UNTRAINED
+    return champion.title if champion else UNTRAINED
 
 
 def find_champion(context: RunContext, exported: StepRecord) -> tuple[ModelVersion | None, str | None]:
-    """Registered champion to compare with; its predecessor when the champion is this same model.
+    """Registered champion to compare with; where it is this same model, the newest before it that is another one.
 
     Returns:
         The champion, and a sentence for one whose weights are gone.
     """
-    config = context.config.register_model
-    found = context.tracker().registry.version(config.model_name, alias=config.champion_alias)
-    if found is None:
-        return None, None
-    if found.tags.get("export_fingerprint") == exported.fingerprint:
+    config, registry = context.config.register_model, context.tracker().registry
+    found = registry.version(config.model_name, alias=config.champion_alias)
+    seen: set[int] = set()  # versions that have replaced each other in turn
+    while found is not None and found.tags.get("export_fingerprint") == exported.fingerprint:
+        seen.add(found.version)
         before = found.tags.get(f"previous_{config.champion_alias}")
-        found = context.tracker().registry.version(config.model_name, number=int(before)) if before else None
+        found = registry.version(config.model_name, number=int(before)) if before and int(before) not in seen else None
     if found is None:
         return None, None
-    uri = find_output(found.uri, found.tags.get("export_fingerprint", ""))
-    if not storage.is_committed(uri):
-        missing = f"{_label(found)}, the {config.champion_alias}, cannot be compared with: its weights are gone ({uri})"
+    uri = find_output(found.uri, found.tags.get("export_fingerprint", ""), context.config.runs_directory)
+    if damage := storage.damage(uri):
+        missing = (
+            f"{_label(found)}, the {config.champion_alias}, cannot be compared with: its weights are gone "
+            f"({uri}: {damage})"
+        )
         run_logger().warning(missing)
         return None, missing
     return replace(found, uri=uri), None
@@ -222,22 +229,26 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
         ("quantized - candidate", cost["difference"], cost["low"], cost["high"]),
     ]
     plot = plot_comparison(rows, config.evaluate.margin_nats, folder / "comparison.png")
-    headline = {
-        "heldout_bits_per_byte": result["bits_per_byte"],
-        "heldout_loss": result["heldout_loss"],
-        "heldout_documents": result["documents"],
-        "zlib_bits_per_byte": result["zlib_bits_per_byte"],
-        "difference_from_baseline": against["difference"],
-        "difference_from_baseline_low": against["low"],
-        "difference_from_baseline_high": against["high"],
+    headline = tracked(
+        {
+            "heldout_bits_per_byte": result["bits_per_byte"],
+            "heldout_loss": result["heldout_loss"],
+            "heldout_documents": result["documents"],
+            "zlib_bits_per_byte": result["zlib_bits_per_byte"],
+            "quantized_dnll": cost["difference"],
+        },
+        step.step,
+    )
+    limits = {
         "minimum_detectable_effect": against["minimum_detectable_effect"],
-        "quantized_dnll": cost["difference"],
         "quantized_dnll_upper": cost["upper_one_sided"],
     }
-    tags = {"verdict": result["verdict"], "reason": result["reason"], "baseline": baseline}
+    differences = {difference_of(baseline, key): against[key] for key in ("difference", "low", "high")}
+    told = {"verdict": result["verdict"], "reason": result["reason"], "baseline": baseline}
     for run_id in (step.run_id, context.parent_run_id):
         step.tracker.artifact(run_id, plot, "plots")
-        step.tracker.log(run_id, metrics=headline, tags=tags)
+        step.tracker.log(run_id, metrics=headline.metrics, tags=headline.tags | told)
+    step.tracker.log(step.run_id, metrics=tracked(limits, step.step).metrics | differences)
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
     show_table(
         f"evaluate-{config.name}",

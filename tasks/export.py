@@ -8,7 +8,14 @@ from prefect.cache_policies import NO_CACHE
 from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
 
 
-@task(name="export", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+@task(
+    name="export",
+    task_run_name="export",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=worth_retrying,
+)
 def export(context: RunContext, trained: StepRecord) -> StepRecord:
     """Export the trained weights in bf16 to `<run>/export`."""
 

@@ -6,7 +6,6 @@ renews the lease by the file's time, so that a lease from a host that died goes 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -21,7 +20,8 @@ from typing import Any
 import psutil
 
 from base import storage
-from base.errors import CherryError, MissingFileError, OperationalError, storage_errors
+from base.errors import CherryError, MissingFileError, OperationalError
+from tasks.files.file_lock import hold_lock
 from tasks.processes.process import is_alive
 
 _HOST = socket.gethostname()
@@ -44,14 +44,14 @@ def take_lease(run_directory: Path, *, renew_s: float = RENEW_S) -> None:
     path = _lease(run_directory)
     run_directory.mkdir(parents=True, exist_ok=True)
     with locked(run_directory):
-        holder = read_lease(run_directory)
-        own = holder is not None and holder["pid"] == os.getpid() and _is_here(holder) and _runs(holder)
-        if holder is not None and not own and is_held(run_directory):
+        lease = read_lease(run_directory)
+        own = lease is not None and lease["pid"] == os.getpid() and _is_here(lease) and _runs(lease)
+        if lease is not None and not own and is_held(run_directory):
             raise OperationalError(
-                f"{run_directory}: process {holder['pid']} on {holder.get('host', _HOST)} is working on this run. "
+                f"{run_directory}: process {lease['pid']} on {lease.get('host', _HOST)} is working on this run. "
                 "Wait for it, stop it, or give this run another name (name=...)."
             )
-        token = holder["token"] if holder is not None and own else uuid.uuid4().hex
+        token = lease["token"] if lease is not None and own else uuid.uuid4().hex
         process = {"host": _HOST, "boot": _boot(), "pid": os.getpid(), "created": psutil.Process().create_time()}
         storage.write_json(str(path), {**process, "token": token})
     if not own:
@@ -62,21 +62,12 @@ def take_lease(run_directory: Path, *, renew_s: float = RENEW_S) -> None:
 def locked(run_directory: Path) -> Iterator[None]:
     """Lock the lease: while it is locked no other process takes or drops it, so a holder read as dead stays dead.
 
-    The lock's file is never removed: that could remove the lock of another process.
-
     Raises:
         MissingFileError: there is no such directory.
         StorageError: its file system has no locks.
     """
-    path = run_directory / "lease.lock"
-    with storage_errors(str(path)):
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        with storage_errors(str(path)):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with hold_lock(run_directory / "lease.lock"):
         yield
-    finally:
-        os.close(handle)
 
 
 def read_lease(run_directory: Path) -> dict[str, Any] | None:
@@ -94,11 +85,11 @@ def is_held(run_directory: Path) -> bool:
     Another host's processes cannot be seen from here: its lease counts until it has not been renewed for a while.
     Both times are the file system's, so the hosts' clocks do not matter.
     """
-    holder = read_lease(run_directory)
-    if holder is None:
+    lease = read_lease(run_directory)
+    if lease is None:
         return False
-    if _is_here(holder):
-        return _runs(holder)
+    if _is_here(lease):
+        return _runs(lease)
     lock = run_directory / "lease.lock"
     os.utime(lock)
     # Opened, not only looked at: NFS answers a stat from its cache.
@@ -107,10 +98,21 @@ def is_held(run_directory: Path) -> bool:
     return lock.stat().st_mtime - renewed < _STALE_S
 
 
+def holder(run_directory: Path) -> psutil.Process | None:
+    """The live process of this host that holds the directory; `None` where another host's does, or none."""
+    lease = read_lease(run_directory)
+    if lease is None or not _is_here(lease) or not _runs(lease):
+        return None
+    try:
+        return psutil.Process(lease["pid"])
+    except psutil.NoSuchProcess:
+        return None
+
+
 def is_own(run_directory: Path) -> bool:
     """Whether this process holds the directory. Call it under `locked`."""
-    holder = read_lease(run_directory)
-    return holder is not None and holder["pid"] == os.getpid() and _is_here(holder)
+    lease = read_lease(run_directory)
+    return lease is not None and lease["pid"] == os.getpid() and _is_here(lease)
 
 
 def drop_lease(run_directory: Path) -> None:
@@ -134,13 +136,13 @@ def _keep_fresh(run_directory: Path, token: str, renew_s: float) -> None:
             logger.warning("the lease of %s was not renewed: %s", run_directory, error)
 
 
-def _is_here(holder: Mapping[str, Any]) -> bool:
+def _is_here(lease: Mapping[str, Any]) -> bool:
     """Whether the holder's pid is one of this host's, and this host has not rebooted since."""
-    return (holder.get("host", _HOST), holder.get("boot", _boot())) == (_HOST, _boot())
+    return (lease.get("host", _HOST), lease.get("boot", _boot())) == (_HOST, _boot())
 
 
-def _runs(holder: Mapping[str, Any]) -> bool:
-    return is_alive(holder["pid"], holder["created"])
+def _runs(lease: Mapping[str, Any]) -> bool:
+    return is_alive(lease["pid"], lease["created"])
 
 
 def _boot() -> str:

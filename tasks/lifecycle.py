@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,20 @@ from base.config import dump
 from base.errors import CherryError
 from cherry.train_record import FLOW_SERIES
 from tasks.artifacts import show_markdown, show_table
+from tasks.inputs import check_inputs, check_serving
 from tasks.lease import drop_lease, is_held, locked, read_lease, take_lease
 from tasks.overrides import DEFAULT_CONFIG, ConfigParameter, resolve, run_directory, write_resolved
+from tasks.processes.loopback import keep_loopback_from_proxies
+from tasks.processes.lost_output import outlive_readers
 from tasks.processes.process import end_tree, is_alive
 from tasks.provision import release_hosts
+from tasks.records.environment import cost_figures, device_of
+from tasks.records.events import line_of, write_event
+from tasks.records.figures import Tracked, seconds_of, tracked
+from tasks.restarts import refuse_endless_restarts, starts_before, wait_for_holder
 from tasks.run_config import RunConfig
 from tasks.run_logger import run_logger
-from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_event, write_record
+from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_record
 from tasks.tracking.connect import connect
 from tasks.tracking.metrics_relay import MetricsRelay
 from tasks.tracking.protocol import RunStatus
@@ -33,18 +42,12 @@ TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "
 STEPS = (*TRAIN_STEPS, "deploy")
 RELEASE_CONFIG = "release.yaml"
 """The config of the newest release, beside the config.yaml that the run was trained with."""
+HELD = "held.json"
+"""Seconds for which the attempts of the flow's tracked run held their hosts."""
+_PLOTS = {"provision": "plots/*.png", "train": "train/plots/*.png", "quantize": "quantized/*.png"}
+_PLOTS |= {"evaluate": "evaluate/*.png"}
 FLOW_RUN = "flow_run.json"
 """Id of the flow's MLflow run, for a clean-up by another process."""
-
-
-def run_name() -> str:
-    """Name of the Prefect flow run: the run's own where the parameters give it, else that of the config file."""
-    parameters = runtime.flow_run.parameters
-    for given in (parameters.get("overrides"), parameters.get("config")):
-        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
-        if name is not None:
-            return str(name)
-    return Path(str(parameters.get("config", ""))).stem
 
 
 def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
@@ -53,36 +56,82 @@ def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
     Raises:
         MissingFileError, ConfigError: see `tasks.overrides.resolve`.
         OperationalError: a live process is working on the same run.
+        InvalidInputError: the flow run was cancelled, or was started `retry.attempts` times before.
     """
+    outlive_readers()
+    keep_loopback_from_proxies()
+    starts = starts_before()
     resolved = resolve(config, overrides)
+    check_inputs(resolved)
+    if starts:
+        refuse_endless_restarts(starts, resolved.retry.attempts)
+        wait_for_holder(Path(run_directory(resolved)))
+    _open_tracker(resolved)
     end_leftovers(resolved)
     # Before anything is written: a live run's trainer reads config.yaml when it is started again.
     take_lease(Path(run_directory(resolved)))
     directory = write_resolved(resolved)
     context = RunContext(directory, resolved, _open_flow_run(resolved, directory))
-    context.tracker().runs.log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
+    tracker = context.tracker().runs
+    tracker.log(context.parent_run_id, params=flatten(resolved.model_dump(mode="json")))
+    tracker.artifact(context.parent_run_id, context.path / "config.yaml")
     return context
 
 
+def _open_tracker(config: RunConfig) -> None:
+    """Check the tracker before anything is computed; what it loses later is shown beside the steps at once.
+
+    Raises:
+        CherryError: see `Tracker.open`.
+    """
+    directory = Path(run_directory(config))
+
+    def on_outage(line: str) -> None:
+        if directory.is_dir():
+            write_event(directory, "tracking", "progress", line=line)
+
+    connect(config.tracking, config.runs_directory).open(on_outage)
+
+
 def begin_release(config: ConfigParameter, overrides: BaseModel) -> RunContext:
-    """Resolve the config of a release, and find its run directory and MLflow run as training left them.
+    """Resolve the config of a release and check what it needs, before anything is written or started.
 
     Raises:
         MissingFileError, ConfigError: see `tasks.overrides.resolve`.
+        InvalidInputError: the flow run was cancelled, or was started `retry.attempts` times before.
+        CherryError: see `tasks.inputs.check_serving` and `Tracker.open`.
     """
+    outlive_readers()
+    keep_loopback_from_proxies()
+    starts = starts_before()
     resolved = resolve(config, overrides)
+    refuse_endless_restarts(starts, resolved.retry.attempts)
     directory = run_directory(resolved)
-    if not Path(directory, "config.yaml").exists():
-        write_resolved(resolved)
-    storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(resolved).encode())
-    write_event(Path(directory), "deploy", "started")
-    registered = find_finished(Path(directory), "register")
-    parent = registered.parent_run_id if registered is not None else None
-    if parent is None:
-        parent = _open_flow_run(resolved, directory)
-        # A parent only: the release is a step's run.
-        connect(resolved.tracking, resolved.runs_directory).runs.finish(parent, "FINISHED")
-    return RunContext(directory, resolved, parent)
+    check_serving(resolved)
+    _open_tracker(resolved)
+    return RunContext(directory, resolved)
+
+
+@contextmanager
+def open_release(context: RunContext) -> Iterator[RunContext]:
+    """Context with the run directory and the flow's tracked run as training left them, or new ones."""
+    config, directory = context.config, context.directory
+    if not (context.path / "config.yaml").exists():
+        write_resolved(config)
+    storage.write_bytes(storage.join(directory, RELEASE_CONFIG), dump(config).encode())
+    registered = find_finished(context.path, "register")
+    if registered is not None and registered.parent_run_id is not None:
+        yield replace(context, parent_run_id=registered.parent_run_id)
+        return
+    parent = _open_flow_run(config, directory)
+    status: RunStatus = "FINISHED"
+    try:
+        yield replace(context, parent_run_id=parent)
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        raise
+    finally:
+        context.tracker().runs.finish(parent, status)
 
 
 def _open_flow_run(config: RunConfig, directory: str) -> str | None:
@@ -91,7 +140,14 @@ def _open_flow_run(config: RunConfig, directory: str) -> str | None:
     identity = storage.fingerprint(_lasting(config))
     run_id = tracker.runs.start(config.name, parent=None, step="flow", identity=identity, run_key=run_key(path))
     storage.write_json(str(path / FLOW_RUN), {"run_id": run_id})
-    tracker.runs.log(run_id, tags={"prefect_flow_run": str(runtime.flow_run.id), "directory": directory})
+    tracker.runs.log(
+        run_id,
+        tags={
+            "prefect_flow_run": str(runtime.flow_run.id),
+            "directory": directory,
+            "device": device_of(config),
+        },
+    )
     run_logger().info("run %s in %s, tracked at %s", config.name, directory, tracker.address)
     return run_id
 
@@ -102,28 +158,32 @@ def _lasting(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("plan", "retry", "serve", "deploy", "tracking")}
 
 
-def conclude(context: RunContext, status: RunStatus) -> dict[str, Any]:
+def conclude(context: RunContext, status: RunStatus, error: BaseException | None = None) -> dict[str, Any]:
     """End the flow's tracked run as FINISHED, FAILED or KILLED; returns the summary, empty unless it finished.
 
-    Also shows the steps in Prefect, and writes summary.json when all are done.
+    A run that failed gets the `error` as its description. Also shows the steps in Prefect, and writes summary.json when
+    all are done.
     """
     tracker, parent = context.tracker().runs, context.parent_run_id
     records = [record for step in TRAIN_STEPS if (record := find_finished(context.path, step)) is not None]
     summary: dict[str, Any] = {}
     text = f"Ended as {status.lower()} after {len(records)} of {len(TRAIN_STEPS)} steps."
     # A failed run may stand beside the steps of another config's.
-    figures = {f"seconds_{record.step}": record.seconds for record in records if record.parent_run_id == parent}
+    figures = {seconds_of(record.step): record.seconds for record in records if record.parent_run_id == parent}
+    tags: dict[str, str] = {}
     if status == "FINISHED":
         summary = summarize(context.path)
         text = _describe(summary)
         storage.write_json(str(context.path / "summary.json"), summary)
         records = _catch_up(context, records)
-        figures = _headline(summary)
+        figures, tags = _headline(summary)
+        _show_reused(context, records)
         tracker.log(parent, note=text, tags=_reused(context, records))
-        for name in ("summary.json", "config.yaml"):
-            tracker.artifact(parent, context.path / name)
+        tracker.artifact(parent, context.path / "summary.json")
         show_markdown(f"links-{context.config.name}", _links(context, records), "Where to look")
-    tracker.log(parent, metrics=figures)
+    elif error is not None:
+        tracker.log(parent, note=f"{text} {line_of(error)}")
+    tracker.log(parent, metrics=figures | _cost(context), tags=tags)
     show_table(f"run-{context.config.name}", _rows(context, records), text)
     tracker.finish(parent, status)
     return summary
@@ -142,7 +202,7 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
                 identity=record.fingerprint,
                 run_key=context.key,
             )
-            tracker.log(run_id, metrics=record.figures)
+            tracker.log(run_id, **tracked(record.figures, record.step)._asdict())
             record = replace(record, run_id=run_id, parent_run_id=context.parent_run_id, reused=False)
             write_record(context.path, record)
         if record.step == "train":
@@ -153,11 +213,34 @@ def _catch_up(context: RunContext, records: list[StepRecord]) -> list[StepRecord
     return updated
 
 
-def _headline(summary: dict[str, Any]) -> dict[str, float]:
-    """Figures that runs are compared by; MLflow's page shows them in this order."""
-    first = {"heldout_bits_per_byte": summary["heldout_bits_per_byte"]}
-    figures = first | {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
-    return figures | {f"seconds_{step}": float(seconds) for step, seconds in summary["seconds"].items()}
+def _headline(summary: dict[str, Any]) -> Tracked:
+    """Figures that runs are compared by."""
+    found = tracked(summary, "flow")
+    return found._replace(metrics=found.metrics | {seconds_of(step): s for step, s in summary["seconds"].items()})
+
+
+def _cost(context: RunContext) -> dict[str, float]:
+    """Cost of the flow's run so far, by name in the tracker: of this attempt and of those before it.
+
+    An attempt that was killed outright is left out.
+    """
+    path, seconds = context.path / HELD, time.time() - context.began
+    before = storage.read_json(str(path)) if path.exists() else {}
+    same = before.get("run_id") == context.parent_run_id
+    held = {attempt: s for attempt, s in before.get("seconds", {}).items() if same} | {str(context.began): seconds}
+    storage.write_json(str(path), {"run_id": context.parent_run_id, "seconds": held})
+    return cost_figures(context.config, sum(held.values()))
+
+
+def _show_reused(context: RunContext, records: list[StepRecord]) -> None:
+    """Add plots and the comparison with the plan, of steps that another flow's run has made, to this one."""
+    tracker, parent = context.tracker().runs, context.parent_run_id
+    for record in records:
+        if record.parent_run_id != parent:
+            ratios = {key: value for key, value in record.figures.items() if key.endswith("_over_plan")}
+            tracker.log(parent, metrics=tracked(ratios, record.step).metrics)
+            for path in sorted(context.path.glob(_PLOTS[record.step])) if record.step in _PLOTS else ():
+                tracker.artifact(parent, path, "plots")
 
 
 def _is_reused(context: RunContext, record: StepRecord) -> bool:
@@ -189,6 +272,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         )
     )
     records = {step: record for step in STEPS if (record := find_finished(directory, step)) is not None}
+    registered = storage.read_json(records["register"].outputs["register"]) if "register" in records else {}
     return {
         "name": directory.name,
         "loss_first": train["loss_first"],
@@ -207,6 +291,8 @@ def summarize(directory: Path) -> dict[str, Any]:
         "verdict": evaluation["verdict"],
         "reason": evaluation["reason"],
         "compared_with": evaluation["baseline"],
+        "champion": bool(registered.get("champion")),
+        "champion_reason": registered.get("champion_reason"),
         "run_id": records["register"].parent_run_id if "register" in records else None,
         "seconds": {step: round(record.seconds, 3) for step, record in records.items()},
     }
@@ -245,9 +331,16 @@ def _links(context: RunContext, records: list[StepRecord]) -> str:
     )
 
 
+def judged(summary: Mapping[str, Any]) -> str:
+    """The verdict's reason, and why a version that was found better is not the champion all the same."""
+    if summary["verdict"] != "better" or summary["champion"]:
+        return str(summary["reason"])
+    return f"{summary['reason']} It did not become the champion: {summary['champion_reason']}."
+
+
 def _describe(summary: dict[str, Any]) -> str:
     return (
-        f"**{summary['verdict']}** than {summary['compared_with']}: {summary['reason']}\n\n"
+        f"**{summary['verdict']}** than {summary['compared_with']}: {judged(summary)}\n\n"
         f"Held-out {summary['heldout_bits_per_byte']:.3f} bits per byte (zlib {summary['zlib_bits_per_byte']:.3f}), "
         f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f}, quantized at "
         f"{summary['quantized_bytes_ratio']:.2f} of the bytes for {summary['quantized_dnll']:+.4f} nats per token."

@@ -21,8 +21,9 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from base import storage
-from base.config import Section, dump, merge, read_yaml, validate
-from base.errors import ConfigError
+from base.config import Section, dump, validate
+from base.errors import ConfigError, directory_fault
+from base.yaml_config import merge, read_yaml
 from tasks.run_config import RunConfig
 
 
@@ -102,7 +103,7 @@ def run_directory(config: RunConfig) -> str:
     """Path of the run directory, <runs_directory>/<name>.
 
     Raises:
-        ConfigError: it is not on a file system; tasks and the trainer share it as files.
+        ConfigError: it is not on a file system, as tasks and the trainer share it as files; or a file is in its place.
     """
     directory = storage.join(config.runs_directory, config.name)
     if not storage.is_local(directory):
@@ -110,7 +111,10 @@ def run_directory(config: RunConfig) -> str:
             f"runs_directory: must be a local or shared file system (got {config.runs_directory}); "
             "put large state on object storage by checkpoint.directory"
         )
-    return storage.local_path(directory)
+    path = storage.local_path(directory)
+    if fault := directory_fault(path):
+        raise ConfigError(f"runs_directory {config.runs_directory}: {fault}. Give another directory.")
+    return path
 
 
 def write_resolved(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from base.errors import ConfigError, DoesNotFitError, MissingFileError
 from cherry.cluster import LOCAL, ClusterSpec
 from cherry.planner.local_device import local_device
 from cherry.planner.plan import Plan, make_plan
-from cherry.planner.report import advice, headline, memory_title, sections_of
+from cherry.planner.report import advice, headline, memory_title, sections_of, summary_line
 from cherry.planner.search import nearest_that_fit
 from tasks.artifacts import show_table
 from tasks.plots import plot_memory
@@ -28,9 +28,9 @@ _MEASURED = {
 
 
 def predict(config: RunConfig, cluster: ClusterSpec) -> Plan | None:
-    """Plan of the run; `None` for a local device, or a use of it, that the planner does not model."""
+    """Plan of the run; `None` where the planner does not know the GPUs, the local device, or such a use of it."""
     if cluster.kind != LOCAL:
-        return make_plan(config, cluster)
+        return None if cluster.gpu is None else make_plan(config, cluster)
     try:
         return make_plan(config, cluster, local_device() if cluster.gpu is None else None)
     except ConfigError as error:  # another GPU, or bf16 on CPUs, which train in it, slowly
@@ -46,10 +46,10 @@ def refuse(plan: Plan | None, config: RunConfig) -> None:
     """
     if plan is None or plan.fits:
         return
-    reason = f"{plan.why_not()} {advice(nearest_that_fit(plan))}"
+    reason = f"{plan.why_not()}\n{advice(nearest_that_fit(plan))}"
     if config.plan.refuse:
-        raise DoesNotFitError(f"{reason} plan.refuse=false starts it anyway.")
-    logger.warning("%s Continuing: plan.refuse is false.", reason)
+        raise DoesNotFitError(f"{reason}\nplan.refuse=false starts it anyway.")
+    logger.warning("%s\nContinuing: plan.refuse is false.", reason)
 
 
 def record_plan(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str]:
@@ -58,7 +58,7 @@ def record_plan(plan: Plan, context: RunContext, step: StepRun) -> dict[str, str
     storage.write_json(str(target), plan.as_dict())
     path = context.path / "plots" / "plan_memory.png"
     picture = plot_memory(plan.worst.stages, plan.worst.usable, path, title=memory_title(plan))
-    step.say(f"plan: {headline(plan)}; {plan.step.tokens_per_s:,.0f} tokens/s, {plan.worst.total / 2**30:.2f} GiB")
+    step.say(f"plan: {summary_line(plan)}")
     step.metrics(**plan.predictions())
     for run_id in (step.run_id, context.parent_run_id):
         step.tracker.artifact(run_id, target)
@@ -89,3 +89,12 @@ def compared(run_directory: Path, result: dict[str, float]) -> dict[str, float]:
         if predicted and measured
     }
     return {key: plan[key] for key in _MEASURED if key in plan} | ratios
+
+
+def planned_step_seconds(run_directory: Path) -> float | None:
+    """Predicted time of a training step in seconds; `None` without a plan."""
+    try:
+        found = storage.read_json(str(run_directory / PLAN_FILE)).get("predicted_step_seconds")
+    except MissingFileError:
+        return None
+    return float(found) if found else None

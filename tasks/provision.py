@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
-from base.errors import CherryError, OperationalError
+from base.durations import duration_text
+from base.errors import CherryError, InvalidInputError, OperationalError
 from cherry.cluster import read_cluster
 from cherry.planner.plan import Plan, checkpoint_bytes
 from tasks.lease import drop_lease, is_own, locked
@@ -30,7 +32,7 @@ from tasks.providers.protocol import (
     write_hosts,
     write_reservation,
 )
-from tasks.providers.registry import find_provider, provider_name
+from tasks.providers.registry import find_provider, provider_name, reservation_of
 from tasks.run_config import RunConfig
 from tasks.steps import RunContext, StepRecord, StepRun, perform, sections, worth_retrying
 
@@ -40,7 +42,14 @@ _GIB = 2**30
 logger = logging.getLogger(__name__)
 
 
-@task(name="provision", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+@task(
+    name="provision",
+    task_run_name="provision",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=worth_retrying,
+)
 def provision(context: RunContext) -> StepRecord:
     """Plan the run, check that its cluster has what the plan needs, and take the hosts."""
     inputs = {
@@ -73,22 +82,13 @@ def preflight(config: RunConfig, run_directory: Path, name: str) -> tuple[Reserv
         OperationalError: disk or memory are short now, but may be freed.
     """
     spec = read_cluster(config.cluster)
-    provider = provider_name(config.cluster, spec)
+    provider_name(config.cluster, spec)  # a cluster that nobody can take hosts of needs no plan
     plan = predict(config, spec)
     refuse(plan, config)
-    reservation = Reservation(
-        provider=provider,
-        cluster=config.cluster,
-        spec=spec,
-        name=name,
-        run_directory=str(run_directory),
-        nodes=config.launch.nnodes,
-        ranks_per_node=config.launch.nproc_per_node,
-        master_port=config.launch.master_port,
-        # A run that starts against its plan is not stopped by the plan's figures here either.
-        memory_bytes_per_node=plan.host_bytes_per_node if plan is not None and config.plan.refuse else 0,
-    )
-    find_provider(provider).check(reservation)
+    # A run that starts against its plan is not stopped by the plan's figures here either.
+    memory = plan.host_bytes_per_node if plan is not None and config.plan.refuse else 0
+    reservation = reservation_of(config, spec, str(run_directory), name, memory_bytes_per_node=memory)
+    find_provider(reservation.provider).check(reservation)
     check_disk(config, _free_disk(run_directory))
     return reservation, plan
 
@@ -137,15 +137,33 @@ def hold_hosts(context: RunContext) -> tuple[Provider, Hosts]:
     """The run's provider and hosts: those it holds, or new ones when they were released or no longer answer.
 
     Raises:
-        CherryError: see `take_hosts`.
+        CherryError: see `refuse_overdue` and `take_hosts`.
     """
-    if read_reservation(context.path) is not None and (context.path / HOSTS_FILE).exists():
+    reservation = read_reservation(context.path)
+    if reservation is not None:
+        refuse_overdue(reservation)
+    if reservation is not None and (context.path / HOSTS_FILE).exists():
         hosts = read_hosts(context.path)
         provider = find_provider(hosts.provider)
         if provider.is_alive(hosts):
             return provider, hosts
     hosts, _ = take_hosts(context)
     return find_provider(hosts.provider), hosts
+
+
+def refuse_overdue(reservation: Reservation) -> None:
+    """Let a run fail whose hosts have reached their maximum lifetime: another attempt would hold them longer.
+
+    Raises:
+        InvalidInputError: they have.
+    """
+    if reservation.until is not None and time.time() >= reservation.until:
+        held = duration_text(reservation.until - (reservation.since or reservation.until))
+        raise InvalidInputError(
+            f"max_lifetime: the hosts of {reservation.cluster} were held for {held}, the longest that its cluster file "
+            "allows. Start the run again, which takes hosts anew and resumes from the newest checkpoint, or allow more "
+            "there."
+        )
 
 
 def release(run_directory: str) -> None:

@@ -13,7 +13,14 @@ from tasks.plots import plot_quantization
 from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
 
 
-@task(name="quantize", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=worth_retrying)
+@task(
+    name="quantize",
+    task_run_name="quantize",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=worth_retrying,
+)
 def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
     """Record of the quantized weights, made from the export by a program of its own."""
     scheme = context.config.quantize.format
@@ -31,7 +38,6 @@ def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
         for path in (report_file, plot):
             step.tracker.artifact(step.run_id, path)
         step.tracker.artifact(context.parent_run_id, plot, "plots")
-        step.tracker.log(context.parent_run_id, metrics={"quantized_bytes_ratio": ratio})
         return {"quantized": str(target)}
 
     inputs = {"export_fingerprint": exported.fingerprint, "format": scheme}

@@ -6,6 +6,7 @@ MLflow is needed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Literal
@@ -20,7 +21,7 @@ from model.numerics.formats import DEFAULT_FORMAT, FORMATS, format_rule
 
 
 class RetryConfig(Section):
-    """Retries of the train step after a transient error, like a lost node."""
+    """Retries of the train step after a transient error, and of a deployment's run after a crash."""
 
     attempts: PositiveInt = 3
     """Attempts, the first one included."""
@@ -67,6 +68,16 @@ class EvaluateConfig(Section):
     """Seed of the bootstrap."""
 
 
+# What MLflow's registry refuses (mlflow 3.17, utils/validation.py): of models, logged models and aliases.
+_REFUSED = ("/", ":", ".", "%", '"', "'")
+_NAME_CHARACTERS = 255
+_ALIAS_CHARACTERS = 255
+_ALIAS = re.compile(r"[\w\-]+")
+_RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
+SERVING_ALIAS = "serving"
+"""Alias of the version that a release serves."""
+
+
 class RegisterConfig(Section):
     """The MLflow model registry."""
 
@@ -76,6 +87,28 @@ class RegisterConfig(Section):
     """Alias of the best version so far, which new ones are compared with."""
     candidate_alias: str = "candidate"
     """Alias of the newest version."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Names that the model registry refuses, which would show after all training; and aliases of two meanings."""
+        if (
+            not self.model_name.strip()
+            or len(self.model_name) > _NAME_CHARACTERS
+            or any(one in self.model_name for one in _REFUSED)
+        ):
+            rule = (
+                f"must be a name of 1 to {_NAME_CHARACTERS} characters without any of {' '.join(_REFUSED)}, "
+                "which the model registry refuses"
+            )
+            yield Problem("model_name", rule, self.model_name)
+        for key, alias in (("champion_alias", self.champion_alias), ("candidate_alias", self.candidate_alias)):
+            if not _ALIAS.fullmatch(alias) or len(alias) > _ALIAS_CHARACTERS:
+                yield Problem(key, f"must be 1 to {_ALIAS_CHARACTERS} letters, digits, _ or -", alias)
+            elif _RESERVED_ALIAS.fullmatch(alias):
+                yield Problem(key, "is reserved by the model registry, as are latest, v1, v2, ...", alias)
+            elif alias == SERVING_ALIAS:
+                yield Problem(key, "is the alias of the version that is served: choose another", alias)
+        if self.champion_alias == self.candidate_alias:
+            yield Problem("candidate_alias", "must differ from champion_alias", self.candidate_alias)
 
 
 class DeployConfig(Section):
@@ -127,6 +160,7 @@ TRACKING_SCHEMES = (
     ),
 )
 _TRACKING_PLUGINS = "mlflow.tracking_store"
+_EXPERIMENT_CHARACTERS = 500
 
 
 class TrackingConfig(Section):
@@ -138,15 +172,24 @@ class TrackingConfig(Section):
     experiment: str = "cherry"
     """Experiment that the runs belong to."""
     system_metrics: bool = True
-    """Record this machine's CPU, memory, disk and GPU use during each step (MLflow only)."""
+    """Record this machine's CPU, memory, disk and GPU use during each step (MLflow only), and during training that of
+    every node under its name."""
 
     def problems(self) -> Iterator[Problem]:
-        """A tracking URI that neither MLflow nor the JSON tracker takes: registering would fail, after all training."""
-        scheme = self.uri.split(":", 1)[0].split("+")[0] if self.uri and ":" in self.uri else ""
-        if scheme in TRACKING_SCHEMES or entry_points(group=_TRACKING_PLUGINS, name=scheme):
-            return
-        known = ", ".join(filter(None, TRACKING_SCHEMES))
-        yield Problem("uri", f"must be a directory or a URI with one of the schemes {known}", self.uri)
+        """A tracking URI or experiment that the trackers do not take: registering would fail, after all training."""
+        rule = None if self.uri is None else tracking_uri_rule(self.uri)
+        if rule is not None:
+            yield Problem("uri", rule, self.uri)
+        if not 0 < len(self.experiment) <= _EXPERIMENT_CHARACTERS:
+            yield Problem("experiment", f"must have 1 to {_EXPERIMENT_CHARACTERS} characters", self.experiment)
+
+
+def tracking_uri_rule(uri: str) -> str | None:
+    """Rule that a tracking URI breaks, which neither MLflow nor the JSON tracker takes; `None` for one that they do."""
+    scheme = uri.split(":", 1)[0].split("+")[0] if ":" in uri else ""
+    if scheme in TRACKING_SCHEMES or entry_points(group=_TRACKING_PLUGINS, name=scheme):
+        return None
+    return f"must be a directory or a URI with one of the schemes {', '.join(filter(None, TRACKING_SCHEMES))}"
 
 
 class RunConfig(JobConfig):

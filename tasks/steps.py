@@ -1,6 +1,7 @@
 """Pipeline steps: fingerprint, record on disk, run in the tracker, and the events that the terminal shows.
 
-A step with the same inputs and the same code is not run again: its output is found and reused.
+A step with the same inputs and the same code is not run again: its output is found and reused, as long as every file
+of it is as the step left it. What was lost is made again.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from base import storage
 from base.errors import CherryError, is_retryable_exit_code
-from base.json_lines import append_json
 from cherry import __version__
 from tasks.code_version import step_digest
+from tasks.files.outputs import aside_path, clear_damage, damages, file_states, found_paths, set_aside, stored_paths
 from tasks.processes.process import in_background, run_command, run_module
+from tasks.records.environment import cost_figures, device_of
+from tasks.records.events import line_of, now, write_event, write_log
+from tasks.records.figures import tracked
 from tasks.run_config import RunConfig
 from tasks.run_logger import run_logger
 from tasks.tracking.connect import connect
@@ -26,7 +30,6 @@ from tasks.tracking.protocol import RunStatus, RunTracker, Tracker
 
 # Steps that need the model registry wait for its server to be started again; the others do without it.
 REGISTRY_DELAYS_S = [2.0, 10.0, 30.0]
-EVENTS_FILE = "events.jsonl"
 PROGRAM = "program.json"
 """File in the run directory while a program of a step runs: its pid and start time."""
 # Keys of step records, by the name that files of earlier versions have for them.
@@ -43,6 +46,8 @@ class RunContext:
     """The flow's run in the tracker; `None` when the tracker could not be reached."""
     began: float = field(default_factory=time.time)
     """Unix time of the flow's start."""
+    dry_run: bool = False
+    """Only ask which steps are finished: `perform` runs and writes nothing."""
 
     @property
     def path(self) -> Path:
@@ -85,6 +90,21 @@ class StepRecord:
     reused: bool = False
     inputs_fingerprint: str = ""
     """Fingerprint of the inputs without the code; empty in records of earlier versions."""
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    """[bytes, SHA-256] of the outputs that are files, by name; empty in records of earlier versions."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """The inputs, with dotted keys; empty in records of earlier versions."""
+
+
+class NotFinishedError(Exception):
+    """A dry run came to a step that would run: the fingerprints and inputs that it would have."""
+
+    def __init__(self, step: str, fingerprint: str, inputs_fingerprint: str, inputs: Mapping[str, Any]) -> None:
+        super().__init__(step)
+        self.step = step
+        self.fingerprint = fingerprint
+        self.inputs_fingerprint = inputs_fingerprint
+        self.inputs = inputs
 
 
 @dataclass
@@ -99,16 +119,27 @@ class StepRun:
     tracker: RunTracker
     inputs_fingerprint: str = ""
     """Fingerprint of its inputs without the code."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Directories or files by name, once they are made."""
     figures: dict[str, Any] = field(default_factory=dict)
+    logged: bool = False
+    """Whether this attempt has a line in the step's log."""
 
-    def say(self, line: str, fraction: float | None = None) -> None:
-        """Report a line to the run's log and the terminal; `fraction` is how much of the step is done."""
+    def say(self, line: str, fraction: float | None = None, *, lasting: bool = False) -> None:
+        """Report a line to the run's log and the terminal, where a `lasting` one stays when the next one comes.
+
+        `fraction` is how much of the step is done.
+        """
         run_logger().info(line)
-        self.show(line, fraction)
+        self.show(line, fraction, lasting=lasting)
 
-    def show(self, line: str, fraction: float | None = None) -> None:
-        """Report a line to the terminal only: each line in the log is a request to Prefect's server."""
-        write_event(self.context.path, self.step, "progress", line=line, fraction=fraction)
+    def show(self, line: str, fraction: float | None = None, *, lasting: bool = False) -> None:
+        """Report a line to the terminal and the step's log file only: each in the run's is a request to a server."""
+        if not self.logged:
+            self.logged = True
+            write_log(self.context.path, self.step, f"--- {self.step} began at {now()} ---")
+        write_log(self.context.path, self.step, line)
+        write_event(self.context.path, self.step, "progress", line=line, fraction=fraction, lasting=lasting)
 
     def run(
         self,
@@ -117,7 +148,6 @@ class StepRun:
         *,
         on_line: Callable[[str], None] | None = None,
         on_progress: Callable[[str, float], None] | None = None,
-        log_file: Path | None = None,
     ) -> None:
         """Run a program to its end and report its lines and its progress; see `tasks.processes.process.run_module`.
 
@@ -131,31 +161,39 @@ class StepRun:
             arguments,
             on_line=on_line or self.say,
             on_progress=on_progress or self.say,
-            log_file=log_file,
             record_file=self.context.path / PROGRAM,
         )
 
     def run_command(
-        self, command: Sequence[str], *, name: str, on_progress: Callable[[str, float], None], log_file: Path
+        self,
+        command: Sequence[str],
+        *,
+        name: str,
+        on_line: Callable[[str], None],
+        on_progress: Callable[[str, float], None],
+        beside: Callable[[int, Path], AbstractContextManager[None]] | None,
+        until: float | None,
     ) -> None:
-        """Run a command to its end, as `run` does a module.
+        """Run a command to its end, as `run` does a module; see `tasks.processes.process.run_command`.
 
         Raises:
             CherryError: the program's own.
         """
+        record = self.context.path / PROGRAM
         run_command(
             command,
             name=name,
-            on_line=self.say,
+            on_line=on_line,
             on_progress=on_progress,
-            log_file=log_file,
-            record_file=self.context.path / PROGRAM,
+            record_file=record,
+            beside=beside,
+            until=until,
         )
 
     def metrics(self, **values: float) -> None:
         """Record figures of this step, in its run in the tracker and in its record on disk."""
         self.figures.update(values)
-        self.tracker.log(self.run_id, metrics=values)
+        self.tracker.log(self.run_id, **tracked(values, self.step)._asdict())
 
 
 def perform(
@@ -163,47 +201,93 @@ def perform(
     step: str,
     inputs: Mapping[str, Any],
     work: Callable[[StepRun], Mapping[str, str]],
-    *,
-    began: float | None = None,
 ) -> StepRecord:
     """Record of a step, which is run unless its output is found finished.
 
     Args:
         inputs: everything but the code that its output depends on, as JSON values.
         work: computes the outputs and returns them by name.
-        began: unix time from which its seconds count, when tasks before this one belong to it.
+
+    Raises:
+        NotFinishedError: in a dry run, the step is not finished.
     """
     inputs_fingerprint = storage.fingerprint({"step": step, "inputs": inputs, "version": __version__})
     identity = storage.fingerprint([inputs_fingerprint, step_digest(step)])
     found = find_finished(context.path, step, identity)
+    if context.dry_run:
+        if found is None:
+            raise NotFinishedError(step, identity, inputs_fingerprint, inputs)
+        return found
     if found is not None:
         run_logger().info("found finished: %s (%s)", step, ", ".join(found.outputs.values()) or "no output")
         write_event(context.path, step, "reused", seconds=found.seconds)
+        _track_reused(context, found)
         return found
-    if began is None:  # else the task that began has reported it
-        write_event(context.path, step, "started")
-    tracker = context.tracker().runs
+    with opened_step(context, step, inputs, identity, inputs_fingerprint) as running:
+        _clear_damage(running)
+        running.outputs = dict(work(running))
+    return read_record(step_file(context.path, step), reused=False)
+
+
+@contextmanager
+def opened_step(
+    context: RunContext, step: str, inputs: Mapping[str, Any], identity: str, inputs_fingerprint: str = ""
+) -> Iterator[StepRun]:
+    """Context of a running step: its run in the tracker ends with its error, or with its record.
+
+    Its outputs are those that it has when the context is left.
+    """
+    write_event(context.path, step, "started")
+    tracker, started = context.tracker().runs, time.time()
     name = f"{context.config.name}-{step}"
     run_id = tracker.start(name, parent=context.parent_run_id, step=step, identity=identity, run_key=context.key)
     running = StepRun(context, step, identity, run_id, tracker, inputs_fingerprint)
-    started = time.time() if began is None else began
     with _watched(running), _system_metrics(running):
-        tracker.log(run_id, params=flatten(inputs))
-        outputs = dict(work(running))
+        tracker.log(run_id, params=flatten(inputs), tags={"device": device_of(context.config)})
+        yield running
+        tracker.log(run_id, metrics=cost_figures(context.config, time.time() - started))
     record = StepRecord(
         step=step,
         fingerprint=identity,
-        outputs=outputs,
+        outputs=running.outputs,
         figures=running.figures,
         seconds=time.time() - started,
         finished_at=time.time(),
         run_id=run_id,
         parent_run_id=context.parent_run_id,
         inputs_fingerprint=inputs_fingerprint,
+        files=file_states(running.outputs),
+        inputs=flatten(inputs),
     )
     write_record(context.path, record)
     write_event(context.path, step, "finished", seconds=record.seconds)
-    return record
+
+
+def _track_reused(context: RunContext, found: StepRecord) -> None:
+    """Record a found step under a flow's run that did not make it: a child with its datasets, models and figures."""
+    if found.run_id is None or context.parent_run_id in (None, found.parent_run_id):
+        return  # caught up at the flow's end, or there already
+    tracker = context.tracker().runs
+    child = tracker.start(
+        f"{context.config.name}-{found.step}",
+        parent=context.parent_run_id,
+        step=found.step,
+        identity=storage.fingerprint([found.fingerprint, context.parent_run_id]),
+        run_key=context.key,
+        reused=found.run_id,
+    )
+    tracker.finish(child, "FINISHED")
+
+
+def _clear_damage(running: StepRun) -> None:
+    """Report what this step's finished output has lost since, and make it count as not made."""
+    record = _read_stored(running.context.path, running.step)
+    if record is None or record.fingerprint != running.fingerprint:
+        return
+    for uri, damage in damages(record.outputs, record.files).items():
+        kept = clear_damage(uri, damage)
+        where = f"; what is there is kept in {kept}" if kept else ""
+        running.say(f"{uri} is no longer as it was committed ({damage}), so it is made again{where}")
 
 
 @contextmanager
@@ -215,8 +299,9 @@ def _watched(running: StepRun) -> Iterator[None]:
     except BaseException as error:
         # A cancellation and Ctrl-C are BaseExceptions.
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        line = _line_of(error)
-        write_event(running.context.path, running.step, "failed", line=line)
+        line = line_of(error)
+        write_event(running.context.path, running.step, "failed", line=line, interrupted=status == "KILLED")
+        running.tracker.log(running.run_id, note=f"The attempt of {now()} failed: {line}")
         raise
     finally:
         running.tracker.finish(running.run_id, status)
@@ -237,72 +322,55 @@ def _system_metrics(running: StepRun) -> Iterator[None]:
 
 
 def write_record(run_directory: Path, record: StepRecord) -> None:
-    """Write a step's record to steps/<step>.json."""
-    storage.write_json(str(run_directory / "steps" / f"{record.step}.json"), asdict(record))
+    """Write a step's record to steps/<step>.json; paths in the run directory are written relative to it."""
+    stored = replace(record, outputs=stored_paths(run_directory, record.outputs))
+    storage.write_json(str(step_file(run_directory, record.step)), asdict(stored))
 
 
-def read_record(path: Path) -> StepRecord:
-    """The record in a steps/<step>.json of this or an earlier version."""
+def step_file(run_directory: Path, step: str) -> Path:
+    """The file of a step's record."""
+    return run_directory / "steps" / f"{step}.json"
+
+
+def read_record(path: Path, *, reused: bool = True) -> StepRecord:
+    """The record in <run directory>/steps/<step>.json of this or an earlier version."""
     stored = {_RENAMED_KEYS.get(key, key): value for key, value in storage.read_json(str(path)).items()}
-    return StepRecord(**{**stored, "reused": True})
+    outputs = found_paths(path.parent.parent, stored["outputs"])
+    return StepRecord(**{**stored, "outputs": outputs, "reused": reused})
+
+
+def _read_stored(run_directory: Path, step: str) -> StepRecord | None:
+    """The record of a step, whether its outputs are still there or not; `None` without a whole one."""
+    path = step_file(run_directory, step)
+    if not path.exists():
+        return None
+    try:
+        return read_record(path)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        run_logger().warning("%s is empty or cut short: the step does not count as finished", path)
+        return None
 
 
 def find_finished(run_directory: Path, step: str, identity: str | None = None) -> StepRecord | None:
-    """The record of a finished step whose outputs are valid; `None` if there is none or its fingerprint differs."""
-    path = run_directory / "steps" / f"{step}.json"
-    if not path.exists():
+    """The record of a finished step whose outputs are whole; `None` if there is none or its fingerprint differs."""
+    record = _read_stored(run_directory, step)
+    if record is None or identity not in (None, record.fingerprint) or damages(record.outputs, record.files):
         return None
-    record = read_record(path)
-    if identity is not None and record.fingerprint != identity:
-        return None
-    for output in record.outputs.values():
-        valid = storage.is_committed(output) if Path(output).is_dir() else storage.exists(output)
-        if not valid:
-            return None
     return record
 
 
 def move_aside(folder: Path, identity: str) -> Path:
     """Path `<folder>.<fingerprint>` to which an output of other inputs or other code is moved; nothing is deleted."""
-    target = _aside(folder, identity)
-    number = 1
-    while target.exists():
-        number += 1
-        target = _aside(folder, identity).with_name(f"{_aside(folder, identity).name}.{number}")
-    folder.rename(target)
+    target = set_aside(folder, aside_path(folder, identity).name)
     run_logger().info("%s is of another config or other code: moved to %s", folder, target)
     return target
 
 
 def make_room(context: RunContext, step: str, folder: Path, identity: str) -> None:
     """Move the finished output of `step` in `folder` aside unless it has this fingerprint."""
-    path = context.path / "steps" / f"{step}.json"
-    owner = storage.read_json(str(path))["fingerprint"] if path.exists() else None
-    if owner not in (None, identity) and storage.is_committed(str(folder)):
-        move_aside(folder, owner)
-
-
-def _line_of(error: BaseException) -> str:
-    """What the terminal shows of an error that ended a step."""
-    if isinstance(error, CherryError):
-        return str(error)
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-
-
-def find_output(uri: str, identity: str) -> str:
-    """URI of the output that a step with this fingerprint wrote to `uri`: there, or where it was moved since."""
-    if storage.is_local(uri) and _aside(Path(uri), identity).is_dir():
-        return str(_aside(Path(uri), identity))
-    return uri
-
-
-def _aside(folder: Path, identity: str) -> Path:
-    return folder.with_name(f"{folder.name}.{identity[:8]}")
-
-
-def write_event(run_directory: Path, step: str, event: str, **details: Any) -> None:
-    """Append an event to events.jsonl, which the terminal's progress display reads; best effort, see `append_json`."""
-    append_json(run_directory / EVENTS_FILE, {"time": time.time(), "step": step, "event": event, **details})
+    record = _read_stored(context.path, step)
+    if record is not None and record.fingerprint != identity and storage.is_committed(str(folder)):
+        move_aside(folder, record.fingerprint)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
 
 from base import storage
 from base.errors import ERROR_FILE_VARIABLE, CherryError, WorkerLostError, error_of_code, read_error
-from base.json_lines import JsonLinesReader, append_line
+from base.json_lines import JsonLinesReader
 from base.progress import PROGRESS_FILE_VARIABLE
 from tasks.processes.programs import module_command, module_environment
 
@@ -30,14 +32,11 @@ def run_module(
     *,
     on_line: Callable[[str], None],
     on_progress: Callable[[str, float], None] | None = None,
-    log_file: Path | None = None,
     record_file: Path | None = None,
 ) -> None:
     """Run `python -m module arguments` to its end; see `run_command`."""
     command = module_command(module, arguments)
-    run_command(
-        command, name=module, on_line=on_line, on_progress=on_progress, log_file=log_file, record_file=record_file
-    )
+    run_command(command, name=module, on_line=on_line, on_progress=on_progress, record_file=record_file)
 
 
 def run_command(
@@ -46,8 +45,9 @@ def run_command(
     name: str,
     on_line: Callable[[str], None],
     on_progress: Callable[[str, float], None] | None = None,
-    log_file: Path | None = None,
     record_file: Path | None = None,
+    until: float | None = None,
+    beside: Callable[[int, Path], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Run a command to its end.
 
@@ -55,8 +55,9 @@ def run_command(
         name: what an error without a text of its own calls it.
         on_line: gets each line of its output.
         on_progress: gets the lines that report progress in place of `on_line`, with the fraction that is done.
-        log_file: every line is appended there too, as long as there is room.
         record_file: holds the program's pid while it runs, for a clean-up by another process.
+        until: Unix time at which it gets SIGTERM; `None` lets it run.
+        beside: makes a context that is entered while the program runs, from its pid and the file of its progress.
 
     Raises:
         CherryError: the program's own error; see `error_of`.
@@ -73,11 +74,10 @@ def run_command(
             start_new_session=True,
         )
         lines: deque[str] = deque(maxlen=_SHOWN_LINES)
-        with _recorded(process, record_file):
+        watched = nullcontext() if beside is None else beside(process.pid, progress_file)
+        with _recorded(process, record_file), _terminated_at(process, until), watched:
             for line, fraction in _output(process, progress_file):
                 lines.append(line)
-                if log_file is not None:
-                    append_line(log_file, line)
                 if fraction is None or on_progress is None:
                     on_line(line)
                 else:
@@ -105,7 +105,7 @@ def _output(process: subprocess.Popen[str], progress_file: Path) -> Iterator[tup
     for line in process.stdout:
         line = line.rstrip("\n")
         # A report is written before its line is printed.
-        fractions |= {report["line"]: report["fraction"] for report in reader.read_new() or []}
+        fractions |= {report["line"]: report["fraction"] for report in reader.read_new() or [] if "line" in report}
         yield line, fractions.pop(line, None)
 
 
@@ -125,6 +125,21 @@ def _recorded(process: subprocess.Popen[str], record_file: Path | None) -> Itera
             process.stdout.close()
         if record_file is not None:
             record_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _terminated_at(process: subprocess.Popen[str], until: float | None) -> Iterator[None]:
+    """Send the process SIGTERM at a Unix time, if it runs until then."""
+    if until is None:
+        yield
+        return
+    timer = threading.Timer(max(0.0, until - time.time()), process.terminate)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

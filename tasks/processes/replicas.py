@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,10 +17,19 @@ from typing import Any
 
 import psutil
 
-from anything.keys import KEY_ENVIRONMENT, create_key
+from anything.keys import KEY_ENVIRONMENT, create_key, load_keys, read_key_file
 from anything.router.kinds import DEFAULT_KIND, KINDS, Command, Launch, read_port_file, serve_command
 from base import storage
-from base.errors import ERROR_FILE_VARIABLE, ServiceError
+from base.errors import (
+    ERROR_FILE_VARIABLE,
+    AuthenticationError,
+    ConfigError,
+    MissingFileError,
+    PortInUseError,
+    ServiceError,
+    StorageError,
+)
+from tasks.processes.ports import check_port, free_port, port_in_use
 from tasks.processes.process import end_tree, error_of, is_alive
 from tasks.processes.programs import module_environment
 
@@ -40,6 +48,7 @@ class Server:
     created: float
     url: str
     model: str
+    """Folder of the weights; the gateway's is the file of its routes, empty in records of earlier versions."""
     version: str
     kind: str = DEFAULT_KIND
     """Kind of a replica (anything/router/kinds.py), or `gateway`."""
@@ -50,6 +59,10 @@ class Server:
     def alive(self) -> bool:
         """Whether the process still runs."""
         return is_alive(self.pid, self.created)
+
+    def listens_on(self, port: int) -> bool:
+        """Whether it answers on the port; any is right for 0."""
+        return port == 0 or self.url.endswith(f":{port}")
 
 
 class ServingDirectory:
@@ -64,10 +77,41 @@ class ServingDirectory:
         self.internal_key = self.path / "internal.key"
         self.internal_keys = self.path / "internal.json"
 
+    @property
+    def _keys(self) -> tuple[tuple[Path, Path], ...]:
+        """Files of each key in plain text and of its hash."""
+        return (self.client_key, self.client_keys), (self.internal_key, self.internal_keys)
+
+    def check(self, host: str, port: int) -> None:
+        """Check what a release needs besides the model, before a replica is started; nothing is written.
+
+        Args:
+            host: address that the gateway shall listen on.
+            port: its port, which the running gateway of these runs may have; 0 for any free one.
+
+        Raises:
+            StorageError: the directory cannot be written.
+            ConfigError: a key does not fit the hashes beside it, or may be read by others; see also `check_port`.
+            PortInUseError: another process listens on the port.
+        """
+        place = next(one for one in (self.path, *self.path.parents) if one.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise StorageError(f"{place} cannot be written, and a release keeps its servers' records in {self.path}.")
+        for plain, hashed in self._keys:
+            if plain.exists():
+                _check_key(plain, hashed)
+        self.check_gateway_port(host, port)
+
+    def check_gateway_port(self, host: str, port: int) -> None:
+        """Check that the gateway listens on the port, or can; see `check_port` for errors."""
+        gateway = self.find(GATEWAY)
+        if gateway is None or not gateway.listens_on(port):
+            check_port(host, port)
+
     def prepare(self) -> None:
         """Create the directory and its keys, readable by this user only."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for plain, hashed in ((self.client_key, self.client_keys), (self.internal_key, self.internal_keys)):
+        for plain, hashed in self._keys:
             if not plain.exists():
                 key = create_key(str(hashed))
                 descriptor = os.open(plain, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
@@ -83,6 +127,17 @@ class ServingDirectory:
         """Live server of this name, if any."""
         return next((server for server in self.servers() if server.name == name and server.alive), None)
 
+    def find_replica(self, version: str, model: str, kind: str) -> Server | None:
+        """Live replica of these weights, if any."""
+        wanted = (version, model, kind)
+        return next((one for one in self.servers() if (one.version, one.model, one.kind) == wanted and one.alive), None)
+
+    def unused_name(self, version: str) -> str:
+        """Name for a new replica: the version's, with a number where one of its other weights or kinds is alive."""
+        taken = {server.name for server in self.servers() if server.alive}
+        names = (version, *(f"{version}-{number}" for number in range(2, len(taken) + 2)))
+        return next(name for name in names if name not in taken)
+
     def start_replica(
         self, name: str, kind: str, *, model: str, version: str, config_path: str, timeout_s: float
     ) -> Server:
@@ -91,7 +146,7 @@ class ServingDirectory:
             model_uri=model,
             version=version,
             config_path=config_path,
-            port=_free_port(),
+            port=free_port(),
             port_file=str(self._port_file(name)),
             key_file=str(self.internal_keys),
             api_key_file=str(self.internal_key),
@@ -100,13 +155,21 @@ class ServingDirectory:
         server = Server(name, 0, 0.0, "", model, version, kind, int(starter.stop_signal))
         return self._start(server, starter.command(launch), lambda: starter.ready_url(launch), timeout_s)
 
-    def start_gateway(self, config_path: str, timeout_s: float) -> Server:
-        """Ready gateway in front of the routes; see `_start` for errors."""
+    def start_gateway(self, config_path: str, *, host: str, port: int, timeout_s: float) -> Server:
+        """Ready gateway in front of the routes; see `_start` for errors.
+
+        Args:
+            host: address in the config, on which it shall listen.
+            port: port in the config.
+        """
         port_file = str(self._port_file(GATEWAY))
         source = ("--routes", str(self.routes))
         command = serve_command(source, config_path=config_path, port_file=port_file, key_file=str(self.client_keys))
-        server = Server(GATEWAY, 0, 0.0, "", "", "", GATEWAY)
-        return self._start(server, command, lambda: read_port_file(port_file), timeout_s)
+        server = Server(GATEWAY, 0, 0.0, "", str(self.routes), "", GATEWAY)
+        try:
+            return self._start(server, command, lambda: read_port_file(port_file), timeout_s)
+        except PortInUseError as error:  # taken since the release began; a server's own text names other flags
+            raise port_in_use(host, port) from error
 
     def _start(self, server: Server, command: Command, ready_url: Callable[[], str | None], timeout_s: float) -> Server:
         """Start a server in a session of its own, and wait until it is ready.
@@ -189,9 +252,16 @@ class ServingDirectory:
         return self.path / f"{name}.port"
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+def _check_key(plain: Path, hashed: Path) -> None:
+    try:
+        key = load_keys(str(hashed)).find(read_key_file(str(plain)))
+    except (AuthenticationError, MissingFileError) as error:
+        raise ConfigError(
+            f"{plain}: its key is not one of {hashed}, so no server would take it. Remove {plain}: the release makes "
+            "a new key."
+        ) from error
+    if key.revoked:
+        raise ConfigError(f"{plain}: its key was revoked. Remove {plain}: the release makes a new key.")
 
 
 def stop_serving(runs_directory: str) -> list[str]:

@@ -29,7 +29,8 @@ class LocalProvider:
         if reservation.nodes != 1:
             raise ConfigError(
                 f"launch.nnodes: cluster {cluster!r} has one node, this machine (got {reservation.nodes}). "
-                "Name the spec of a larger cluster in the key cluster."
+                "Name a larger cluster's file: cluster=FILE, like those in configs/clusters/. What it needs there, and "
+                "what it costs, tells `cherry plan CONFIG --cluster FILE`."
             )
         gpus = len(local_gpus())
         if gpus and ranks > gpus:

@@ -19,6 +19,8 @@ from cherry.cluster import ClusterSpec
 RESERVATION_FILE = "reservation.json"
 """File in the run directory, from before hosts are taken until they are released."""
 HOSTS_FILE = "hosts.json"
+CLUSTER_FILE = "cluster.yaml"
+"""File beside them, on given hosts and under Slurm: the cluster's spec as it was when its hosts were taken."""
 
 
 class _Record(BaseModel):
@@ -53,6 +55,12 @@ class Reservation(_Record):
     master_port: PositiveInt | None
     memory_bytes_per_node: NonNegativeInt
     """Host memory that the ranks of a node take at their peak; 0 where that is not known, or is a GPU's."""
+    owner: str | None = None
+    """Who asked: user and host."""
+    since: NonNegativeFloat | None = None
+    """Unix time at which the hosts were asked for."""
+    until: NonNegativeFloat | None = None
+    """Unix time at which they are given back at the latest."""
 
 
 class Hosts(_Record):
@@ -103,6 +111,8 @@ class Provider(Protocol):
     def commands(self, hosts: Hosts, arguments: Sequence[str]) -> list[list[str]]:
         """Commands to run on this machine that together start `cherry-launch` on every host, rank 0's first.
 
+        One command may start them all, as a supervisor does.
+
         Args:
             arguments: the training program and its own arguments, after the launcher's flags.
         """
@@ -130,6 +140,18 @@ def read_reservation(run_directory: Path) -> Reservation | None:
     """
     path = run_directory / RESERVATION_FILE
     return _read(path, Reservation) if path.exists() else None
+
+
+def held_reservation(hosts: Hosts) -> Reservation:
+    """The reservation that hosts were taken by, where `allocation` is the run directory.
+
+    Raises:
+        ConfigError: they were released.
+    """
+    found = None if hosts.allocation is None else read_reservation(Path(hosts.allocation))
+    if found is None:
+        raise ConfigError(f"the hosts of {hosts.cluster} were released; take them again by starting the run again")
+    return found
 
 
 def write_hosts(run_directory: Path, hosts: Hosts) -> str:

@@ -7,7 +7,7 @@ import functools
 from tasks.code_version import code_version
 from tasks.run_config import TrackingConfig
 from tasks.tracking.json_tracker import SCHEME, JsonTracker
-from tasks.tracking.mlflow_connection import tracking_uri
+from tasks.tracking.mlflow_connection import check_servers, tracking_uri
 from tasks.tracking.mlflow_tracker import MlflowTracker
 from tasks.tracking.protocol import Tracker
 
@@ -19,3 +19,14 @@ def connect(config: TrackingConfig, runs_directory: str) -> Tracker:
     if uri.startswith(SCHEME):
         return JsonTracker(uri, runs_directory, code_version())
     return MlflowTracker(config, runs_directory, code_version())
+
+
+def check_tracking_servers(config: TrackingConfig, runs_directory: str) -> None:
+    """Check within seconds that the tracking server answers, where there is one, before anything else is started.
+
+    Raises:
+        ConfigError, ServiceError: see `tasks.tracking.mlflow_connection.check_servers`.
+    """
+    uri = tracking_uri(config, runs_directory)
+    if not uri.startswith(SCHEME):
+        check_servers(uri)

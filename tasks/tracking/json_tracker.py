@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, Literal
+from urllib.parse import quote, unquote
 
 from base import storage
 from base.errors import storage_errors
 from tasks.code_version import CodeVersion
-from tasks.tracking.outages import best_effort, registry_call
+from tasks.records.environment import environment_tags, user_name
+from tasks.tracking.outages import Outages, best_effort, registry_call
 from tasks.tracking.protocol import Dataset, ModelVersion, Point, RunStatus
 
 SCHEME = "json:"
@@ -39,7 +40,8 @@ class JsonTracker:
         path = uri.removeprefix(SCHEME)
         self._folder = Path(path).expanduser() if path else Path(runs_directory) / "tracking"
         self._folder = self._folder.absolute()
-        self.runs = JsonRuns(self._folder, code)
+        self.outages = Outages()
+        self.runs = JsonRuns(self._folder, code, self.outages)
         self.registry = JsonRegistry(self._folder)
 
     @property
@@ -50,9 +52,14 @@ class JsonTracker:
     def connect_early(self) -> None:
         """See `Tracker`; there is nothing to connect to."""
 
+    def open(self, on_outage: Callable[[str], None]) -> None:
+        """See `Tracker`."""
+        with _locked(self._folder):
+            self.outages.report = on_outage
+
     def page(self, run_id: str | None = None) -> str:
         """See `Tracker`."""
-        return str(self._folder) if run_id is None else f"`{self.runs.file(run_id)}`"
+        return f"{self._folder}{self.outages.remark()}" if run_id is None else f"`{self.runs.file(run_id)}`"
 
     def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
         """See `Tracker`: this one does not record them."""
@@ -62,16 +69,19 @@ class JsonTracker:
 class JsonRuns:
     """`RunTracker` over a folder of JSON files."""
 
-    def __init__(self, folder: Path, code: CodeVersion) -> None:
+    def __init__(self, folder: Path, code: CodeVersion, outages: Outages) -> None:
         self._folder = folder
         self._code = code
+        self.outages = outages
 
     def file(self, run_id: str) -> Path:
         """The file that holds a run."""
         return self._folder / "runs" / f"{run_id}.json"
 
     @best_effort
-    def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
+    def start(
+        self, name: str, *, parent: str | None, step: str, identity: str, run_key: str, reused: str | None = None
+    ) -> str | None:
         """See `RunTracker`."""
         key = {"name": name, "step": step, "identity": identity, "run_key": run_key}
         # The key in the file's name: found again without a look into every run.
@@ -86,7 +96,11 @@ class JsonRuns:
                 "tags": {},
             }
             path = self.file(run_id)
-            new |= {"note": None, "inputs": [], "outputs": []}
+            new |= {"note": None, "inputs": [], "outputs": [], "user": user_name(), "environment": environment_tags()}
+            if reused is not None:
+                other = storage.read_json(str(self.file(reused)))
+                new |= {key: other[key] for key in ("params", "metrics", "inputs", "outputs")}
+                new["tags"] = {"cherry.reused_from": reused}
             run = storage.read_json(str(path)) if path.exists() else new
             self._write(run_id, {**run, "status": "RUNNING", "finished_at": None, "code": asdict(self._code)})
         return run_id
@@ -192,16 +206,38 @@ class JsonRegistry:
         return _version(name, model, number) if number in range(1, len(model["versions"]) + 1) else None
 
     @registry_call
-    def set_alias(self, name: str, alias: str, version: int) -> None:
+    def versions(self) -> list[ModelVersion]:
         """See `ModelRegistry`."""
-        with self._changing(name) as model:
-            _point_alias(model, alias, version)
+        names = [unquote(path.stem) for path in sorted((self._folder / "models").glob("*.json"))]
+        models = {name: self._read(name) for name in names}
+        return [_version(name, model, 1 + i) for name, model in models.items() for i in range(len(model["versions"]))]
 
     @registry_call
-    def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+    def set_alias(self, name: str, alias: str, version: int, *, replacing: int | Literal["any"] | None = "any") -> bool:
+        """See `ModelRegistry`."""
+        with self._changing(name) as model:
+            if replacing != "any" and model["aliases"].get(alias) not in (replacing, version):
+                return False
+            _point_alias(model, alias, version)
+            return True
+
+    @registry_call
+    def annotate(
+        self,
+        version: ModelVersion,
+        *,
+        tags: Mapping[str, str] | None = None,
+        card: str | None = None,
+        model_card: str | None = None,
+    ) -> None:
         """See `ModelRegistry`."""
         with self._changing(version.name) as model:
-            model["versions"][version.version - 1]["tags"] |= dict(tags)
+            stored = model["versions"][version.version - 1]
+            stored["tags"] |= dict(tags or {})
+            if card is not None:
+                stored["description"] = card
+            if model_card is not None:
+                model["description"] = model_card
 
     def _file(self, name: str) -> Path:
         return self._folder / "models" / f"{quote(name, safe='')}.json"
@@ -228,7 +264,8 @@ def _point_alias(model: dict[str, Any], alias: str, number: int) -> None:
 
 def _version(name: str, model: Mapping[str, Any], number: int) -> ModelVersion:
     stored = model["versions"][number - 1]
-    return ModelVersion(name, number, stored["uri"], dict(stored["tags"]), f"{name}/{number}")
+    tags = dict(stored["tags"])
+    return ModelVersion(name, number, tags.get("uri", stored["uri"]), tags, f"{name}/{number}")
 
 
 def _reference(entry: Dataset | ModelVersion) -> dict[str, Any]:

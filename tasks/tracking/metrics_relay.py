@@ -7,10 +7,11 @@ not be sent is sent by a later call.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from base import storage
 from base.errors import StorageError
@@ -33,7 +34,38 @@ def _records(lines: list[dict[str, Any]]) -> list[TrainRecord]:
     return [TrainRecord.from_line(line) for line in lines if "step" in line]
 
 
-class MetricsRelay:
+class Relay(ABC):
+    """Calls `poll` on a thread, from entering the context until leaving it, and once more then.
+
+    Args:
+        every_s: seconds between two calls.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name=type(self).__name__, daemon=True)
+
+    @abstractmethod
+    def poll(self, *, last: bool) -> None:
+        """Send what is new; `last` at the end. It raises nothing that the world may bring about."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._stop.wait(self._every_s)
+            self.poll(last=ended)
+
+
+class MetricsRelay(Relay):
     """Sends new lines of metrics.jsonl to one run of the tracker, from entering the context until leaving it.
 
     The last step that the run was sent is kept beside the file: neither a retry nor a later call sends a step twice.
@@ -47,6 +79,7 @@ class MetricsRelay:
     def __init__(
         self, folder: Path, tracker: RunTracker, run_id: str | None, series: Mapping[str, str] = SERIES
     ) -> None:
+        super().__init__(_POLL_S)
         self._reader = JsonLinesReader(folder / METRICS_FILE)
         self._sent_file = folder / f"tracked_step.{run_id}"
         self._tracker = tracker
@@ -55,23 +88,11 @@ class MetricsRelay:
         self._every_step = {field: name for field, name in series.items() if field in EVERY_STEP}
         self._second = 0  # of the last line that was read
         self._waiting: list[tuple[TrainRecord, Mapping[str, str]]] = []  # each with the series that it sends
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="metrics-relay", daemon=True)
 
-    def __enter__(self) -> MetricsRelay:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._stop.wait(_POLL_S)
-            with suppress(StorageError):  # a full disk: the last sent step is not written, and nothing else is lost
-                self.send_new()
+    def poll(self, *, last: bool) -> None:
+        """See `Relay`."""
+        with suppress(StorageError):  # a full disk: the last sent step is not written, and nothing else is lost
+            self.send_new()
 
     def send_new(self) -> bool:
         """Send the steps that were not sent yet; False when some could not be, which the next call tries again."""

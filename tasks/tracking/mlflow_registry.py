@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal
 
+from tasks.tracking.mlflow_claim import claimed
 from tasks.tracking.mlflow_connection import MlflowConnection
+from tasks.tracking.mlflow_database import alone
 from tasks.tracking.outages import registry_call
 from tasks.tracking.protocol import ModelVersion
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
 _MODEL_URI = "models:/"
 
@@ -24,7 +32,7 @@ class MlflowRegistry:
     ) -> ModelVersion:
         """See `ModelRegistry`."""
         number = self._find_version(name, identity) or self._create_version(run_id, name, uri, identity)
-        self.tag_version(ModelVersion(name, number, uri, {}), tags)
+        self.annotate(ModelVersion(name, number, uri), tags=tags)
         self.set_alias(name, alias, number)
         found = self.version(name, number=number)
         assert found is not None
@@ -59,13 +67,42 @@ class MlflowRegistry:
         return int(made.version)
 
     @registry_call
-    def set_alias(self, name: str, alias: str, version: int) -> None:
+    def set_alias(self, name: str, alias: str, version: int, *, replacing: int | Literal["any"] | None = "any") -> bool:
         """See `ModelRegistry`. MLflow keeps no history of an alias, so the version before it is tagged first."""
-        client, _ = self._connection.get()
-        before = self.version(name, alias=alias)
-        if before is not None and before.version != version:
-            client.set_model_version_tag(name, str(version), f"previous_{alias}", str(before.version))
-        client.set_registered_model_alias(name, alias, str(version))
+        client, _ = self._connection.get()  # first: connecting takes the same lock
+        if replacing == "any":
+            self._tag_previous(client, name, alias, version)
+            client.set_registered_model_alias(name, alias, str(version))
+            return True
+        with self._alone(client, name, alias) as check:
+            if self._number(name, alias) not in (replacing, version):
+                return False
+            self._tag_previous(client, name, alias, version)
+            check()
+            client.set_registered_model_alias(name, alias, str(version))
+            return True
+
+    def _number(self, name: str, alias: str) -> int | None:
+        found = self.version(name, alias=alias)
+        return None if found is None else found.version
+
+    def _tag_previous(self, client: MlflowClient, name: str, alias: str, version: int) -> None:
+        before = self._number(name, alias)
+        if before not in (None, version):
+            client.set_model_version_tag(name, str(version), f"previous_{alias}", str(before))
+
+    @contextmanager
+    def _alone(self, client: MlflowClient, name: str, alias: str) -> Iterator[Callable[[], None]]:
+        """Hold what one process at a time has of an alias; yields the check of it that belongs before a change.
+
+        A database's file has a lock. A server may work on the same file, so the claim is held there too.
+        """
+        file, tag = self._connection.registry_file, f"cherry.claim.{alias}"
+        with (
+            nullcontext() if file is None else alone(file),
+            claimed(client, name, tag, locked=file is not None) as check,
+        ):
+            yield check
 
     @registry_call
     def version(self, name: str, *, alias: str | None = None, number: int | None = None) -> ModelVersion | None:
@@ -84,14 +121,40 @@ class MlflowRegistry:
             if error.error_code in absent:
                 return None
             raise
-        tags = dict(found.tags)
-        source = str(found.source)
-        model_id = source.removeprefix(_MODEL_URI) if source.startswith(_MODEL_URI) else None
-        return ModelVersion(name, int(found.version), tags.get("uri", source), tags, model_id)
+        return _version(found)
 
     @registry_call
-    def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+    def versions(self) -> list[ModelVersion]:
         """See `ModelRegistry`."""
         client, _ = self._connection.get()
-        for key, value in tags.items():
+        found: list[ModelVersion] = []
+        page = client.search_model_versions()
+        while True:
+            found += [_version(version) for version in page]
+            if not page.token:
+                return found
+            page = client.search_model_versions(page_token=page.token)
+
+    @registry_call
+    def annotate(
+        self,
+        version: ModelVersion,
+        *,
+        tags: Mapping[str, str] | None = None,
+        card: str | None = None,
+        model_card: str | None = None,
+    ) -> None:
+        """See `ModelRegistry`."""
+        client, _ = self._connection.get()
+        for key, value in (tags or {}).items():
             client.set_model_version_tag(version.name, str(version.version), key, value)
+        if card is not None:
+            client.update_model_version(version.name, str(version.version), description=card)
+        if model_card is not None:
+            client.update_registered_model(version.name, description=model_card)
+
+
+def _version(found: MlflowVersion) -> ModelVersion:
+    tags, source = dict(found.tags), str(found.source)
+    model_id = source.removeprefix(_MODEL_URI) if source.startswith(_MODEL_URI) else None
+    return ModelVersion(str(found.name), int(found.version), tags.get("uri", source), tags, model_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from base.errors import without_credentials
 from tasks.code_version import CodeVersion
+from tasks.records.environment import environment_tags, user_name
 from tasks.run_config import TrackingConfig
-from tasks.tracking.mlflow_connection import MlflowConnection
+from tasks.tracking.mlflow_connection import VIEW, MlflowConnection
 from tasks.tracking.mlflow_registry import MlflowRegistry
-from tasks.tracking.outages import best_effort
+from tasks.tracking.outages import Outages, best_effort
 from tasks.tracking.protocol import Dataset, ModelVersion, Point, RunStatus
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 _BATCH_METRICS = 1000
 _BATCH_PARAMS = 100
 _PARAM_CHARACTERS = 6000
+_TAG_CHARACTERS = 5000
 _DIGEST_CHARACTERS = 36
+_PORT = 5000
+_PAGE = f"http://127.0.0.1:{_PORT}"
 
 
 class MlflowTracker:
@@ -32,7 +35,8 @@ class MlflowTracker:
 
     def __init__(self, config: TrackingConfig, runs_directory: str, code: CodeVersion) -> None:
         self._connection = MlflowConnection(config, runs_directory)
-        self.runs = MlflowRuns(self._connection, code)
+        self.outages = Outages()
+        self.runs = MlflowRuns(self._connection, code, self.outages)
         self.registry = MlflowRegistry(self._connection)
 
     @property
@@ -44,14 +48,23 @@ class MlflowTracker:
         """See `Tracker`."""
         self._connection.connect_early()
 
+    def open(self, on_outage: Callable[[str], None]) -> None:
+        """See `Tracker`."""
+        self._connection.check()
+        self.outages.report = on_outage
+
     def page(self, run_id: str | None = None) -> str:
         """See `Tracker`."""
         server, connected = self._connection.is_server, self._connection.connected
-        if run_id is None:
-            return self.address if server else f"mlflow ui --backend-store-uri {self._connection.uri} --port 5000"
-        if not server or connected is None:
-            return f"`{run_id}`"
-        return f"[{run_id}]({self.address.rstrip('/')}/#/experiments/{connected[1]}/runs/{run_id})"
+        runs = None if connected is None else f"/#/experiments/{connected[1]}/runs"
+        if run_id is not None:
+            return f"[{run_id}]({self.address.rstrip('/')}{runs}/{run_id})" if server and runs else f"`{run_id}`"
+        # Only this address opens on the runs, with the columns that decide, whatever the page showed last.
+        view = "" if runs is None else f"{runs}?viewStateShareKey={VIEW}"
+        if server:
+            return self.address.rstrip("/") + view + self.outages.remark()
+        command = f"mlflow ui --backend-store-uri {self._connection.uri} --port {_PORT} --workers 1"
+        return f"{command}  # {_PAGE}{view}{self.outages.remark()}"
 
     @best_effort
     def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
@@ -72,12 +85,15 @@ class MlflowTracker:
 class MlflowRuns:
     """`RunTracker` over MLflow."""
 
-    def __init__(self, connection: MlflowConnection, code: CodeVersion) -> None:
+    def __init__(self, connection: MlflowConnection, code: CodeVersion, outages: Outages) -> None:
         self._connection = connection
         self._code = code
+        self.outages = outages
 
     @best_effort
-    def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
+    def start(
+        self, name: str, *, parent: str | None, step: str, identity: str, run_key: str, reused: str | None = None
+    ) -> str | None:
         """See `RunTracker`."""
         from mlflow.entities import RunTag
 
@@ -94,12 +110,36 @@ class MlflowRuns:
         if found:
             run_id = str(found[0].info.run_id)
             client.update_run(run_id, status="RUNNING")
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self._code_tags().items()])
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self._origin_tags().items()])
             return run_id
-        tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"cherry {step}", **self._code_tags()}
+        tags |= {"mlflow.user": user_name(), "mlflow.source.name": f"cherry {step}", **self._origin_tags()}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent
-        return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        if reused is not None:
+            self._take_over(run_id, reused)
+        return run_id
+
+    def _take_over(self, run_id: str, reused: str) -> None:
+        """Copy what another run took, made and measured: last values, not series, which stay with the other."""
+        from mlflow.entities import LoggedModelOutput, Metric, RunTag
+
+        client, _ = self._connection.get()
+        other = client.get_run(reused)
+        now = int(time.time() * 1000)
+        values = [Metric(key, value, now, 0) for key, value in other.data.metrics.items() if "system/" not in key]
+        client.log_batch(run_id, metrics=values[:_BATCH_METRICS], tags=[RunTag("cherry.reused_from", reused)])
+        self.log(run_id, params=other.data.params)
+        models = list((other.inputs.model_inputs if other.inputs else None) or ())
+        made = [
+            LoggedModelOutput(one.model_id, step=0) for one in (other.outputs.model_outputs if other.outputs else ())
+        ]
+        if other.inputs and other.inputs.dataset_inputs:
+            client.log_inputs(run_id, other.inputs.dataset_inputs)
+        if models:
+            client.log_inputs(run_id, models=models)
+        if made:
+            client.log_outputs(run_id, made)
 
     @best_effort
     def log(
@@ -125,8 +165,8 @@ class MlflowRuns:
             client.log_batch(run_id, params=fresh[start : start + _BATCH_PARAMS])
         now = int(time.time() * 1000)
         values = [Metric(key, float(value), now, 0) for key, value in (metrics or {}).items()]
-        labels = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
-        labels += [] if note is None else [RunTag("mlflow.note.content", note)]
+        labels = [RunTag(key, str(value)[:_TAG_CHARACTERS]) for key, value in (tags or {}).items()]
+        labels += [] if note is None else [RunTag("mlflow.note.content", note[:_TAG_CHARACTERS])]
         if values or labels:
             client.log_batch(run_id, metrics=values, tags=labels)
         self._link(run_id, inputs, outputs)
@@ -186,10 +226,11 @@ class MlflowRuns:
         if new_made := [LoggedModelOutput(model_id, step=0) for model_id in made if model_id not in known_made]:
             client.log_outputs(run_id, new_made)
 
-    def _code_tags(self) -> dict[str, str]:
-        """The code's version, under MLflow's own tags where it has one."""
+    def _origin_tags(self) -> dict[str, str]:
+        """The environment, and the code's version under MLflow's own tags where it has one."""
         code = self._code
         tags = {"mlflow.source.type": "LOCAL", "cherry.version": code.package, "cherry.code_digest": code.digest}
+        tags |= environment_tags()
         if code.git is not None:
             tags |= {"mlflow.source.git.commit": code.git.commit, "cherry.git.dirty": str(code.git.dirty).lower()}
             tags |= {"mlflow.source.git.branch": code.git.branch} if code.git.branch else {}

@@ -49,12 +49,23 @@ class ModelVersion:
     model_id: str | None = None
     """The tracker's id of the model as an input or output of runs; `None` where it has none."""
 
+    @property
+    def title(self) -> str:
+        """Its name in sentences and comparisons, like `cherry-tiny v3`."""
+        return f"{self.name} v{self.version}"
+
 
 class RunTracker(Protocol):
     """Records of runs. A run id of `None` is a run that could not be created: calls on it do nothing."""
 
-    def start(self, name: str, *, parent: str | None, step: str, identity: str, run_key: str) -> str | None:
-        """Id of a step's run, opened: found again by (name, step, identity, run_key), or new."""
+    def start(
+        self, name: str, *, parent: str | None, step: str, identity: str, run_key: str, reused: str | None = None
+    ) -> str | None:
+        """Id of a step's run, opened: found again by (name, step, identity, run_key), or new.
+
+        With `reused`, a new one gets the parameters, figures, datasets and models of that run, whose output it stands
+        for.
+        """
 
     def log(
         self,
@@ -97,11 +108,32 @@ class ModelRegistry(Protocol):
     def version(self, name: str, *, alias: str | None = None, number: int | None = None) -> ModelVersion | None:
         """A version by alias or number; `None` when there is none."""
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point an alias at a version; the one before it is kept in the version's tag `previous_<alias>`."""
+    def versions(self) -> list[ModelVersion]:
+        """Every version of every model."""
 
-    def tag_version(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
-        """Add tags to a version."""
+    def set_alias(self, name: str, alias: str, version: int, *, replacing: int | Literal["any"] | None = "any") -> bool:
+        """Point an alias at a version; the one before it is kept in the version's tag `previous_<alias>`.
+
+        Args:
+            replacing: the version that the alias points at now, `None` for no version. When it points at another one,
+                nothing is changed: of several processes that compare with the same version, one replaces it.
+
+        Returns:
+            Whether the alias points at the version now.
+
+        Raises:
+            OperationalError: nor could it be kept from other processes for as long as the change takes.
+        """
+
+    def annotate(
+        self,
+        version: ModelVersion,
+        *,
+        tags: Mapping[str, str] | None = None,
+        card: str | None = None,
+        model_card: str | None = None,
+    ) -> None:
+        """Add tags to a version, and set what the registry's pages show of it and of its model, in Markdown."""
 
 
 class Tracker(Protocol):
@@ -122,8 +154,21 @@ class Tracker(Protocol):
     def connect_early(self) -> None:
         """Do the first call's work in a thread; an error in it is left to the first call."""
 
+    def open(self, on_outage: Callable[[str], None]) -> None:
+        """Check that runs can be recorded and versions registered, before anything is computed.
+
+        Args:
+            on_outage: told, in one line, when a later call on runs is the first of an outage.
+
+        Raises:
+            CherryError: they cannot; the text says what to do.
+        """
+
     def page(self, run_id: str | None = None) -> str:
-        """Page of all runs, a URL, command or path; with `run_id` that of one run, a Markdown link or its id."""
+        """Page of all runs, a URL, command or path; with `run_id` that of one run, a Markdown link or its id.
+
+        The former tells too when calls on runs were lost.
+        """
 
     def system_metrics(self, run_id: str | None) -> Callable[[], None] | None:
         """Record processor, memory, disk and GPU use of this node until the returned function is called.

@@ -1,0 +1,1 @@
+"""Files that runs leave: outputs of steps, the store of prepared data, and locks."""

@@ -1,0 +1,1 @@
+"""Runs that are interrupted: how far they came, and what Prefect's page says of it."""

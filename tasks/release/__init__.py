@@ -1,0 +1,1 @@
+"""Releases: which version is served, and how traffic is shifted to it."""
