@@ -1,19 +1,33 @@
-"""The `cherry` command: its subcommands and their options, and the tables of `status` and `doctor`.
+"""The `cherry` command: its subcommands and their options, and the table of `doctor`.
 
 Imports that take long stand in the subcommands that need them, so that `cherry --help` is fast.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":  # a file that is run by its path finds only its neighbours
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from cherry_main import explain_missing
+
+    sys.excepthook = explain_missing
+
 import click
 
-from base.errors import CherryError, run_program
+from base.errors import CherryError, ConfigError, run_program
 from cherry import __version__
+from cherry.launcher import die_with_parent
+from flows.arguments import RUN_NAME, RUNS_DIRECTORY, Directory, WithOverrides, complete_config, complete_run
+from flows.clusters.command import cluster
 from flows.offline import keep_terminal_free, set_offline_defaults
+from flows.services.services_command import services
+from flows.watch_commands import logs, top
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,67 +42,50 @@ DEMO_CONFIG = "configs/tiny.yaml"
 DEMO_OVERRIDES = ("name=demo", "register_model.model_name=cherry-demo")
 
 
-class _WithOverrides(click.Command):
-    """A subcommand with key=value arguments; its error explains how to write keys that were given as options."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Remaining arguments, as click parses them; an unknown option's error explains KEY=VALUE."""
-        written = {word.split("=")[0]: word.lstrip("-") for word in args if word.startswith("--") and "=" in word}
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if error.option_name not in written:
-                raise
-            hint = f"Keys of the config have no dashes: {written[error.option_name]}"
-            raise click.UsageError(f"{error.format_message()} {hint}", ctx) from error
-
-
 def _underscores_to_dashes(token: str) -> str:
     return token.replace("_", "-")
 
 
 @click.group(
+    commands=[cluster, services, logs, top],
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": _underscores_to_dashes,
         "max_content_width": 120,
-    }
+    },
 )
 @click.version_option(__version__, message="cherry %(version)s")
 def cli() -> None:
     """Take a DeepSeek-V3-class model from data to a served, A/B-tested release."""
 
 
-_config = click.argument("config", metavar="CONFIG")
+_config = click.argument("config", metavar="CONFIG", shell_complete=complete_config)
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 _verbose = click.option("--verbose", is_flag=True, help="Print every log line of the flow.")
-_runs_directory = click.option(
-    "--runs-directory",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    metavar="DIR",
-    help="Directory of the runs.",
-)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 
 
-@cli.command(cls=_WithOverrides)
+@cli.command(cls=WithOverrides)
 @_config
 @_overrides
+@click.option("--dry-run", is_flag=True, help="Only show which steps would be found finished, and which would run.")
 @_verbose
-def run(*, config: str, overrides: tuple[str, ...], verbose: bool) -> None:
+def run(*, config: str, overrides: tuple[str, ...], dry_run: bool, verbose: bool) -> None:
     """Prepare data, train, export, quantize, evaluate and register.
 
     CONFIG is a YAML file, like configs/tiny.yaml. KEY=VALUE sets one of its keys, like train.learning_rate=2e-6. The
     same command resumes a run that was interrupted.
     """
-    console, server, resolved = _start(config, overrides, verbose=verbose)
+    if dry_run:
+        _dry_run(config, overrides)
+        return
+    console, server, resolved = _start(config, overrides, verbose=verbose, reads_data=True)
     from flows import commands  # after the server's start: both import Prefect, which takes a second
 
     commands.run(console, server, resolved, [config, *overrides])
 
 
-@cli.command(cls=_WithOverrides)
+@cli.command(cls=WithOverrides)
 @_config
 @_overrides
 @click.option("--model-version", type=int, metavar="N", help="A registered version.  [default: this run's own]")
@@ -98,7 +95,7 @@ def deploy(*, config: str, overrides: tuple[str, ...], model_version: int | None
 
     CONFIG and KEY=VALUE are those that the run was made with.
     """
-    console, server, resolved = _start(config, overrides, verbose=verbose)
+    console, server, resolved = _start(config, overrides, verbose=verbose, serves=True)
     from flows import commands
 
     commands.deploy(console, server, resolved, version=model_version)
@@ -108,17 +105,17 @@ def deploy(*, config: str, overrides: tuple[str, ...], model_version: int | None
 @_verbose
 def demo(*, verbose: bool) -> None:
     """Train and release the tiny model of configs/tiny.yaml, and send it a prompt."""
-    console, server, resolved = _start(DEMO_CONFIG, DEMO_OVERRIDES, verbose=verbose)
+    console, server, resolved = _start(DEMO_CONFIG, DEMO_OVERRIDES, verbose=verbose, reads_data=True, serves=True)
     from flows import commands
 
     commands.demo(console, server, resolved, [DEMO_CONFIG, *DEMO_OVERRIDES])
 
 
-@cli.command(cls=_WithOverrides)
+@cli.command(cls=WithOverrides)
 @_config
 @_overrides
 @click.option("--cluster", metavar="CLUSTER", help="A cluster file, or `local`.  [default: the config's own]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+@_as_json
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the memory: .png, .svg or .pdf.")
 @click.option("--search", is_flag=True, help="Rank the parallel layouts that fit by predicted speed.")
 def plan(
@@ -139,16 +136,56 @@ def plan(
 
 
 @cli.command()
-@_runs_directory
-def status(*, runs_directory: Path) -> None:
-    """Show every run: finished steps, loss, checkpoint, processes."""
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_run)
+@_as_json
+@RUNS_DIRECTORY
+def status(*, name: str | None, as_json: bool, runs_directory: Path) -> None:
+    """Show every run, or the run NAME in detail: state, steps, verdict, age, traffic."""
     from rich.console import Console
 
-    _show_status(Console(), runs_directory)
+    from flows.runs import status_command
+
+    if name is None:
+        status_command.show_all(Console(), runs_directory, as_json=as_json)
+    else:
+        status_command.show_one(Console(), runs_directory, name, as_json=as_json)
 
 
 @cli.command()
-@_runs_directory
+@click.argument("first", metavar="A", shell_complete=complete_run)
+@click.argument("second", metavar="B", shell_complete=complete_run)
+@_as_json
+@RUNS_DIRECTORY
+def compare(*, first: str, second: str, as_json: bool, runs_directory: Path) -> None:
+    """Show two runs side by side: their configs' differences, figures, and the difference in held-out loss."""
+    from rich.console import Console
+
+    from flows.runs.compare_command import show_comparison
+
+    show_comparison(Console(), runs_directory, first, second, as_json=as_json)
+
+
+@cli.command()
+@RUN_NAME
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Remove it even if its version is champion or served.")
+@RUNS_DIRECTORY
+def rm(*, name: str, yes: bool, force: bool, runs_directory: Path) -> None:
+    """Remove a run's directory, after a list of what goes. Its figures stay in the tracker."""
+    from flows.runs.rm_command import remove
+
+    def confirm(lines: list[str]) -> bool:
+        click.echo("\n".join(lines))
+        if not yes and not sys.stdin.isatty():
+            raise ConfigError("nothing was removed: there is no terminal to ask on. Give --yes.")
+        return yes or click.confirm("Remove it?", default=False)
+
+    removed = remove(runs_directory, name, force=force, confirm=confirm)
+    click.echo("nothing was removed" if removed is None else f"removed {removed[0]}")
+
+
+@cli.command()
+@RUNS_DIRECTORY
 def stop(*, runs_directory: Path) -> None:
     """Stop the gateway and the replicas that `cherry deploy` started."""
     from tasks.processes.replicas import stop_serving
@@ -158,7 +195,19 @@ def stop(*, runs_directory: Path) -> None:
 
 
 @cli.command()
-@_runs_directory
+@RUNS_DIRECTORY
+@click.option("--yes", is_flag=True, help="Remove them without asking.")
+def gc(*, runs_directory: Path, yes: bool) -> None:
+    """List prepared data and outputs that nothing refers to, and remove them."""
+    from rich.console import Console
+
+    from flows import gc_command
+
+    gc_command.collect(Console(), runs_directory, yes=yes)
+
+
+@cli.command()
+@RUNS_DIRECTORY
 def doctor(*, runs_directory: Path) -> None:
     """Check whether this machine can run the pipeline."""
     from rich.console import Console
@@ -167,7 +216,22 @@ def doctor(*, runs_directory: Path) -> None:
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path(), metavar="[DIR]")
+@click.option("--notify-file", type=click.Path(path_type=Path), metavar="FILE", help="Where to tell of failures.")
+def setup(*, notify_file: Path | None) -> None:
+    """Make the work pool, the deployments and the automations on the Prefect server of PREFECT_API_URL.
+
+    Run it in a checkout. Repeating it brings them up to date. FILE has an address a line: a webhook, or another that
+    Apprise knows, like mailtos://...; an empty one ends notifications.
+    """
+    from flows import setup_command
+
+    for line in setup_command.set_up(Path(), notify_file):
+        click.echo(line)
+    click.echo("Next: prefect worker start --pool cherry")
+
+
+@cli.command()
+@click.argument("directory", type=Directory(), default=Path(), metavar="[DIR]")
 def init(*, directory: Path) -> None:
     """Write a commented config and cluster file to start from.
 
@@ -180,7 +244,18 @@ def init(*, directory: Path) -> None:
 
 
 @cli.command()
-@click.option("--write", type=click.Path(path_type=Path), metavar="DIR", help="Write it to schema.json in DIR instead.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(*, shell: str) -> None:
+    """Print what makes SHELL complete commands, options, configs and runs: eval "$(cherry completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, "cherry", "_CHERRY_COMPLETE").source())
+
+
+@cli.command()
+@click.option("--write", type=Directory(), metavar="DIR", help="Write it to schema.json in DIR instead.")
 def schema(*, write: Path | None) -> None:
     """Print the JSON schema of a config: every key with its type, default and description."""
     from flows import schema_command
@@ -197,12 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _call(arguments: Sequence[str] | None) -> None:
+    if "MAKELEVEL" in os.environ:
+        die_with_parent(signal.SIGTERM, os.getppid())  # a killed `make demo` ends its demo
     set_offline_defaults()  # before anything imports Prefect or MLflow
     try:
         cli.main(None if arguments is None else list(arguments), prog_name="cherry", standalone_mode=False)
     except click.UsageError as error:
         error.show()
-        raise SystemExit(error.exit_code) from error
+        raise SystemExit(ConfigError.exit_code) from error
     except click.Abort as error:  # how click passes Ctrl-C on
         raise KeyboardInterrupt from error
 
@@ -222,30 +299,56 @@ def _resolve(config: str, overrides: Sequence[str]) -> RunConfig:
 
 def _print_packaged(name: str) -> None:
     """Print which packaged file a name, or a path that is not in the working directory, refers to."""
-    from base.config import packaged_config
+    from base.yaml_config import packaged_config
     from cherry.cluster import LOCAL
 
     if name != LOCAL and (file := packaged_config(name)) is not None:
         click.echo(f"{name}: taken from the package, {file}", err=True)
 
 
-def _start(config: str, overrides: Sequence[str], *, verbose: bool) -> tuple[Console, TemporaryServer, RunConfig]:
-    """Console, starting Prefect server and resolved config of a command that starts a flow."""
+def _start(
+    config: str, overrides: Sequence[str], *, verbose: bool, reads_data: bool = False, serves: bool = False
+) -> tuple[Console, TemporaryServer, RunConfig]:
+    """Console, starting Prefect server and resolved config of a command that starts a flow.
+
+    Args:
+        reads_data: the flow reads what the config points at, so it must be there.
+        serves: the flow starts servers, so what they need must be there, like a port.
+    """
     from rich.console import Console
 
     from flows.prefect_server import TemporaryServer
+    from tasks.inputs import check_inputs, check_serving
     from tasks.overrides import run_directory
+    from tasks.processes.lost_output import outlive_readers
+    from tasks.tracking.connect import check_tracking_servers
 
+    outlive_readers()  # before rich takes the streams: a closed terminal must not stop the clean-up
     if not verbose:
         keep_terminal_free()
     resolved = _resolve(config, overrides)
     run_directory(resolved)  # a mistake in the config ends the command before anything starts
+    if reads_data:
+        check_inputs(resolved)
+    if serves:
+        check_serving(resolved)
+    check_tracking_servers(resolved.tracking, resolved.runs_directory)
     server = TemporaryServer()
     server.start()
     return Console(), server, resolved
 
 
+def _dry_run(config: str, overrides: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from flows.dry_run import show_steps
+
+    keep_terminal_free()
+    show_steps(Console(), _resolve(config, overrides))
+
+
 def _show_checks(console: Console, runs_directory: Path) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from flows.doctor import examine
@@ -256,52 +359,12 @@ def _show_checks(console: Console, runs_directory: Path) -> None:
     checks = examine(runs_directory, PORTS)
     for check in checks:
         style = _STATE_STYLE[check.state]
-        table.add_row(f"[{style}]{check.state}[/]", check.name, check.found, check.advice)
+        table.add_row(f"[{style}]{check.state}[/]", check.name, escape(check.found), escape(check.advice))
     console.print(table)
     failed = [check.name for check in checks if check.state == "fail"]
     if failed:
         raise CherryError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
     console.print("\nReady. Next: cherry run configs/tiny.yaml")
-
-
-def _show_status(console: Console, runs_directory: Path) -> None:
-    from rich.table import Table
-
-    from flows.status import read_runs
-    from tasks.lifecycle import STEPS
-
-    runs = read_runs(runs_directory, list(STEPS))
-    if not runs:
-        console.print(f"no runs in {runs_directory}. Next: cherry run configs/tiny.yaml")
-        return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "finished", "training", "loss", "checkpoint", "processes"):
-        table.add_column(heading)
-    for run in runs:
-        training = "-" if run.step is None else f"{run.step}/{run.steps_total or '?'}"
-        loss = "-" if run.loss is None else f"{run.loss:.3f}"
-        finished = f"{len(run.finished)}: {list(run.finished)[-1]}" if run.finished else "-"
-        table.add_row(run.name, finished, training, loss, run.checkpoint or "-", str(run.processes))
-    console.print(table)
-    _show_serving(console, runs_directory)
-
-
-def _show_serving(console: Console, runs_directory: Path) -> None:
-    from rich.table import Table
-
-    from tasks.processes.replicas import ServingDirectory
-
-    serving = ServingDirectory(str(runs_directory))
-    weights, servers = serving.weights(), serving.servers()
-    if not servers:
-        return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("\nserving", "\nurl", "\ntraffic", "\nstate"):
-        table.add_column(heading)
-    for server in servers:
-        traffic = f"{weights[server.name]:g} %" if server.name in weights else "-"
-        table.add_row(server.name, server.url or "-", traffic, "up" if server.alive else "[red]gone[/]")
-    console.print(table)
 
 
 if __name__ == "__main__":

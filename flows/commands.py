@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prefect.exceptions import TerminationSignal
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from anything.client import Client
@@ -19,7 +21,8 @@ from base import storage
 from base.errors import CherryError, OperationalError
 from flows.prefect_server import TemporaryServer
 from flows.progress_display import RunProgress
-from tasks.lifecycle import summarize
+from flows.stop_signals import ending_by_signals
+from tasks.lifecycle import judged, summarize
 from tasks.overrides import run_directory
 from tasks.run_config import RunConfig
 from tasks.tracking.connect import connect
@@ -38,7 +41,7 @@ def run(console: Console, server: TemporaryServer, config: RunConfig, arguments:
         CherryError: the error of the step that failed.
     """
     directory = Path(run_directory(config))
-    console.print(f"run [bold]{config.name}[/] in {directory}", highlight=False)
+    console.print(f"run [bold]{config.name}[/] in {escape(str(directory))}", highlight=False)
 
     def flow() -> Any:
         if server.starting:  # MLflow's import and database take seconds too
@@ -48,7 +51,7 @@ def run(console: Console, server: TemporaryServer, config: RunConfig, arguments:
         with server.answering():
             return train_flow(config, return_state=True)
 
-    with _hinting(console, lambda: _after_failure(directory)), RunProgress(console, directory):
+    with ending_by_signals(), _hinting(console, lambda: _after_failure(directory)), RunProgress(console, directory):
         _result(flow)
     summary = summarize(directory)
     console.print(_table(summary))
@@ -75,7 +78,8 @@ def deploy(
         with server.answering():
             return deploy_flow(config, version=version, return_state=True)
 
-    with _hinting(console, lambda: f"  logs:  {logs}"), RunProgress(console, Path(run_directory(config))):
+    progress = RunProgress(console, Path(run_directory(config)))
+    with ending_by_signals(), _hinting(console, lambda: f"  logs:  {logs}"), progress:
         released: dict[str, Any] = _result(flow)
     console.print(f"[bold]{released['version']}[/] answers at {released['url']}", highlight=False)
     body = '{"prompt": "def main(", "max_tokens": 32}'
@@ -106,15 +110,15 @@ def demo(console: Console, server: TemporaryServer, config: RunConfig, arguments
     storage.write_json(str(directory / "summary.json"), summary)
     console.print("\n[bold]asked[/]")
     console.print(DEMO_PROMPT + output, highlight=False, markup=False)
-    console.print(f"\nsummary: {directory / 'summary.json'}", highlight=False)
+    console.print(f"\nsummary: {directory / 'summary.json'}", highlight=False, markup=False)
 
 
 @contextmanager
 def _hinting(console: Console, hints: Callable[[], str]) -> Iterator[None]:
-    """After a failure or Ctrl-C, print where to look and how to resume; the error itself is printed last."""
+    """After a failure, Ctrl-C or another signal, print where to look and how to resume; the error is printed last."""
     try:
         yield
-    except (CherryError, KeyboardInterrupt):
+    except (CherryError, KeyboardInterrupt, TerminationSignal):
         console.print(hints(), highlight=False, markup=False, soft_wrap=True)
         raise
 
@@ -173,17 +177,18 @@ def _table(summary: dict[str, Any]) -> Table:
         "quantized": (
             f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token"
         ),
-        "verdict": f"{summary['verdict']} (compared with {summary['compared_with']}): {summary['reason']}",
+        "verdict": f"{summary['verdict']} (compared with {summary['compared_with']}): {judged(summary)}",
         "data": f"{summary['documents']:,} documents, {summary['data_bytes'] / 1e6:.1f} MB",
         "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in summary["seconds"].items()),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
 def _next(console: Console, config: RunConfig, deploy_command: str) -> None:
-    page = connect(config.tracking, config.runs_directory).page()
+    # The address behind the command on a line of its own: the two together are longer than most terminals are wide.
+    page = connect(config.tracking, config.runs_directory).page().replace("  # ", f"\n{12 * ' '}", 1)
     prefect = os.environ.get("PREFECT_API_URL", "prefect --no-prompt server start").removesuffix("/api")
     console.print(
         f"\n  figures:  {page}\n  flow:     {prefect}\n  logs:     {run_directory(config)}/train/\n"

@@ -9,12 +9,20 @@ from typing import Any
 
 from prefect import flow
 
-from tasks.deploy import record, resolve_version, shift, smoke, start
-from tasks.lifecycle import begin_release, run_name
+from tasks.deploy import record, releasing, resolve_version, shift, smoke, start
+from tasks.interruptions.states import describe
+from tasks.lifecycle import begin_release
 from tasks.overrides import DEFAULT_CONFIG, NO_OVERRIDES, ConfigParameter, Overrides
+from tasks.records.run_names import release_name
 
 
-@flow(name="deploy-flow", flow_run_name=run_name, validate_parameters=True)
+@flow(
+    name="deploy-flow",
+    flow_run_name=release_name,
+    on_cancellation=[describe],
+    on_crashed=[describe],
+    validate_parameters=True,
+)
 def deploy_flow(
     config: ConfigParameter = DEFAULT_CONFIG,
     overrides: Overrides = NO_OVERRIDES,
@@ -28,11 +36,12 @@ def deploy_flow(
         overrides: keys of the config, nested, that win over the file.
         version: a registered version; `None` goes by the alias.
         alias: alias of a registered version. With neither, the version that this run registered is served, or the
-            candidate if it registered none; one that was judged worse is refused.
+            candidate if it registered none; it is refused where a better version would be replaced.
     """
     context = begin_release(config, overrides)
     release = resolve_version(context, version, alias)
-    replica = start(context, release)
-    answer = smoke(context, replica)
-    shifted = shift(context, replica)
-    return record(context, release, replica, shifted, answer)
+    with releasing(context, release) as (context, release):
+        replica = start(context, release)
+        answer = smoke(context, release, replica)
+        shifted = shift(context, release, replica)
+        return record(context, release, replica, shifted, answer)

@@ -11,19 +11,26 @@ import asyncio
 import atexit
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from typing import IO
 
-from base.errors import OperationalError
+from base.errors import OperationalError, without_credentials
 from cherry.launcher import die_with_parent
+from tasks.files.file_lock import hold_lock
 from tasks.processes.process import in_background
 from tasks.processes.programs import module_command, module_environment
 
 _STOP_GRACE_S = 5.0
 _WORKER_S = 10.0
+_DATABASE_VARIABLES = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
+# "sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) unable to open database file"
+_ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Refused\w*|Exit)\b.*:")
 # Variables that Prefect sets for its own temporary server.
 _SERVER_VARIABLES = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
@@ -34,6 +41,7 @@ class TemporaryServer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
+        self._output: IO[bytes] | None = None
 
     def start(self) -> None:
         """Start the server in the background; `answering` waits for it."""
@@ -42,11 +50,14 @@ class TemporaryServer:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             # Connections wait in the listener's queue from here on: there is no port to lose to another process.
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+            self._output = tempfile.TemporaryFile(prefix="cherry-prefect-")  # noqa: SIM115 - as long as the server
             own = [f"--fd={listener.fileno()}", f"--parent={os.getpid()}"]
             self._process = subprocess.Popen(
                 module_command("flows.prefect_server", own),
                 env={**module_environment(), **_SERVER_VARIABLES},
                 pass_fds=[listener.fileno()],
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the flow, which tells its server how it ended
             )
         # Prefect has sent its last lines by then: it does so as threading shuts down, before what atexit calls.
@@ -68,18 +79,25 @@ class TemporaryServer:
         if not self.starting or _named():
             yield
             return
-        from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+        from prefect.settings import (
+            PREFECT_API_AUTH_STRING,
+            PREFECT_API_URL,
+            PREFECT_SERVER_API_AUTH_STRING,
+            get_current_settings,
+            temporary_settings,
+        )
 
         settings = get_current_settings().server.ephemeral
         if not settings.enabled:
             raise _not_started("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids one", "Allow it")
         self._wait(settings.startup_timeout_seconds)
-        with temporary_settings({PREFECT_API_URL: self._url}):
+        # A server takes its password from the environment, so this one has one too where others are protected.
+        password = PREFECT_SERVER_API_AUTH_STRING.value()
+        with temporary_settings({PREFECT_API_URL: self._url, PREFECT_API_AUTH_STRING: password}):
             yield
 
     def _wait(self, timeout_s: float) -> None:
         import httpx
-        from prefect.settings import get_current_settings
 
         try:
             httpx.get(f"{self._url}/health", timeout=timeout_s, trust_env=False).raise_for_status()
@@ -89,9 +107,17 @@ class TemporaryServer:
         except httpx.HTTPError as error:
             code = self._exit_code()
             self._end()
-            why = str(error) if code is None else f"it ended with code {code}, and its output is above"
-            home = get_current_settings().home
-            raise _not_started(why, f"PREFECT_HOME ({home}) must be a directory that can be written") from error
+            why = str(error) if code is None else f"it ended with code {code}: {self._said()}"
+            raise _not_started(why, _where_it_writes()) from error
+
+    def _said(self) -> str:
+        """The error that the server ended with, from its output: the last line of a traceback."""
+        if self._output is None:
+            return "it printed nothing"
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").splitlines()
+        errors = [line for line in lines if _ERROR_LINE.match(line)]
+        return without_credentials((errors or lines or ["it printed nothing"])[-1].strip())
 
     def _exit_code(self) -> int | None:
         """The server's exit code; its connections are closed some time before it has ended."""
@@ -120,6 +146,15 @@ def _named() -> bool:
     return get_current_settings().api.url is not None
 
 
+def _where_it_writes() -> str:
+    """Advice for a server without a usable database: the setting that names it."""
+    from prefect.settings import get_current_settings
+
+    for name in filter(os.environ.get, _DATABASE_VARIABLES):
+        return f"{name} must name a database that answers; without it, a file in PREFECT_HOME is used"
+    return f"PREFECT_HOME ({get_current_settings().home}) must be a directory that can be written"
+
+
 def _not_started(why: str, advice: str) -> OperationalError:
     return OperationalError(
         f"Prefect's temporary server did not start ({why}). {advice}, or start a server (prefect --no-prompt server "
@@ -140,12 +175,20 @@ def serve(listener: socket.socket) -> None:
     import uvicorn
     from prefect.server.api import server
 
+    class _Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Start; servers that start at once on a new database would migrate it together, which fails."""
+            home = get_current_settings().home
+            home.mkdir(parents=True, exist_ok=True)
+            with hold_lock(home / "cherry-migration.lock"):
+                await super().startup(sockets)
+
     original = server.background_worker  # type: ignore[attr-defined]
     server.background_worker = lambda *args, **kwargs: _for_a_while(original(*args, **kwargs))  # type: ignore[attr-defined]
     config = uvicorn.Config(server.create_app(), log_level="error", lifespan="on")
     gc.freeze()  # a garbage collection over all that is imported takes a third of a second
     with in_background():
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
 
 
 @asynccontextmanager

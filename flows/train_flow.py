@@ -12,19 +12,25 @@ from prefect import flow
 from tasks.data import prepare_data
 from tasks.evaluate import evaluate
 from tasks.export import export
-from tasks.lifecycle import begin, conclude, run_name, teardown
+from tasks.interruptions.states import describe
+from tasks.lifecycle import begin, conclude, teardown
 from tasks.overrides import DEFAULT_CONFIG, NO_OVERRIDES, ConfigParameter, Overrides
 from tasks.provision import provision, release
 from tasks.quantize import quantize
-from tasks.register import register
+from tasks.records.run_names import run_name
+from tasks.register import is_outdated, register
 from tasks.train import train
+
+# Runs that end together may each find another champion than the one that they compared with.
+_COMPARISONS = 5
 
 
 @flow(
     name="train-flow",
     flow_run_name=run_name,
-    on_cancellation=[teardown],
-    on_crashed=[teardown],
+    on_cancellation=[teardown, describe],
+    on_crashed=[teardown, describe],
+    on_failure=[teardown],
     validate_parameters=True,
 )
 def train_flow(config: ConfigParameter = DEFAULT_CONFIG, overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
@@ -42,10 +48,12 @@ def train_flow(config: ConfigParameter = DEFAULT_CONFIG, overrides: Overrides = 
         trained = train.with_options(retries=retry.attempts - 1, retry_delay_seconds=retry.delay_s)(context, data)
         exported = export(context, trained)
         quantized = quantize(context, exported)
-        evaluated = evaluate(context, data, exported, quantized)
-        register(context, exported, quantized, evaluated)
+        for _ in range(_COMPARISONS):
+            evaluated = evaluate(context, data, exported, quantized)
+            if not is_outdated(register(context, exported, quantized, evaluated)):
+                break
     except BaseException as error:
-        conclude(context, "FAILED" if isinstance(error, Exception) else "KILLED")
+        conclude(context, "FAILED" if isinstance(error, Exception) else "KILLED", error)
         raise
     finally:
         release(context.directory)
