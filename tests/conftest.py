@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
+import signal
 import subprocess
-import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cherry.launcher import die_with_parent
+from tests.object_stores import KEY, SECRET, rclone, seaweedfs
+from tests.training_job import Job, environment_of_programs, prepare_documents, write_config
+from tests.watcher import watch_this_process
+
 ROOT = Path(__file__).resolve().parents[1]
-_S3_KEY, _S3_SECRET = "test", "testtest"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: the threads of several processes would wait for each other's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionstart() -> None:
+    """Let a process of its own end what this session starts, should the session be killed."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell leaves it for what it starts in the background: programs that tests interrupt would not notice.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if "MAKELEVEL" in os.environ:
+        die_with_parent(signal.SIGTERM, os.getppid())  # a killed make ends its tests
+    watch_this_process()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Say which tests share a process: those of a file, for its fixtures; all of e2e/, for its server and its runs.
 
+    README's commands, a file of e2e/, have servers of their own and run beside the rest of it.
+
     Marks of the group would do, but with pytest 9.2 xdist 3.8 does not see them.
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -44,46 +59,50 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.split("::", 1)[0]
-            return "e2e" if path.startswith("tests/e2e/") else path
+            return "e2e" if path.startswith("tests/e2e/") and path != "tests/e2e/test_readme.py" else path
 
     return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an S3 server: rclone's, in front of a directory."""
-    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    program = shutil.which("rclone", path=scripts)
-    assert program, "no rclone: install the development dependencies"
-    command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{_S3_KEY},{_S3_SECRET}"]
-    command += ["--config", os.devnull, str(tmp_path_factory.mktemp("s3"))]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        started = next((found for line in server.stderr if (found := re.search(r"http://[\d.:]+", line))), None)
-        assert started, f"rclone ended with {server.wait()}"
-        # What it says from now on is read, so that it never waits for a reader.
-        drain = threading.Thread(target=server.stderr.read, daemon=True)
-        drain.start()
-        yield started[0]
-        server.terminate()
-        drain.join()
+    """URL of an S3 server that honours conditional puts; it has a bucket called `bucket`."""
+    from s3fs import S3FileSystem
+
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as url:
+        S3FileSystem(endpoint_url=url, key=KEY, secret=SECRET, skip_instance_cache=True).mkdir("bucket")
+        yield url
 
 
 @pytest.fixture
-def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URI of a fresh, empty bucket; the environment says where it is, to this process and to those it starts."""
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of a fresh, empty place in an object store; the environment leads there, also that of programs."""
+    with _leading_to(s3_endpoint, monkeypatch):
+        yield f"s3://bucket/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def unconditional_s3(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `s3`, in a store that ignores the condition of a put and overwrites."""
     from s3fs import S3FileSystem
 
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", _S3_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", _S3_SECRET)
+    with rclone(tmp_path_factory.mktemp("rclone")) as url, _leading_to(url, monkeypatch):
+        S3FileSystem().mkdir("bucket")
+        yield f"s3://bucket/{uuid.uuid4().hex[:12]}"
+
+
+@contextmanager
+def _leading_to(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from s3fs import S3FileSystem
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    # rclone answers a range of bytes with the whole object's checksum, which botocore compares by default.
-    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    S3FileSystem().mkdir(bucket)
-    return f"s3://{bucket}"
+    S3FileSystem.clear_instance_cache()  # a client keeps the address that it was made with
+    yield
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -109,55 +128,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", str(directory)], check=True)
 
 
-class Job:
-    """A tiny training job in a directory of its own, started as a person would: by the launcher, in a subprocess."""
-
-    def __init__(self, directory: Path, config: Path, prepared: Path) -> None:
-        self.directory = directory
-        self.config = config
-        directory.mkdir(parents=True)
-        shutil.copytree(prepared, directory / "data")
-
-    def command(self, *flags: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> list[str]:
-        """What to run; `flags` are train.py's, `launcher` the launcher's own."""
-        start = [sys.executable, "-m", "cherry.launcher", f"--nproc_per_node={ranks}", *launcher, "train.py"]
-        return [*start, "--config", str(self.config), "--run_dir", str(self.directory), *flags]
-
-    def start(self, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
-        """Start it and return at once."""
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(self.command(*flags, ranks=ranks), text=True, cwd=ROOT, env=_environment(), **pipes)
-
-    def run(self, *flags: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        """Run it to its end."""
-        command = self.command(*flags, ranks=ranks, launcher=launcher)
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), check=False)
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The metrics stream so far."""
-        path = self.directory / "train" / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of every step."""
-        return [line["loss"] for line in self.metrics]
-
-    def checkpoint(self, step: int) -> Path:
-        """Directory of one step's checkpoint."""
-        return self.directory / "train" / "checkpoints" / f"step_{step}"
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """What programs of tests see: this checkout first, one thread each."""
-    return _environment()
+    return environment_of_programs()
 
 
 @pytest.fixture(scope="session")
@@ -189,35 +163,13 @@ def _run_together(commands: list[list[str]], environment: dict[str, str]) -> Non
 @pytest.fixture(scope="session")
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of 60 small documents, made once."""
-    from cherry.data.prepare import prepare
-    from cherry.job_config import DataConfig
-
-    root = tmp_path_factory.mktemp("corpus")
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-    for number in range(60):
-        lines = [" ".join(words[(number * 7 + line * k) % 8] for k in range(1, 9)) for line in range(12)]
-        (root / f"{number:02d}.txt").write_text("\n".join(lines))
-    config = DataConfig(source=str(root), sequence_length=32, heldout_fraction=0.2)
-    prepare(config, vocab_size=600, directory=str(root / "data"))
-    return root / "data"
+    return prepare_documents(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def job_config(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> Path:
     """A config that takes a second to train: every part of the architecture, two layers."""
-    path = tmp_path_factory.mktemp("config") / "mini.yaml"
-    path.write_text(
-        f"""\
-name: mini
-model: {{preset: tiny, vocab_size: 600, hidden_size: 32, intermediate_size: 64, moe_intermediate_size: 16,
-        num_hidden_layers: 2, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8,
-        v_head_dim: 16}}
-data: {{source: "{prepared_data.parent}", sequence_length: 32, heldout_fraction: 0.2}}
-train: {{steps: 12, batch_size: 8, warmup_steps: 2, learning_rate: 3.0e-3}}
-checkpoint: {{every_steps: 4}}
-"""
-    )
-    return path
+    return write_config(tmp_path_factory.mktemp("config") / "mini.yaml", prepared_data)
 
 
 @pytest.fixture(scope="session")

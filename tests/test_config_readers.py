@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("base", "model", "cherry", "anything", "tasks", "flows")
 READ_OTHERWISE = {
     "ModelConfig.preset": "fills the other keys before they are validated",
-    "ClusterSpec.hosts": "for a provider, which connects to them; none that is shipped does",
 }
 PROGRAMS = sorted(
     path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if ".add_argument(" in path.read_text()
@@ -115,10 +114,19 @@ def reads() -> set[Read]:
         sources[str(path)] = BuildSource(str(path), ".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     plugin = Reads(options, {full_name(section) for section in schemas()})
     build.build(list(sources.values()), options, extra_plugins=[plugin])
+    # What a section inherits counts for the one that defines it.
+    defined_by = {
+        (full_name(section), name): full_name(base)
+        for section in schemas()
+        for base in reversed(section.__mro__)
+        if base in schemas()
+        for name in {*vars(base), *base.__annotations__}
+    }
     within = {path: list(methods(Path(path), source.module)) for path, source in sources.items()}
     found = set()
     for fullname, path, line in plugin.found:
         owner, _, name = fullname.rpartition(".")
+        owner = defined_by.get((owner, name), owner)
         reader, method = next(((cls, name) for cls, name, lines in within[path] if line in lines), ("", ""))
         found.add(Read(owner, name, reader, method))
     return found

@@ -14,6 +14,16 @@ EXCEPTIONS = {
     "model/fp8/tile_kernels.py": "tests/model/fp8/test_cast_kernels_gpu.py",
     # A protocol alone: proved by the optimizers that are built.
     "cherry/optim/protocol.py": "tests/cherry/optim/test_build.py",
+    # Tables of the commands, and the flow as a server starts it.
+    "flows/clusters/tables.py": "tests/flows/clusters/test_command.py",
+    "flows/clusters/reap_flow.py": "tests/e2e/test_reaping.py",
+    # Which hooks a configuration asks for shows in what they write.
+    "cherry/hooks/build.py": "tests/cherry/hooks/test_profiler.py",
+    # What they do shows on hosts that are lost.
+    "cherry/remote/attempt.py": "tests/chaos/test_lost_hosts.py",
+    "cherry/remote/supervisor.py": "tests/chaos/test_lost_hosts.py",
+    # Slurm's programs are called by what decides after a job's start.
+    "cherry/slurm/commands.py": "tests/cherry/slurm/test_attempt.py",
 }
 
 

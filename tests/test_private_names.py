@@ -55,6 +55,8 @@ ATTRIBUTES: dict[str, set[str]] = {
 """Private attributes of a library's module or object."""
 UNDOCUMENTED: dict[str, set[str]] = {
     "prefect.server.api.server.background_worker": {"flows/prefect_server.py"},
+    "torch.distributed.distributed_c10d.default_pg_nccl_timeout": {"cherry/distributed/group_timeout.py"},
+    "torch.distributed.distributed_c10d.default_pg_timeout": {"cherry/distributed/group_timeout.py"},
     "torch.distributed.run.config_from_args": {"cherry/launcher.py"},
     "torch.distributed.run.determine_local_world_size": {"cherry/launcher.py"},
     "torch.distributed.run.get_args_parser": {"cherry/launcher.py"},

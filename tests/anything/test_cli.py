@@ -43,6 +43,9 @@ def test_infer_prints_the_answer(
     assert main(["infer", "one two", "--url", url]) == 0
     assert main(["infer", "one two", "--url", url, "--stream", "--max_tokens", "1"]) == 0
     assert capsys.readouterr().out == "one two\none \n"
+    # What str.splitlines ends a line at is text.
+    assert main(["infer", "a\u2028b\x85c\x0cd", "--url", url, "--stream"]) == 0
+    assert capsys.readouterr().out == "a\u2028b\x85c\x0cd\n"
     monkeypatch.setenv("ANYTHING_API_KEY", "wrong")
     assert main(["infer", "one two", "--url", url]) == 17
     assert "error: " in capsys.readouterr().err

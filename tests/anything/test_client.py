@@ -35,6 +35,25 @@ def test_infer_and_stream(serve: Serve, key_file: tuple[str, str]) -> None:
         assert engine.wait_for("cancelled", 1)
 
 
+# Words that hold every character at which str.splitlines ends a line; the blanks between them divide the chunks.
+LINE_ENDS = " ".join(f"a{end}b" for end in "\0\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r\n")
+
+
+def test_any_character_comes_through_streams_and_a_gateway(
+    serve: Serve, key_file: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(key_file[1])
+    replica = {"name": "a", "version": "v1", "url": serve(EchoEngine("v1")), "api_key_file": str(tmp_path / "key")}
+    (tmp_path / "routes.json").write_text(json.dumps({"replicas": [{**replica, "weight_percent": 100.0}]}))
+    gateway = serve(Router(str(tmp_path / "routes.json")))
+    for url in (replica["url"], gateway):
+        with Client(url, key_file[1]) as client:
+            assert client.infer(LINE_ENDS) == LINE_ENDS
+            assert "".join(client.stream(LINE_ENDS)) == LINE_ENDS
+    with Client(gateway, key_file[1]) as client:
+        assert client.routes()["versions"]["v1"]["errors"] == 0
+
+
 def test_the_module_function_reads_the_environment(
     serve: Serve, key_file: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

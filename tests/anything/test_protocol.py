@@ -69,3 +69,20 @@ def test_a_refusal_is_the_callers_fault_and_an_outage_the_services() -> None:
     busy = UnavailableError("busy", status=429, code="overloaded", retry_after_s=1)
     assert isinstance(busy, ServiceError)
     assert (busy.status, busy.code, busy.retry_after_s) == (429, "overloaded", 1)
+
+
+def test_null_is_the_default() -> None:
+    nulls = dict.fromkeys(SamplingParams.model_fields)
+    assert SamplingParams.model_validate(nulls) == SamplingParams()
+    with pytest.raises(ValidationError, match="max_token"):
+        SamplingParams.model_validate({"max_token": None})
+
+
+@pytest.mark.parametrize("code", ["draining", "loading", "engine_down", "unreachable"])
+def test_what_did_not_come_from_the_request_is_worth_another_replica(code: str) -> None:
+    assert UnavailableError("x", status=503, code=code).worth_another_replica
+
+
+@pytest.mark.parametrize("code", ["engine_failed", "replica_failed", "overloaded", "timeout", "generation_failed"])
+def test_what_may_have_come_from_the_request_is_not(code: str) -> None:
+    assert not UnavailableError("x", status=503, code=code).worth_another_replica

@@ -25,6 +25,8 @@ def test_a_config_reads_back_from_its_own_yaml(tmp_path: Path) -> None:
         ({"port": -1}, "port"),
         ({"timeout_s": 0.0}, "timeout_s"),
         ({"max_request_bytes": 0}, "max_request_bytes"),
+        ({"cors_origins": ["https://a.example", "https://a.example/"]}, "cors_origins.1: must be * or an origin"),
+        ({"cors_origins": ["a.example"]}, "cors_origins.0"),
         ({"engine": {"device": "tpu"}}, "engine.device"),
         ({"engine": {"cache_block": 8}}, "engine.cache_block: unknown key"),
         ({"engine": {"block_tokens": 64, "prefill_chunk_tokens": 63}}, "engine.prefill_chunk_tokens"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import Field, PositiveInt, ValidationError
 
-from base.config import Problem, Section, apply_overrides, dump, load, merge, parse_yaml, read_yaml, validate
+from base.config import Problem, Section, dump, load
 from base.errors import ConfigError, MissingFileError
+from base.yaml_config import read_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,35 +141,9 @@ def test_yaml_tags_construct_no_objects(tmp_path: Path) -> None:
         load(write(tmp_path, "name: !!python/object/apply:os.getcwd []\n"), Outer)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-5", 1e-5),
-        ("2E6", 2e6),
-        ("-1.5e+3", -1500.0),
-        (".5", 0.5),
-        ("1.", 1.0),
-        ("1_000", 1000),
-        ("300", 300),
-        ("-7", -7),
-        ("0x10", 16),
-        ("1e-5x", "1e-5x"),
-        ("e5", "e5"),
-        ("1.2.3", "1.2.3"),
-        ("'1e-5'", "1e-5"),
-        ("null", None),
-        ("true", True),
-    ],
-)
-def test_numbers_are_read_as_yaml_1_2_reads_them(text: str, value: object) -> None:
-    parsed = parse_yaml(text, "here")
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-def test_a_date_is_no_configuration_value(tmp_path: Path) -> None:
+def test_bytes_are_no_configuration_value(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only plain YAML values"):
-        load(write(tmp_path, "name: 2026-01-02\n"), Outer)
+        load(write(tmp_path, "name: !!binary aGk=\n"), Outer)
 
 
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
@@ -177,57 +152,6 @@ def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError):
         read_yaml(tmp_path)
     assert read_yaml(write(tmp_path, "# nothing yet\n")) == {}
-
-
-def test_overrides_are_read_as_yaml_and_leave_the_source_alone() -> None:
-    raw = {"name": "a", "inner": {"size": 4}}
-    result = apply_overrides(
-        raw, ["inner.size=8", "inner.rates=[0.25, 1e-3]", "spare.label=x=y", "rate=1e-5", "name='7'", "inner.label="]
-    )
-    assert result == {
-        "name": "7",
-        "rate": 1e-5,
-        "inner": {"size": 8, "rates": [0.25, 1e-3], "label": None},
-        "spare": {"label": "x=y"},
-    }
-    assert raw == {"name": "a", "inner": {"size": 4}}
-    assert validate(result, Outer, origin="here").inner.rates == (0.25, 1e-3)
-
-
-def test_an_override_s_collections_are_in_brackets_and_a_colon_or_dash_is_text() -> None:
-    overrides = ["uri=json:", "path=json: a", "item=- x", "list=[1]", "section={a: [2]}"]
-    assert apply_overrides({}, overrides) == {
-        "uri": "json:",
-        "path": "json: a",
-        "item": "- x",
-        "list": [1],
-        "section": {"a": [2]},
-    }
-
-
-def test_bad_overrides_are_all_named() -> None:
-    with pytest.raises(ConfigError) as caught:
-        apply_overrides({"name": "a"}, ["inner.size", "=3", "inner..size=3", "name.first=b", "rate=1"])
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
-        "override 'inner.size'",
-        "override '=3'",
-        "override 'inner..size=3'",
-        "override 'name.first=b'",
-    ]
-    with pytest.raises(ConfigError, match=r"override rate.*not valid YAML"):
-        apply_overrides({}, ["rate=[1,"])
-
-
-def test_sections_are_merged_key_by_key_and_values_are_replaced() -> None:
-    raw = {"a": {"b": {"c": 1, "d": [1, 2]}, "e": None}, "f": 2}
-    changes = {"a": {"b": {"d": [3]}, "e": {"g": 4}}, "f": None, "h": {}}
-    merged = merge(raw, changes, origin="here")
-    assert merged == {"a": {"b": {"c": 1, "d": [3]}, "e": {"g": 4}}, "f": None, "h": {}}
-    merged["a"]["b"]["d"].append(9)
-    assert changes == {"a": {"b": {"d": [3]}, "e": {"g": 4}}, "f": None, "h": {}}
-    assert merge(raw, {}, origin="here") == raw
-    with pytest.raises(ConfigError, match=r"here: a\.b\.c must be a section .*got 1"):
-        merge(raw, {"a": {"b": {"c": {"x": 1}}}}, origin="here")
 
 
 def test_an_override_may_open_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:

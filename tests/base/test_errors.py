@@ -23,6 +23,7 @@ from base.errors import (
     OperationalError,
     StorageError,
     SupersededError,
+    directory_fault,
     is_retryable_exit_code,
     run_program,
     storage_errors,
@@ -114,9 +115,38 @@ def test_running_out_of_space_keeps_what_was_written_before(small_disk: Callable
 def test_other_system_errors_keep_their_side(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="none does not exist"), storage_errors("none"):
         (tmp_path / "none").read_bytes()
-    with pytest.raises(StorageError, match="folder") as caught, storage_errors("folder"):
-        tmp_path.read_bytes()
+    with pytest.raises(StorageError, match="memory") as caught, storage_errors("memory"):
+        Path("/proc/self/mem").read_bytes()
     assert not isinstance(caught.value, DiskFullError)
+
+
+def test_what_the_same_path_meets_again_is_the_caller_s(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    meet: list[tuple[Callable[[], object], str]] = [
+        (tmp_path.read_bytes, "a directory is there"),
+        ((tmp_path / "file" / "inner").read_bytes, "a part of this path is a file"),
+        ((tmp_path / "file").mkdir, "a file is there"),
+        ((tmp_path / ("x" * 300)).read_bytes, "a name is longer"),
+        ((tmp_path / "loop").read_bytes, "its links lead in a circle"),
+    ]
+    for call, words in meet:
+        with pytest.raises(MissingFileError, match=f"place: {words}"), storage_errors("place"):
+            call()
+
+
+def test_a_directory_can_be_where_none_or_nothing_is_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for name in ("", "new/deep", "linked", "linked/new"):
+        assert directory_fault(str(tmp_path / name)) is None
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    for name, words in (("file", "is a file"), ("file/new", "is a file"), ("gone/new", "link to what does not exist")):
+        assert words in str(directory_fault(str(tmp_path / name)))
+    for name in ("loop", "loop/new", "x" * 300, "null\0"):
+        assert directory_fault(str(tmp_path / name)) is not None, name
 
 
 def test_an_error_that_has_its_sentence_passes_through_unchanged() -> None:
@@ -175,3 +205,8 @@ def test_dashes_and_underscores_in_a_flag_are_the_same_and_values_are_left_alone
         parser.parse_args(["--run_dri=x"])
     assert "--run_dir" in parser.format_help()
     assert "--run-dir" not in parser.format_help()
+
+
+def test_a_name_that_is_no_utf8_is_shown_and_not_a_traceback(capsys):
+    assert run_program(lambda: print("run-\udcff")) == 0
+    assert capsys.readouterr().out == "run-\\udcff\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from base.json_lines import read_lines
-from base.progress import PROGRESS_FILE_VARIABLE, print_progress
+from base.progress import PROGRESS_FILE_VARIABLE, busy, print_progress
 
 
 def test_progress_is_printed_and_reported_where_someone_asks_for_it(
@@ -18,4 +18,7 @@ def test_progress_is_printed_and_reported_where_someone_asks_for_it(
     monkeypatch.setenv(PROGRESS_FILE_VARIABLE, str(tmp_path / "progress"))
     print_progress("half", 0.5)
     assert capsys.readouterr().out == "alone\nhalf\n"
-    assert read_lines(tmp_path / "progress") == [{"line": "half", "fraction": 0.5}]
+    with busy("checkpoint"):
+        assert read_lines(tmp_path / "progress")[1:] == [{"busy": "checkpoint"}]
+    assert read_lines(tmp_path / "progress")[2:] == [{"busy": None}]
+    assert capsys.readouterr().out == ""

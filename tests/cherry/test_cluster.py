@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from base.config import validate
+from base.config import dump, validate
 from base.errors import ConfigError, MissingFileError
-from cherry.cluster import ClusterSpec, read_cluster
+from cherry.cluster import ClusterSpec, SlurmConfig, read_cluster
 from cherry.hardware import GPUS
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
@@ -24,13 +24,47 @@ CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
         ({"kind": "nodes", "nodes": 2}, "gpu: is required with kind nodes"),
         ({"kind": "nodes", "gpu": "H100", "price_per_gpu_hour": -1.0}, "price_per_gpu_hour: input should be greater"),
         (
-            {"kind": "nodes", "provider": "p", "gpu": "H100", "nodes": 2, "hosts": ["a", "a"]},
-            "hosts: each host must be named once",
+            {"nodes": [{"host": "a"}, {"host": "a"}]},
+            "nodes: each host must be named once, as a node or a spare, and a is",
         ),
         (
-            {"kind": "nodes", "provider": "p", "gpu": "H100", "nodes": 2, "hosts": ["a"]},
-            "hosts: must name all of the 2 nodes or none",
+            {"nodes": [{"host": "a"}], "recovery": {"spares": [{"host": "a"}]}},
+            "nodes: each host must be named once, as a node or a spare, and a is",
         ),
+        ({"nodes": []}, "nodes: must name at least one host"),
+        ({"nodes": [{"host": "me@a"}]}, "nodes.0.host: must be a host's name or address; user and port"),
+        ({"nodes": [{"host": "a", "gpu": [0]}]}, "nodes.0.gpu: unknown key, did you mean gpus?"),
+        ({"nodes": [{"host": "a", "gpus": [0, 0]}]}, "nodes.0.gpus: must name each GPU once"),
+        (
+            {"nodes": [{"host": "a", "gpus": [0, 1]}, {"host": "b", "gpus": [0]}]},
+            "nodes: must list 2 GPUs for each node, as all nodes have equally many ranks: b differs",
+        ),
+        ({"nodes": [{"host": "a", "gpus": [0]}], "gpus_per_node": 2}, "nodes: must list 2 GPUs for each node"),
+        ({"nodes": [{"host": "a"}], "recovery": {"min_nodes": 2}}, "recovery.min_nodes: must be at most the number"),
+        ({"gpu": "H100", "nodes": 4, "ssh": {"user": "me"}}, "ssh: is for nodes that are named"),
+        ({"gpu": "H100", "nodes": 4, "provider": "ssh"}, "nodes: must name the hosts with provider ssh"),
+        ({"provider": "slurm", "nodes": [{"host": "a"}]}, "nodes: must be a number with provider slurm"),
+        ({"provider": "slurm", "recovery": {"attempts": 2}}, "recovery: is for nodes that are named"),
+        ({"gpu": "H100", "slurm": {"partition": "a"}}, "slurm: is for provider slurm (got None)"),
+        ({"provider": "slurm", "slurm": {"time": "1h"}}, "slurm.time: must be a time as sbatch takes it: MINUTES, "),
+        ({"provider": "slurm", "slurm": {"time": "3"}}, "slurm.time: must be longer than slurm.warning_s (180 s)"),
+        ({"provider": "slurm", "slurm": {"partition": "a b"}}, "slurm.partition: must be a name as sbatch takes it"),
+        ({"provider": "slurm", "slurm": {"options": ["-c 4"]}}, "slurm.options.0: must be one long option of sbatch"),
+        ({"provider": "slurm", "slurm": {"options": ["--time=4"]}}, "slurm.options: must not hold what the script or"),
+        ({"provider": "slurm", "slurm": {"setup": ["a\nb"]}}, "slurm.setup.0: must be one line of shell"),
+        ({"provider": "sky", "nodes": [{"host": "a"}]}, "nodes: must be a number with provider sky"),
+        ({"provider": "sky", "gpus_per_node": 8}, "sky.accelerator: must be SkyPilot's name of the GPUs"),
+        ({"provider": "sky", "gpu": "H100 PCIe"}, "sky.accelerator: must be SkyPilot's name of the GPUs"),
+        ({"provider": "sky", "sky": {"job_recovery": {}}}, "sky.job_recovery: unknown key"),
+        ({"provider": "sky", "sky": {"resources": {"job_recovery": "a"}}}, "sky.resources: must not hold what the"),
+        ({"provider": "sky", "sky": {"infra": "slurm/cluster"}}, "sky.infra: must not be slurm: write a cluster file"),
+        ({"provider": "sky", "sky": {"data": "abfs://a/b"}}, "sky.data: must be a folder in a bucket, like s3://"),
+        (
+            {"provider": "sky", "sky": {"secrets": ["A=b"]}},
+            "sky.secrets.0: must be the name of an environment variable",
+        ),
+        ({"provider": "sky", "sky": {"python": "~/venv/bin/python"}}, "sky.python: must be a program's name or path"),
+        ({"gpu": "H100", "sky": {"infra": "aws"}}, "sky: is for provider sky (got None)"),
         ({"kind": "local", "nodes": 2}, "nodes: must be 1 with kind local"),
         ({"kind": "nodes", "gpu": "H100", "assumed_imbalance": 0.5}, "assumed_imbalance: input should be greater"),
     ],
@@ -45,11 +79,35 @@ def test_a_spec_that_breaks_a_rule_is_refused_with_its_key(spec: dict[str, objec
 def test_a_shipped_spec_is_what_its_file_s_name_says(path: Path) -> None:
     spec = read_cluster(str(path))
     gpu, _, gpus = path.stem.partition("-")
-    if not gpus:
+    if spec.provider is not None:
+        assert spec.provider == path.stem
+    elif not gpus:
         assert (spec.kind, spec.gpus) == ("local", 1)
     else:
         assert (spec.kind, spec.hardware, spec.gpus) == ("nodes", gpu.upper(), int(gpus))
     assert spec.hardware in GPUS
+
+
+def test_named_nodes_are_counted_with_the_gpus_that_they_list(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "nodes:\n  - {host: node1, gpus: [0, 1, 2, 3]}\n  - {host: node2, gpus: [4, 5, 6, 7]}\n"
+        "communication: {backend: nccl, buffer_size: 256MB}\n"
+    )
+    spec = read_cluster(str(path))
+    assert [(node.host, node.gpus) for node in spec.named] == [("node1", (0, 1, 2, 3)), ("node2", (4, 5, 6, 7))]
+    assert (spec.kind, spec.node_count, spec.node_gpus, spec.gpus) == ("nodes", 2, 4, 8)
+    assert spec.communication.given() == {"backend": "nccl", "buffer_size": 256_000_000}
+    path.write_text(dump(spec))
+    assert read_cluster(str(path)) == spec
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("3:30", 210), ("1:00:00", 3600), ("2-00", 172_800), ("1-02:30", 95_400), ("0-00:10:05", 605)],
+)
+def test_slurms_time_limits_are_read_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert SlurmConfig(time=time).time_s == seconds
 
 
 def test_local_is_this_machine() -> None:

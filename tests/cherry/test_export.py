@@ -9,8 +9,12 @@ import torch
 from base.config import dump
 from base.errors import CheckpointError, MissingFileError
 from cherry import export, scoring
+from cherry.data.prepare import prepare
+from cherry.data.shards import TokenDataset
 from cherry.trainer import Trainer
+from model.weights.companion_files import SourceFiles, write_companions
 from model.weights.pretrained import load_pretrained
+from tests.cherry.data import templates
 
 
 @pytest.fixture
@@ -117,3 +121,28 @@ def test_a_config_that_changed_since_and_a_run_without_a_checkpoint(run, mini, t
         export.export(str(tmp_path), dtype=torch.float32)
     with pytest.raises(MissingFileError, match=r"nowhere: holds no config\.yaml"):
         export.export(str(tmp_path / "nowhere"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", ["chatml", "v3", "default"])
+def test_a_chat_s_export_renders_in_transformers_what_was_trained_on(shape, tmp_path, mini):
+    """The prepared tokens of a conversation are those of `apply_chat_template` on the exported tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    templates.tokenizer().save(str(source / "tokenizer.json"))
+    if shape != "default":
+        (source / "chat_template.jinja").write_text(templates.ALL[shape])
+    talk = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "the quick one"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 40))
+    keys = (f"data.source={tmp_path}/chats.jsonl", "data.format=chat", f"data.tokenizer={source}")
+    config = mini(*keys, "data.sequence_length=8", "data.heldout_fraction=0.3", "model.vocab_size=512")
+    run = str(tmp_path / "run")
+    prepare(config.data, vocab_size=512, directory=f"{run}/data")
+    write_companions(f"{run}/export", config.model, f"{run}/data/tokenizer.json", SourceFiles(None))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{run}/export")
+    rendered = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+    trained = TokenDataset(f"{run}/data").sequence(0)[0].tolist()
+    skip = int(shape == "chatml")  # which writes no bos: a document begins with it all the same
+    assert trained[skip:] == rendered[: len(trained) - skip]
+    ends = transformers.GenerationConfig.from_pretrained(f"{run}/export").eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>" if shape == "chatml" else "<eos>") in ends

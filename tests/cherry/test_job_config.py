@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from base.errors import ConfigError
-from cherry.job_config import CommunicationConfig, JobConfig
+from cherry.job_config import CommunicationConfig, JobConfig, NetworkConfig, over_network
 
 Make = Callable[..., JobConfig]
 
@@ -64,15 +64,35 @@ def test_a_layout_that_cannot_be_is_refused(mini: Make, ranks: int, flags: list[
     assert str(refused.value).count("parallel.shard:") <= 1
 
 
-@pytest.mark.parametrize(("size", "expected"), [("8MiB", 8 << 20), ("512KiB", 512 << 10), ("1GiB", 1 << 30), (77, 77)])
+@pytest.mark.parametrize(("size", "expected"), [("8MiB", 8 << 20), ("256MB", 256_000_000), (77, 77)])
 def test_a_buffer_s_size(size, expected):
     assert CommunicationConfig(buffer_size=size).variables() == {"NCCL_BUFFSIZE": str(expected)}
 
 
 def test_invalid_settings_are_refused(mini):
-    for wrong in ({"buffer_size": "8MB"}, {"buffer_size": 0}, {"environment": {"PATH": "/"}}, {"replicate": "int4"}):
+    for wrong in ({"buffer_size": "8mb"}, {"buffer_size": 0}, {"environment": {"PATH": "/"}}, {"replicate": "int4"}):
         with pytest.raises(ValidationError):
             CommunicationConfig(**wrong)
     with pytest.raises(ConfigError, match=r"communication\.replicate: compresses between replicas"):
         mini("communication.replicate=int8")
     assert mini("communication.reduce_dtype=bf16").communication.variables() == {}
+
+
+def test_what_a_job_sets_comes_before_its_cluster_s_and_what_it_leaves_out_after():
+    network = NetworkConfig(
+        buffer_size="256MB", interface="ib0", environment={"NCCL_IB_HCA": "mlx5", "NCCL_IB_TC": "1"}
+    )
+    own = CommunicationConfig(interface="eth0", reduce_dtype="bf16", environment={"NCCL_IB_TC": "106"})
+    merged = CommunicationConfig(**over_network(own.model_dump(), network.given()))
+    assert merged == CommunicationConfig(
+        buffer_size=256_000_000,
+        interface="eth0",
+        reduce_dtype="bf16",
+        environment={"NCCL_IB_HCA": "mlx5", "NCCL_IB_TC": "106"},
+    )
+
+
+def test_a_job_without_a_section_takes_the_cluster_s_and_one_without_a_cluster_its_own():
+    network = NetworkConfig(timeout_s=30.0)
+    assert over_network(None, network.given()) == {"timeout_s": 30.0}
+    assert over_network({"timeout_s": 5.0}, NetworkConfig().given()) == {"timeout_s": 5.0}

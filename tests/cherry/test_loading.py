@@ -124,6 +124,7 @@ def test_a_pt_file_of_another_structure_is_refused_in_one_line_that_names_the_ke
     assert "got a int under the key 'step'" in read_pt(path, {**weights, "step": 7})
     assert "got list" in read_pt(path, [torch.ones(4)])
     assert "model.state_dict()" in read_pt(path, nn.Linear(2, 2))
+    assert "holds no tensors" in read_pt(path, {})
 
 
 def test_a_pt_file_of_the_old_format_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
@@ -148,6 +149,28 @@ def test_names_with_a_wrapper_s_prefix_are_refused_in_one_line_that_names_it(
     with pytest.raises(WeightsError, match=f"begin with '{prefix}'") as caught:
         load_weights(DeepseekV3(config), path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            ".layers.1.",
+            ".layers.1._orig_mod.",
+            "contain `_orig_mod.` of torch.compile, as in model.layers.1.",
+        ),
+        ("model.", "", "lack the prefix 'model.', as in "),
+    ],
+)
+def test_names_that_were_changed_throughout_are_told_in_one_line(
+    old: str, new: str, said: str, release: tuple[ModelConfig, str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    config, _, expected = release
+    names = {hf: part for name, value in expected.items() for hf, part in state_to_hf(name, value, config)}
+    torch.save({name.replace(old, new): part for name, part in names.items()}, path := str(tmp_path / "renamed.pt"))
+    with pytest.raises(WeightsError) as caught:
+        load_weights(DeepseekV3(config), path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_weights_are_loaded_from_a_pt_file_and_code_in_one_is_not_run(released_weights, monkeypatch):

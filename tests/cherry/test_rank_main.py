@@ -141,3 +141,20 @@ def test_settings_reach_the_libraries_of_every_rank_unless_the_environment_has_t
     expected |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     for rank in range(2):
         assert json.loads((tmp_path / f"read-{rank}.json").read_text()) == expected
+
+
+def test_a_cluster_s_settings_count_where_the_job_leaves_them_out(job_config, monkeypatch):
+    monkeypatch.setenv("CHERRY_NETWORK", json.dumps({"interface": "eth1", "timeout_s": 40.0}))
+    flags = [f"--config={job_config}", "--set", "communication.timeout_s=20.0"]
+    communication = resolve(build_parser().parse_args(flags)).communication
+    assert (communication.interface, communication.timeout_s) == ("eth1", 20.0)
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has a GPU")
+@pytest.mark.slow
+def test_a_backend_that_this_host_s_devices_cannot_use_is_refused(job_config, tmp_path):
+    command = [sys.executable, "-m", "cherry.rank_main", f"--config={job_config}", f"--run_dir={tmp_path}"]
+    refused = [*command, "--set", "communication.backend=nccl"]
+    ended = subprocess.run(refused, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 11, ended.stderr
+    assert "communication.backend: nccl cannot be used, as this host has no GPU" in ended.stderr

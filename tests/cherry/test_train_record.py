@@ -28,7 +28,7 @@ def test_a_record_comes_back_from_its_line() -> None:
 def test_what_was_not_measured_is_null_and_what_did_not_happen_is_left_out() -> None:
     line = json.loads(TrainRecord(step=1, loss=math.nan, grad_norm=math.inf).as_line())
     assert (line["loss"], line["grad_norm"], line["mfu"]) == (None, None, None)
-    assert line.keys().isdisjoint(("expert_load", "skipped", "heldout_loss", "failed_saves"))
+    assert line.keys().isdisjoint(("expert_load", "skipped", "corruption", "heldout_loss", "failed_saves"))
 
 
 def test_a_line_of_another_version_is_read_as_far_as_it_goes() -> None:
@@ -38,16 +38,20 @@ def test_a_line_of_another_version_is_read_as_far_as_it_goes() -> None:
 
 
 def test_series_are_those_that_charts_and_comparisons_know() -> None:
-    assert SERIES["heldout_loss"] == "heldout_window_loss"
-    assert all(name == field for field, name in SERIES.items() if field != "heldout_loss")
+    assert SERIES["heldout_loss"] == "train/heldout_window_loss"
+    assert SERIES["tokens_per_second"] == "throughput/tokens_per_second"
+    assert all(name.rpartition("/")[2] == field for field, name in SERIES.items() if field != "heldout_loss")
+    assert {name.partition("/")[0] for name in SERIES.values()} == {"train", "throughput"}
     assert set(FLOW_SERIES) == {"loss", "heldout_loss", "learning_rate", "grad_norm", "expert_load_max_over_mean"}
     assert {"loss", "heldout_loss"} == EVERY_STEP
     assert {"tokens", "skipped", "expert_load", "seconds_left"}.isdisjoint(SERIES)
     record = TrainRecord(step=1, loss=2.0, heldout_loss=3.0)
-    assert record.points(SERIES) == [("loss", 2.0), ("heldout_window_loss", 3.0)]
+    assert record.points(SERIES) == [("train/loss", 2.0), ("train/heldout_window_loss", 3.0)]
 
 
-@pytest.mark.parametrize("mark", [{"heldout_loss": 0.0}, {"skipped": "spike"}, {"failed_saves": ["full"]}])
+@pytest.mark.parametrize(
+    "mark", [{"heldout_loss": 0.0}, {"skipped": "spike"}, {"failed_saves": ["full"]}, {"corruption": "rank 1"}]
+)
 def test_an_evaluated_a_skipped_and_an_unsaved_step_are_marked(mark: dict[str, Any]) -> None:
     assert not TrainRecord(step=1, loss=1.0, skipped_steps=3).marked
     assert TrainRecord(step=1, **mark).marked

@@ -1,11 +1,14 @@
 """What a person sees who gives `cherry run` something wrong: a clear text, an exit code, and nothing half written."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -36,6 +39,53 @@ def test_a_missing_config_is_named(tmp_path):
     assert ended.stderr.startswith("error: no config file at configs/tinny.yaml")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "code", "text"),
+    [
+        (["launch.nnodes=2", "launch.master_port=29500"], 11, "`cherry plan CONFIG --cluster FILE`"),
+        (["cluster=no-such-cluster.yaml"], 12, "no-such-cluster.yaml"),
+        (["cluster=h100.yaml"], 11, "names no provider"),
+        (["cluster=nowhere.yaml"], 11, "needs provider 'nowhere', which is not installed"),
+        (["data.source=no-such-folder"], 12, "data.source no-such-folder: no file there"),
+        (["data.tokenizer=no-such-file.json"], 12, "data.tokenizer no-such-file.json: nothing is there"),
+        (["init_from=no-such-folder"], 12, "init_from no-such-folder: nothing is there"),
+    ],
+)
+def test_a_run_that_can_never_succeed_here_leaves_nothing(tmp_path, overrides, code, text):
+    (tmp_path / "h100.yaml").write_text("kind: nodes\ngpu: H100\nnodes: 4\n")
+    (tmp_path / "nowhere.yaml").write_text("kind: nodes\nprovider: nowhere\ngpu: H100\n")
+    ended = cherry("run", TINY, *overrides, home=tmp_path)
+    assert ended.returncode == code, ended.stderr
+    assert text in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_told_before_a_release_or_a_demo_begins(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = cherry("deploy", TINY, f"serve.port={port}", home=tmp_path)
+    assert ended.returncode == 33, ended.stderr
+    assert f"error: serve.port: port {port} on 127.0.0.1 is in use" in ended.stderr
+    assert "--port" not in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_release_of_a_run_that_does_not_exist_leaves_no_run(tmp_path):
+    ended = cherry("deploy", TINY, "name=nosuch", "serve.port=0", home=tmp_path)
+    assert ended.returncode == 12, ended.stderr
+    assert "cherry-tiny has no version with the alias 'candidate'" in ended.stderr
+    assert not (tmp_path / "runs" / "nosuch").exists()
+    assert not (tmp_path / "runs" / "serving").exists()
+    assert mlflow_runs(tmp_path) == []
+
+
+def mlflow_runs(home: Path) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{home}/runs/mlflow.db")
+    return list(client.search_runs([one.experiment_id for one in client.search_experiments()]))
+
+
 @pytest.mark.slow
 def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
     source = tmp_path / "documents.jsonl"
@@ -46,6 +96,14 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs" / "broken" / "data" / "COMMITTED").exists()
     assert not (tmp_path / "runs" / "broken" / "steps" / "data.json").exists()
+    recorded = {run.info.run_name: run for run in mlflow_runs(tmp_path)}
+    assert {name: run.info.status for name, run in recorded.items()} == {
+        "broken": "FAILED",
+        "broken-provision": "FINISHED",
+        "broken-data": "FAILED",
+    }
+    for name in ("broken", "broken-data"):
+        assert f"{source} line 2: not valid JSON" in recorded[name].data.tags["mlflow.note.content"]
     told = ended.stdout.replace("\n", "")
     assert f"{Path('runs/broken')}/events.jsonl" in told
     assert f"{Path('runs/broken')}/train" not in told
@@ -74,7 +132,7 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_no_data_behind(tmp_path):
     ],
 )
 def test_a_prefect_server_that_does_not_answer_is_named(command, variables, text, tmp_path):
-    ended = cherry(command, TINY, "name=early", home=tmp_path, **variables)
+    ended = cherry(command, TINY, "name=early", "serve.port=0", home=tmp_path, **variables)
     assert ended.returncode == 30, ended.stderr
     assert ended.stderr.startswith(f"error: {text}")
     assert "PREFECT_API_URL" in ended.stderr

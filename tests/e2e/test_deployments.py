@@ -12,14 +12,17 @@ pytestmark = pytest.mark.slow
 def test_every_deployment_is_there_with_one_run_at_a_time(project):
     found = {one["name"]: one for one in project.api("deployments/filter", {})}
     written = {one["name"] for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-    assert set(found) == written == {"train-tiny", "train-671b", "deploy", "retrain-weekly"}
+    assert set(found) == written == {"train-tiny", "train-671b", "deploy", "retrain-weekly", "reap-clusters"}
     for one in found.values():
         assert one["global_concurrency_limit"]["limit"] == 1
         assert one["concurrency_options"]["collision_strategy"] == "ENQUEUE"
         assert one["work_pool_name"] == "cherry"
-    schedules = [one["schedule"] for one in found["retrain-weekly"]["schedules"]]
-    assert [(one["cron"], one["timezone"]) for one in schedules] == [("0 3 * * 1", "UTC")]
-    assert all(not found[name]["schedules"] for name in written - {"retrain-weekly"})
+    schedules = {
+        name: [(one["schedule"]["cron"], one["schedule"]["timezone"]) for one in deployment["schedules"]]
+        for name, deployment in found.items()
+        if deployment["schedules"]
+    }
+    assert schedules == {"retrain-weekly": [("0 3 * * 1", "UTC")], "reap-clusters": [("*/15 * * * *", "UTC")]}
 
 
 def test_the_schedule_makes_runs(project):
@@ -32,6 +35,10 @@ def test_the_schedule_makes_runs(project):
 
     runs = project.wait_for(scheduled, "runs of the weekly retraining")
     assert all(run["auto_scheduled"] for run in runs)
+    # As `cherry setup` left them.
+    assert sorted(run["name"] for run in runs) == sorted(
+        f"retrain tiny-{run['expected_start_time'][:10].replace('-', '')}" for run in runs
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,7 @@ def test_a_deployment_runs_to_the_end(project, finished):
     tasks = project.api(
         "task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
     )
-    assert [task["name"].rsplit("-", 1)[0] for task in tasks] == [
+    assert [task["name"] for task in tasks] == [
         "provision", "data", "train", "export", "quantize", "evaluate", "register",
     ]  # fmt: skip
     artifacts = project.api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})

@@ -26,7 +26,7 @@ def test_each_step_is_a_finished_run_under_the_flow(project, tracked):
     flow = runs[by_step["flow"]]
     assert flow["params"]["name"] == "json"
     assert "better" in flow["note"]
-    assert {f"seconds_{step}" for step in STEPS} <= set(flow["metrics"])
+    assert {f"seconds/{step}" for step in STEPS} <= set(flow["metrics"])
     assert all(project.step("json", step)["run_id"] == by_step[step] for step in STEPS)
     assert all(run["code"]["digest"] == flow["code"]["digest"] for run in runs.values())
     made = runs[by_step["register"]]["outputs"]
@@ -37,9 +37,9 @@ def test_each_step_is_a_finished_run_under_the_flow(project, tracked):
 def test_the_loss_of_every_training_step_is_a_point_once(project, tracked):
     run_id = project.step("json", "train")["run_id"]
     points = [json.loads(line) for line in (tracked / "runs" / f"{run_id}.jsonl").read_text().splitlines()]
-    sent = [(point["step"], point["value"]) for point in points if point["name"] == "loss"]
+    sent = [(point["step"], point["value"]) for point in points if point["name"] == "train/loss"]
     assert sent == [(line["step"], line["loss"]) for line in project.metrics("json")]
-    assert [point["step"] for point in points if point["name"] == "heldout_window_loss"] == [20, 40, 60]
+    assert [point["step"] for point in points if point["name"] == "train/heldout_window_loss"] == [20, 40, 60]
     assert (tracked / "runs" / run_id / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

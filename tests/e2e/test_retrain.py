@@ -1,6 +1,7 @@
 """The weekly retraining: under the day's name, and otherwise the training flow."""
 
 import json
+import re
 import shutil
 from datetime import UTC, datetime, timedelta
 
@@ -20,6 +21,7 @@ def test_a_retraining_has_the_day_in_its_name_and_goes_on_where_that_day_began(p
         (project.runs / day / "summary.json").unlink()
     run = project.run_deployment("retrain-flow/retrain-weekly")
     assert project.end_of(run) == "COMPLETED", (project.home / "worker.log").read_text()[-4000:]
+    assert re.fullmatch(r"retrain mini-\d{8}", project.api(f"flow_runs/{run}")["name"])
     (day,) = [day for day in days if (project.runs / day / "summary.json").exists()]
     summary = json.loads((project.runs / day / "summary.json").read_text())
     assert summary["name"] == day

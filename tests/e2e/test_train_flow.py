@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 
+from cherry.train_record import SERIES
+from tasks.records.figures import FIGURES
+
 pytestmark = pytest.mark.slow
 STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
 
@@ -38,9 +41,17 @@ def test_every_step_is_a_finished_mlflow_run_under_the_flow(project, finished):
     assert children["train"].data.params["model.hidden_size"] == "32"
     assert parent.data.tags["verdict"] == "better"
     assert "better" in parent.data.tags["mlflow.note.content"]
-    for key in ("heldout_bits_per_byte", "tokens_per_second", "quantized_dnll", "loss_last"):
-        assert parent.data.metrics[key] == finished[key]
-    assert {f"seconds_{step}" for step in STEPS} <= set(parent.data.metrics)
+    for key in ("heldout_bits_per_byte", "tokens_per_second", "quantized_dnll"):
+        assert parent.data.metrics[FIGURES[key]] == finished[key]
+    assert parent.data.metrics["train/loss"] == finished["loss_last"]
+    assert {f"seconds/{step}" for step in STEPS} <= set(parent.data.metrics)
+    groups = {key.partition("/")[0] for key in parent.data.metrics}
+    assert groups == {"quality", "train", "throughput", "plan", "seconds"}, "a figure outside of the page's groups"
+    assert parent.data.tags["documents"] == str(finished["documents"])
+    for run in (parent, *children.values()):
+        assert run.data.tags["device"].startswith("CPU (")
+        assert run.data.tags["python"] and "torch" in run.data.tags["packages"]
+        assert len(run.data.tags["mlflow.source.git.commit"]) == 40
 
 
 def test_mlflow_has_the_loss_of_every_training_step_once_and_the_rest_of_the_first_and_the_last(project, finished):
@@ -48,13 +59,14 @@ def test_mlflow_has_the_loss_of_every_training_step_once_and_the_rest_of_the_fir
     written = project.metrics("first")
     assert [line["step"] for line in written] == list(range(1, 61))
     for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "expert_load_max_over_mean"):
-        sent = [(point.step, point.value) for point in project.mlflow.get_metric_history(run.info.run_id, key)]
+        history = project.mlflow.get_metric_history(run.info.run_id, SERIES[key])
+        sent = [(point.step, point.value) for point in history]
         lines = [(line["step"], line[key]) for line in written]
         assert sent == (lines if key == "loss" else [line for line in lines if line in sent])
         assert (sent[0], sent[-1]) == (lines[0], lines[-1])
         # One in each second, the evaluated ones and the last.
         assert key == "loss" or len(sent) <= written[-1]["time"] - written[0]["time"] + 5
-    heldout = project.mlflow.get_metric_history(run.info.run_id, "heldout_window_loss")
+    heldout = project.mlflow.get_metric_history(run.info.run_id, SERIES["heldout_loss"])
     assert [point.step for point in heldout] == [20, 40, 60]
     assert any(key.startswith("system/cpu") for key in run.data.metrics)
 
@@ -72,11 +84,11 @@ def test_dataset_and_model_are_recorded_by_reference(project, finished):
     (heldout,) = children["evaluate"].inputs.dataset_inputs
     assert {tag.key: tag.value for tag in heldout.tags} == {"mlflow.data.context": "evaluation"}
     assert json.loads(heldout.dataset.profile)["documents"] > 0
-    # A search leaves the models out that a run took.
-    (model,) = project.mlflow.get_run(children["evaluate"].info.run_id).inputs.model_inputs
-    for run in (parent, children["register"]):
-        assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
-    assert version.source == f"models:/{model.model_id}"
+    # A search leaves the models out that a run took. A later run that finds this evaluation adds its own version.
+    took = [model.model_id for model in project.mlflow.get_run(children["evaluate"].info.run_id).inputs.model_inputs]
+    ((made,),) = {tuple(one.model_id for one in run.outputs.model_outputs) for run in (parent, children["register"])}
+    assert made in took
+    assert version.source == f"models:/{made}"
     folder = project.runs / "mlartifacts"
     assert not list(folder.rglob("*.safetensors"))
 
@@ -94,7 +106,7 @@ def test_plots_and_tables_are_artifacts(project, finished):
     assert names(children["quantize"], None) == {"quantization.json", "quantization.png"}
     assert "evaluation.json" in names(children["evaluate"], None)
     told = (project.runs / "first" / "events.jsonl").read_text()
-    compared = int(children["evaluate"].data.metrics["heldout_documents"])
+    compared = int(children["evaluate"].data.tags["heldout_documents"])
     assert f"compared on {compared} documents, evaluate.documents asks for 200" in told
     for path in (project.runs / "mlartifacts").rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -104,13 +116,12 @@ def test_what_was_measured_stands_beside_the_plan(project, finished):
     parent, children = tree(project, "first")
     plan = json.loads((project.runs / "first" / "plan.json").read_text())
     for run in (parent, children["train"]):
-        metrics = run.data.metrics
-        assert metrics["predicted_step_seconds"] == pytest.approx(plan["predicted_step_seconds"])
         for name in ("step_seconds", "tokens_per_second", "peak_memory_gib"):
-            assert metrics[f"{name}_over_plan"] > 0
+            assert run.data.metrics[f"plan/measured_over_plan_{name}"] > 0
     measured = children["train"].data.metrics
-    ratio = measured["peak_memory_gib"] / plan["predicted_peak_memory_gib"]
-    assert measured["peak_memory_gib_over_plan"] == pytest.approx(ratio)
+    assert measured["plan/step_seconds"] == pytest.approx(plan["predicted_step_seconds"])
+    ratio = measured["throughput/peak_memory_gib"] / plan["predicted_peak_memory_gib"]
+    assert measured["plan/measured_over_plan_peak_memory_gib"] == pytest.approx(ratio)
 
 
 def test_quantization_tells_the_error_of_each_tensor(project, finished):
@@ -147,3 +158,13 @@ def test_a_changed_key_redoes_what_depends_on_it_and_nothing_else(project, finis
     events = [(one["event"], one["step"]) for one in map(json.loads, lines)]
     assert [step for event, step in events if event == "reused"] == list(STEPS[:5])
     assert [step for event, step in events if event == "started"] == ["evaluate", "register"]
+    parent, children = tree(project, "changed")
+    assert set(children) == set(STEPS), "the steps that were found are under the new flow's run too"
+    first = project.mlflow_runs("first")
+    for step in STEPS[:5]:
+        assert children[step].data.tags["cherry.reused_from"] == first[step].info.run_id
+    for run in (parent, children["data"]):
+        (dataset,) = [one.dataset for one in run.inputs.dataset_inputs]
+        assert finished["data_digest"].startswith(dataset.digest)
+    plots = {one.path for one in project.mlflow.list_artifacts(parent.info.run_id, "plots")}
+    assert {"plots/loss.png", "plots/comparison.png", "plots/plan_memory.png"} <= plots

@@ -41,5 +41,5 @@ def test_a_killed_rank_costs_nothing_but_time(project, finished):
 
     run = project.mlflow_runs("killed")["train"]
     assert (run.info.run_id, run.info.status) == (project.step("killed", "train")["run_id"], "FINISHED")
-    history = project.mlflow.get_metric_history(run.info.run_id, "loss")
+    history = project.mlflow.get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in whole]

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import click
+import psutil
 import pytest
 
-from base.errors import ConfigError, MissingFileError
+from base.errors import ConfigError, MissingFileError, ServiceError
 from flows.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def parse(name, *words):
 
 
 def test_a_run_takes_a_config_and_dotted_overrides():
-    expected = {"config": "a.yaml", "overrides": ("train.steps=3", "name=b"), "verbose": True}
+    expected = {"config": "a.yaml", "overrides": ("train.steps=3", "name=b"), "verbose": True, "dry_run": False}
     assert parse("run", "a.yaml", "train.steps=3", "name=b", "--verbose") == expected
 
 
@@ -81,13 +82,13 @@ def test_every_option_reaches_its_subcommand():
 @pytest.mark.parametrize(
     "arguments", [[], ["run"], ["fly"], ["deploy", "a.yaml", "--model-version", "newest"], ["run", "a.yaml", "--fast"]]
 )
-def test_a_command_that_is_no_command_ends_with_the_shells_code(arguments, capsys, code):
-    assert code(*arguments) == 2
+def test_a_command_that_is_no_command_ends_as_other_wrong_flags_do(arguments, capsys, code):
+    assert code(*arguments) == ConfigError.exit_code
     assert "Usage: cherry" in capsys.readouterr().err
 
 
 def test_the_error_of_an_override_written_as_a_flag_says_how_to_write_it(capsys, code):
-    assert code("run", "a.yaml", "--train.steps=3", "name=b") == 2
+    assert code("run", "a.yaml", "--train.steps=3", "name=b") == ConfigError.exit_code
     error = capsys.readouterr().err
     assert "--train.steps" in error
     assert "Keys of the config have no dashes: train.steps=3\n" in error
@@ -109,7 +110,7 @@ def test_the_runs_directory_is_explained(command, capsys, code):
 
 
 def test_only_the_config_is_required(capsys, code):
-    assert code("run") == 2
+    assert code("run") == ConfigError.exit_code
     assert "Missing argument 'CONFIG'" in capsys.readouterr().err
 
 
@@ -132,6 +133,20 @@ def test_a_mistake_is_an_error_before_a_flow_exists(
     assert printed.startswith("error: ")
     assert text in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_tracking_server_that_is_away_is_told_before_anything_starts(command, tmp_path, monkeypatch, capsys, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:secret@127.0.0.1:9")  # nothing listens there
+    before = psutil.Process().children()
+    assert code(command, TINY, "serve.port=0") == ServiceError.exit_code
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: no MLflow server answers at http://***@127.0.0.1:9 (")
+    assert "MLFLOW_TRACKING_URI" in printed
+    assert printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert psutil.Process().children() == before
 
 
 def test_nothing_to_show_and_nothing_to_stop(tmp_path, capsys, code):

@@ -122,8 +122,55 @@ def test_a_server_that_cannot_have_its_database_is_an_error_that_names_the_direc
     (tmp_path / "file").touch()
     environment["PREFECT_HOME"] = str(tmp_path / "file" / "prefect")
     message = ended(STARTS + FAILS, environment, tmp_path)
-    assert "it ended with code " in message
+    assert "NotADirectoryError" in message
+    assert "Traceback" not in message
     assert f"PREFECT_HOME ({environment['PREFECT_HOME']})" in message
+
+
+@pytest.mark.slow
+def test_a_database_that_does_not_answer_is_an_error_that_names_the_variable(environment, tmp_path):
+    environment["PREFECT_API_DATABASE_CONNECTION_URL"] = "postgresql+asyncpg://somebody:secret@127.0.0.1:9/prefect"
+    message = ended(STARTS + FAILS, environment, tmp_path)
+    assert "PREFECT_API_DATABASE_CONNECTION_URL must name a database that answers" in message
+    assert "refused" in message.lower()
+    assert "secret" not in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PREFECT_SERVER_API_AUTH_STRING": "admin:pass"},
+        {"PREFECT_API_KEY": "pnu_key"},
+        {"PREFECT_PROFILE": "nosuch"},
+        {"http_proxy": "http://127.0.0.1:9"},
+        {"ALL_PROXY": "socks5h://127.0.0.1:9"},
+        {"HTTPS_PROXY": "http://127.0.0.1:9"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_a_flow_is_recorded_whatever_the_environment_says_of_other_servers(environment, tmp_path, variables):
+    del environment["NO_PROXY"]
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS + ASKS],
+        capture_output=True,
+        text=True,
+        env=environment | variables,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Completed")
+    assert "EventsWorker failed" not in done.stderr
+
+
+@pytest.mark.slow
+def test_servers_that_start_at_once_in_a_new_home_all_answer(environment, tmp_path):
+    command = [sys.executable, "-c", STARTS + ASKS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes) for _ in range(3)]
+    output = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(output)
 
 
 def test_a_server_that_is_named_is_the_one(environment, tmp_path):

@@ -14,18 +14,18 @@ from tasks.run_config import RunConfig
 
 
 @pytest.mark.parametrize(
-    ("release", "verdict", "released"),
-    [(True, "better", True), (False, "better", False), (True, "can't tell", False), (True, "worse", False)],
+    ("release", "champion", "released"),
+    [(True, True, True), (False, True, False), (True, False, False), (False, False, False)],
 )
-def test_only_a_better_version_is_released_and_only_when_asked_for(
-    release: bool, verdict: str, released: bool, monkeypatch: pytest.MonkeyPatch
+def test_only_what_became_champion_is_released_and_only_when_asked_for(
+    release: bool, champion: bool, released: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stand-ins record what the two flows are given; tests/e2e runs the flows."""
     names: list[str] = []
 
     def train(config: RunConfig) -> dict[str, Any]:
         names.append(config.name)
-        return {"name": config.name, "verdict": verdict}
+        return {"name": config.name, "verdict": "better", "champion": champion, "champion_reason": "a rival"}
 
     def deploy(config: RunConfig) -> dict[str, Any]:
         names.append(config.name)
@@ -38,7 +38,8 @@ def test_only_a_better_version_is_released_and_only_when_asked_for(
     days = {f"tiny-{day:%Y%m%d}" for day in (before, datetime.now(UTC))}
     assert summary["name"] in days
     assert names == [summary["name"]] * (1 + released)
-    assert ("url" in summary) is released
+    assert ("url" in summary) is summary["released"] is released
+    assert ("nothing was released: a rival" in caplog.text) is (release and not champion)
 
 
 @pytest.mark.parametrize("wrong", [{"release": "maybe"}, {"overrides": {"trian": {}}}, {"day": "2026-03-09"}])

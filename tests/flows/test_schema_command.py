@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from base.config import read_yaml
+from base.yaml_config import read_yaml
 from cherry import job_config
 from flows.cli import main
 from flows.schema_command import schema_text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,7 @@ def test_a_package_of_another_place_is_found_out(
     [
         (cherry_main.cherry, ["run", "nowhere.yaml"], 12),
         (cherry_main.cherry_launch, ["--nproc_per_node=none", "train.py"], 11),
+        (cherry_main.cherry_launch, ["--cluster=nowhere.yaml", "train.py"], 12),
         (cherry_main.anything, ["infer"], 11),
     ],
 )
@@ -49,3 +52,25 @@ def test_a_command_ends_with_the_code_of_its_error(
     with pytest.raises(SystemExit) as ended:
         program()
     assert ended.value.code == code
+
+
+@pytest.mark.parametrize("how", [["-m", "flows.cli"], ["flows/cli.py"]])
+@pytest.mark.parametrize(("present", "missing"), [([], "click"), (["click", "psutil"], "rich")])
+def test_a_python_without_the_dependencies_is_told_in_a_sentence(
+    how: list[str], present: list[str], missing: str, tmp_path: Path
+) -> None:
+    for package in present:
+        (tmp_path / package).symlink_to(Path(str(importlib.import_module(package).__file__)).parent)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # Without site-packages: an interpreter that nothing is installed for.
+    ended = subprocess.run(
+        [sys.executable, "-S", *how, "doctor"],
+        cwd=Path(cherry_main.__file__).parent,
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 11
+    assert ended.stderr.startswith(f"error: this Python ({sys.executable}) has no package {missing}. Activate the")
+    assert ended.stderr.count("\n") == 1

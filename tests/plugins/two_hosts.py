@@ -18,7 +18,7 @@ class TwoHosts:
     """Stateless, as the protocol asks: everything is found by the reservation."""
 
     def check(self, reservation: Reservation) -> None:
-        there = len(reservation.spec.hosts)
+        there = len(reservation.spec.named)
         if reservation.nodes > there:
             raise ConfigError(f"launch.nnodes: {reservation.cluster} has {there} hosts (got {reservation.nodes})")
 
@@ -27,11 +27,11 @@ class TwoHosts:
         assert (Path(reservation.run_directory) / "reservation.json").exists(), "recorded before it is taken"
         folder.mkdir(parents=True)
         note(reservation, "acquire")
-        for address in reservation.spec.hosts[: reservation.nodes]:
+        addresses = [node.host for node in reservation.spec.named[: reservation.nodes]]
+        for address in addresses:
             if address.endswith(".invalid"):
                 raise OperationalError(f"{address} does not answer")
             (folder / address).touch()
-        addresses = reservation.spec.hosts[: reservation.nodes]
         return Hosts(
             provider=reservation.provider,
             cluster=reservation.cluster,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.code_version import PACKAGES, STEP_SOURCES, code_version, git_version, source_digest, source_files
+from cherry.remote.source_digest import source_digest, source_files
+from tasks.code_version import PACKAGES, STEP_SOURCES, code_version, git_version
 from tasks.processes.programs import PACKAGES_FOLDER
 
 
@@ -25,10 +26,9 @@ def checkout(tmp_path: Path) -> Path:
     ("changed", "steps"),
     [
         ("cherry/trainer.py", {"provision", "train", "export", "evaluate"}),
-        ("model/quantize.py", {"export", "quantize", "evaluate", "deploy"}),
+        ("model/quantize.py", {"export", "quantize", "evaluate"}),
         ("cherry/planner/plan.py", {"provision", "export", "evaluate"}),
-        ("anything/http/app.py", {"deploy"}),
-        ("anything/statistics/compare.py", {"evaluate", "deploy"}),
+        ("anything/statistics/compare.py", {"evaluate"}),
         ("tasks/export.py", {"export"}),
         ("flows/cli.py", set()),
         ("base/storage.py", set(STEP_SOURCES)),

@@ -1,96 +1,94 @@
-"""Which version a release takes, over a real registry: the run's own or a named one, never a worse one unasked."""
+"""A release as a tracked run: what a failed one leaves, one at a time, and its record."""
 
-import shutil
-import time
-import warnings
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.logging import disable_run_logger
 
-from base import storage
-from base.errors import ConfigError
-from tasks.deploy import resolve_version
+from base.errors import OperationalError, ServiceError
+from flows.runs.status import read_runs
+from tasks.deploy import releasing
 from tasks.overrides import resolve
-from tasks.register import register
-from tasks.steps import RunContext, StepRecord, find_finished
+from tasks.release.choice import Release
+from tasks.steps import RunContext, find_finished
 
-pytestmark = pytest.mark.slow
-
-
-def make_run(runs, name, verdict, **overrides):
-    """A run whose register step has really run, over weights and a verdict as earlier steps leave them."""
-    config = resolve("configs/tiny.yaml", {"name": name, "runs_directory": str(runs), **overrides})
-    context = RunContext(str(runs / name), config)
-
-    def finished(step, output):
-        return StepRecord(step, f"{name}-{step}", {step: str(output)}, {}, 1.0, time.time(), None, None)
-
-    for step in ("export", "quantized"):
-        storage.commit(str(context.path / step))
-    evaluation = context.path / "evaluation.json"
-    result = {
-        "verdict": verdict,
-        "reason": "because",
-        "baseline": "cherry-tiny v1",
-        "champion_missing": None,
-        "quantized_passed": True,
-        "quantized_reason": "quantization costs little",
-        "bits_per_byte": 2.0,
-    }
-    storage.write_json(str(evaluation), result)
-    steps = {
-        "exported": finished("export", context.path / "export"),
-        "quantized": finished("quantized", context.path / "quantized"),
-        "evaluated": finished("evaluation", evaluation),
-    }
-    register.fn(context, **steps)
-    return context
+RELEASE = Release("net", 2, "/weights", story="net v2, judged better than net v1", replaces="net v1")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Three runs that registered one version each, one after the other; the last is the registry's candidate."""
-    directory = tmp_path_factory.mktemp("runs")
-    with disable_run_logger(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what MLflow's tables use, which shows when they are first used
-        return {
-            name: make_run(directory, name, verdict)
-            for name, verdict in (("first", "better"), ("second", "can't tell"), ("third", "worse"))
-        }
-
-
-@pytest.fixture(autouse=True)
-def no_run_logger():
+@pytest.fixture
+def context(tmp_path: Path) -> Iterator[RunContext]:
+    overrides = {"name": "net", "runs_directory": str(tmp_path), "tracking": {"uri": "json:"}}
     with disable_run_logger():
-        yield
+        yield RunContext(str(tmp_path / "net"), resolve("configs/tiny.yaml", overrides))
 
 
-def test_a_run_releases_what_it_registered_and_not_the_newest_candidate(runs):
-    for number, name in enumerate(("first", "second"), start=1):
-        found = resolve_version.fn(runs[name], None)
-        assert (found.version, found.model_path) == (number, str(runs[name].path / "quantized"))
+def tracked(context: RunContext) -> dict[str, dict[str, Any]]:
+    """Tracked runs by name."""
+    folder = Path(context.config.runs_directory) / "tracking" / "runs"
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {run["name"]: run for run in runs}
 
 
-def test_a_worse_version_is_served_only_when_it_is_named(runs):
-    with pytest.raises(ConfigError, match=r"version 3 was judged worse than cherry-tiny v1\..*--model-version 3"):
-        resolve_version.fn(runs["third"], None)
-    assert resolve_version.fn(runs["third"], 3).version == 3
-    assert resolve_version.fn(runs["first"], None, "candidate").version == 3
+def events(context: RunContext) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (context.path / "events.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_registered_nothing_takes_the_candidate_by_the_same_rule(runs, tmp_path):
-    other = RunContext(str(tmp_path / "none"), runs["first"].config)
-    with pytest.raises(ConfigError, match="version 3 was judged worse"):
-        resolve_version.fn(other, None)
-    other.tracker().registry.set_alias("cherry-tiny", "candidate", 2)
-    assert resolve_version.fn(other, None).version == 2
-    other.tracker().registry.set_alias("cherry-tiny", "candidate", 3)
+def test_a_release_that_fails_is_a_failed_run_with_its_reason(context: RunContext) -> None:
+    with pytest.raises(ServiceError), releasing(context, RELEASE) as (opened, release):
+        assert (opened.parent_run_id, release.run_id) != (None, None)
+        assert {name: run["status"] for name, run in tracked(context).items()} == {
+            "net": "RUNNING",
+            "net-deploy": "RUNNING",
+        }
+        raise ServiceError("4 of 4 requests failed")
+    runs = tracked(context)
+    assert {name: run["status"] for name, run in runs.items()} == {"net": "FAILED", "net-deploy": "FAILED"}
+    assert "4 of 4 requests failed" in runs["net-deploy"]["note"]
+    assert [event["event"] for event in events(context)] == ["started", "progress", "progress", "failed"]
+    assert events(context)[-1]["line"] == "4 of 4 requests failed"
+    assert find_finished(context.path, "deploy") is None
 
 
-def test_the_same_number_in_another_registry_is_another_model(runs, tmp_path):
-    shutil.copytree(runs["first"].path, tmp_path / "first")
-    stranger = make_run(tmp_path, "stranger", "better")
-    moved = RunContext(str(tmp_path / "first"), stranger.config)
-    assert find_finished(moved.path, "register") is not None
-    with pytest.raises(ConfigError, match="is not the one that run stranger registered"):
-        resolve_version.fn(moved, None)
+def test_what_is_served_and_replaced_is_told_first(context: RunContext) -> None:
+    with releasing(context, RELEASE) as (opened, _):
+        (opened.path / "deploy.json").write_text("{}")
+    told = [event["line"] for event in events(context) if event.get("lasting")]
+    assert told == ["net v2, judged better than net v1", "replaces net v1"]
+    record = find_finished(context.path, "deploy")
+    assert record is not None
+    assert record.outputs == {"deploy": str(context.path / "deploy.json")}
+    assert {name: run["status"] for name, run in tracked(context).items()} == {
+        "net": "FINISHED",
+        "net-deploy": "FINISHED",
+    }
+    assert "seconds/deploy" in tracked(context)["net"]["metrics"]
+    assert [run.name for run in read_runs(Path(context.config.runs_directory))] == ["net"]
+
+
+def test_of_two_releases_at_once_the_second_is_refused_and_leaves_nothing(context: RunContext) -> None:
+    other = RunContext(str(context.path.parent / "other"), context.config)
+    with releasing(context, RELEASE) as (opened, _):
+        with (
+            pytest.raises(OperationalError, match=r"another release is under way in .*serving"),
+            releasing(other, RELEASE),
+        ):
+            pass
+        (opened.path / "deploy.json").write_text("{}")
+    assert not other.path.exists()
+    with releasing(other, RELEASE) as (opened, _):
+        (opened.path / "deploy.json").write_text("{}")
+
+
+def test_each_attempt_of_a_release_is_a_run_of_its_own(context: RunContext) -> None:
+    for began in (1.0, 2.0):
+        attempt = RunContext(context.directory, context.config, began=began)
+        with pytest.raises(ServiceError), releasing(attempt, RELEASE):
+            raise ServiceError(f"attempt {began:g}")
+    folder = Path(context.config.runs_directory) / "tracking" / "runs"
+    notes = [json.loads(path.read_text()).get("note") for path in sorted(folder.glob("*.json"))]
+    assert sum("attempt" in (note or "") for note in notes) == 2

@@ -8,6 +8,7 @@ from prefect.logging import disable_run_logger
 from base import storage
 from tasks.evaluate import find_champion, shortfall, verdicts
 from tasks.overrides import resolve
+from tasks.run_config import TrackingConfig
 from tasks.steps import RunContext
 from tasks.tracking.mlflow_registry import MlflowRegistry
 from tasks.tracking.protocol import ModelVersion
@@ -81,6 +82,24 @@ def test_a_champion_whose_weights_are_gone_is_reported_and_not_replaced(config, 
     assert result["verdict"] == "can't tell"
     assert result["candidate_vs_baseline"]["verdict"] == "better"
     assert result["reason"].startswith(
-        f"net v3, the champion, cannot be compared with: its weights are gone ({folder})"
+        f"net v3, the champion, cannot be compared with: its weights are gone ({folder}: missing: COMMITTED)"
     )
     assert "Against the untrained model it is better" in result["reason"]
+
+
+def test_a_candidate_is_compared_with_the_newest_champion_of_other_weights(config, tmp_path):
+    config = config.model_copy(update={"tracking": TrackingConfig(uri=f"json:{tmp_path}/tracking")})
+    context = RunContext(str(tmp_path / "run"), config)
+    registry, name = context.tracker().registry, config.register_model.model_name
+    for number, weights in ((1, "other"), (2, "mine"), (3, "mine")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        storage.commit(str(folder))
+        tags = {"export_fingerprint": weights}
+        registry.register(None, name, str(folder), identity=str(number), alias="candidate", tags=tags)
+        registry.set_alias(name, "champion", number)
+    with disable_run_logger():
+        assert find_champion(context, SimpleNamespace(fingerprint="mine"))[0].version == 1
+        assert find_champion(context, SimpleNamespace(fingerprint="new"))[0].version == 3
+        registry.set_alias(name, "champion", 2)  # back: each is now the one before the other
+        assert find_champion(context, SimpleNamespace(fingerprint="mine")) == (None, None)

@@ -86,7 +86,10 @@ def test_the_page_shows_figures_for_people_and_how_to_see_the_runs(tmp_path, mon
     (row,) = _rows(context, [record])
     assert row["figures"] == "documents 12,345, loss_last 2.035, share 1.234e-05"
     text = _links(context, [record])
-    assert f"`mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --port 5000`" in text
+    assert (
+        f"`mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --port 5000 --workers 1  # http://127.0.0.1:5000`"
+        in text
+    )
     assert f"- train: `{'b' * 32}`" in text
 
 

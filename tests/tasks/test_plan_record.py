@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from base import storage
 from base.errors import ConfigError, DoesNotFitError
 from cherry.cluster import ClusterSpec
 from cherry.hardware import GPUS
@@ -13,7 +14,7 @@ from cherry.planner import local_device
 from cherry.planner.plan import make_plan
 from tasks import plan_record as plans
 from tasks.overrides import resolve
-from tasks.plan_record import compared, predict, record_plan, refuse
+from tasks.plan_record import compared, planned_step_seconds, predict, record_plan, refuse
 from tasks.steps import RunContext, StepRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def large(**changes):
 def test_no_host_is_taken_for_a_job_without_room_unless_told_otherwise(caplog):
     config = large(parallel={"expert": 1})
     plan = predict(config, NODES)
-    with pytest.raises(DoesNotFitError, match=r"parallel\.expert=64 .* plan\.refuse=false"):
+    with pytest.raises(DoesNotFitError, match=r"parallel\.expert=64\n(.|\n)*plan\.refuse=false"):
         refuse(plan, config)
     refuse(plan, large(parallel={"expert": 1}, plan={"refuse": False}))
     assert "plan.refuse is false" in caplog.text
@@ -56,7 +57,8 @@ def test_the_plan_is_written_drawn_and_logged(tmp_path, monkeypatch):
     made = make_plan(config, NODES)
     outputs = record_plan(made, context, step)
     assert json.loads(Path(outputs["plan"]).read_text())["fits"]
-    assert tracker.logged == {"own": made.predictions()}, "a comparison of flows opens on the first figure: the loss"
+    predicted = {f"plan/{key.removeprefix('predicted_')}": value for key, value in made.predictions().items()}
+    assert tracker.logged == {"own": predicted}, "a comparison of flows opens on the first figure: the loss"
     for run_id in ("own", "parent"):
         assert {(run_id, "", "plan.json"), (run_id, "plots", "plan_memory.png")} <= set(tracker.files)
     assert (tmp_path / "plots" / "plan_memory.png").read_bytes().startswith(b"\x89PNG")
@@ -104,3 +106,9 @@ def test_a_machine_without_gpus_is_planned_with_its_own_memory(tmp_path, monkeyp
     assert device == replace(GPUS["laptop"], name="this CPU", memory_bytes=device.memory_bytes)
     in_bf16 = large(launch={"nnodes": 1, "nproc_per_node": 1}, parallel={"expert": 1})
     assert predict(in_bf16, ClusterSpec(kind="local")) is None
+
+
+def test_the_planned_time_of_a_step_is_read_from_the_plan(tmp_path):
+    assert planned_step_seconds(tmp_path) is None
+    storage.write_json(str(tmp_path / "plan.json"), make_plan(large(), NODES).as_dict())
+    assert planned_step_seconds(tmp_path) == make_plan(large(), NODES).step.total

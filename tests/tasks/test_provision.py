@@ -7,19 +7,19 @@ import psutil
 import pytest
 
 from base import storage
-from base.errors import ConfigError, DoesNotFitError, OperationalError
+from base.errors import ConfigError, DoesNotFitError, InvalidInputError, OperationalError
 from cherry.cluster import read_cluster
 from cherry.planner.plan import checkpoint_bytes
 from tasks.lease import take_lease
 from tasks.lifecycle import end_leftovers
 from tasks.overrides import resolve
-from tasks.providers.protocol import read_hosts, read_reservation
+from tasks.providers.protocol import read_hosts, read_reservation, write_reservation
 from tasks.provision import check_disk, hold_hosts, preflight, release, take_hosts
 from tasks.steps import RunContext
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
-SPEC = "kind: nodes\nprovider: two-hosts\ngpu: H100\nnodes: 2\nhosts: [127.0.0.1, {second}]\n"
+SPEC = "kind: nodes\nprovider: two-hosts\ngpu: H100\nnodes: [{{host: 127.0.0.1}}, {{host: {second}}}]\n"
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,18 @@ SPEC = "kind: nodes\nprovider: two-hosts\ngpu: H100\nnodes: 2\nhosts: [127.0.0.1
     [
         ({"launch": {"nnodes": 2, "master_port": 29500}}, ConfigError, r"launch\.nnodes: cluster 'local' has one node"),
         ({"cluster": "slots.yaml", "launch": {"nproc_per_node": 4}}, ConfigError, "has 2 slots"),
-        ({"model": {"preset": "671b"}, "train": {"batch_size": 16}}, DoesNotFitError, "this CPU are usable"),
-        ({"cluster": "nodes.yaml"}, ConfigError, r"names no provider.* \(known providers: local, two-hosts\)"),
-        ({"cluster": "slurm.yaml"}, ConfigError, r"needs provider 'slurm'.* \(known providers: local, two-hosts\)"),
-        ({"cluster": "gpu.yaml", "model": {"preset": "16b"}}, DoesNotFitError, r"no room for .* What would fit: "),
+        ({"model": {"preset": "671b"}, "train": {"batch_size": 16}}, DoesNotFitError, "usable: .* GiB of this CPU"),
+        (
+            {"cluster": "nodes.yaml"},
+            ConfigError,
+            r"names no provider.* \(known providers: local, slurm, ssh, two-hosts\)",
+        ),
+        (
+            {"cluster": "kubernetes.yaml"},
+            ConfigError,
+            r"needs provider 'kubernetes'.* \(known providers: local, slurm, ssh, two-hosts\)",
+        ),
+        ({"cluster": "gpu.yaml", "model": {"preset": "16b"}}, DoesNotFitError, r"no room for (.|\n)*What would fit:"),
         (
             {"cluster": "pair.yaml", "launch": {"nnodes": 4, "master_port": 29500}},
             ConfigError,
@@ -42,8 +50,8 @@ def test_what_the_cluster_does_not_have_is_refused(tmp_path, monkeypatch, two_ho
     config = resolve(TINY, {**changes, "runs_directory": str(tmp_path)})
     (tmp_path / "slots.yaml").write_text("kind: local\nslots: 2\n")
     (tmp_path / "nodes.yaml").write_text("kind: nodes\ngpu: H100\nnodes: 4\ngpus_per_node: 8\n")
-    (tmp_path / "slurm.yaml").write_text("kind: nodes\nprovider: slurm\ngpu: H100\n")
-    (tmp_path / "gpu.yaml").write_text("kind: nodes\nprovider: two-hosts\ngpu: H100\nhosts: [127.0.0.1]\n")
+    (tmp_path / "kubernetes.yaml").write_text("kind: nodes\nprovider: kubernetes\ngpu: H100\n")
+    (tmp_path / "gpu.yaml").write_text("kind: nodes\nprovider: two-hosts\ngpu: H100\nnodes: [{host: 127.0.0.1}]\n")
     (tmp_path / "pair.yaml").write_text(SPEC.format(second="127.0.0.2"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=match):
@@ -138,6 +146,26 @@ def test_hosts_are_taken_held_and_given_back_once(context):
     assert read_hosts(context.path) == hosts, "what the run was done on stays on record"
 
 
+def test_hosts_are_held_for_the_time_of_their_cluster_file_and_no_attempt_begins_after_it(context):
+    path = Path(context.config.cluster)
+    path.write_text(f"{path.read_text()}max_lifetime: 2h\n")
+    take_lease(context.path)
+    take_hosts(context)
+    held = read_reservation(context.path)
+    assert held.until - held.since == pytest.approx(7200.0)
+    write_reservation(context.path, held.model_copy(update={"since": held.since - 7300, "until": held.until - 7300}))
+    with pytest.raises(
+        InvalidInputError, match=r"max_lifetime: the hosts of .*pair\.yaml were held for 2h, the longest"
+    ):
+        hold_hosts(context)
+    assert calls(context) == ["acquire"]
+    release(context.directory)
+    take_lease(context.path)
+    hold_hosts(context)  # a new start holds them for as long again
+    assert calls(context) == ["acquire", "release", "acquire"]
+    release(context.directory)
+
+
 def test_hosts_that_were_given_back_or_lost_are_taken_anew(context):
     take_lease(context.path)
     take_hosts(context)
@@ -199,9 +227,9 @@ def test_a_reservation_of_another_version_is_named(context):
     [
         ("kind: slurm\nslotz: 2\n", "slotz"),
         ("kind: local\nprovider: two-hosts\n", "provider: must be local"),
-        ("kind: nodes\ngpu: H100\nhosts: [a]\n", "hosts: are for kind nodes with a provider"),
-        ("kind: local\nhosts: [a]\n", "hosts: are for kind nodes with a provider"),
-        ("kind: nodes\ngpu: H100\nnodes: 2\nprovider: p\nhosts: [a, a]\n", "a is twice"),
+        ("kind: nodes\ngpu: H100\nhosts: [a]\n", "hosts: unknown key"),
+        ("kind: local\nnodes: [{host: a}]\n", "nodes: must be 1 with kind local"),
+        ("kind: nodes\ngpu: H100\nprovider: p\nnodes: [{host: a}, {host: a}]\n", "a is twice"),
     ],
 )
 def test_cluster_files_are_read_strictly(tmp_path, text, match):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from base.config import dump, load, validate
 from base.errors import ConfigError
 from tasks.overrides import resolve
-from tasks.run_config import RunConfig, TrackingConfig
+from tasks.run_config import RegisterConfig, RunConfig, TrackingConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +72,47 @@ def test_tracking_uris_of_mlflow_and_of_the_json_tracker(uri: str) -> None:
 def test_a_scheme_that_no_tracker_has_is_refused_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match=r"uri: must be .* schemes json, .*https.* \(got 'jsn:foo'\)"):
         validate({"uri": "jsn:foo"}, TrackingConfig, origin="run.yaml")
+
+
+def refused(section: str, key: str, value: str) -> bool:
+    try:
+        resolve("configs/tiny.yaml", {section: {key: value}})
+    except ConfigError as error:
+        assert f"{section}.{key}" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["ls-1.5b", "a/b", "a:b", "a%b", "it's", 'the "best"', "", " "])
+def test_a_model_name_that_the_registry_refuses_is_refused_before_training(name: str) -> None:
+    assert refused("register_model", "model_name", name)
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v1", "V22", "a b", "a.b", "", "serving"])
+def test_an_alias_that_the_registry_refuses_or_has_a_meaning_is_refused_before_training(alias: str) -> None:
+    assert refused("register_model", "champion_alias", alias)
+    assert refused("register_model", "candidate_alias", alias)
+
+
+def test_one_alias_cannot_be_both_the_best_and_the_newest() -> None:
+    assert refused("register_model", "candidate_alias", "champion")
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.text("aZ9_-./:%\"' lvVé\x00", max_size=8) | st.sampled_from(["latest", "v1", "x" * 255, "x" * 256]))
+def test_what_is_accepted_mlflow_accepts(name: str) -> None:
+    from mlflow.utils import validation
+
+    with suppress(ValidationError):
+        RegisterConfig(model_name=name)
+        validation._validate_model_name(name)
+        validation._validate_logged_model_name(name)
+    with suppress(ValidationError):
+        RegisterConfig(champion_alias=name)
+        validation._validate_model_alias_name(name)
+        validation._validate_model_alias_name_reserved(name)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 501])
+def test_an_experiment_name_that_mlflow_refuses_is_refused(name: str) -> None:
+    assert refused("tracking", "experiment", name)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 from base import storage
 from base.errors import ConfigError, MissingFileError, OperationalError, SupersededError, WorkerLostError
+from tasks.files.outputs import find_output
 from tasks.overrides import resolve
 from tasks.processes.process import error_of
 from tasks.steps import (
@@ -17,7 +19,6 @@ from tasks.steps import (
     StepRecord,
     StepRun,
     find_finished,
-    find_output,
     make_room,
     perform,
     worth_retrying,
@@ -56,6 +57,12 @@ def events(context):
     return [json.loads(line)["event"] for line in (context.path / "events.jsonl").read_text().splitlines()]
 
 
+def lines(context):
+    """What the terminal shows of the steps' progress."""
+    shown = map(json.loads, (context.path / "events.jsonl").read_text().splitlines())
+    return [event["line"] for event in shown if "line" in event]
+
+
 def test_the_same_inputs_find_the_finished_output(context):
     done = perform(context, "export", {"a": 1}, write(context, "one"))
     assert (done.reused, done.figures, done.run_id) == (False, {"length": 3}, None)
@@ -80,12 +87,6 @@ def test_each_step_is_followed_by_system_metrics_as_long_as_it_works(tmp_path, w
     assert not any(thread.is_alive() for thread in followed)
 
 
-def test_a_step_of_several_tasks_begins_where_the_first_one_said_so(context):
-    done = perform(context, "export", {"a": 1}, write(context, "one"), began=context.began)
-    assert done.seconds == pytest.approx(done.finished_at - context.began, abs=0.1)
-    assert events(context) == ["finished"]
-
-
 def test_an_output_that_is_no_longer_committed_is_made_again(context):
     done = perform(context, "export", {"a": 1}, write(context, "one"))
     (context.path / "export" / storage.MARKER).unlink()
@@ -101,10 +102,23 @@ def test_other_inputs_put_the_old_output_aside_where_it_is_found_by_its_fingerpr
     place = str(context.path / "export")
     assert old.outputs == new.outputs == {"export": place}
     for record, text in ((old, "one"), (new, "two")):
-        found = find_output(place, record.fingerprint)
+        found = find_output(place, record.fingerprint, str(context.path.parent))
         assert storage.is_committed(found)
         assert storage.read_bytes(f"{found}/text").decode() == text
     assert find_finished(context.path, "export", old.fingerprint) is None
+
+
+def test_outputs_are_found_by_their_fingerprints_after_the_runs_directory_was_moved(context, tmp_path):
+    records = {text: perform(context, "export", {"text": text}, write(context, text)) for text in ("one", "two")}
+    place, moved = str(context.path / "export"), tmp_path / "moved"
+    moved.mkdir()
+    context.path.rename(moved / context.path.name)
+    for text, record in records.items():
+        found = find_output(place, record.fingerprint, str(moved))
+        assert found.startswith(f"{moved}/")
+        assert storage.read_bytes(f"{found}/text").decode() == text
+    assert find_output(place, "f" * 64, str(moved)) == place, "a run of this name that made something else"
+    assert find_output(place, records["two"].fingerprint, str(tmp_path / "none")) == place
 
 
 def test_going_back_and_forth_loses_nothing(context):
@@ -113,6 +127,73 @@ def test_going_back_and_forth_loses_nothing(context):
         perform(context, "export", {"text": text}, write(context, text))
     kept = sorted(path.joinpath("text").read_text() for path in context.path.glob("export*"))
     assert kept == ["one", "one", "two", "two"]
+
+
+def test_an_output_that_lost_a_file_is_made_again_in_its_place(context):
+    done = perform(context, "export", {"a": 1}, write(context, "one"))
+    (context.path / "export" / "text").unlink()
+    assert find_finished(context.path, "export") is None
+    again = perform(context, "export", {"a": 1}, write(context, "one"))
+    assert (again.reused, again.fingerprint) == (False, done.fingerprint)
+    line = next(line for line in lines(context) if "made again" in line)
+    assert line == f"{context.path}/export is no longer as it was committed (missing: text), so it is made again"
+    assert perform(context, "export", {"a": 1}, lambda _: pytest.fail("worked again")).reused
+    assert [path.name for path in context.path.glob("export*")] == ["export"]
+
+
+def test_a_changed_output_is_made_again_and_the_change_is_kept(context):
+    perform(context, "export", {"a": 1}, write(context, "one"))
+    (context.path / "export" / "text").write_text("edited")
+    perform(context, "export", {"a": 1}, write(context, "one"))
+    assert (context.path / "export" / "text").read_text() == "one"
+    assert (context.path / "export.damaged" / "text").read_text() == "edited"
+
+
+def test_an_output_that_is_a_file_is_checked_too(context):
+    def work(step):
+        (context.path / "evaluation.json").write_text('{"verdict": "better"}')
+        return {"evaluation": str(context.path / "evaluation.json")}
+
+    perform(context, "evaluate", {}, work)
+    assert perform(context, "evaluate", {}, lambda _: pytest.fail("worked again")).reused
+    (context.path / "evaluation.json").write_text("")
+    assert not perform(context, "evaluate", {}, work).reused
+
+
+@pytest.mark.parametrize("content", ["", '{"step": "exp', "[]", "{}"])
+def test_a_record_that_a_power_cut_left_empty_or_cut_is_no_finished_step(context, content, caplog):
+    perform(context, "export", {"a": 1}, write(context, "one"))
+    (context.path / "steps" / "export.json").write_text(content)
+    assert find_finished(context.path, "export") is None
+    assert "empty or cut short" in caplog.text
+    assert not perform(context, "export", {"a": 1}, write(context, "one")).reused
+
+
+def test_a_run_that_was_moved_or_copied_finds_its_own_outputs(context, tmp_path):
+    perform(context, "export", {"a": 1}, write(context, "one"))
+    shutil.copytree(context.path, tmp_path / "copied" / "tiny")
+    copied = replace(context, directory=str(tmp_path / "copied" / "tiny"))
+    found = perform(copied, "export", {"a": 1}, lambda _: pytest.fail("worked again"))
+    assert found.outputs == {"export": str(copied.path / "export")}
+    shutil.rmtree(context.path)
+    assert find_finished(copied.path, "export") == found
+
+
+def test_a_reused_step_of_another_flow_is_a_child_of_this_one(tmp_path):
+    config = resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), "tracking": {"uri": "json:"}})
+    first, second = (RunContext(str(tmp_path / "tiny"), config, parent_run_id=parent) for parent in ("one", "two"))
+    done = perform(first, "export", {"a": 1}, write(first, "one"))
+    perform(first, "export", {"a": 1}, write(first, "one"))
+    for _ in range(2):
+        assert perform(second, "export", {"a": 1}, write(second, "one")).reused
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "tracking" / "runs").glob("*.json")]
+    (child,) = [run for run in runs if run["parent"] == "two"]
+    assert (child["name"], child["status"]) == ("tiny-export", "FINISHED")
+    assert child["tags"]["cherry.reused_from"] == done.run_id
+    made = next(run for run in runs if run["parent"] == "one")
+    assert child["metrics"] == made["metrics"]
+    assert "export/length" in child["metrics"]
+    assert len(runs) == 2
 
 
 def step_run(context, inputs, code):
@@ -175,7 +256,8 @@ def test_other_code_is_another_identity(context, monkeypatch):
     second = perform(context, "export", {"a": 1}, write(context, "two"))
     assert not second.reused
     assert second.inputs_fingerprint == first.inputs_fingerprint
-    assert storage.read_bytes(find_output(f"{context.path}/export", first.fingerprint) + "/text") == b"one"
+    kept = find_output(f"{context.path}/export", first.fingerprint, context.config.runs_directory)
+    assert storage.read_bytes(f"{kept}/text") == b"one"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,42 @@ def test_a_folder_that_asks_for_a_first_token_gets_it_once(tokenizer: Tokenizer,
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     plain, first = tokenizer.encode("ab"), Tokenizer(str(tmp_path))
     assert first.encode("ab") == [0, *plain]
-    assert first.encode("<eos>ab") == [0, *plain]
+    # Once also for a prompt that begins with it, where its name is that token.
+    assert Tokenizer(str(tmp_path), control_tokens=True).encode("<eos>ab") == [0, *plain]
+
+
+CONTROL = ["<eos>", "<｜User｜>", "<think>", "[INST]"]
+
+
+@pytest.fixture(scope="module")
+def control_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Control tokens marked special and not, and a run of blanks, which is text; prompts cut and padded."""
+    library = Library.from_str(tokenizer._tokenizer.to_str())
+    library.add_tokens([*CONTROL[1:], "    "])
+    library.enable_truncation(8)
+    library.enable_padding(length=8)
+    folder = tmp_path_factory.mktemp("control")
+    library.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.sampled_from([*CONTROL, "    ", " ", "a", "é"]), max_size=12).map("".join))
+def test_no_prompt_becomes_a_control_token(control_folder: str, text: str) -> None:
+    tokenizer = Tokenizer(control_folder)
+    tokens = tokenizer.encode(text)
+    assert not {tokenizer._tokenizer.token_to_id(name) for name in CONTROL} & set(tokens)
+    assert tokenizer.decode(tokens) == text
+    blanks = tokenizer._tokenizer.token_to_id("    ")
+    assert (blanks in tokens) == ("    " in text)
+
+
+def test_a_server_that_allows_it_takes_names_of_control_tokens_for_them(control_folder: str) -> None:
+    tokenizer = Tokenizer(control_folder, control_tokens=True)
+    assert tokenizer.encode("".join(CONTROL)) == [tokenizer._tokenizer.token_to_id(name) for name in CONTROL]
+    # What the model writes is told as before.
+    plain = Tokenizer(control_folder)
+    assert plain.decode(tokenizer.encode("<think>a<eos>")) == "<think>a"
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

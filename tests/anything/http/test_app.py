@@ -13,10 +13,10 @@ import pytest
 from starlette.requests import Request
 
 from anything.engine.embedded import EmbeddedEngine
-from anything.http.app import EventStream, Gateway
+from anything.http.app import EventStream, Gateway, create_app
 from anything.http.request import Call
 from anything.keys import create_key, list_keys, load_keys, revoke_key
-from anything.protocol import Chunk, Deadline, Generation, SamplingParams, UnavailableError
+from anything.protocol import Chunk, Deadline, EngineStatus, Generation, SamplingParams, UnavailableError
 from anything.serve_config import EngineConfig, ServeConfig
 from anything.testing import EchoEngine
 
@@ -112,6 +112,68 @@ def test_a_wrong_body_is_422_and_names_the_key(sent: bytes, message: str, serve:
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
     assert message in answer.json()["error"]["message"]
     assert engine.started == 0
+
+
+@pytest.mark.parametrize("stream", [False, True, None])
+def test_null_for_an_optional_key_is_its_default(stream: bool | None, serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine())
+    sent = body(max_tokens=None, temperature=None, seed=None, stream=stream)
+    answer = ask.post(url + PATH, json=sent)
+    assert answer.status_code == 200
+    assert answer.text == ask.post(url + PATH, json=body(stream=bool(stream))).text
+    refused = ask.post(url + PATH, json={"prompt": None})
+    assert (refused.status_code, "prompt" in refused.text) == (422, True)
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics"])
+def test_head_is_answered_where_get_is(path: str, serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine())
+    answer = ask.head(url + path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_root_says_what_is_here(serve: Serve, ask: httpx.Client, model_folder: str) -> None:
+    url = serve(EmbeddedEngine(model_folder, EngineConfig(device="cpu"), version="tiny-v3"))
+    answer = ask.get(url + "/").json()
+    assert (answer["name"], answer["models"]) == ("Anything", ["tiny-v3"])
+    for method, path in (told.split() for told in answer.values() if isinstance(told, str) and " " in told):
+        assert ask.request(method, url + path).status_code not in (404, 405) or path.endswith("routes")
+
+
+def test_web_pages_may_ask_only_from_the_origins_that_are_named(serve: Serve, ask: httpx.Client) -> None:
+    url = serve(EchoEngine(), ServeConfig(port=0, cors_origins=("https://a.example",)))
+    wanted = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    allowed = ask.options(url + PATH, headers={"origin": "https://a.example", **wanted})
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://a.example")
+    other = ask.options(url + PATH, headers={"origin": "https://b.example", **wanted})
+    assert "access-control-allow-origin" not in other.headers
+    answer = ask.post(url + PATH, json=body(stream=True), headers={"origin": "https://a.example"})
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert "three" in answer.text
+    closed = ask.post(serve(EchoEngine()) + PATH, json=body(), headers={"origin": "https://a.example"})
+    assert "access-control-allow-origin" not in closed.headers
+
+
+class Broken(EchoEngine):
+    """An engine that is broken for good."""
+
+    async def status(self) -> EngineStatus:
+        return EngineStatus(failure="the device is lost")
+
+    async def ready(self) -> bool:
+        return False
+
+
+def test_health_tells_the_truth(key_file: tuple[str, str]) -> None:
+    async def main() -> None:
+        app = create_app(Broken(), ServeConfig(), load_keys(key_file[0]))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            alive, ready = await client.get("/healthz"), await client.get("/readyz")
+        assert (alive.status_code, alive.json()) == (503, {"status": "failed", "reason": "the device is lost"})
+        assert ready.status_code == 503
+
+    asyncio.run(main())
 
 
 def test_a_body_that_arrives_slowly_leaves_less_time_for_the_answer(

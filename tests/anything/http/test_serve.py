@@ -17,10 +17,10 @@ import pytest
 from anything.http.app import create_app
 from anything.http.serve import DrainingServer, bind, url_of
 from anything.keys import load_keys
-from anything.protocol import UnavailableError
+from anything.protocol import EngineStatus, UnavailableError
 from anything.serve_config import ServeConfig
 from anything.testing import EchoEngine
-from base.errors import InvalidInputError, PortInUseError
+from base.errors import InvalidInputError, PortInUseError, ServiceError
 
 PATH = "/v1/anything/infer"
 
@@ -190,3 +190,15 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused() -> None:
 def test_a_server_on_every_address_is_asked_on_this_machine() -> None:
     with bind("0.0.0.0", 0) as listener:
         assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_whose_engine_is_broken_for_good_ends_with_its_error(key_file: tuple[str, str]) -> None:
+    class Broken(EchoEngine):
+        async def status(self) -> EngineStatus:
+            return EngineStatus(failure="the engine is broken")
+
+    listener = bind("127.0.0.1", 0)
+    with listener:
+        server = DrainingServer(create_app(Broken(), ServeConfig(port=0), load_keys(key_file[0])), listener)
+        with pytest.raises(ServiceError, match="the engine is broken"):
+            server.run()

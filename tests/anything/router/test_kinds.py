@@ -19,9 +19,10 @@ from anything.router.kinds import DEFAULT_KIND, KINDS, Command, Launch
 from anything.router.routing import Router, read_routes
 from base import storage
 from base.errors import ConfigError, ServiceError
-from tasks.deploy import Release, smoke, start
+from tasks.deploy import smoke, start
 from tasks.overrides import resolve
 from tasks.processes.replicas import Server, ServingDirectory, stop_serving
+from tasks.release.choice import Release
 from tasks.steps import RunContext
 
 # Answers {"say": text, "words": n} with {"said": the text in capitals}; nothing of it is Anything's.
@@ -134,7 +135,7 @@ def test_a_server_of_another_kind_is_deployed_served_behind_the_gateway_and_stop
     replica = start.fn(context, release)
     assert (replica.kind, replica.version) == ("shout", "loud-v1")
     assert start.fn(context, release) == replica, "found running"
-    assert smoke.fn(context, replica) == context.config.deploy.smoke_prompt.strip().upper()
+    assert smoke.fn(context, release, replica) == context.config.deploy.smoke_prompt.strip().upper()
     serving = ServingDirectory(context.config.runs_directory)
     serving.write_routes({replica.name: 100.0})
 
@@ -156,9 +157,10 @@ def test_a_server_of_another_kind_is_deployed_served_behind_the_gateway_and_stop
 
 
 def test_a_server_of_another_kind_that_fails_its_smoke_test_is_stopped(context: RunContext, kind: ShoutKind) -> None:
-    replica = start.fn(context, Release("loud", 2, "mute"))
+    release = Release("loud", 2, "mute")
+    replica = start.fn(context, release)
     with pytest.raises(ServiceError, match=r"loud-v2 answered the smoke prompt .* with nothing"):
-        smoke.fn(context, replica)
+        smoke.fn(context, release, replica)
     assert not replica.alive
     assert ServingDirectory(context.config.runs_directory).servers() == []
 

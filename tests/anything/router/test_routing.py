@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from anything.protocol import UnavailableError
+from anything.protocol import GenerationError, UnavailableError
 from anything.router.routing import ReplicaRoute, Router, Routes, read_routes
 from anything.serve_config import ServeConfig
 from anything.testing import EchoEngine
@@ -18,7 +20,7 @@ from base.errors import ConfigError, MissingFileError
 
 Serve = Callable[..., str]
 PATH = "/v1/anything/infer"
-FAILED = UnavailableError("the device is lost", status=503, code="engine_failed")
+FAILED = UnavailableError("the device is lost", status=503, code="engine_down")
 
 
 def routes(**weights: float) -> Routes:
@@ -177,6 +179,84 @@ def test_a_replica_that_fails_at_once_is_asked_elsewhere(stream: bool, fleet: Fl
     assert fleet.http.get(fleet.url + "/readyz").status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (GenerationError("the output is not a number"), 500, "generation_failed"),
+        # The engine failed with the request in it, and does not say that it was not the request.
+        (UnavailableError("the engine failed", status=503, code="engine_failed"), 503, "engine_failed"),
+    ],
+)
+def test_a_request_that_breaks_a_replica_is_not_handed_to_the_next(
+    failure: UnavailableError, status: int, code: str, stream: bool, fleet: Fleet
+) -> None:
+    fleet.shift(old=50, new=50)
+    subject = next(s for s in map(str, range(99)) if fleet.ask(s).headers["x-anything-version"] == "new")
+    before, asked = fleet.counters(), fleet.engines["old"].started
+    fleet.engines["new"].fail(failure)
+    answer = fleet.ask(subject, stream=stream)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    after = fleet.counters()
+    assert fleet.engines["old"].started == asked
+    assert after["new"]["errors"] == before["new"]["errors"] + 1  # type: ignore[operator]
+    assert str(failure) in str(after["new"]["last_error"])
+    assert after.get("old", {"errors": 0})["errors"] == 0
+
+
+STREAMED = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "answered 204"),
+        (b"HTTP/1.1 302 Found\r\nlocation: /x\r\ncontent-length: 0\r\n\r\n", "answered 302"),
+        (b"HTTP/1.1 500 Oh\r\ncontent-length: 4\r\n\r\noops", "answered 500"),
+        (b"HTTP/1.1 503 Oh\r\ncontent-length: 4\r\n\r\noops", "answered 503"),
+        (b'HTTP/1.1 502 Oh\r\ncontent-length: 12\r\n\r\n{"error": []}', "answered 502"),
+        (b"no HTTP\r\n\r\n", "RemoteProtocolError"),
+        (STREAMED + b"<html>\n\n", "broke off"),
+        (STREAMED + b"data: {\n\n", "not JSON"),
+        (STREAMED + b"data: []\n\n", "not a JSON object"),
+        (STREAMED + b'data: {"txt": "a"}\n\n', "missing or wrong field: text"),
+        (STREAMED + b'data: {"text": 5}\n\n', "missing or wrong field: text"),
+        (STREAMED + b'data: {"text": "a", "finish_reason": "tired"}\n\n', "wrong field: finish_reason"),
+        (STREAMED + b'data: {"text": "a", "usage": {}}\n\n', "usage"),
+        (STREAMED + b'data: {"error": "lost"}\n\n', "lost"),
+        (STREAMED + b'data: {"error": {"code": "x", "message": "lost"}}\n\n', "lost"),
+        (STREAMED + b'data: {"text": "a", "finish_reason": "stop"}\n\n', "broke off"),
+    ],
+)
+def test_whatever_a_replica_breaks_is_counted_for_its_version_with_the_reason(
+    sent: bytes, reason: str, fleet: Fleet
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection, connection.makefile("rb") as received:
+                    length = 0
+                    while (line := received.readline()) != b"\r\n":
+                        length = int(line.split(b":")[1]) if line.lower().startswith(b"content-length") else length
+                    received.read(length)
+                    connection.sendall(sent)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        fleet.urls["new"] = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        fleet.shift(new=100)
+        for stream in (False, True):
+            answer = fleet.ask("a", stream=stream)
+            assert answer.status_code in (500, 502, 503)
+            assert set(answer.json()["error"]) == {"code", "message"}
+        thread.join(30)
+    counted = fleet.counters()["new"]
+    assert (counted["requests"], counted["errors"]) == (2, 2)
+    assert reason in str(counted["last_error"])
+
+
 def test_a_replica_without_weight_is_no_fallback(fleet: Fleet) -> None:
     fleet.engines["old"].fail(FAILED)
     assert fleet.ask("a").status_code == 503
@@ -206,7 +286,7 @@ def test_a_dead_replica_and_a_wrong_key_are_502(fleet: Fleet, tmp_path: Path) ->
     fleet.urls["new"] = "http://127.0.0.1:9"
     fleet.shift(new=100)
     dead = fleet.ask("a")
-    assert (dead.status_code, dead.json()["error"]["code"]) == (502, "replica_failed")
+    assert (dead.status_code, dead.json()["error"]["code"]) == (502, "unreachable")
     fleet.shift(old=50, new=50)
     assert {fleet.ask(str(i)).headers["x-anything-version"] for i in range(8)} == {"old"}
     fleet.key = tmp_path / "other.key"

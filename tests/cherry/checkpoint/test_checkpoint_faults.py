@@ -48,15 +48,51 @@ def test_a_save_begins_when_the_one_before_is_committed(open_saver: Open) -> Non
     assert committed_steps(saver.directory) == [1, 2, 3]
 
 
-def test_going_back_to_an_older_one_gives_up_those_after_it(open_saver: Open) -> None:
-    """What was saved of the branch that was left must not pass for the newest, nor push this branch's saves out."""
-    left = open_saver(keep_last=2)
+def test_a_rollback_gives_up_the_checkpoints_after_it(open_saver: Open) -> None:
+    """What led to divergence must not pass for the newest, nor push later saves out."""
+    saver = open_saver(keep_last=2)
     for step in (4, 8, 12):
-        left.save(step, *build(), {"step": step})
-    again = open_saver(keep_last=2)
-    again.save(10, *build(), {"step": 10})
-    assert newest_checkpoint(left.directory) == again.last_saved == f"{left.directory}/step_10"
-    assert committed_steps(left.directory) == [8, 10]
+        saver.save(step, *build(), {"step": step})
+    saver.roll_back(8)
+    saver.save(10, *build(), {"step": 10})
+    assert newest_checkpoint(saver.directory) == saver.last_saved == f"{saver.directory}/step_10"
+    assert committed_steps(saver.directory) == [8, 10]
+    saver.roll_back(8)
+    saver.save(10, *build(), {"step": 10, "again": True})
+    assert storage.read_commit(f"{saver.directory}/step_10")["again"]
+    assert saver.failures == []
+
+
+def test_what_another_run_committed_is_neither_written_to_nor_removed(open_saver: Open) -> None:
+    other = open_saver(keep_last=1, keep_every_steps=10)
+    for step in (10, 12):
+        other.save(step, *build(), {"step": step, "of": "other"})
+    saver = open_saver(keep_last=1)
+    for step in (8, 9, 10):
+        saver.save(step, *build(), {"step": step})
+    assert committed_steps(saver.directory) == [9, 10, 12]
+    assert storage.read_commit(f"{saver.directory}/step_10")["of"] == "other"
+    (failure,) = saver.failures
+    assert f"{saver.directory}/step_10 is committed already, and is not written to again" in str(failure)
+    assert saver.last_saved_step == 9
+
+
+def test_a_linked_folder_is_written_through_and_what_it_points_at_outlives_retention(
+    open_saver: Open, tmp_path: Path
+) -> None:
+    disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    disk.mkdir()
+    elsewhere.mkdir()
+    (tmp_path / "linked").symlink_to(disk)
+    (disk / "step_1").symlink_to(elsewhere)
+    saver = open_saver(tmp_path / "linked", keep_last=1)
+    for step in (1, 2, 3):
+        saver.save(step, *build(), {"step": step})
+    assert saver.failures == []
+    assert (tmp_path / "linked").is_symlink()
+    assert (disk / "step_1").is_symlink()
+    assert storage.read_commit(str(elsewhere))["step"] == 1
+    assert committed_steps(str(disk)) == [1, 3]
 
 
 def fill(path: Path, *, but_bytes: int) -> None:

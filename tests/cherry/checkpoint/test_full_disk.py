@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from base.errors import DiskFullError
+from base.json_lines import append_line
 from cherry.metrics import MetricsWriter
 from cherry.train_record import TrainRecord
 from tasks.processes.process import run_module
-from tasks.steps import write_event
+from tasks.records.events import write_event
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
@@ -78,10 +79,11 @@ def test_what_a_step_tells_is_dropped_and_its_program_goes_on(disk, tmp_path, mo
     def on_line(line: str) -> None:
         lines.append(line)
         write_event(disk, "train", "progress", line=line)
+        append_line(disk / "log", line)
 
     write_event(disk, "train", "started")
     with full(disk):
-        run_module("talkative", [], on_line=on_line, log_file=disk / "log")
+        run_module("talkative", [], on_line=on_line)
     assert len(lines) == 500
     write_event(disk, "train", "finished")
     events = [json.loads(line) for line in (disk / "events.jsonl").read_text().splitlines()]

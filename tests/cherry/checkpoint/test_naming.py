@@ -9,7 +9,7 @@ import pytest
 
 from base import storage
 from cherry.checkpoint.checkpointer import Checkpointer
-from cherry.checkpoint.naming import committed_steps, newest_checkpoint, step_name, step_of
+from cherry.checkpoint.naming import committed_steps, newest_checkpoint, step_name, step_of, unreadable_checkpoints
 from tests.cherry.checkpoint.saving import build
 
 
@@ -51,3 +51,14 @@ def test_only_committed_steps_count_and_the_newest_may_be_limited(tmp_path: Path
     assert newest_checkpoint(directory) == f"{directory}/step_100"
     assert newest_checkpoint(directory, before=100) == f"{directory}/step_12"
     assert newest_checkpoint(directory, before=8) is None
+
+
+def test_an_empty_or_cut_marker_is_told_from_none(tmp_path: Path) -> None:
+    directory = str(tmp_path / "checkpoints")
+    assert unreadable_checkpoints(directory) == []
+    storage.commit(f"{directory}/step_2")
+    storage.write_bytes(f"{directory}/step_12/state.json", b"{}")
+    for step in (10, 4):
+        storage.write_bytes(f"{directory}/step_{step}/{storage.MARKER}", b"")
+    assert committed_steps(directory) == [2]
+    assert unreadable_checkpoints(directory) == [f"{directory}/step_4", f"{directory}/step_10"]

@@ -70,7 +70,7 @@ def test_files_that_are_not_utf8_are_left_out_and_counted(tmp_path: Path) -> Non
 def test_the_key_of_the_text_can_be_named_and_the_format_set(tmp_path: Path) -> None:
     write(tmp_path, {"a.json": '{"body": "one", "text": "no"}'})
     assert [d.text for d in read(tmp_path / "a.json", format="jsonl", text_key="body")] == ["one"]
-    assert [d.text for d in read(tmp_path / "a.json")] == ['{"body": "one", "text": "no"}']
+    assert [d.text for d in read(tmp_path / "a.json", format="text")] == ['{"body": "one", "text": "no"}']
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from cherry.data.chat import Chat
 from cherry.data.corpus import Document
-from cherry.data.encode import Encoded, encode
+from cherry.data.encode import Encoded, Encoder
 from cherry.data.tokenizer import BOS, EOS, ROLE_TOKENS, train_tokenizer
 
 BOS_ID, EOS_ID = 0, 1
@@ -21,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 
 def one(tokenizer: Tokenizer, document: Document) -> Encoded:
-    (result,) = encode(tokenizer, [document], bos_id=BOS_ID, eos_id=EOS_ID, with_ends=True)
+    (result,) = Encoder(tokenizer, bos_id=BOS_ID, eos_id=EOS_ID).encode([document], with_ends=True)
     return result
 
 
@@ -30,7 +31,8 @@ def plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def chat(*messages: tuple[str, str]) -> Document:
-    return Document("c", "\n".join(content for _, content in messages), messages)
+    said = Chat(tuple({"role": role, "content": content} for role, content in messages))
+    return Document("c", said.text, said)
 
 
 @settings(max_examples=150, deadline=None)
@@ -74,7 +76,13 @@ def test_in_a_chat_only_what_the_assistant_says_bears_loss(tokenizer: Tokenizer)
     document = chat(("system", "be brief"), ("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no"))
     encoded = one(tokenizer, document)
     expected: list[tuple[int | None, bool]] = [(BOS_ID, False)]
-    for role, content in document.messages or ():
+    for role, content in [
+        ("system", "be brief"),
+        ("user", "hi"),
+        ("assistant", "yes"),
+        ("user", "so"),
+        ("assistant", "no"),
+    ]:
         said = role == "assistant"
         expected.append((tokenizer.token_to_id(ROLE_TOKENS[role]), False))
         expected += [(token, said) for token in [*plain(tokenizer, content), EOS_ID]]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from base.config import validate
 from base.errors import ConfigError, DataError
 from cherry.data.corpus import Document
-from cherry.data.encode import encode_filled
+from cherry.data.encode import Encoder
 from cherry.data.fim import TRAINED_TOKENS, Fim, fim_of
 from cherry.data.prepare import iterate_heldout, prepare
 from cherry.data.shards import TokenDataset
@@ -38,7 +38,7 @@ def fim_with(tokenizer: Tokenizer, rate: float = 1.0, seed: int = 0) -> Fim:
 @given(text=st.text(max_size=60), name=st.text(min_size=1, max_size=5))
 def test_prefix_suffix_and_middle_spell_the_document(tokenizer: Tokenizer, text: str, name: str) -> None:
     fim = fim_with(tokenizer)
-    (encoded,) = encode_filled(tokenizer, [Document(name, text)], fim, bos_id=0, eos_id=1)
+    (encoded,) = Encoder(tokenizer, bos_id=0, eos_id=1).encode_filled([Document(name, text)], fim)
     tokens = encoded.tokens
     assert tokens[:2] == [0, fim.begin]
     assert tokens[-1] == 1
@@ -65,8 +65,9 @@ def test_the_share_and_the_cuts_come_from_the_seed_and_the_document_alone(tokeni
 
 def test_a_document_that_is_not_cut_is_encoded_as_ever(tokenizer: Tokenizer) -> None:
     documents = [Document(f"d{number}", TEXTS[number % 3]) for number in range(40)]
-    plain = list(encode_filled(tokenizer, documents, None, bos_id=0, eos_id=1))
-    some = list(encode_filled(tokenizer, documents, fim := fim_with(tokenizer, rate=0.5), bos_id=0, eos_id=1))
+    plain = list(Encoder(tokenizer, bos_id=0, eos_id=1).encode_filled(documents, None))
+    fim = fim_with(tokenizer, rate=0.5)
+    some = list(Encoder(tokenizer, bos_id=0, eos_id=1).encode_filled(documents, fim))
     same = [one == other for one, other in zip(plain, some, strict=True)]
     assert same == [fim.cut(document) is None for document in documents]
     assert 5 < sum(same) < 35

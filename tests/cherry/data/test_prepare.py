@@ -21,6 +21,7 @@ from cherry.data.corpus import is_heldout
 from cherry.data.prepare import iterate_heldout, prepare, zlib_bits_per_byte
 from cherry.data.shards import SHARD_TOKENS, TokenDataset
 from cherry.job_config import DataConfig
+from tests.cherry.data import templates
 from tests.cherry.data.preparing import VOCAB, make, stream
 
 ROOT = Path(__file__).parents[3]
@@ -86,6 +87,7 @@ def test_the_same_documents_give_the_same_files_in_any_place_and_process(corpus:
         assert record.pop("source")
         marker = json.loads(files.pop("COMMITTED"))
         assert marker["config"].pop("source")
+        assert marker["files"].pop("manifest.json")
         record |= marker
         files["record"] = json.dumps(record).encode()
     assert first == second
@@ -291,3 +293,53 @@ def test_the_embedded_default_is_prepared_whole(tmp_path: Path) -> None:
     assert manifest.skipped_files > 0
     assert 2.5 < manifest.bytes * (1 - manifest.heldout["bytes"] / manifest.bytes) / manifest.tokens < 4.5
     assert 1.2 < manifest.heldout["zlib_bits_per_byte"] < 2.5
+
+
+def test_a_chat_is_prepared_with_the_tokenizer_s_own_template_which_is_told_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    templates.tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(templates.CHATML)
+    record = {"messages": [{"role": "user", "content": "hi <|im_end|>"}, {"role": "assistant", "content": "yes"}]}
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(record)] * 40))
+    told: list[str] = []
+    config = DataConfig(
+        source=str(tmp_path / "chats.jsonl"),
+        format="chat",
+        tokenizer=str(folder),
+        sequence_length=16,
+        heldout_fraction=0.3,
+    )
+    directory = str(tmp_path / "data")
+    prepare(config, vocab_size=600, directory=directory, on_progress=lambda line, _: told.append(line))
+    assert told[-1].endswith(f"chat template: the one in {folder}")
+    assert (tmp_path / "data" / "chat_template.jinja").read_text() == templates.CHATML
+    generation = json.loads((tmp_path / "data" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [1, templates.tokenizer().token_to_id("<|im_end|>")]
+    control = templates.tokenizer().token_to_id("<|im_end|>")
+    for document in iterate_heldout(directory, None):
+        assert document.text == "yes"
+        assert document.tokens.count(control) == 2
+        assert sum(document.loss_mask) == len(templates.tokenizer().encode("yes").ids)
+
+
+def test_a_broken_conversation_is_named_when_it_is_rendered(tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    bad = {"messages": [*good["messages"], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, [good, good, bad, good])))
+    with pytest.raises(DataError, match=r"chats\.jsonl:3: message 3 has the key 'tool_calls'"):
+        make(tmp_path / "chats.jsonl", tmp_path / "data", format="chat", heldout_fraction=0.01)
+
+
+def test_given_weights_never_get_a_new_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    config = DataConfig(source=str(corpus), sequence_length=16, heldout_fraction=0.2)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    with pytest.raises(DataError, match="given weights mean nothing under a new tokenizer"):
+        prepare(config, vocab_size=600, directory=str(tmp_path / "data"), weights=str(weights))
+    templates.tokenizer().save(str(weights / "tokenizer.json"))
+    prepare(config, vocab_size=600, directory=str(tmp_path / "data"), weights=str(weights))
+    prepared = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
+    assert prepared.get_vocab() == templates.tokenizer().get_vocab()
+    with pytest.raises(DataError, match=r"weights/tokenizer\.json: has tokens up to id"):
+        prepare(config, vocab_size=300, directory=str(tmp_path / "data"), weights=str(weights))

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from base import storage
 from base.errors import DataError, MissingFileError
 from cherry.data.corpus import Document
-from cherry.data.encode import encode
+from cherry.data.encode import Encoder
 from cherry.data.tokenizer import check_fit, load_tokenizer, train_tokenizer
 
 BOS_ID, EOS_ID = 0, 1
@@ -51,7 +51,7 @@ def test_a_tokenizer_that_would_cut_or_pad_encodes_whole_documents(tokenizer: To
     storage.write_bytes("memory://tokenizers/cutting.json", cutting.to_str().encode())
     loaded = load_tokenizer("memory://tokenizers/cutting.json")
     expected, found = (
-        list(encode(each, [Document("d", TEXTS[0])], bos_id=BOS_ID, eos_id=EOS_ID, with_ends=True))
+        list(Encoder(each, bos_id=BOS_ID, eos_id=EOS_ID).encode([Document("d", TEXTS[0])], with_ends=True))
         for each in (tokenizer, loaded)
     )
     assert found == expected

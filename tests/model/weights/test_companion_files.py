@@ -81,3 +81,29 @@ def test_a_damaged_file_is_named(name: str, content: str, tmp_path: Path) -> Non
     source = folder(tmp_path / "source", "<bos>", **{name: content})
     with pytest.raises(WeightsError, match=rf"source/{name}\.json"):
         SourceFiles(str(source))
+
+
+def test_the_template_that_was_trained_with_wins_over_the_source_s(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", "<bos>", "<eos>", chat_template="own", generation_config={"eos_token_id": [1, 3]})
+    source = folder(tmp_path / "source", "<bos>", "<eos>", tokenizer_config={"chat_template": TEMPLATE})
+    write_companions(str(tmp_path / "export"), CONFIG, str(run), SourceFiles(str(source)))
+    assert transformers.AutoTokenizer.from_pretrained(str(tmp_path / "export")).chat_template == "own"
+    assert transformers.GenerationConfig.from_pretrained(str(tmp_path / "export")).eos_token_id == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({}, None),
+        ({"tokenizer_config": {"chat_template": "one"}}, "one"),
+        ({"tokenizer_config": {"chat_template": [{"name": "default", "template": "two"}]}}, "two"),
+        ({"tokenizer_config": {"chat_template": "one"}, "chat_template": "three"}, "three"),
+    ],
+)
+def test_the_default_template_is_the_one_that_transformers_takes(
+    tmp_path: Path, files: dict[str, Any], template: str | None
+) -> None:
+    source = folder(tmp_path / "source", "<bos>", "<eos>", **files)
+    assert SourceFiles(str(source)).default_template == template
+    loaded = transformers.AutoTokenizer.from_pretrained(str(source)).chat_template
+    assert (loaded.get("default") if isinstance(loaded, dict) else loaded) == template

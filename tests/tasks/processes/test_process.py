@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from base.errors import CherryError, ConfigError, DataError, OperationalError, WeightsError, WorkerLostError
-from tasks.processes.process import in_background, is_alive, run_module
+from tasks.processes.process import in_background, is_alive, run_command, run_module
 
 _DEADLINE_S = 30.0
 
@@ -26,12 +26,11 @@ def program(tmp_path, monkeypatch):
     return write
 
 
-def test_lines_arrive_in_order_and_in_the_log(program, tmp_path):
+def test_lines_arrive_in_order(program):
     lines: list[str] = []
     name = program("import sys\nfor i in range(3): print(i, *sys.argv[1:])\n")
-    run_module(name, ["a b"], on_line=lines.append, log_file=tmp_path / "log")
+    run_module(name, ["a b"], on_line=lines.append)
     assert lines == ["0 a b", "1 a b", "2 a b"]
-    assert (tmp_path / "log").read_text().splitlines() == lines
 
 
 @pytest.mark.parametrize(
@@ -56,6 +55,18 @@ def test_an_exit_code_alone_tells_the_kind_of_the_error_and_the_last_lines_what_
     assert str(caught.value).splitlines()[-2:] == ["line 49", "error: not this"]
     assert f"{name} ended with exit code {code}" in str(caught.value)
     assert caught.value.exit_code == code
+
+
+def test_a_program_whose_time_is_over_gets_sigterm_and_one_that_ends_before_does_not(program):
+    name = program("print('here', flush=True)\nwhile True: input()\n")
+    with pytest.raises(WorkerLostError, match="killed by signal 15"):
+        run_command(_command(name), name=name, on_line=lambda _: None, until=time.time() - 1.0)
+    run_command(_command(program("print('done')")), name=name, on_line=lambda _: None, until=time.time() + 3600.0)
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+def _command(module: str) -> list[str]:
+    return [sys.executable, "-c", f"import {module}"]
 
 
 def test_an_error_crosses_the_process_with_its_class_and_its_text(program):

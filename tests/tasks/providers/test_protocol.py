@@ -5,7 +5,7 @@ import json
 import pytest
 
 from base.errors import ConfigError, MissingFileError
-from cherry.cluster import ClusterSpec
+from cherry.cluster import ClusterSpec, NodeSpec
 from tasks.providers.protocol import (
     Host,
     Hosts,
@@ -34,7 +34,9 @@ def test_records_are_read_back_as_they_were_written(tmp_path):
     reservation = Reservation(
         provider="p",
         cluster="spec.yaml",
-        spec=ClusterSpec(kind="nodes", provider="p", gpu="H100", nodes=2, hosts=("node0", "node1")),
+        spec=ClusterSpec(
+            kind="nodes", provider="p", gpu="H100", nodes=(NodeSpec(host="node0"), NodeSpec(host="node1", gpus=(0,)))
+        ),
         name="run-0",
         run_directory=str(tmp_path),
         nodes=2,

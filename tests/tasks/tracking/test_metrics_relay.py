@@ -40,7 +40,7 @@ def steps(tracker):
 
 
 def wanted(stop):
-    return [("loss", step, step / 7) for step in range(1, stop)]
+    return [("train/loss", step, step / 7) for step in range(1, stop)]
 
 
 @pytest.fixture
@@ -122,15 +122,18 @@ def test_steps_that_a_rollback_takes_again_are_sent_again_and_a_loss_that_is_not
     append(relay.file, [{**line, "rollbacks": 0} for line in lines(1, 7)])
     append(relay.file, [{"step": 7, "loss": None, "skipped_steps": 1, "rollbacks": 0, "time": 1007.0}])
     assert relay.send_new()
-    assert [point for point in steps(relay.sink) if point[0] == "loss"] == wanted(7)
-    assert ("skipped_steps", 7, 1.0) in steps(relay.sink)
+    assert [point for point in steps(relay.sink) if point[0] == "train/loss"] == wanted(7)
+    assert ("train/skipped_steps", 7, 1.0) in steps(relay.sink)
     relay.sink.points_kept.clear()
     relay.file.unlink()
     append(relay.file, [{**line, "rollbacks": 0} for line in lines(1, 5)])
     append(relay.file, [{**line, "loss": 0.5, "rollbacks": 1} for line in lines(5, 7)])
     later = MetricsRelay(tmp_path, relay.sink, "run")
     assert later.send_new()
-    assert [point for point in steps(relay.sink) if point[0] == "loss"] == [("loss", 5, 0.5), ("loss", 6, 0.5)]
+    assert [point for point in steps(relay.sink) if point[0] == "train/loss"] == [
+        ("train/loss", 5, 0.5),
+        ("train/loss", 6, 0.5),
+    ]
 
 
 def test_the_flows_run_gets_its_own_series_from_the_first_step_on_under_the_names_of_the_tracker(relay, tmp_path):
@@ -142,7 +145,7 @@ def test_the_flows_run_gets_its_own_series_from_the_first_step_on_under_the_name
     parent = MetricsRelay(tmp_path, relay.sink, "parent", FLOW_SERIES)
     assert parent.send_new()
     assert parent.send_new()
-    assert steps(relay.sink) == [*wanted(4), ("heldout_window_loss", 3, 0.5)]
+    assert steps(relay.sink) == [*wanted(4), ("train/heldout_window_loss", 3, 0.5)]
 
 
 def test_of_steps_within_a_second_each_sends_its_loss_and_the_first_and_the_last_one_everything(relay, tmp_path):
@@ -158,8 +161,8 @@ def test_of_steps_within_a_second_each_sends_its_loss_and_the_first_and_the_last
     assert relay.send_new()
     append(tmp_path / "metrics.jsonl", records[3:])
     assert relay.send_new()
-    assert [point for point in steps(sink) if point[0] == "loss"] == wanted(7)
-    for key in ("grad_norm", "rollbacks"):
+    assert [point for point in steps(sink) if point[0] == "train/loss"] == wanted(7)
+    for key in ("train/grad_norm", "train/rollbacks"):
         assert [step for name, step, _ in steps(sink) if name == key] == [1, 4, 6]
 
 
@@ -169,4 +172,4 @@ def test_a_step_that_a_person_looks_for_sends_everything_whenever_it_is(relay, m
     records[1] |= mark
     append(relay.file, records)
     assert relay.send_new()
-    assert [step for key, step, _ in steps(relay.sink) if key == "grad_norm"] == [1, 2]
+    assert [step for key, step, _ in steps(relay.sink) if key == "train/grad_norm"] == [1, 2]

@@ -1,0 +1,55 @@
+"""Places that cannot be written: told with whose they are, by a user who is not root."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from base.errors import StorageError
+from tasks.files.places import check_writable
+from tests.stranger import UID, run_as_stranger
+
+CHECK = """
+import sys
+from pathlib import Path
+from base.errors import StorageError
+from tasks.files.places import check_writable
+for place in sys.argv[1:]:
+    try:
+        check_writable(Path(place), "Ask for it.")
+    except StorageError as error:
+        print(error)
+    else:
+        print("fine")
+"""
+
+
+def test_a_place_of_somebody_else_is_told_with_both_names(tmp_path: Path) -> None:
+    for name in ("own", "theirs", "open"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "own" / "lock").touch()  # root's, in a folder of the stranger's
+    os.chown(tmp_path / "own", UID, UID)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "theirs" / "closed").mkdir(mode=0o700)
+    places = ["own", "own/new/one", "own/lock", "theirs", "theirs/new", "theirs/closed/in", "open/new"]
+    done = run_as_stranger([sys.executable, "-c", CHECK, *places], folder=tmp_path)
+    whose = f": it is root's, and this process is uid {UID}'s. Ask for it."
+    assert done.stdout.splitlines() == [
+        "fine",
+        "fine",
+        f"{tmp_path}/own/lock cannot be written{whose}",
+        f"{tmp_path}/theirs cannot be written{whose}",
+        f"{tmp_path}/theirs cannot be written{whose}",
+        f"{tmp_path}/theirs/closed cannot be written{whose}",
+        "fine",
+    ], done.stderr
+
+
+def test_a_file_where_a_directory_is_needed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file", "Ask.")
+    with pytest.raises(StorageError, match=r"file/run cannot be made: .*file is no directory\. Ask\."):
+        check_writable(tmp_path / "file" / "run", "Ask.")
