@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,10 @@ class Project:
     api_url: str
     server: subprocess.Popen[bytes] | None = None
     """The Prefect server, once it was started."""
+    tracking_uri: str | None = None
+    """Of MLflow; `None` is the database in the runs directory."""
+    variables: dict[str, str] = field(default_factory=dict, repr=False)
+    """Of the environment of its programs."""
 
     @property
     def config(self) -> str:
@@ -114,6 +118,7 @@ class Project:
             "NO_PROXY": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "400",
+            **self.variables,
         }
 
     def start(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
@@ -179,7 +184,7 @@ class Project:
         with warnings.catch_warnings():
             # MLflow's own tables use what SQLAlchemy has deprecated, which shows when they are first used.
             warnings.filterwarnings("ignore", message="The ``noload`` loader strategy")
-            client = MlflowClient(f"sqlite:///{self.runs}/mlflow.db")
+            client = MlflowClient(self.tracking_uri or f"sqlite:///{self.runs}/mlflow.db")
             client.search_experiments(max_results=1)
             return client
 
@@ -223,15 +228,7 @@ class Project:
 @contextmanager
 def running_project(home: Path) -> Iterator[Project]:
     """A project in a directory, with its Prefect server, set up by `cherry setup`."""
-    corpus, words = home / "corpus", "the model reads a page and writes the next word while experts share every token"
-    corpus.mkdir()
-    choose = random.Random(0)
-    for number in range(44):
-        lines = [" ".join(choose.choices(words.split(), k=12)) for _ in range(20)]
-        (corpus / f"{number:02d}.txt").write_text("\n".join(lines))
-    port = free_port()
-    made = Project(home, f"http://127.0.0.1:{port}/api")
-    Path(made.config).write_text(_CONFIG.format(runs=made.runs, corpus=corpus))
+    made = new_project(home, f"http://127.0.0.1:{free_port()}/api")
     try:
         made.start_server()
         ended = made.call("flows.cli", "setup")
@@ -243,3 +240,16 @@ def running_project(home: Path) -> Iterator[Project]:
         stop_serving(str(made.runs))
         if made.server is not None:
             end(made.server)
+
+
+def new_project(home: Path, api_url: str) -> Project:
+    """A project in a directory: its corpus and its config."""
+    corpus, words = home / "corpus", "the model reads a page and writes the next word while experts share every token"
+    corpus.mkdir()
+    choose = random.Random(0)
+    for number in range(44):
+        lines = [" ".join(choose.choices(words.split(), k=12)) for _ in range(20)]
+        (corpus / f"{number:02d}.txt").write_text("\n".join(lines))
+    made = Project(home, api_url)
+    Path(made.config).write_text(_CONFIG.format(runs=made.runs, corpus=corpus))
+    return made

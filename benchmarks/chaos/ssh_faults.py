@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from base.errors import MissingFileError
 from benchmarks.chaos.campaign import FLAGS, PROGRAMS, Campaign
-from tests.hosts import LabHosts
+from tests.hosts import LabHosts, missing
 from tests.supervised import Supervised
 from tests.training_job import Job, environment_of_programs
 
@@ -23,7 +24,13 @@ _CUT_S = 10.0, 20.0  # longer than it takes to notice; some end within the lease
 
 @contextmanager
 def hosts_of(count: int) -> Iterator[LabHosts]:
-    """So many hosts on this machine."""
+    """So many hosts on this machine.
+
+    Raises:
+        MissingFileError: a program that makes them is not installed, or namespaces are not allowed.
+    """
+    if (reason := missing()) is not None:
+        raise MissingFileError(reason)
     with tempfile.TemporaryDirectory(prefix="cherry-hosts-") as name:
         hosts = LabHosts(Path(name) / "lab", count)
         try:
