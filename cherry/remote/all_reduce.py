@@ -65,9 +65,13 @@ def _measure() -> None:
     import torch.distributed as dist
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    timeout = timedelta(seconds=_TIMEOUT_S)
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=_TIMEOUT_S))
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     ranks = dist.get_world_size()
     for size in _SIZES[kind]:
         seconds = _seconds(torch.ones(size // 4, device=kind), ranks)
