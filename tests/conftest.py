@@ -64,6 +64,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Gives signals back what they did before a test: a program's functions change it, and later programs inherit it."""
+    changed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before, blocked = [signal.getsignal(one) for one in changed], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    for one, handler in zip(changed, before, strict=True):
+        signal.signal(one, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an S3 server that honours conditional puts; it has a bucket called `bucket`."""

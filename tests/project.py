@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from mlflow import MlflowClient
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 240.0
+HANG_S = 600.0
 STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register", "deploy")
 _CONFIG = """\
 name: first
@@ -145,8 +147,23 @@ class Project:
         self.start_server()
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=self.environment, cwd=ROOT, check=False)
+        """Run a program to its end. One that hangs is ended, and what its threads were doing is told."""
+        command = [sys.executable, "-X", "faulthandler", "-m", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, env=self.environment, cwd=ROOT, **pipes) as process:
+            try:
+                output, errors = process.communicate(timeout=HANG_S)
+            except subprocess.TimeoutExpired:
+                family = psutil.Process(process.pid).children(recursive=True)
+                left = [" ".join(one.cmdline()) for one in family]
+                process.send_signal(signal.SIGABRT)  # Python prints the stacks of all threads
+                psutil.wait_procs([psutil.Process(process.pid)], timeout=10)
+                for one in [*family, process]:
+                    one.kill()
+                output, errors = process.communicate()
+                told = f"{command} still ran after {HANG_S} s, with {left}"
+                raise AssertionError(f"{told}\n{output}\n{errors}") from None
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def cherry(self, command: str, *overrides: str) -> subprocess.CompletedProcess[str]:
         return self.call("flows.cli", command, self.config, *overrides)
