@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
-    """Gives signals back what they did before a test: a program's functions change it, and later programs inherit it."""
+    """Gives signals back what they did before a test: programs' functions change it, and later programs inherit it."""
     changed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before, blocked = [signal.getsignal(one) for one in changed], signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
