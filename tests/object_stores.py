@@ -47,7 +47,7 @@ class SeaweedFS:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
-        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._running = ExitStack()
         self.url = f"http://127.0.0.1:{self._ports['s3.port']}"
 
@@ -101,7 +101,7 @@ def rclone(folder: Path) -> Iterator[str]:
         yield "http://" + told.partition("http://")[2].split("/")[0].strip(" []\n")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on, outside of those that Linux gives to connections before a server takes them."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(10_000, 32_000), 1000):

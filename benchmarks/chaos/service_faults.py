@@ -20,7 +20,8 @@ from benchmarks.chaos.record import Fault
 from flows.services import start
 from flows.services.layout import Ports, Services, open_services
 from flows.services.programs import CONFIG_FILE
-from tests.project import free_port, kill, new_project, wait_for
+from tests.object_stores import free_ports
+from tests.project import kill, new_project, wait_for
 
 KINDS = ("MLflow down for a minute", "PostgreSQL killed", "PostgreSQL stopped for a while", "Ctrl-C")
 STEPS = 1500  # more than a minute of training is left after a fault
@@ -34,7 +35,7 @@ def services() -> Iterator[Services]:
     """Prefect and MLflow on PostgreSQL and an S3 store, whose passwords the environment of this process has."""
     with tempfile.TemporaryDirectory(prefix="cherry-services-", dir="/var/tmp") as name:
         Path(name).chmod(0o755)  # PostgreSQL's own user passes through
-        made = open_services(Path(name) / "s", Ports(*(free_port() for _ in Ports.__dataclass_fields__)))
+        made = open_services(Path(name) / "s", Ports(*free_ports(len(Ports.__dataclass_fields__))))
         try:
             start.up(made, lambda line: print(f"  {line}", flush=True))
             with variables(made.client_environment):

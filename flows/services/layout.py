@@ -14,9 +14,12 @@ HOST = "127.0.0.1"
 SETTINGS_FILE, ENVIRONMENT_FILE, SOCKET_FILE = "settings.json", "environment", "supervisor.sock"
 BUCKET = "mlflow"
 ADMIN = "admin"
+GRPC_PORT = 10_000
+"""What SeaweedFS adds to a port for that of its gRPC."""
 DATABASES = ("prefect", "mlflow", "mlflow_auth")
 # Linux takes at most 108 bytes for the path of a socket, of which supervisord adds a pid for a moment.
 _MAX_SOCKET_PATH = 96
+_MAX_PORT = 65_535
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Ports:
     s3_master: int = 9333
     s3_volume: int = 9340
     s3_filer: int = 9350
+
+    def taken(self) -> list[tuple[str, int]]:
+        """Name and number of all ports that the services listen on: SeaweedFS has one more beside each of its own."""
+        named = list(vars(self).items())
+        return named + [(f"{name}'s gRPC", port + GRPC_PORT) for name, port in named if name.startswith("s3")]
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,11 @@ def open_services(directory: Path, ports: Ports | None = None) -> Services:
         services.write_private(SETTINGS_FILE, json.dumps(settings, indent=2))
         return services
     services = open_existing(directory)
+    if (most := max(port for _, port in services.ports.taken())) > _MAX_PORT:
+        raise ConfigError(
+            f"{directory / SETTINGS_FILE}: ports of s3 are at most {_MAX_PORT - GRPC_PORT}, since each has another "
+            f"{GRPC_PORT} above it, and the others at most {_MAX_PORT} (got {most}). Change them there."
+        )
     if ports is not None and ports != services.ports:
         raise ConfigError(
             f"{directory / SETTINGS_FILE}: these services have other ports ({services.ports}). Change them there, or "

@@ -173,6 +173,7 @@ def _s3(services: Services) -> Program:
     ]
     command += [f"-s3.port={ports.s3}", f"-master.port={ports.s3_master}", f"-volume.port={ports.s3_volume}"]
     command += [f"-filer.port={ports.s3_filer}", "-master.volumeSizeLimitMB=1024", "-volume.max=0"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # two more servers, which nobody asks
     return Program("s3", command)
 
 

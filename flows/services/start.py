@@ -100,7 +100,7 @@ def _supervisor(services: Services) -> Iterator[Any]:
 
 
 def _check_ports(services: Services) -> None:
-    for name, port in vars(services.ports).items():
+    for name, port in services.ports.taken():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -1,5 +1,6 @@
 """Settings of the services: passwords that are made once and shown nowhere, and what cannot be read."""
 
+import json
 import stat
 
 import pytest
@@ -34,3 +35,12 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="for the socket in it"):
         open_services(tmp_path / ("d" * 120))
     assert not (tmp_path / ("d" * 120)).exists()
+
+
+def test_a_port_of_s3_that_has_none_above_it_is_refused_with_the_highest_one(tmp_path):
+    open_services(tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings["ports"]["s3_filer"] = 60_000
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"settings.json: ports of s3 are at most 55535, .* \(got 70000\)"):
+        open_services(tmp_path)

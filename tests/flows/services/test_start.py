@@ -15,7 +15,8 @@ from base.errors import MissingFileError, PortInUseError
 from flows.services import start
 from flows.services.layout import Ports, open_services
 from flows.services.programs import database_user, postgres_program
-from tests.project import ROOT, free_port, wait_for
+from tests.object_stores import free_ports
+from tests.project import ROOT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -50,7 +51,7 @@ def services(_installed):
     """Services on free ports, in a directory that PostgreSQL's user reaches too."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         Path(name).chmod(0o755)
-        made = open_services(Path(name) / "s", Ports(*(free_port() for _ in Ports.__dataclass_fields__)))
+        made = open_services(Path(name) / "s", Ports(*free_ports(len(Ports.__dataclass_fields__))))
         try:
             start.up(made, print)
         except Exception:
