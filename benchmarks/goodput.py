@@ -52,6 +52,9 @@ SETTINGS = {
     "train.batch_size": 144,
     "train.gradient_accumulation_steps": 3,
     "train.schedule": "constant",
+    # So small a job learns its documents by heart; a rollback would be a fault that nobody injected.
+    "train.learning_rate": 5e-4,
+    "train.spike_sigma": "null",
     "checkpoint.every_steps": EVERY_STEPS,
 }
 FLAGS = tuple(part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}"))
