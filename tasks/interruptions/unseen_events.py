@@ -1,9 +1,9 @@
 """Events of a flow run that Prefect's server has not seen since it was started, and that it waits for.
 
-A server starts automations in the order of events: the event of a state waits for that of the state before it, if that
-is less than five minutes older, and after a quarter of an hour no longer. Which events it has seen it keeps in memory
-only: one that was restarted while a run began waits for what the one before it saw
-(prefect/server/events/ordering/memory.py of 3.8.8).
+A server handles events in order: that of a state waits for that of the state before it, if that is less than five
+minutes older. Which events it has seen it keeps in memory only (prefect/server/events/ordering/memory.py of 3.8.8): one
+that was started while a run trained waits for what its predecessor saw, for a quarter of an hour, after which an event
+is too old for an automation that looks at the half minute after it.
 """
 
 from __future__ import annotations
