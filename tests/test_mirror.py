@@ -22,6 +22,8 @@ EXCEPTIONS = {
     # What they do shows on hosts that are lost.
     "cherry/remote/attempt.py": "tests/chaos/test_lost_hosts.py",
     "cherry/remote/supervisor.py": "tests/chaos/test_lost_hosts.py",
+    # What a server does with events shows when it is restarted.
+    "tasks/interruptions/unseen_events.py": "tests/e2e/test_restarted_server.py",
     # Slurm's programs are called by what decides after a job's start.
     "cherry/slurm/commands.py": "tests/cherry/slurm/test_attempt.py",
 }

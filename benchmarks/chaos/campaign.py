@@ -19,6 +19,7 @@ _BATCH = 12  # divisible by two and by three ranks
 _LATEST_S = 4.0
 PROGRAMS = {"rank": ("-u", "train.py"), "launcher": ("cherry.launcher",), "agent": ("cherry.remote.agent",)}
 _OURS = {"train.py", "cherry.launcher", "cherry.remote.agent", "cherry.slurm.attempt"}
+ENDLESS = "--steps=1000000"
 FLAGS = (f"--batch_size={_BATCH}", "--set", f"checkpoint.every_steps={_SAVE_EVERY}")
 
 
@@ -27,8 +28,10 @@ class Campaign(ABC):
 
     provider: str
 
-    def __init__(self, supervised: Supervised, nodes: int, choose: random.Random) -> None:
-        self._supervised, self._nodes, self._choose = supervised, nodes, choose
+    def __init__(
+        self, supervised: Supervised, nodes: int, choose: random.Random, flags: tuple[str, ...] = FLAGS
+    ) -> None:
+        self._supervised, self._nodes, self._choose, self._flags = supervised, nodes, choose, flags
         self._job, self._hosts = supervised.job, supervised.hosts
         self._process: psutil.Process
         self._later: list[Callable[[], None]] = []
@@ -36,7 +39,7 @@ class Campaign(ABC):
         self.faults: list[Fault] = []
 
     @abstractmethod
-    def _start(self, steps: str) -> None:
+    def start(self, steps: str = ENDLESS) -> None:
         """Start the job, from its newest checkpoint if it has one."""
 
     @abstractmethod
@@ -51,14 +54,11 @@ class Campaign(ABC):
 
     def run(self, kinds: list[str]) -> list[float]:
         """Meet faults of these kinds, then go on to a good end; the job's losses."""
-        self._start("--steps=1000000")
-        for kind in kinds:
-            self._meet(kind)
-            print(f"  {len(self.faults):3d} {self.faults[-1]}", flush=True)
+        self.start()
+        self.meet_all(kinds)
         steps = len(self._job.losses) + _SAVE_EVERY
-        self._process.terminate()
-        self._supervised.code()
-        self._start(f"--steps={max(steps, len(self._job.losses) + 1)}")
+        self.end()
+        self.start(f"--steps={max(steps, len(self._job.losses) + 1)}")
         code = self._supervised.code()
         time.sleep(_LATEST_S)  # agents end after the job
         left, numbers = self._supervised.left(), [line["step"] for line in self._job.metrics]
@@ -68,13 +68,28 @@ class Campaign(ABC):
             one.data_lost |= numbers != list(range(1, len(numbers) + 1))
         return self._job.losses
 
+    def meet_all(self, kinds: list[str]) -> None:
+        """Meet faults of these kinds, each a moment after the job has gone on."""
+        for kind in kinds:
+            self.wait_until_training()
+            time.sleep(self._choose.uniform(0.2, _LATEST_S))
+            self.meet(kind)
+
+    def wait_until_training(self) -> None:
+        """Wait until the job runs and has a checkpoint."""
+        until(self._is_training, "training")
+
+    def end(self) -> None:
+        """End the job by SIGTERM, on all its hosts."""
+        self._process.terminate()
+        self._supervised.code()
+
     def close(self) -> None:
         """End the job, if it still runs."""
         self._supervised.end()
 
-    def _meet(self, kind: str) -> None:
-        until(self._is_training, "training")
-        time.sleep(self._choose.uniform(0.2, _LATEST_S))
+    def meet(self, kind: str) -> None:
+        """Inject a fault into the job, which trains and has a checkpoint, and see it go on."""
         old = [one for name in self._hosts.names for one in self._hosts.processes(name) if _is_ours(one)]
         at = len(self._supervised.output)
         before, committed, lines = len(self._supervised.attempts), self._committed(), len(self._job.metrics)
@@ -90,6 +105,7 @@ class Campaign(ABC):
         fault.data_lost = resumed < committed
         fault.steps_repeated = max(0, lines - resumed)
         self.faults.append(fault)
+        print(f"  {len(self.faults):3d} {fault}", flush=True)
         for undo in self._later:
             undo()
         self._later.clear()

@@ -16,6 +16,7 @@ KILLED = {
     "flow killed": ("flow",),
     "worker killed": ("worker",),
     "Prefect server killed": ("server",),
+    "flow killed after the server's restart": ("server", "flow"),
     "worker, flow, launcher and ranks killed": ("worker", "flow", "programs"),
 }
 CANCELLED = ("cancelled", "cancelled after the server's restart")

@@ -6,12 +6,12 @@ import random
 import subprocess
 from abc import ABC, abstractmethod
 
+from benchmarks.chaos.campaign import ENDLESS
 from benchmarks.chaos.record import Fault
 from tests.training_job import ROOT, Job, environment_of_programs
 
 RANKS = 2
 CONSTANT = ("--set", "train.schedule=constant")  # so that the number of steps changes no step
-FOREVER = "--steps=1000000"
 
 
 class LocalCampaign(ABC):
@@ -51,7 +51,7 @@ class LocalCampaign(ABC):
 
     def _start(self, *inside: str) -> subprocess.Popen[bytes]:
         """Start it, from its newest checkpoint if it has one. `inside` is a command that takes this one."""
-        command = [*inside, *self._job.command(FOREVER, *self._flags, ranks=RANKS)]
+        command = [*inside, *self._job.command(ENDLESS, *self._flags, ranks=RANKS)]
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment_of_programs(), stdout=output, stderr=output, start_new_session=True

@@ -6,7 +6,7 @@ import random
 
 import psutil
 
-from benchmarks.chaos.campaign import FLAGS, Campaign
+from benchmarks.chaos.campaign import ENDLESS, Campaign
 from tests.queued import Queued
 from tests.slurm import SlurmLab
 from tests.training_job import Job, environment_of_programs
@@ -26,8 +26,8 @@ class SlurmCampaign(Campaign):
         self._queued, self._lab = Queued(job, lab, environment_of_programs()), lab
         super().__init__(self._queued, nodes, choose)
 
-    def _start(self, steps: str) -> None:
-        process = self._queued.start(*FLAGS, steps, nodes=self._nodes, requeues=1000)
+    def start(self, steps: str = ENDLESS) -> None:
+        process = self._queued.start(*self._flags, steps, nodes=self._nodes, requeues=1000)
         self._process = psutil.Process(process.pid)
 
     def _inject(self, kind: str, first: str, host: str, others: list[str]) -> None:

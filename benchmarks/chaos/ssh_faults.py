@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from base.errors import MissingFileError
-from benchmarks.chaos.campaign import FLAGS, PROGRAMS, Campaign
+from benchmarks.chaos.campaign import ENDLESS, FLAGS, PROGRAMS, Campaign
 from tests.hosts import LabHosts, missing
 from tests.supervised import Supervised
 from tests.training_job import Job, environment_of_programs
@@ -45,13 +45,15 @@ class SshCampaign(Campaign):
 
     provider = "ssh"
 
-    def __init__(self, job: Job, hosts: LabHosts, nodes: int, choose: random.Random) -> None:
-        super().__init__(Supervised(job, hosts, environment_of_programs()), nodes, choose)
+    def __init__(
+        self, job: Job, hosts: LabHosts, nodes: int, choose: random.Random, flags: tuple[str, ...] = FLAGS
+    ) -> None:
+        super().__init__(Supervised(job, hosts, environment_of_programs()), nodes, choose, flags)
 
-    def _start(self, steps: str) -> None:
+    def start(self, steps: str = ENDLESS) -> None:
         spares = [{"host": name} for name in self._hosts.names[self._nodes :]]
         recovery = {"attempts": 1000, "backoff_s": 0.0, "hang_s": 10.0, "spares": spares}
-        process = self._supervised.start(*FLAGS, steps, nodes=self._nodes, recovery=recovery)
+        process = self._supervised.start(*self._flags, steps, nodes=self._nodes, recovery=recovery)
         self._process = psutil.Process(process.pid)
 
     def _inject(self, kind: str, first: str, host: str, others: list[str]) -> None:
@@ -62,7 +64,7 @@ class SshCampaign(Campaign):
         elif kind == "supervisor killed":
             self._process.kill()
             self._process.wait()
-            self._start("--steps=1000000")
+            self.start()
         elif kind == "connections closed":
             self._close_connections()
         elif kind.startswith("power loss"):

@@ -24,6 +24,7 @@ from prefect.exceptions import TerminationSignal
 
 from base.errors import CherryError
 from tasks.interruptions.position import how_far
+from tasks.interruptions.unseen_events import repeat_events
 from tasks.overrides import DEFAULT_CONFIG, resolve, run_directory
 from tasks.processes.programs import module_command, module_environment
 from tasks.run_logger import logger
@@ -38,11 +39,13 @@ _POLL_S = 0.5
 def describe(flow: Any, flow_run: FlowRun, state: State) -> None:
     """Say in the states of a flow run what happened to it and how far it came: a Prefect hook, after the clean-up.
 
+    It also lets automations know of the end at once, after a restart of the server too (see `repeat_events`).
     It runs in the flow's process, or in another one when that was killed. Best effort: a server that does not answer
     keeps Prefect's own messages.
     """
     try:
         with get_client(sync_client=True) as client:
+            repeat_events(client, flow_run.id, state)
             _describe(client, flow_run, state)
     except Exception as error:  # Prefect's, httpx's and pydantic's; the run has ended as it did all the same
         logger.warning("the state of the flow run keeps Prefect's message: %s", error)
