@@ -139,7 +139,7 @@ def test_a_run_trains_on_hosts_that_share_no_file_system(project, own_disks, tmp
     (tmp_path / "s3").mkdir()
     with seaweedfs(tmp_path / "s3", own_disks.gateway) as url, leading_to(url, monkeypatch):
         make_bucket(url)
-        refused = run()
+        refused = run("name=refused")
         assert refused.returncode == 11, refused.stdout + refused.stderr
         assert "so checkpoint.directory: must be a URI of an object store" in refused.stderr
         ended = run("checkpoint.directory=s3://bucket/apart")
