@@ -88,6 +88,8 @@ async def _open(node: NodeSpec, job: Job, mark: Path | None) -> tuple[Session, H
         return error
     try:
         facts = await session.ask(job.host_directory, None if mark is None else str(mark))
+        if job.spec.ssh.runs_directory is not None:
+            (await session.open_files()).exit()  # a host whose files cannot be carried is not taken
     except CherryError as error:
         await session.close()
         return error
