@@ -36,6 +36,9 @@ SKY_IS_RENDERED = (
 # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, section 3.3.4).
 LLAMA3_INTERRUPTIONS_PER_GPU_DAY = 419 / (54 * 16384)
 _HOST_RULE = "must be a host's name or address; user and port have keys of their own, under ssh"
+_HOSTS_DIRECTORY = Matches(
+    r"^(/[\w.+@-]+)+$", "must be an absolute path on the hosts, like /scratch/cherry, without ~, $ and spaces"
+)
 _NAME = Matches(r"^[A-Za-z0-9][\w.,:+@/-]*$", "must be a name as sbatch takes it, without spaces")
 _NODES = Matches(r"^[A-Za-z0-9][\w.,\[\]-]*$", "must be nodes as sbatch takes them, like node7 or gpu[1-4,9]")
 # sbatch(1), --time.
@@ -84,6 +87,10 @@ class SshConfig(Section):
     """Python interpreter of this project's environment on the hosts; `null` is the same path as here."""
     directory: str | None = None
     """Working directory on the hosts; `null` is the same path as here."""
+    runs_directory: Annotated[str, _HOSTS_DIRECTORY] | None = None
+    """Directory for run directories on each host's own disk, where the hosts share no file system with this machine:
+    prepared data and checkpoints then go through an object store, and metrics and logs are carried over ssh. `null`:
+    every host sees the run directory at the same path as here."""
 
 
 class RecoveryConfig(Section):

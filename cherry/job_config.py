@@ -273,6 +273,20 @@ class JobConfig(Section):
         if self.lora is not None:
             yield from self._lora_problems(self.lora)
 
+    def problems_apart(self) -> Iterator[Problem]:
+        """Problems on hosts that share no file system: paths that only one of them would have.
+
+        The documents are none of them, where prepared data is copied to every host.
+        """
+        from base import storage  # fsspec, which `cherry --help` does without
+
+        checkpoints = self.checkpoint.directory
+        if checkpoints is None or storage.is_local(checkpoints):
+            rule = "must be a URI of an object store, like s3://bucket/tiny"
+            yield Problem("checkpoint.directory", rule, checkpoints)
+        if self.init_from is not None and storage.is_local(self.init_from):
+            yield Problem("init_from", "must be a URI of an object store", self.init_from)
+
     def _profile_problems(self, profile: ProfileConfig, ranks: int) -> Iterator[Problem]:
         if profile.steps[1] > self.train.steps:
             rule = f"must end at most at train.steps ({self.train.steps})"

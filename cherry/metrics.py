@@ -7,8 +7,11 @@ import logging
 import math
 import resource
 import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,9 @@ from cherry.train_record import TrainRecord
 logger = logging.getLogger(__name__)
 MFU_CONVENTION = "causal"
 """Attention counts half of the full square: see ModelConfig.flops_per_token."""
+# A host is given up after 20 s at most, and what it wrote comes to the flow's machine every 2 s (cherry/remote/).
+_RECENT_S = 60.0
+_RECENT_LINES = 200
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -51,13 +57,19 @@ class MetricsWriter:
     """Appends one line a logged step to metrics.jsonl; a resume drops the lines past its checkpoint.
 
     Best effort: lines that storage does not take wait in memory, and are written with a later one.
+
+    Args:
+        saved: lines that the checkpoint keeps, the file's last ones at its time (see `recent`). Those that the file has
+            lost since, with the disk of a host or its unwritten buffers, are put back.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(self, path: Path, *, resume_step: int, saved: Sequence[str] = ()) -> None:
         self._path = path
-        lines = parse_lines(path.read_bytes()) if path.exists() else []
         # Lines are kept as they are: they may have keys of another version.
-        kept = [(line, record) for line in lines if (record := TrainRecord.from_line(line)).step <= resume_step]
+        kept = _up_to(resume_step, path.read_bytes() if path.exists() else b"")
+        recent, last = _up_to(resume_step, "".join(saved).encode()), kept[-1][1].step if kept else 0
+        kept += [(line, record) for line, record in recent if record.step > last]
+        self._recent = deque(((time.monotonic(), json.dumps(line) + "\n") for line, _ in recent), maxlen=_RECENT_LINES)
         with storage_errors(str(path)):
             # A new file under the old name: an attempt that was superseded keeps writing to the unlinked one.
             storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line, _ in kept).encode())
@@ -74,8 +86,15 @@ class MetricsWriter:
         if record.loss is not None and math.isfinite(record.loss):
             self.first_loss = record.loss if self.first_loss is None else self.first_loss
             self.last_loss = record.loss
-        self._waiting += record.as_line().encode()
+        line = record.as_line()
+        self._recent.append((time.monotonic(), line))
+        self._waiting += line.encode()
         self._flush()
+
+    def recent(self) -> list[str]:
+        """The lines of the last minute, as a checkpoint keeps them."""
+        since = time.monotonic() - _RECENT_S
+        return [line for written, line in self._recent if written >= since]
 
     def new_failure(self) -> CherryError | None:
         """The storage error that made lines wait, the first time that it is asked for; `None` after that."""
@@ -102,6 +121,12 @@ class MetricsWriter:
             self._failure = error
         else:
             self._failure, self._failure_taken = None, False
+
+
+def _up_to(step: int, content: bytes) -> list[tuple[dict[str, Any], TrainRecord]]:
+    """(line, record) of the lines of metrics.jsonl up to a step."""
+    found = [(line, TrainRecord.from_line(line)) for line in parse_lines(content)]
+    return [(line, record) for line, record in found if record.step <= step]
 
 
 def format_line(record: TrainRecord) -> str:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, get_type_hints
 
 from base.errors import DataError
 
+METRICS_FILE = "metrics.jsonl"
+"""File in `train/` of the run directory with a line for each logged step."""
 TRAIN = "train"
 """Group of what training minimizes and how."""
 THROUGHPUT = "throughput"

@@ -47,7 +47,7 @@ from cherry.metrics import MFU_CONVENTION, expert_load, peak_flops, peak_memory_
 from cherry.optim.build import learning_rate, set_learning_rate
 from cherry.optim.expert_bias import expert_counts, update_expert_bias
 from cherry.spike_guard import Figures, StepGuard
-from cherry.train_record import TrainRecord
+from cherry.train_record import METRICS_FILE, TrainRecord
 from cherry.training_model import build
 
 logger = logging.getLogger(__name__)
@@ -97,32 +97,34 @@ class Trainer:
             group=group,
             fence=fence,
         )
-        self.progress = Progress()
-        self.guard = StepGuard(config.train.spike_sigma)
+        self.progress, self.guard = Progress(), StepGuard(config.train.spike_sigma)
         self.recheck = Recheck(config, self.network, self.communication, self.device)
         self._rollback_before: int | None = None  # after a rollback, until the next save: the step it restored
         self._save_owed, self._told_to_end, self._group = False, False, group
         self._heldout: Heldout | None = None
-        self._resume(resume_from, directory)
+        saved = self._resume(resume_from, directory)
         self.network.start()
-        self.metrics = self._metrics_hook() if self.rank == 0 else None
+        self.metrics = self._metrics_hook(saved) if self.rank == 0 else None
         own = [hook for hook in (self.metrics, self._self_check()) if hook is not None]
         built = build_hooks(config, self.network.module, self._train_directory, self.device, self._print_line)
         self.hooks = HookList([*own, *built, *hooks], self._print_line)
         # A CPU has no data sheet peak; a measured one depends on its load, so MFU would not compare between runs.
         self.peak_flops = peak_flops(self.device, config.train.precision) if self.device.type == "cuda" else None
 
-    def _resume(self, resume_from: str | None, directory: str) -> None:
+    def _resume(self, resume_from: str | None, directory: str) -> list[str]:
+        """Lines of metrics.jsonl that the run's checkpoint keeps, after restoring its state."""
         found = [resume_from or (newest_checkpoint(directory) if self.rank == 0 else None)]
         dist.broadcast_object_list(found, group=self._group)
         self._started_from = start = found[0]
-        if start is not None:
-            record = self._restore(start)
-            self.progress.resumed_from = settled(resume_from) if resume_from else self.progress.resumed_from
-            if change := rate_change(self.config.train, record):
-                self.progress.changes.append(change)
-                self._print_line(change)
-            self._print_line(f"resumed from {start}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
+        if start is None:
+            return []
+        record = self._restore(start)
+        self.progress.resumed_from = settled(resume_from) if resume_from else self.progress.resumed_from
+        if change := rate_change(self.config.train, record):
+            self.progress.changes.append(change)
+            self._print_line(change)
+        self._print_line(f"resumed from {start}: {self.progress.step} steps, {self.progress.tokens:,} tokens")
+        return record.get("metrics", []) if resume_from is None else []  # else they may be another run's
 
     def _restore(self, uri: str) -> dict[str, Any]:
         model = self.config.model.model_dump(mode="json")
@@ -136,9 +138,9 @@ class Trainer:
         self.checkpointer.last_saved = uri  # an attempt may have died between the last save and the result
         return record
 
-    def _metrics_hook(self) -> MetricsHook:
-        path, every = self._train_directory / "metrics.jsonl", self.config.train.log_every_steps
-        return MetricsHook(path, resume_step=self.progress.step, log_every_steps=every, print_line=self._print_line)
+    def _metrics_hook(self, saved: list[str]) -> MetricsHook:
+        path, every, step = self._train_directory / METRICS_FILE, self.config.train.log_every_steps, self.progress.step
+        return MetricsHook(path, resume_step=step, log_every_steps=every, print_line=self._print_line, saved=saved)
 
     def _self_check(self) -> SelfCheck | None:
         every = self.config.train.self_check_every_steps
@@ -352,6 +354,7 @@ class Trainer:
             "steps": self.config.train.steps,
             "guard": self.guard.state(),
             "world_size": self.ranks,
+            "metrics": [] if self.metrics is None else self.metrics.recent(),
             **identity(self.config, self.dataset.manifest),
             "model": self.config.model.model_dump(mode="json"),
         }

@@ -23,7 +23,7 @@ from base.json_lines import from_the_end
 from cherry.cluster import LOCAL, read_cluster
 from cherry.data.shards import read_manifest
 from cherry.launcher import TRAIN_MODULE
-from cherry.train_record import FLOW_SERIES, SERIES
+from cherry.train_record import FLOW_SERIES, METRICS_FILE, SERIES
 from cherry.watch.stragglers import STRAGGLERS_FILE
 from tasks.artifacts import ProgressArtifact
 from tasks.plan_record import compared, planned_step_seconds
@@ -46,7 +46,7 @@ from tasks.steps import (
     sections,
     worth_retrying,
 )
-from tasks.tracking.metrics_relay import METRICS_FILE, MetricsRelay, read_metrics
+from tasks.tracking.metrics_relay import MetricsRelay, read_metrics
 from tasks.tracking.watch_relay import WatchRelay
 
 # Sections that change what is trained. How it is launched, sharded, saved and retried does not: a run resumes from its

@@ -8,14 +8,13 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cherry.launcher import die_with_parent
-from tests.object_stores import KEY, SECRET, rclone, seaweedfs
+from tests.object_stores import leading_to, make_bucket, rclone, seaweedfs
 from tests.training_job import Job, environment_of_programs, prepare_documents, write_config
 from tests.watcher import watch_this_process
 
@@ -78,42 +77,24 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an S3 server that honours conditional puts; it has a bucket called `bucket`."""
-    from s3fs import S3FileSystem
-
     with seaweedfs(tmp_path_factory.mktemp("s3")) as url:
-        S3FileSystem(endpoint_url=url, key=KEY, secret=SECRET, skip_instance_cache=True).mkdir("bucket")
+        make_bucket(url)
         yield url
 
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URI of a fresh, empty place in an object store; the environment leads there, also that of programs."""
-    with _leading_to(s3_endpoint, monkeypatch):
+    with leading_to(s3_endpoint, monkeypatch):
         yield f"s3://bucket/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture
 def unconditional_s3(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """As `s3`, in a store that ignores the condition of a put and overwrites."""
-    from s3fs import S3FileSystem
-
-    with rclone(tmp_path_factory.mktemp("rclone")) as url, _leading_to(url, monkeypatch):
-        S3FileSystem().mkdir("bucket")
+    with rclone(tmp_path_factory.mktemp("rclone")) as url, leading_to(url, monkeypatch):
+        make_bucket(url)
         yield f"s3://bucket/{uuid.uuid4().hex[:12]}"
-
-
-@contextmanager
-def _leading_to(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from s3fs import S3FileSystem
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    S3FileSystem.clear_instance_cache()  # a client keeps the address that it was made with
-    yield
-    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

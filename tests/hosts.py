@@ -1,6 +1,7 @@
 """Hosts for tests: network namespaces on a bridge, each with its own name, processes, network and ssh server.
 
-They share this machine's file system and clock. `power_loss` and `cut` are silent: peers get neither FIN nor RST.
+They share this machine's clock, and its file system but for the directories that each has of its own. `power_loss` and
+`cut` are silent: peers get neither FIN nor RST.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,10 @@ mount --make-rprivate /
 mount -t proc proc /proc
 mount --bind "$2/hosts" /etc/hosts
 [ ! -e "$3/.bashrc" ] || mount --bind /dev/null "$3/.bashrc"
-exec "$4" -D -e -f "$2/$1.conf"
+sshd=$4 config=$2/$1.conf
+shift 4
+for directory; do mount -t tmpfs tmpfs "$directory"; done
+exec "$sshd" -D -e -f "$config"
 """
 _SSHD = """\
 Port 22
@@ -46,6 +50,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 UsePAM no
+Subsystem sftp internal-sftp
 MaxStartups 100:30:200
 """
 _SSH = """\
@@ -76,10 +81,15 @@ def program(name: str) -> str:
 
 
 class LabHosts:
-    """`node1`, `node2`, ... and what may happen to them."""
+    """`node1`, `node2`, ... and what may happen to them.
 
-    def __init__(self, folder: Path, count: int) -> None:
+    Args:
+        own: directories that are each host's own, empty when it starts; they must exist here.
+    """
+
+    def __init__(self, folder: Path, count: int, *, own: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self._own = own
         self.home = folder / "home"
         """HOME with the ssh configuration that reaches them by name."""
         self.names = [f"node{number}" for number in range(1, count + 1)]
@@ -136,6 +146,7 @@ class LabHosts:
     def _boot(self, name: str) -> None:
         spaces = ["--uts", "--pid", "--mount", "--ipc", "--fork", "--kill-child"]
         init = ["sh", "-c", _INIT, "init", name, str(self.folder), pwd.getpwuid(0).pw_dir, program("sshd")]
+        init += map(str, self._own)
         with (self.folder / f"{name}.log").open("ab") as log:
             self._inits[name] = subprocess.Popen(
                 [program("ip"), "netns", "exec", self._space(name), program("unshare"), *spaces, *init],
@@ -234,11 +245,11 @@ def _run(name: str, *arguments: str) -> None:
     subprocess.run([program(name), *arguments], check=True, capture_output=True)
 
 
-def lab_hosts(folder: Path, count: int) -> Iterator[LabHosts]:
+def lab_hosts(folder: Path, count: int, *, own: Sequence[Path] = ()) -> Iterator[LabHosts]:
     """Hosts for the time of a test; skips where they cannot be had."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
-    hosts = LabHosts(folder, count)
+    hosts = LabHosts(folder, count, own=own)
     try:
         hosts.up()
         yield hosts

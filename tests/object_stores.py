@@ -13,6 +13,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
 
 KEY, SECRET = "test", "testtest"
 
@@ -42,14 +45,18 @@ def _serving(command: list[str], ready: str) -> Iterator[str]:
 
 
 class SeaweedFS:
-    """SeaweedFS's S3 server in front of a folder. Of two puts with `If-None-Match: *` the second fails."""
+    """SeaweedFS's S3 server in front of a folder. Of two puts with `If-None-Match: *` the second fails.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        address: IP address that it listens at.
+    """
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self._folder, self._address = folder, address
         names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
         self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._running = ExitStack()
-        self.url = f"http://127.0.0.1:{self._ports['s3.port']}"
+        self.url = f"http://{address}:{self._ports['s3.port']}"
 
     def start(self) -> None:
         """Start it, for the first time or after it was killed, and wait until it answers."""
@@ -60,8 +67,8 @@ class SeaweedFS:
         options = {
             **self._ports,
             "dir": self._folder / "data",
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": self._address,
+            "ip.bind": self._address,
             "master.telemetry": "false",
             "volume.max": 0,
             "volume.minFreeSpace": 0,
@@ -83,9 +90,9 @@ class SeaweedFS:
 
 
 @contextmanager
-def seaweedfs(folder: Path) -> Iterator[str]:
-    """URL of a SeaweedFS server in front of a folder."""
-    server = SeaweedFS(folder)
+def seaweedfs(folder: Path, address: str = "127.0.0.1") -> Iterator[str]:
+    """URL of a SeaweedFS server in front of a folder; see `SeaweedFS`."""
+    server = SeaweedFS(folder, address)
     try:
         server.start()
         yield server.url
@@ -99,6 +106,28 @@ def rclone(folder: Path) -> Iterator[str]:
     options = ["--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}", "--config", os.devnull]
     with _serving([_program("rclone"), "serve", "s3", *options, str(folder)], "http://") as told:
         yield "http://" + told.partition("http://")[2].split("/")[0].strip(" []\n")
+
+
+def make_bucket(url: str) -> None:
+    """Make the bucket called `bucket` in the store at a URL."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem(endpoint_url=url, key=KEY, secret=SECRET, skip_instance_cache=True).mkdir("bucket")
+
+
+@contextmanager
+def leading_to(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lead the environment to the store at a URL, also that of programs."""
+    from s3fs import S3FileSystem
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("NO_PROXY", ",".join(dict.fromkeys(("127.0.0.1", str(urlsplit(url).hostname)))))
+    S3FileSystem.clear_instance_cache()  # a client keeps the address that it was made with
+    yield
+    S3FileSystem.clear_instance_cache()
 
 
 def free_ports(count: int) -> list[int]:

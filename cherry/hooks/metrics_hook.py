@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cherry.hooks.protocol import TrainerHook
@@ -24,10 +24,17 @@ class MetricsHook(TrainerHook):
         resume_step: the last step whose lines are kept.
         log_every_steps: steps between written records; the last step's is always written.
         print_line: prints a line for people, with the fraction of the run that is done if it reports progress.
+        saved: lines that the checkpoint keeps which training resumes from; see `MetricsWriter`.
     """
 
     def __init__(
-        self, path: Path, *, resume_step: int, log_every_steps: int, print_line: Callable[[str, float | None], None]
+        self,
+        path: Path,
+        *,
+        resume_step: int,
+        log_every_steps: int,
+        print_line: Callable[[str, float | None], None],
+        saved: Sequence[str] = (),
     ) -> None:
         self.print_every_s = _PRINT_EVERY_S
         """Least time between two printed lines of ordinary steps."""
@@ -36,18 +43,22 @@ class MetricsHook(TrainerHook):
         self._print_line = print_line
         self._print_from = 0.0  # by the monotonic clock
         self._step = resume_step
-        self._writer = MetricsWriter(path, resume_step=resume_step)
+        self._writer = MetricsWriter(path, resume_step=resume_step, saved=saved)
 
     @property
     def first_loss(self) -> float | None:
         """The first loss in the file, in nats per token."""
         return self._writer.first_loss
 
+    def recent(self) -> list[str]:
+        """The last lines, as a checkpoint keeps them."""
+        return self._writer.recent()
+
     def on_step_begin(self, step: int) -> None:
         """Drop the lines of steps that a rollback undid."""
         if step <= self._step:
             self._writer.close()
-            self._writer = MetricsWriter(self._path, resume_step=step - 1)
+            self._writer = MetricsWriter(self._path, resume_step=step - 1, saved=self._writer.recent())
 
     def on_step_end(self, record: TrainRecord) -> None:
         """Write and print the record, if it is due."""

@@ -2,8 +2,9 @@
 
     python -P -m cherry.remote.agent       (over ssh; JSON lines on standard input and output)
 
-From the supervisor: `ask` (for facts), `listen`, `connect`, `start` (the launcher), `tock`, `signal`, `end`. To the
-supervisor: `facts`, `listens`, `unreachable`, `tick`, `line`, `busy`, `figures`, `ended`. A tick holds the time here,
+From the supervisor: `ask` (for facts), `listen`, `connect`, `fetch` (prepared data), `start` (the launcher), `tock`,
+`signal`, `end`. To the supervisor: `facts`, `listens`, `unreachable`, `fetched`, `tick`, `line`, `busy`, `figures`,
+`ended`. A tick holds the time here,
 and a tock sends it back: the lease ends `lease_s` after the newest tick that came back. However long messages are on
 their way, a supervisor so knows when the ranks of a host that it cannot reach are gone: the lease, and `KILL_S`, after
 the last tock that it sent.
@@ -28,10 +29,11 @@ from typing import Any
 
 import psutil
 
-from base.errors import ERROR_FILE_VARIABLE
+from base.errors import ERROR_FILE_VARIABLE, CherryError, WorkerLostError, error_record
 from base.json_lines import JsonLinesReader, parse_lines
 from base.progress import PROGRESS_FILE_VARIABLE
 from cherry.remote.facts import collect_facts
+from cherry.remote.prepared_data import copy_committed
 from cherry.remote.reach import listen, unreachable
 
 TICK_S = 2.0
@@ -210,12 +212,27 @@ class Agent:
             self._sender.put(listens=listen())
         if "connect" in message:
             self._sender.put(unreachable=unreachable(message["connect"]))
+        if "fetch" in message:
+            # By a thread: it may take minutes, and ticks go on.
+            threading.Thread(target=self._fetch, args=(message["fetch"],), name="fetch", daemon=True).start()
         if "start" in message:
             self._start(message["start"])
         if "signal" in message and self._job is not None:
             self._job.signal(message["signal"])
         if "end" in message:
             self._open = False
+
+    def _fetch(self, order: dict[str, Any]) -> None:
+        """Copy prepared data to this host, with the credentials that come with the order."""
+        os.environ.update(order["environment"])
+        error = None
+        try:
+            copy_committed(order["data"], order["directory"])
+        except CherryError as failure:
+            error = error_record(failure)
+        except Exception as failure:  # a bug, which the supervisor must not wait for
+            error = error_record(WorkerLostError(f"{type(failure).__name__}: {failure}"))
+        self._sender.put(fetched={"error": error})
 
     def _start(self, start: dict[str, Any]) -> None:
         """Start the job, unless the order was so long on its way that the lease is over."""

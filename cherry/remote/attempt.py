@@ -25,6 +25,7 @@ from base.errors import (
 )
 from base.progress import print_progress
 from cherry.remote.agent import KILL_S
+from cherry.remote.carry import Carrier
 from cherry.remote.connection import Session
 from cherry.remote.job import Job
 from cherry.remote.step_watch import StepWatch
@@ -35,6 +36,8 @@ from cherry.watch.stacks import keep_stacks, log_sizes
 _PEER_GRACE_S = 10.0
 # Ranks write their stacks at once, but may have to be woken for it.
 _STACKS_S = 2.0
+# A host that hangs may not answer at all.
+_CARRY_LOGS_S = 5.0
 _SHOWN_LINES = 10
 CANCELLED = 128 + signal.SIGTERM
 """Exit code of a launcher that got SIGTERM."""
@@ -120,15 +123,22 @@ class Attempt:
         sessions: the hosts' agents, the one of rank 0 first; they are closed at the end.
         watch: finds a hang by rank 0's progress; `None` leaves that to the timeout of a collective.
         logs: the ranks' logs, where the stacks of a hang are taken from; `None` leaves them there.
+        carrier: brings the hosts' small files, and ends with the attempt; `None` where all share the run directory.
     """
 
     def __init__(
-        self, sessions: Sequence[Session], printer: Printer, watch: StepWatch | None, logs: RankLogs | None
+        self,
+        sessions: Sequence[Session],
+        printer: Printer,
+        watch: StepWatch | None,
+        logs: RankLogs | None,
+        carrier: Carrier | None = None,
     ) -> None:
         self._sessions = list(sessions)
         self._printer = printer
         self._watch = watch
         self._logs = logs
+        self._carrier = carrier
         self._began = time.monotonic()
         self._ended: dict[str, Ending] = {}
         self.figures: list[dict[str, float]] = []
@@ -169,6 +179,8 @@ class Attempt:
         _, silent = await asyncio.wait(followed, timeout=KILL_S + 1.0)
         for task in silent:
             task.cancel()
+        if self._carrier is not None:
+            await self._carrier.close()
         for session in self._sessions:
             await session.close()
         heard = {host for host, ending in self._ended.items() if ending.code is not None}
@@ -233,12 +245,18 @@ class Attempt:
 
     async def _dump_stacks(self, why: str) -> str:
         """Where the stacks of all ranks are, which they write now: in a file of their own, if the logs are here."""
+        await self._carry_logs()
         before = {} if self._logs is None else log_sizes(self._logs.directory)
         for session in self._sessions:
             session.send(signal="SIGUSR1")
         await asyncio.sleep(_STACKS_S)
+        await self._carry_logs()
         if self._logs is not None:
             with suppress(OSError):  # a full disk: they are in the logs
                 # A file system that takes its time does not hold up the leases.
                 return str(await asyncio.to_thread(keep_stacks, self._logs.directory, before, self._logs.ranks, why))
         return "train/rank-<n>.log"
+
+    async def _carry_logs(self) -> None:
+        if self._carrier is not None:
+            await self._carrier.fetch(_CARRY_LOGS_S)

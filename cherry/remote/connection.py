@@ -17,7 +17,7 @@ from typing import Any
 
 import asyncssh
 
-from base.errors import CherryError, ConfigError, WorkerLostError
+from base.errors import CherryError, ConfigError, WorkerLostError, error_of_code, error_of_record
 from base.json_lines import parse_lines
 from cherry.cluster import NodeSpec, SshConfig
 from cherry.remote.agent import KILL_S
@@ -102,11 +102,43 @@ class Session:
         """Those of the places that the host cannot connect to, by their hosts' names. Raises as `ask` does."""
         return list(await self._answer("unreachable", connect=list(places)))
 
-    async def _answer(self, key: str, **message: Any) -> Any:
-        """What the agent answers under `key` to a message."""
+    async def fetch_data(self, uri: str, directory: str, environment: Mapping[str, str]) -> None:
+        """Have prepared data copied to a directory of the host, unless it is there, however long that takes.
+
+        Args:
+            environment: variables with the credentials of the object store.
+
+        Raises:
+            CherryError: the host cannot read it or has no room, or those of `ask`.
+        """
+        order = {"data": uri, "directory": directory, "environment": dict(environment)}
+        answer = await self._answer("fetched", timeout_s=None, fetch=order)
+        if (error := error_of_record(answer["error"])) is not None:
+            raise error_of_code(error.exit_code, f"{self.node.host}: its copy of the prepared data failed: {error}")
+
+    async def open_files(self) -> asyncssh.SFTPClient:
+        """The host's files, over this connection.
+
+        Raises:
+            ConfigError: its ssh server offers none.
+            WorkerLostError: the host was lost.
+        """
+        try:
+            return await self._connection.start_sftp_client()
+        except (OSError, asyncssh.Error) as error:
+            if getattr(error, "code", None) == asyncssh.OPEN_REQUEST_SESSION_FAILED:
+                raise ConfigError(
+                    f"{self.node.host}: its ssh server has no SFTP, by which metrics and logs are carried. Add "
+                    "`Subsystem sftp internal-sftp` to its sshd_config, or put the run directory on a file system that "
+                    "all hosts share and leave ssh.runs_directory out."
+                ) from error
+            raise WorkerLostError(f"{self.node.host}: its files cannot be reached: {error}") from error
+
+    async def _answer(self, key: str, *, timeout_s: float | None = _ANSWER_S, **message: Any) -> Any:
+        """What the agent answers under `key` to a message; `None` waits as long as the host is there."""
         self.send(**message)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(timeout_s):
                 async for heard in self.messages():
                     if key in heard:
                         return heard[key]

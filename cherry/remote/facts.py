@@ -218,7 +218,10 @@ def unfit(node: NodeSpec, facts: HostFacts, needs: Needs, *, now: float) -> Iter
     yield from _unfit_gpus(node, facts, needs)
     yield from _unfit_network(facts, needs.interface)
     if facts.sees_mark is False:
-        yield Unfit("it does not see the run directory; put it on a file system that all hosts share")
+        yield Unfit(
+            "it does not see the run directory; put it on a file system that all hosts share, or name a directory for "
+            "run directories of their own: ssh.runs_directory of the cluster file"
+        )
     if abs(facts.time - now) > MAX_SKEW_S:
         yield Unfit(f"its clock differs by {facts.time - now:+.0f} s from the one here; run NTP there", may_pass=True)
     if facts.free_bytes < MIN_FREE_BYTES:

@@ -50,9 +50,9 @@ async def gather(job: Job, candidates: Sequence[NodeSpec] | None = None, *, free
         free_gpus: whether a host whose GPUs are in use is unfit.
     """
     nodes = job.candidates if candidates is None else list(candidates)
-    directory = job.local_directory
-    with _mark(directory) as mark:
-        answers = await asyncio.gather(*(_open(node, job, directory, mark) for node in nodes))
+    is_shared = job.spec.ssh.runs_directory is None
+    with _mark(job.local_directory if is_shared else None) as mark:
+        answers = await asyncio.gather(*(_open(node, job, mark) for node in nodes))
     code, like = code_digest(), None
     sessions, refusals = [], []
     machines: dict[tuple[str, str], str] = {}
@@ -81,15 +81,15 @@ async def gather(job: Job, candidates: Sequence[NodeSpec] | None = None, *, free
     return Gathered(sessions, refusals)
 
 
-async def _open(
-    node: NodeSpec, job: Job, directory: Path | None, mark: Path | None
-) -> tuple[Session, HostFacts] | CherryError:
+async def _open(node: NodeSpec, job: Job, mark: Path | None) -> tuple[Session, HostFacts] | CherryError:
     try:
         session = await open_session(node, job.spec.ssh)
     except CherryError as error:
         return error
     try:
-        facts = await session.ask(_text(directory), _text(mark))
+        facts = await session.ask(job.host_directory, None if mark is None else str(mark))
+        if job.spec.ssh.runs_directory is not None:
+            (await session.open_files()).exit()  # a host whose files cannot be carried is not taken
     except CherryError as error:
         await session.close()
         return error
@@ -97,10 +97,6 @@ async def _open(
         await session.close()
         raise
     return session, facts
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 @contextmanager

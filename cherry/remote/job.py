@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from base import storage
 from base.errors import ArgumentParser, ConfigError
 from cherry.cluster import ClusterSpec, NodeSpec, read_cluster
-from cherry.job_config import NETWORK_VARIABLE
+from cherry.job_config import NETWORK_VARIABLE, JobConfig
 from cherry.launcher import TRAIN_MODULE, TRAIN_SCRIPT, run_directory_of
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -49,6 +50,18 @@ class Job:
         return path if path.is_dir() else None
 
     @property
+    def host_directory(self) -> str | None:
+        """The run directory on a host; `None` without one, or where the one that all would share does not exist.
+
+        Hosts that share no file system have one of their own, whose name tells equal names of runs apart.
+        """
+        own, here = self.spec.ssh.runs_directory, self.run_directory
+        if own is None or here is None:
+            return None if self.local_directory is None else str(self.local_directory)
+        path = Path(storage.local_path(here)).resolve()
+        return f"{own}/{path.name}-{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+
+    @property
     def candidates(self) -> list[NodeSpec]:
         """Hosts that the job may run on, in the order in which they are taken."""
         return [*self.spec.named, *self.spec.recovery.spares]
@@ -58,8 +71,17 @@ class Job:
         return [
             *(f"--nproc_per_node={self.ranks_per_node}", f"--nnodes={nodes}", f"--node_rank={node_rank}"),
             *(f"--master_addr={address}", f"--master_port={port}", "--max-restarts=0"),
-            *self.program,
+            *map(self._on_host, self.program),
         ]
+
+    def _on_host(self, word: str) -> str:
+        """A word of the program's arguments on a host, whose run directory may be at another path."""
+        here, there = self.run_directory, self.host_directory
+        if self.spec.ssh.runs_directory is None or here is None or there is None:
+            return word
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        inside = value == here or value.startswith(here.rstrip("/") + "/")
+        return f"{flag}{equals}{there}{value.removeprefix(here.rstrip('/'))}" if inside else word
 
     def environment(self, node: NodeSpec, interface: str | None) -> dict[str, str]:
         """Environment variables for the launcher on a host, over those that the host has.
@@ -76,17 +98,24 @@ class Job:
 
     def fits(self, nodes: int) -> bool:
         """Whether the program's configuration is valid on so many nodes; true where that cannot be told here."""
-        from cherry.rank_main import build_parser, resolve
-
-        names = {TRAIN_SCRIPT, TRAIN_MODULE}
-        place = next((place for place, word in enumerate(self.program) if Path(word).name in names), None)
-        if place is None:
+        if not any(Path(word).name in (TRAIN_SCRIPT, TRAIN_MODULE) for word in self.program[:2]):
             return True
         try:
-            resolve(build_parser().parse_args(self.program[place + 1 :]), self._rank_environment(nodes))
+            self.config(nodes)
         except ConfigError:
             return False
         return True
+
+    def config(self, nodes: int) -> JobConfig:
+        """Configuration of the training program on so many nodes.
+
+        Raises:
+            ConfigError: it is not valid, or the program's flags are not those of train.py.
+        """
+        from cherry.rank_main import build_parser, resolve
+
+        flags = self.program[2:] if self.program[0] == "-m" else self.program[1:]
+        return resolve(build_parser().parse_args(flags), self._rank_environment(nodes))
 
     def _rank_environment(self, nodes: int) -> Mapping[str, str]:
         ranks = self.ranks_per_node

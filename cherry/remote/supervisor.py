@@ -16,24 +16,37 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
-from base.errors import HardwareError, WorkerLostError, is_retryable_exit_code, run_program
+from base.errors import (
+    CherryError,
+    HardwareError,
+    OperationalError,
+    WorkerLostError,
+    is_retryable_exit_code,
+    run_program,
+)
 from base.json_lines import append_json, read_lines
 from cherry.launcher import die_with_parent
 from cherry.remote.agent import KILL_S
 from cherry.remote.attempt import CANCELLED, Attempt, Ending, Printer, RankLogs, start_launchers
+from cherry.remote.carry import Carrier, HostFiles, names_for
 from cherry.remote.connection import LEASE_MARGIN_S, LEASE_S, Session
 from cherry.remote.gather import Gathered, Refusal, choose, gather
 from cherry.remote.job import ATTEMPTS_FILE, Job, parse_job
+from cherry.remote.prepared_data import DATA_FOLDER, publish
 from cherry.remote.step_watch import StepWatch
 
 _MAX_BACKOFF_S = 300.0
 
 
 class Supervisor:
-    """The attempts of one job."""
+    """The attempts of one job.
 
-    def __init__(self, job: Job, printer: Printer) -> None:
-        self._job, self._printer = job, printer
+    Args:
+        data: URI of the prepared data, for hosts that share no file system; `None` where they see the run directory.
+    """
+
+    def __init__(self, job: Job, printer: Printer, data: str | None = None) -> None:
+        self._job, self._printer, self._data = job, printer, data
         self._failures: Counter[str] = Counter()
         self._lost: str | None = None
         hang_s = job.spec.recovery.hang_s
@@ -82,7 +95,8 @@ class Supervisor:
         self._in_vain += 1
         try:
             sessions = await self._take_hosts()
-        except WorkerLostError as error:
+            files = None if self._data is None else await self._equip(sessions, self._data)
+        except OperationalError as error:
             return Ending("the cluster", None, error, time.monotonic() - began)
         hosts = [session.node.host for session in sessions]
         self._names |= {session.facts.hostname: session.node.host for session in sessions if session.facts is not None}
@@ -93,8 +107,9 @@ class Supervisor:
         if self._watch is not None:
             self._watch.begin()
         logs = None if directory is None else RankLogs(directory / "train", len(hosts) * self._job.ranks_per_node)
+        carrier = None if files is None else Carrier(files, self._printer.put)
         try:
-            cause = await Attempt(sessions, self._printer, self._watch, logs).run()
+            cause = await Attempt(sessions, self._printer, self._watch, logs, carrier).run()
         except asyncio.CancelledError:
             self._record(attempt=number, event="ended", error="the supervisor was told to end")
             raise
@@ -126,6 +141,27 @@ class Supervisor:
             await gathered.close(kept=taken)
         await self._outwait_a_killed_supervisor({session.node.host for session in gathered.sessions})
         return taken
+
+    async def _equip(self, sessions: Sequence[Session], data: str) -> list[HostFiles]:
+        """The hosts' own run directories, filled with what their ranks read; one that fails closes all sessions."""
+        try:
+            return await asyncio.gather(*(self._fill(rank, one, data) for rank, one in enumerate(sessions)))
+        except BaseException:
+            await asyncio.gather(*(session.close() for session in sessions))
+            raise
+
+    async def _fill(self, rank: int, session: Session, data: str) -> HostFiles:
+        job, facts = self._job, session.facts
+        there, here = job.host_directory, job.local_directory
+        assert facts is not None and there is not None and here is not None
+        try:
+            files = HostFiles(session.node.host, await session.open_files(), there, here)
+            await files.begin(names_for(rank, facts.hostname))
+            await session.fetch_data(data, f"{there}/{DATA_FOLDER}", job.environment(session.node, None))
+        except CherryError:
+            self._failures[session.node.host] += 1  # another one comes first now
+            raise
+        return files
 
     def _leave_out(self, error: HardwareError) -> None:
         for name in error.hosts:
@@ -162,10 +198,11 @@ def supervise(job: Job) -> None:
     """
     if parent := os.environ.get("CHERRY_PARENT"):
         die_with_parent(signal.SIGTERM, int(parent))
+    data = None if job.spec.ssh.runs_directory is None else publish(job)
     printer, got = Printer(), list[int]()
 
     async def until_signal() -> None:
-        running = asyncio.create_task(Supervisor(job, printer).run())
+        running = asyncio.create_task(Supervisor(job, printer, data).run())
 
         def cancel(number: int) -> None:
             got.append(number)

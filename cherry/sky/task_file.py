@@ -117,11 +117,7 @@ def _problems(config: JobConfig, spec: ClusterSpec, origin: str) -> Iterator[Pro
     """What the job asks of the hosts that they do not have."""
     launch, data = config.launch, config.data
     yield from spec.excess(origin, launch.nnodes, launch.nproc_per_node)
-    checkpoints = config.checkpoint.directory
-    if checkpoints is None or storage.is_local(checkpoints):
-        yield Problem("checkpoint.directory", "must be a URI of an object store, like s3://bucket/tiny", checkpoints)
-    if config.init_from is not None and storage.is_local(config.init_from):
-        yield Problem("init_from", "must be a URI of an object store", config.init_from)
+    yield from config.problems_apart()
     if spec.sky.data is not None:
         return  # what it was prepared from is not read again
     if launch.nnodes > 1:

@@ -1,7 +1,8 @@
 """What a node uses: processors, memory, network, disk and GPUs, sampled by its launcher while a job runs.
 
-The samples of a node lie in `train/nodes/<node>.jsonl` of the run directory, which all hosts of a job share: no host
-but the flow's has to reach the tracker. Names of figures are those of MLflow's system metrics, where it has them.
+The samples of a node lie in `train/nodes/<node>.jsonl` of the run directory, which all hosts of a job share, or whose
+files are carried (cherry/remote/carry.py): no host but the flow's has to reach the tracker. Names of figures are those
+of MLflow's system metrics, where it has them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A rank's own log: its records, whatever it prints, and on SIGUSR1 the stacks of its threads.
 
-`train/rank-<n>.log` in the run directory holds it, which all hosts of a job share.
+`train/rank-<n>.log` in the run directory holds it, which all hosts of a job share, or whose files are carried.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A rank's report: where it is and how long its steps take, for whoever watches the job. The newest one is kept.
 
-Reports lie in `train/ranks/` of the run directory, which all hosts of a job share: they need no collective, which
-would make the ranks wait for each other.
+Reports lie in `train/ranks/` of the run directory, which all hosts of a job share, or whose files are carried
+(cherry/remote/carry.py): they need no collective, which would make the ranks wait for each other.
 """
 
 from __future__ import annotations

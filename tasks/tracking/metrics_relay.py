@@ -16,10 +16,9 @@ from typing import Any, Self
 from base import storage
 from base.errors import StorageError
 from base.json_lines import JsonLinesReader, read_lines
-from cherry.train_record import EVERY_STEP, SERIES, TrainRecord
+from cherry.train_record import EVERY_STEP, METRICS_FILE, SERIES, TrainRecord
 from tasks.tracking.protocol import Point, RunTracker
 
-METRICS_FILE = "metrics.jsonl"
 _POLL_S = 10.0
 # Steps in one request, which may hold 1000 metrics (MLflow's limit).
 _BATCH_STEPS = 1000 // len(SERIES)

@@ -42,6 +42,7 @@ CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
         ({"nodes": [{"host": "a", "gpus": [0]}], "gpus_per_node": 2}, "nodes: must list 2 GPUs for each node"),
         ({"nodes": [{"host": "a"}], "recovery": {"min_nodes": 2}}, "recovery.min_nodes: must be at most the number"),
         ({"gpu": "H100", "nodes": 4, "ssh": {"user": "me"}}, "ssh: is for nodes that are named"),
+        ({"nodes": [{"host": "a"}], "ssh": {"runs_directory": "~/a"}}, "ssh.runs_directory: must be an absolute path"),
         ({"gpu": "H100", "nodes": 4, "provider": "ssh"}, "nodes: must name the hosts with provider ssh"),
         ({"provider": "slurm", "nodes": [{"host": "a"}]}, "nodes: must be a number with provider slurm"),
         ({"provider": "slurm", "recovery": {"attempts": 2}}, "recovery: is for nodes that are named"),

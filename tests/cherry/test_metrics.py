@@ -36,6 +36,29 @@ def test_a_resume_drops_what_lies_past_its_checkpoint(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_lines_that_the_file_has_lost_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, 7)
+    writer = MetricsWriter(path, resume_step=7)
+    writer.write(TrainRecord(step=8, loss=2.0))
+    saved = writer.recent()  # as the checkpoint of step 8 keeps them
+    writer.write(TrainRecord(step=9, loss=1.0))
+    writer.close()
+    assert [json.loads(line)["step"] for line in saved] == [8]
+    written(path, 6)
+    MetricsWriter(path, resume_step=8, saved=saved).close()
+    assert steps(path) == [*range(1, 7), 8], "what was older than a minute is not there"
+    written(path, 9)
+    again = MetricsWriter(path, resume_step=8, saved=saved)
+    assert steps(path) == list(range(1, 9)), "none twice"
+    assert again.recent() == saved, "the next checkpoint has them too"
+    again.close()
+    rolled_back = MetricsWriter(path, resume_step=7, saved=saved)
+    assert steps(path) == list(range(1, 8))
+    assert rolled_back.recent() == []
+    rolled_back.close()
+
+
 def test_a_new_start_drops_everything(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, 3)

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.hosts import lab_hosts
+from tests.object_stores import leading_to, make_bucket, seaweedfs
 from tests.slurm import slurm_lab
 
 pytestmark = pytest.mark.slow
@@ -113,6 +114,42 @@ def test_a_run_trains_on_given_hosts_over_ssh(project, given_hosts):
         ["0", "node1"],
         ["1", "node2"],
     ]
+
+
+@pytest.fixture
+def own_disks(project, tmp_path):
+    """node1 and node2, which see neither the runs directory nor each other's `disk`."""
+    for folder in (project.runs, tmp_path / "disk"):
+        folder.mkdir(exist_ok=True)
+    yield from lab_hosts(tmp_path / "lab", 2, own=[project.runs, tmp_path / "disk"])
+
+
+@pytest.mark.long
+def test_a_run_trains_on_hosts_that_share_no_file_system(project, own_disks, tmp_path, monkeypatch):
+    spec = project.home / "apart.yaml"
+    spec.write_text(f"nodes: [{{host: node1}}, {{host: node2}}]\nssh: {{runs_directory: {tmp_path / 'disk'}}}\n")
+    overrides = [f"cluster={spec}", "launch.nnodes=2", "launch.nproc_per_node=1", "name=apart", "train.steps=6"]
+    overrides += ["train.evaluate_every_steps=6", "register_model.model_name=apart"]
+    command = [sys.executable, "-m", "flows.cli", "run", project.config, *overrides]
+
+    def run(*more):
+        environment = {**project.environment, "HOME": str(own_disks.home), "NO_PROXY": os.environ["NO_PROXY"]}
+        return subprocess.run([*command, *more], capture_output=True, text=True, env=environment, check=False)
+
+    (tmp_path / "s3").mkdir()
+    with seaweedfs(tmp_path / "s3", own_disks.gateway) as url, leading_to(url, monkeypatch):
+        make_bucket(url)
+        refused = run("name=refused")
+        assert refused.returncode == 11, refused.stdout + refused.stderr
+        assert "so checkpoint.directory: must be a URI of an object store" in refused.stderr
+        ended = run("checkpoint.directory=s3://bucket/apart")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [line["step"] for line in project.metrics("apart")] == [1, 2, 3, 4, 5, 6]
+    assert (project.runs / "apart" / "export" / "COMMITTED").exists()
+    figures = project.mlflow_runs("apart")["train"].data.metrics
+    assert {f"system/{name}/cpu_utilization_percentage" for name in own_disks.names} <= figures.keys()
+    runs = ["--runs-directory", str(project.runs)]
+    assert "rank 1 on node2, pid " in project.call("flows.cli", "logs", "apart", "--rank", "1", *runs).stdout
 
 
 @pytest.fixture

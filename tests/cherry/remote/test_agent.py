@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from base import storage
 from cherry.remote.agent import Agent, Sender
+from cherry.remote.prepared_data import copy_committed
 
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE_S = 240.0
@@ -103,6 +105,17 @@ def test_facts_are_told_and_the_end_of_the_supervisor_is_the_agent_s(driver):
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     driver.process.stdin.close()
     assert driver.process.wait(DEADLINE_S) == 0
+
+
+def test_prepared_data_is_fetched_while_ticks_go_on(driver, prepared_data, s3, tmp_path):
+    copy_committed(str(prepared_data), f"{s3}/data")
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    driver.ready()
+    for data, told in ((f"{s3}/data", None), (f"{s3}/none", "MissingFileError")):
+        driver.send(fetch={"data": data, "directory": str(tmp_path / "data"), "environment": keys})
+        error = driver.until("fetched")["fetched"]["error"]
+        assert (error and error["kind"]) == told
+    assert not storage.damage(str(tmp_path / "data")), "what is there stays where nothing comes"
 
 
 @pytest.mark.slow

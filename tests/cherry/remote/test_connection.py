@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from base.errors import ConfigError, WorkerLostError
 from cherry.cluster import NodeSpec, SshConfig
 from cherry.remote.agent import KILL_S
-from cherry.remote.connection import LEASE_S, agent_command, open_session
+from cherry.remote.connection import LEASE_S, Session, agent_command, open_session
 from cherry.remote.facts import PACKAGES_FOLDER
 
 slow = pytest.mark.slow
@@ -115,6 +116,40 @@ def test_a_cut_is_noticed_as_a_loss_and_the_lease_is_over_when_its_time_says(at_
         at_home.join("node2")
     # The last promise was made at most a tick after the cut.
     assert gone_after > LEASE_S + KILL_S
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_server_without_sftp_is_told_what_to_add(served, tmp_path):
+    """A server in this process: those of the hosts all have it."""
+
+    class Open(asyncssh.SSHServer):
+        def begin_auth(self, username):
+            return False
+
+    async def go():
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        keys = {"server_factory": Open, "server_host_keys": [key]}
+        server = await asyncssh.listen(
+            "127.0.0.1", 0, **keys, sftp_factory=served, process_factory=lambda process: process.exit(0)
+        )
+        given = {"username": "anyone", "known_hosts": None, "client_keys": None, "config": None}
+        connection = await asyncssh.connect("127.0.0.1", server.get_port(), **given)
+        session = Session(NodeSpec(host="node1"), connection, await connection.create_process("", encoding=None))
+        try:
+            if served:
+                return await (await session.open_files()).exists(str(tmp_path))
+            with pytest.raises(ConfigError, match=r"node1: its ssh server has no SFTP.*Subsystem sftp internal-sftp"):
+                await session.open_files()
+            await session.close()
+            with pytest.raises(WorkerLostError, match="node1: its files cannot be reached"):
+                await session.open_files()
+            return True
+        finally:
+            await session.close()
+            server.close()
+            await server.wait_closed()
+
+    assert asyncio.run(go())
 
 
 def test_the_agent_is_started_with_this_interpreter_or_the_one_that_is_named(monkeypatch):

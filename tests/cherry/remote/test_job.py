@@ -52,6 +52,27 @@ def test_a_host_s_environment_has_its_gpus_its_network_and_credentials_but_no_pa
     assert "CUDA_VISIBLE_DEVICES" not in job.environment(NodeSpec(host="node4"), None)
 
 
+def test_hosts_that_share_nothing_have_run_directories_of_their_own(tmp_path):
+    spec = tmp_path / "cluster.yaml"
+    spec.write_text("nodes: [{host: node1}, {host: node2}]\nssh: {runs_directory: /scratch/cherry}\n")
+    run = str(tmp_path / "runs" / "tiny")
+    flags = ["--config", f"{run}/config.yaml", "--set", f"data.source={run}/text", "--steps=3"]
+    job = parse_job([f"--cluster={spec}", "-m", "cherry.rank_main", *flags, f"--run_dir={run}/"])
+    there = job.host_directory
+    assert there.startswith("/scratch/cherry/tiny-")
+    assert job.launcher_arguments(2, 0, "10.0.0.1", 4711)[6:] == [
+        *("-m", "cherry.rank_main", "--config", f"{there}/config.yaml"),
+        *("--set", f"data.source={run}/text", "--steps=3", f"--run_dir={there}/"),
+    ]
+    other = parse_job([f"--cluster={spec}", "train.py", f"--run_dir={tmp_path / 'mine' / 'tiny'}"])
+    assert other.host_directory != there, "another run of the same name"
+    relative = parse_job([f"--cluster={spec}", "train.py", "--run_dir", "runs/x", "--config=runs/x/config.yaml"])
+    assert relative.launcher_arguments(2, 0, "10.0.0.1", 4711)[6:] == [
+        *("train.py", "--run_dir", relative.host_directory, f"--config={relative.host_directory}/config.yaml")
+    ]
+    assert parse_job([f"--cluster={spec}", "train.py"]).host_directory is None
+
+
 def test_fewer_nodes_fit_only_where_the_configuration_allows_it(spec, job_config):
     flags = [f"--cluster={spec}", "--nproc_per_node=1", "train.py", f"--config={job_config}", "--batch_size=6"]
     job = parse_job(flags)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from base.errors import ConfigError, WorkerLostError
-from cherry.cluster import ClusterSpec, NodeSpec
+from cherry.cluster import ClusterSpec, NodeSpec, SshConfig
 from cherry.remote.preflight import check_hosts
 from tests.hosts import lab_hosts, program
 
@@ -47,6 +47,9 @@ def test_hosts_that_are_fit_reduce_and_each_that_is_not_is_named(at_home, tmp_pa
     assert isinstance(error, WorkerLostError)
     assert str(error).startswith("the cluster is not fit:\n  nobody.invalid: its name cannot be resolved")
     assert checked(cluster("node1"), tmp_path / "none").error() is None, "one rank has nobody to reduce with"
+    apart = cluster("node1").model_copy(update={"ssh": SshConfig(runs_directory=str(tmp_path / "disk"))})
+    report = checked(apart, tmp_path / "runs")
+    assert (report.error(), report.hosts[0].facts.sees_mark) == (None, None), "it need not see the runs directory"
 
 
 @pytest.mark.long
