@@ -18,6 +18,8 @@ from base.errors import MissingFileError
 from flows.services.layout import ADMIN, BUCKET, HOST, SOCKET_FILE, Services
 
 CONFIG_FILE = "supervisord.conf"
+DIRECTORY_VARIABLE = "CHERRY_SERVICES"
+"""Variable that every process of the services has: their directory."""
 _AUTH_FILE, _S3_FILE = "mlflow_auth.ini", "s3.json"
 # Of a password check's cache in MLflow: without it, each request costs a second of hashing (docs/decisions.md).
 _AUTH_CACHE_S = 300
@@ -117,9 +119,9 @@ def write_config(services: Services) -> Path:
         ]
         if program.user is not None:
             lines.append(f"user = {program.user}")
-        if program.environment:
-            pairs = ",".join(f'{name}="{_escaped(value)}"' for name, value in program.environment.items())
-            lines.append(f"environment = {pairs}")
+        named = {**program.environment, DIRECTORY_VARIABLE: str(folder)}
+        pairs = ",".join(f'{name}="{_escaped(value)}"' for name, value in named.items())
+        lines.append(f"environment = {pairs}")
     return services.write_private(CONFIG_FILE, "\n".join(lines) + "\n")
 
 

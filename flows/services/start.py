@@ -9,21 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault, ServerProxy
 
 import httpx
+import psutil
 
 from base.errors import MissingFileError, OperationalError, PortInUseError
 from flows.services.layout import ADMIN, BUCKET, DATABASES, ENVIRONMENT_FILE, HOST, SOCKET_FILE, Services
-from flows.services.programs import CONFIG_FILE, database_user, postgres_program, write_config
+from flows.services.programs import CONFIG_FILE, DIRECTORY_VARIABLE, database_user, postgres_program, write_config
 
 # A first start of MLflow on a busy machine took 65 s, of Prefect 20 s (migrations).
 START_LIMIT_S = 300.0
 _POLL_S = 0.2
+_ORPHANS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def up(services: Services, say: Callable[[str], None]) -> Path:
     (folder / "logs").mkdir(exist_ok=True)
     write_config(services)
     if not is_up(services):
+        _end_orphans(services)
         _check_ports(services)
         _init_database(services)
         _start_supervisord(services)
@@ -64,7 +67,7 @@ def up(services: Services, say: Callable[[str], None]) -> Path:
 def down(services: Services) -> bool:
     """Whether anything ran; afterwards nothing does. Data and passwords stay."""
     if not is_up(services):
-        return False
+        return _end_orphans(services)
     with _supervisor(services) as supervisor:
         pid = supervisor.supervisor.getPID()
         supervisor.supervisor.shutdown()
@@ -97,6 +100,27 @@ def _supervisor(services: Services) -> Iterator[Any]:
     transport = SupervisorTransport(None, None, f"unix://{services.directory / SOCKET_FILE}")
     with ServerProxy(f"http://{HOST}", transport=transport) as proxy:
         yield proxy
+
+
+def _end_orphans(services: Services) -> bool:
+    """Whether a supervisord that was killed had left any of its programs; they are ended."""
+    left = [one for one in psutil.process_iter() if _directory_of(one) == str(services.directory)]
+    for one in left:
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()  # PostgreSQL waits for its clients, which end too
+    for one in psutil.wait_procs(left, timeout=_ORPHANS_S)[1]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(left, timeout=_ORPHANS_S)
+    return bool(left)
+
+
+def _directory_of(process: psutil.Process) -> str | None:
+    """Directory of the services that a process belongs to."""
+    try:
+        return process.environ().get(DIRECTORY_VARIABLE)
+    except psutil.Error:  # of another user, or it has just ended
+        return None
 
 
 def _check_ports(services: Services) -> None:

@@ -105,6 +105,20 @@ def test_a_program_that_is_killed_is_started_again_with_what_it_held(services, c
     assert ended.returncode == 0, ended.stderr
 
 
+def test_the_programs_of_a_supervisord_that_was_killed_are_ended_and_started_again(services, client):
+    for again in (lambda: start.up(services, print), lambda: start.down(services)):
+        supervisord = psutil.Process(int((services.directory / "supervisord.pid").read_text()))
+        family = supervisord.children(recursive=True)
+        supervisord.kill()
+        supervisord.wait()
+        again()
+        assert [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    assert start.down(services) is False
+    start.up(services, print)
+    ended = client()
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_port_of_another_program_is_named(_installed, tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
