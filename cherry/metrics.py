@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import CherryError, storage_errors
-from base.json_lines import parse_lines
+from base.json_lines import as_record, parse_lines
 from cherry.hardware import find_gpu
 from cherry.train_record import TrainRecord
 
@@ -57,7 +57,8 @@ class MetricsWriter:
         self._path = path
         lines = parse_lines(path.read_bytes()) if path.exists() else []
         # Lines are kept as they are: they may have keys of another version.
-        kept = [(line, record) for line in lines if (record := TrainRecord.from_line(line)).step <= resume_step]
+        found = [(line, record) for line in lines if (record := as_record(TrainRecord, line)) is not None]
+        kept = [(line, record) for line, record in found if record.step <= resume_step]
         with storage_errors(str(path)):
             # A new file under the old name: an attempt that was superseded keeps writing to the unlinked one.
             storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line, _ in kept).encode())
