@@ -22,8 +22,6 @@ EXCEPTIONS = {
     # What they do shows on hosts that are lost.
     "cherry/remote/attempt.py": "tests/chaos/test_lost_hosts.py",
     "cherry/remote/supervisor.py": "tests/chaos/test_lost_hosts.py",
-    # Slurm's programs are called by what decides after a job's start.
-    "cherry/slurm/commands.py": "tests/cherry/slurm/test_attempt.py",
 }
 
 
