@@ -7,12 +7,15 @@ the command ends with a sentence about it instead of an ImportError from somewhe
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
 PACKAGES = ("base", "model", "cherry", "anything", "tasks", "flows")
-_CONFIG_EXIT_CODE = 11  # ConfigError's in base/errors.py, which may be the very module that is not found
+# Those of base/errors.py, which may be the very module that is not found.
+_CONFIG_EXIT_CODE, _INTERRUPTED_EXIT_CODE = 11, 130
 
 
 def shadowed_packages() -> dict[str, str]:
@@ -42,7 +45,12 @@ def _check_packages() -> None:
 
 
 def explain_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A sys.excepthook: one sentence about a Python without the dependencies; any other error keeps its traceback."""
+    """A sys.excepthook: one sentence about a Python without the dependencies; any other error keeps its traceback.
+
+    Ctrl-C has none, as it ends the process by its signal.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        return
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not package or package in PACKAGES:
         sys.__excepthook__(kind, error, trace)
@@ -55,17 +63,27 @@ def explain_missing(kind: type[BaseException], error: BaseException, trace: Trac
     raise SystemExit(_CONFIG_EXIT_CODE)
 
 
+@contextmanager
+def _started() -> Iterator[None]:
+    """Context of a command's start, whose imports take long enough for a Ctrl-C."""
+    try:
+        _check_packages()
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED_EXIT_CODE) from None
+
+
+@_started()
 def cherry() -> None:
     """Run the `cherry` command."""
-    _check_packages()
     from flows.cli import main
 
     main()
 
 
+@_started()
 def cherry_launch() -> None:
     """Run the `cherry-launch` command: on the hosts of --cluster, or on this node."""
-    _check_packages()
     if any(word.partition("=")[0] == "--cluster" for word in sys.argv[1:]):
         from cherry.slurm.cluster_launch import main
     else:
@@ -74,9 +92,9 @@ def cherry_launch() -> None:
     main()
 
 
+@_started()
 def anything() -> None:
     """Run the `anything` command."""
-    _check_packages()
     from anything.cli import main
 
     raise SystemExit(main())

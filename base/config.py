@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -43,6 +43,8 @@ class Problem:
     key: str
     rule: str
     value: object
+    of: tuple[str, ...] = ()
+    """Other keys that the rule goes by: where the value of one is wrong, it is not told."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.rule} (got {shown(self.value)})"
@@ -75,6 +77,9 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    example: ClassVar[str] = ""
+    """A short one as YAML has it, for the error of a value that is no mapping."""
+
     def problems(self) -> Iterator[Problem]:
         """Problems with combinations of values that are each valid."""
         return iter(())
@@ -82,7 +87,8 @@ class Section(BaseModel):
     def all_problems(self, prefix: str = "") -> Iterator[Problem]:
         """Problems of this section and of every section inside it, with keys relative to `prefix`."""
         for problem in self.problems():
-            yield Problem(prefix + problem.key, problem.rule, problem.value)
+            of = tuple(f"{prefix}{key}" for key in problem.of)
+            yield Problem(prefix + problem.key, problem.rule, problem.value, of)
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Section):
@@ -152,7 +158,8 @@ def validate(raw: Mapping[str, Any], schema: type[Schema], *, origin: str) -> Sc
         # all mistakes are reported at once.
         for item in items:
             _remove(rest, item["loc"])
-        lines += map(str, _broken_rules(rest, schema, ""))
+        wrong = {_dotted([part for part in item["loc"] if isinstance(part, str)]) for item in items}
+        lines += [str(problem) for problem in _broken_rules(rest, schema, "") if wrong.isdisjoint(problem.of)]
     else:
         lines += [str(problem) for problem in config.all_problems()]
         if not lines:
@@ -208,23 +215,36 @@ def _line(item: Any, schema: type[Section]) -> str:
     key = _dotted(item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggestion(item['loc'], schema)} (got {shown(item['input'])})"
+    if item["type"] == "model_type":
+        kinds = _types_at(item["loc"], schema)
+        example = next((kind.example for kind in kinds if issubclass(kind, Section)), "")
+        rule = f"must be a mapping, like {example}" if example else "must be a section, a mapping of keys to values"
+        return f"{key}: {rule} (got {shown(item['input'])})"
     if item["type"] == "missing":
         return f"{key}: is required and not set"
     return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {shown(item['input'])})"
 
 
 def _suggestion(location: Sequence[int | str], schema: type[BaseModel]) -> str:
-    known = schema
-    for part in location[:-1]:
+    found = _types_at(location[:-1], schema)
+    if not found:
+        return ""
+    known = found[0].model_fields
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f", did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _types_at(location: Sequence[int | str], schema: type[BaseModel]) -> list[type[BaseModel]]:
+    """Types of the section at a location; empty where it is none."""
+    found = [schema]
+    for part in location:
         if isinstance(part, int) or part == UNION_TAG:
             continue  # a place in a list of sections
-        field = known.model_fields.get(part)
-        nested = list(_types_in(field.annotation)) if field else []
-        if not nested:
-            return ""
-        known = nested[0]
-    close = difflib.get_close_matches(str(location[-1]), known.model_fields, n=1)
-    return f", did you mean {close[0]}?" if close else f"; known keys: {', '.join(known.model_fields)}"
+        field = found[0].model_fields.get(part)
+        found = list(_types_in(field.annotation)) if field else []
+        if not found:
+            break
+    return found
 
 
 def _types_in(annotation: Any) -> Iterator[type[BaseModel]]:

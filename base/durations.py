@@ -13,6 +13,8 @@ UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 """Seconds of each unit."""
 _PATTERN = rf"^([0-9]+(?:\.[0-9]+)?) ?({'|'.join(UNITS)})$"
 _LONGEST_D = 3650
+# Python converts no longer text to a number, and a float holds none of more than 308 digits.
+_LONGEST_TEXT = 100
 DURATION_RULE = (
     f"must be a number above 0 with a unit, like 90min or 12h, and at most {_LONGEST_D}d; "
     f"units are {', '.join(UNITS)}, and without one it is seconds"
@@ -21,7 +23,7 @@ DURATION_RULE = (
 
 def duration_s(text: str) -> float | None:
     """Seconds of a duration with a unit, like `12h`; `None` when it is none, or not above 0."""
-    found = re.fullmatch(_PATTERN, text)
+    found = re.fullmatch(_PATTERN, text) if len(text) <= _LONGEST_TEXT else None
     seconds = Fraction(found[1]) * UNITS[found[2]] if found is not None else Fraction(0)
     return float(seconds) if seconds > 0 else None
 

@@ -28,6 +28,8 @@ TRANSIENT_EXIT_CODES = range(30, 50)
 """Exit codes of transient errors: the same call may succeed later."""
 ERROR_FILE_VARIABLE = "CHERRY_ERROR_FILE"
 """Environment variable with the path of the file to which a program writes its error; see `write_error`."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell: 128 + SIGINT."""
 # What a shell adds to a signal's number.
 _SHELL_SIGNAL = 128
 # user:password@ of a URI; a port is no password, and a name alone (abfs://container@account) is no secret. Secret keys
@@ -326,10 +328,15 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` lists all flags.")
 
 
-def run_program(main: Callable[[], None]) -> int:
+def run_program(main: Callable[[], None], *, interrupted: Callable[[], bool] = lambda: False) -> int:
     """Exit code of a command-line program's body; an error of this family is printed, and written to the error file.
 
-    Any other exception is a bug and keeps its traceback. Programs that this one starts do not inherit the error file.
+    Any other exception is a bug and keeps its traceback, unless Ctrl-C is what it comes from: pydantic and, in class
+    bodies, Python 3.11 put another exception in the place of a KeyboardInterrupt. Programs that this one starts do not
+    inherit the error file.
+
+    Args:
+        interrupted: whether Ctrl-C was pressed, for exceptions that do not name the one that they stand for.
     """
     error_file = os.environ.pop(ERROR_FILE_VARIABLE, None)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -342,5 +349,17 @@ def run_program(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        if interrupted() or _stands_for_interrupt(error):
+            return INTERRUPTED
+        raise
     return 0
+
+
+def _stands_for_interrupt(error: BaseException) -> bool:
+    """Whether an exception has a KeyboardInterrupt among its causes."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None

@@ -1,6 +1,7 @@
 """Files of JSON objects, one a line, that one process appends to while others read: metrics, events, progress.
 
-A line is complete once its newline is written. Lines that are no JSON objects (cut short by a kill) are left out.
+A line is complete once its newline is written. Lines that are no JSON objects (cut short by a kill) are left out;
+`as_record` tells those whose fields a disk or a hand has damaged.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 logger = logging.getLogger(__name__)
+_R = TypeVar("_R")
 # Enough for some hundred lines; a line with the load of every expert of a large model is longer.
 _TAIL_BYTES = 1 << 16
 
@@ -38,7 +44,7 @@ class JsonLinesReader:
             with self.path.open("rb") as handle:
                 handle.seek(max(0, self._offset - 1))
                 content = handle.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return []
         if self._offset:
             if not content.startswith(b"\n"):
@@ -86,11 +92,30 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
     for line in content.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the parser does not go as deep as anything can be nested
             continue
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def as_record(kind: type[_R], values: object) -> _R | None:
+    """The record of a dataclass that JSON values hold; `None` where a field is missing, of another type, or not finite.
+
+    Keys that the dataclass does not have, as those of another version, are left out.
+    """
+    try:
+        record: _R = _adapter(kind).validate_json(json.dumps(values, allow_nan=False))  # type: ignore[arg-type]
+        return record
+    except (ValueError, RecursionError):
+        return None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # which `cherry --help` does without
+
+    return TypeAdapter(kind)
 
 
 def append_json(path: Path, record: Mapping[str, Any], *, most_bytes: int | None = None) -> None:

@@ -14,6 +14,8 @@ _BINARY = {f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", 
 UNITS = {**_DECIMAL, **_BINARY}
 """Bytes of each unit: KB, MB, ... are powers of 1000 (SI), KiB, MiB, ... powers of 1024 (IEC 80000-13)."""
 _PATTERN = rf"^([0-9]+(?:\.[0-9]+)?) ?({'|'.join(UNITS)})$"
+# Python converts no longer text to a number.
+_LONGEST_TEXT = 100
 SIZE_RULE = (
     "must be a whole number of bytes above 0, or a number with a unit, like 256MB (10^6 bytes each) or 256MiB (2^20); "
     f"units are {', '.join(UNITS)}"
@@ -22,7 +24,7 @@ SIZE_RULE = (
 
 def size_bytes(text: str) -> int | None:
     """Bytes of a size with a unit, like `256MB`; `None` when it is none, or not a whole number of bytes above 0."""
-    found = re.fullmatch(_PATTERN, text)
+    found = re.fullmatch(_PATTERN, text) if len(text) <= _LONGEST_TEXT else None
     if found is None:
         return None
     size = Fraction(found[1]) * UNITS[found[2]]

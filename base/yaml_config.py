@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -28,6 +28,23 @@ _MAX_BYTES = 1 << 20
 """Largest size of a config file: the wrong file, like weights, is refused before it is read to its end."""
 _MAX_VALUES = 100_000
 """Largest number of values with each alias written out: a few lines of aliases can stand for more than memory holds."""
+
+
+class ConfigKind(NamedTuple):
+    """A kind of config file."""
+
+    name: str
+    folder: str
+    """Below the packaged configs."""
+    besides: str
+    """What may stand in place of a file, for a sentence."""
+    foreign: tuple[str, ...] = ()
+    """Keys by which a file of another kind is told."""
+
+
+RUN_CONFIG = ConfigKind("config", "", "")
+CLUSTER_FILE = ConfigKind("cluster", "clusters", "`local`, ", ("model", "data", "train"))
+_MOST_SUGGESTIONS = 5
 
 
 class _Loader(yaml.SafeLoader):
@@ -170,8 +187,11 @@ def packaged_config(path: str | Path) -> Path | None:
     return next((file for file in candidates if os.path.isfile(file)), None)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, kind: ConfigKind = RUN_CONFIG) -> dict[str, Any]:
     """The mapping in a YAML file, the user's own or the packaged one of that name (see `packaged_config`).
+
+    Args:
+        kind: what is looked for, for the suggestions of an error.
 
     Raises:
         MissingFileError: no file at `path`.
@@ -180,7 +200,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = _read_text(packaged_config(path) or Path(path))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise MissingFileError(_no_config(path)) from error
+        raise MissingFileError(_no_config(path, kind)) from error
     except ConfigError:
         raise
     except (OSError, ValueError) as error:  # not readable, a name that is too long, a null character
@@ -192,6 +212,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections, got {type(raw).__name__}")
+    if foreign := [key for key in kind.foreign if key in raw]:
+        raise ConfigError(
+            f"{path}: is no {kind.name} file: it has {', '.join(foreign)}, as the config of a run. Give "
+            f"{kind.besides}the path of a YAML file or the name of a packaged one, like configs/clusters/laptop.yaml"
+        )
     return raw
 
 
@@ -218,24 +243,25 @@ def _read_text(path: Path) -> str:
     return content.decode("utf-8")
 
 
-def _no_config(path: str | Path) -> str:
+def _no_config(path: str | Path, kind: ConfigKind) -> str:
     """Sentences on a config file that is not there: files of a similar name, else the packaged ones."""
-    names = sorted(file.relative_to(PACKAGED_CONFIGS).as_posix() for file in PACKAGED_CONFIGS.rglob("*.yaml"))
-    folder = Path(path).parent
-    own = [str(file) for file in folder.glob("*.y*ml")] if os.path.isdir(folder) else []
+    packaged = sorted((PACKAGED_CONFIGS / kind.folder).glob("*.yaml"))
+    names = [file.relative_to(PACKAGED_CONFIGS).as_posix() for file in packaged]
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    own = sorted(str(file) for file in folder.glob("*.y*ml")) if os.path.isdir(folder) else []
     known = [*own, *(f"configs/{name}" for name in names)]
     stem = Path(path).stem
     # By the file's name alone: one in another folder is as likely meant as one that is spelt in another way.
     close = difflib.get_close_matches(stem, {Path(name).stem for name in known}, n=3)
     meant = [name for one in close for name in known if Path(name).stem == one]
     if os.path.isdir(path):
-        reason = f"{path} is a folder, and a config is a YAML file"
-        meant = meant or own
+        reason = f"{path} is a folder, and a {kind.name} is a YAML file"
+        meant = meant or own[:_MOST_SUGGESTIONS]
     else:
-        reason = f"no config file at {path}"
+        reason = f"no {kind.name} file at {path}"
     if meant:
         return f"{reason}. Did you mean {' or '.join(dict.fromkeys(meant))}?"
-    return f"{reason}. Give the path of a YAML file or the name of a packaged one: {', '.join(names)}"
+    return f"{reason}. Give {kind.besides}the path of a YAML file or the name of a packaged one: {', '.join(names)}"
 
 
 def merge(raw: Mapping[str, Any], changes: Mapping[str, Any], *, origin: str, prefix: str = "") -> dict[str, Any]:

@@ -29,9 +29,10 @@ import psutil
 
 from base import storage
 from base.config import dump, load
+from base.json_lines import read_lines
 from cherry.data.prepare import prepare
 from cherry.metrics import MetricsWriter
-from cherry.train_record import TrainRecord
+from cherry.train_record import read_records
 from tasks.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,12 +182,12 @@ def _steps(folder: Path) -> list[float]:
 
 def _seconds_per_write(folder: Path) -> float:
     """Seconds that the trainer spends on one line of its metrics stream."""
-    lines = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(read_lines(folder / "train" / "metrics.jsonl"))
     writer = MetricsWriter(folder / "again.jsonl", resume_step=0)
     started = time.perf_counter()
-    for line in lines:
-        writer.write(TrainRecord.from_line(line))
-    seconds = (time.perf_counter() - started) / len(lines)
+    for record in records:
+        writer.write(record)
+    seconds = (time.perf_counter() - started) / len(records)
     writer.close()
     return seconds
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Discriminator,
@@ -19,8 +19,9 @@ from pydantic import (
     Tag,
 )
 
-from base.config import UNION_TAG, Matches, Problem, Section, load
+from base.config import UNION_TAG, Matches, Problem, Section, validate
 from base.durations import Duration
+from base.yaml_config import CLUSTER_FILE, read_yaml
 from cherry.hardware import GPUS
 from cherry.job_config import NetworkConfig
 
@@ -28,6 +29,7 @@ LOCAL = "local"
 SSH = "ssh"
 SLURM = "slurm"
 SKY = "sky"
+_BUILT_IN = (LOCAL, SSH, SLURM, SKY)
 SKY_IS_RENDERED = (
     "no run submits to provider sky, whose hosts share no run directory with this machine. Write the task (cherry "
     "cluster render CONFIG cluster=FILE > task.yaml), then submit it (sky jobs launch task.yaml)."
@@ -35,6 +37,7 @@ SKY_IS_RENDERED = (
 """What to do with a cluster file of provider `sky`."""
 # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, section 3.3.4).
 LLAMA3_INTERRUPTIONS_PER_GPU_DAY = 419 / (54 * 16384)
+_NODES_RULE = "must be a number of nodes above 0, or a list of them, like [{host: node1}, {host: node2}]"
 _HOST_RULE = "must be a host's name or address; user and port have keys of their own, under ssh"
 _HOSTS_DIRECTORY = Matches(
     r"^(/[\w.+@-]+)+$", "must be an absolute path on the hosts, like /scratch/cherry, without ~, $ and spaces"
@@ -61,6 +64,7 @@ _OWN_OPTIONS = frozenset(
 class NodeSpec(Section):
     """A host of a cluster, and its GPUs."""
 
+    example: ClassVar[str] = "{host: node1}"
     host: Annotated[str, Matches(r"^[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?$", _HOST_RULE)]
     """Name or address, as ssh takes it."""
     gpus: tuple[NonNegativeInt, ...] | None = None
@@ -216,8 +220,11 @@ class SkyConfig(Section):
             yield Problem("infra", f"must not be {name}: write a cluster file with provider {name}", self.infra)
 
 
-def _nodes_tag(value: Any) -> str:
-    return UNION_TAG if isinstance(value, list | tuple) else "number"
+def _nodes_tag(value: Any) -> str | None:
+    if isinstance(value, list | tuple):
+        return UNION_TAG
+    # Other values have no tag, and the rule as their error.
+    return "number" if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 class ClusterSpec(Section):
@@ -235,7 +242,7 @@ class ClusterSpec(Section):
     providers `slurm` and `sky`, it leaves out the plan."""
     nodes: Annotated[
         Annotated[PositiveInt, Tag("number")] | Annotated[tuple[NodeSpec, ...], Tag(UNION_TAG)],
-        Discriminator(_nodes_tag),
+        Discriminator(_nodes_tag, custom_error_type="nodes", custom_error_message=_NODES_RULE),
     ] = 1
     """Number of nodes, or a list of them, like `[{host: node1, gpus: [0, 1]}, {host: node2, gpus: [0, 1]}]`. A job
     takes the first `launch.nnodes` of the list; the others are spares."""
@@ -319,12 +326,15 @@ class ClusterSpec(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Unknown hardware, keys that do not go with the kind, and nodes that are named twice or are unequal."""
+        if (meant := (self.provider or "").strip().lower()) in _BUILT_IN and meant != self.provider:
+            yield Problem("provider", f"did you mean {meant}? Names of providers have small letters", self.provider)
+            return  # the other keys are those of the provider that is meant
         if self.gpu is not None and self.gpu not in GPUS:
             yield Problem("gpu", f"unknown hardware; known are {', '.join(GPUS)}", self.gpu)
         choosing = self.provider in (SLURM, SKY)
         if self.kind == "nodes" and self.gpu is None and isinstance(self.nodes, int) and not choosing:
             rule = f"is required with kind nodes, unless the nodes are named: one of {', '.join(GPUS)}"
-            yield Problem("gpu", rule, None)
+            yield Problem("gpu", rule, None, of=("nodes",))
         if self.kind == LOCAL and self.provider not in (None, LOCAL):
             yield Problem("provider", "must be local, or left out, with kind local", self.provider)
         if self.kind == LOCAL and self.nodes != 1:
@@ -374,4 +384,6 @@ def read_cluster(name: str) -> ClusterSpec:
     Raises:
         MissingFileError, ConfigError: no such file, or one that breaks a rule.
     """
-    return ClusterSpec(kind="local") if name == LOCAL else load(name, ClusterSpec)
+    if name == LOCAL:
+        return ClusterSpec(kind="local")
+    return validate(read_yaml(name, kind=CLUSTER_FILE), ClusterSpec, origin=name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from base import storage
 from base.errors import CherryError, storage_errors
-from base.json_lines import parse_lines
+from base.json_lines import as_record, parse_lines
 from cherry.hardware import find_gpu
 from cherry.train_record import TrainRecord
 
@@ -125,7 +125,7 @@ class MetricsWriter:
 
 def _up_to(step: int, content: bytes) -> list[tuple[dict[str, Any], TrainRecord]]:
     """(line, record) of the lines of metrics.jsonl up to a step."""
-    found = [(line, TrainRecord.from_line(line)) for line in parse_lines(content)]
+    found = [(line, record) for line in parse_lines(content) if (record := as_record(TrainRecord, line)) is not None]
     return [(line, record) for line, record in found if record.step <= step]
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
-from base.errors import DataError
+from base.json_lines import as_record
 
 METRICS_FILE = "metrics.jsonl"
 """File in `train/` of the run directory with a line for each logged step."""
@@ -143,20 +143,14 @@ class TrainRecord:
         }
         return json.dumps(values) + "\n"
 
-    @classmethod
-    def from_line(cls, values: Mapping[str, Any]) -> TrainRecord:
-        """The record that a parsed line of metrics.jsonl holds; keys of another version are left out.
-
-        Raises:
-            DataError: the line has no step number.
-        """
-        if not isinstance(values.get("step"), int):
-            raise DataError(f"metrics.jsonl: a line needs an integer `step`, got {values.get('step')!r} in {values}")
-        return cls(**{name: value for name, value in values.items() if name in FIELDS})
-
     def points(self, series: Mapping[str, str]) -> list[tuple[str, float]]:
         """(series name, value) of the figures that this step has, for some series by field (see `series_of`)."""
         return [(name, float(value)) for key, name in series.items() if (value := getattr(self, key)) is not None]
+
+
+def read_records(lines: Iterable[Mapping[str, Any]]) -> list[TrainRecord]:
+    """The records that parsed lines of metrics.jsonl hold; damaged ones, and keys of another version, are left out."""
+    return [record for line in lines if (record := as_record(TrainRecord, line)) is not None]
 
 
 def _is_finite(value: object) -> bool:

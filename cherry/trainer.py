@@ -72,6 +72,7 @@ class Trainer:
         hooks: Sequence[TrainerHook] = (),
     ) -> None:
         self.config, self.run_directory = config, run_directory
+        self.batch_tokens = config.train.batch_size * config.data.sequence_length
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
@@ -211,18 +212,14 @@ class Trainer:
 
     def _step(self) -> TrainRecord:
         """Record of one optimizer step over this rank's share of the batch."""
-        train, started = self.config.train, time.perf_counter()
-        step = self.progress.step
+        train, step, started = self.config.train, self.progress.step, time.perf_counter()
         set_learning_rate(self.optimizer.optimizer, rate := learning_rate(train, step))
         batch = self.batches.take(self.progress.position)
-        # Losses are divided by the targets of the whole optimizer step, so that accumulation and ranks change nothing.
         micro_batches = len(batch.micro_batches) * self.share.data_ranks
         losses = self.recheck.compute(lambda: self._backward(batch, micro_batches))
-        norm = self.network.gradient_norm()
-        take_step = self.network.ready_step(norm, train.max_grad_norm)
+        take_step = self.network.ready_step(norm := self.network.gradient_norm(), train.max_grad_norm)
         layers = self.model.moe_layers()
-        counts_LE = expert_counts(layers).to(losses.device)
-        sums, load_LE = self._sum_over_ranks(losses, norm, counts_LE)
+        sums, load_LE = self._sum_over_ranks(losses, norm, expert_counts(layers).to(losses.device))
         figures, self._told_to_end = Figures(float(sums[0]) / batch.targets, float(sums[3])), bool(sums[4])
         skipped, corruption = self.guard.check_step(figures), None
         if skipped is None:
@@ -232,15 +229,10 @@ class Trainer:
             corruption = self.recheck.check_step(step + 1, skipped)
             self.communication.reset_error_feedback()
         # After the optimizer's step, which keeps the GPU busy while this and the next forward pass are queued.
-        bias_rate = train.expert_bias_update_rate if skipped is None else 0.0
-        update_expert_bias(layers, bias_rate, load_LE.to(self.device))
+        update_expert_bias(layers, 0.0 if skipped else train.expert_bias_update_rate, load_LE.to(self.device))
         self.network.zero_grad()
         seconds = time.perf_counter() - started
-        batch_tokens = train.batch_size * self.config.data.sequence_length
-        self.progress.step += 1
-        self.progress.position += train.batch_size
-        self.progress.tokens += batch_tokens if skipped is None else 0
-        self.progress.seconds += seconds
+        self.progress.add_step(sequences=train.batch_size, tokens=0 if skipped else self.batch_tokens, seconds=seconds)
         busiest, shares = expert_load(load_LE, whole=(step + 1) % _LOAD_EVERY_STEPS == 0 or step + 1 == train.steps)
         sent = self.communication.traffic.totals()
         return TrainRecord(
@@ -251,8 +243,8 @@ class Trainer:
             balance_loss=float(sums[2]) / micro_batches,
             grad_norm=figures.grad_norm,
             learning_rate=rate,
-            tokens_per_second=batch_tokens / seconds,
-            mfu=self._mfu(batch_tokens / seconds),
+            tokens_per_second=self.batch_tokens / seconds,
+            mfu=self._mfu(self.batch_tokens / seconds),
             mfu_convention=MFU_CONVENTION,
             expert_load_max_over_mean=busiest,
             expert_load=shares,
@@ -284,6 +276,8 @@ class Trainer:
 
     def _backward(self, batch: StepBatch, micro_batches: int) -> Tensor:
         """Sums of the three losses over this rank's share, fp64 [3]; the gradients are left in the parameters.
+
+        Losses are divided by the targets of the whole optimizer step, so that accumulation and ranks change nothing.
 
         Args:
             micro_batches: those of all ranks, over which the balance loss is a mean.

@@ -5,6 +5,7 @@ Nothing heavy is imported: every call of the command, and every press of Tab, re
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from flows.runs.directories import run_directories
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Directory(click.ParamType):  # type: ignore[type-arg] # generic from click 8.4 on
@@ -23,6 +26,8 @@ class Directory(click.ParamType):  # type: ignore[type-arg] # generic from click
         """The path; a usage error where a file is in its place, or no directory can have such a name."""
         from base.errors import directory_fault
 
+        if _URI.match(str(value)):
+            self.fail(f"{str(value)!a} is a URI, and a directory of a file system is needed.", param, ctx)
         path = Path(value)
         try:
             str(path).encode()

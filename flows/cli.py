@@ -27,6 +27,7 @@ from flows.arguments import RUN_NAME, RUNS_DIRECTORY, Directory, WithOverrides, 
 from flows.clusters.command import cluster
 from flows.offline import keep_terminal_free, set_offline_defaults
 from flows.services.services_command import services
+from flows.terminal import noting_interrupts
 from flows.watch_commands import logs, top
 
 if TYPE_CHECKING:
@@ -268,7 +269,9 @@ def schema(*, write: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the error's exit code."""
-    raise SystemExit(run_program(lambda: _call(arguments)))
+    with noting_interrupts() as interrupted:
+        code = run_program(lambda: _call(arguments), interrupted=interrupted)
+    raise SystemExit(code)
 
 
 def _call(arguments: Sequence[str] | None) -> None:

@@ -17,6 +17,9 @@ from typing import Literal
 import httpx
 import psutil
 
+from base.errors import ConfigError
+from flows.prefect_server import URL_VARIABLE, check_address
+
 # The oldest release of each package that the suite has passed with; pyproject.toml holds the whole ranges.
 OLDEST = {
     "torch": (2, 11),
@@ -55,7 +58,7 @@ def examine(runs_directory: Path, ports: Iterable[tuple[str, int]]) -> list[Chec
         ports: (program, its port) pairs to check on 127.0.0.1.
     """
     checks = [_python(), *_packages(), _gpu(), _disk(runs_directory), _memory()]
-    checks.append(_server("Prefect server", os.environ.get("PREFECT_API_URL"), "/health", "PREFECT_API_URL"))
+    checks.append(_prefect_server())
     checks.append(_server("MLflow server", os.environ.get("MLFLOW_TRACKING_URI"), "/health", "MLFLOW_TRACKING_URI"))
     checks += [_port(owner, port) for owner, port in ports]
     return checks
@@ -116,6 +119,15 @@ def _memory() -> Check:
     if free_gib < MIN_FREE_MEMORY_GIB:
         return Check("Memory", "fail", found, f"At least {MIN_FREE_MEMORY_GIB} GiB are needed.")
     return Check("Memory", "ok", found)
+
+
+def _prefect_server() -> Check:
+    url, name = os.environ.get(URL_VARIABLE), "Prefect server"
+    try:
+        check_address(url or "http://127.0.0.1:4200/api")
+    except ConfigError as error:
+        return Check(name, "fail", f"{url}: no server's address", str(error))
+    return _server(name, url, "/health", URL_VARIABLE)
 
 
 def _server(name: str, url: str | None, path: str, variable: str) -> Check:

@@ -19,13 +19,16 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from typing import IO
+from urllib.parse import urlsplit
 
-from base.errors import OperationalError, without_credentials
+from base.errors import ConfigError, OperationalError, without_credentials
 from cherry.launcher import die_with_parent
 from tasks.files.file_lock import hold_lock
 from tasks.processes.process import in_background
 from tasks.processes.programs import module_command, module_environment
 
+URL_VARIABLE = "PREFECT_API_URL"
+"""Environment variable with the address of Prefect's server."""
 _STOP_GRACE_S = 5.0
 _WORKER_S = 10.0
 _DATABASE_VARIABLES = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
@@ -44,8 +47,13 @@ class TemporaryServer:
         self._output: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server in the background; `answering` waits for it."""
-        if os.environ.get("PREFECT_API_URL"):
+        """Start the server in the background; `answering` waits for it.
+
+        Raises:
+            ConfigError: PREFECT_API_URL is no server's address.
+        """
+        if named := os.environ.get(URL_VARIABLE):
+            check_address(named)
             return
         with socket.create_server(("127.0.0.1", 0)) as listener:
             # Connections wait in the listener's queue from here on: there is no port to lose to another process.
@@ -73,10 +81,13 @@ class TemporaryServer:
         """Wait for the server, and point Prefect at it inside the context, unless Prefect's settings name another one.
 
         Raises:
+            ConfigError: what they name is no server's address.
             OperationalError: its settings name none and forbid this one, or it ended, or it did not answer within
                 PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.
         """
-        if not self.starting or _named():
+        if named := _named():
+            check_address(named)
+        if not self.starting or named:
             yield
             return
         from prefect.settings import (
@@ -139,11 +150,29 @@ class TemporaryServer:
         self._process = None
 
 
-def _named() -> bool:
-    """Whether Prefect's settings, including its profile, name a server."""
+def check_address(url: str) -> None:
+    """Check that PREFECT_API_URL, of the environment or of Prefect's profile, may be a server's address.
+
+    Raises:
+        ConfigError: it never is.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        is_address = False
+    if not is_address or any(one.isspace() for one in url):
+        raise ConfigError(
+            f"{URL_VARIABLE}: must be the address of Prefect's server, like http://127.0.0.1:4200/api (got "
+            f"{without_credentials(url)!r}). Correct it, or unset it."
+        )
+
+
+def _named() -> str | None:
+    """Address of the server that Prefect's settings, including its profile, name; `None` without one."""
     from prefect.settings import get_current_settings
 
-    return get_current_settings().api.url is not None
+    return get_current_settings().api.url
 
 
 def _where_it_writes() -> str:

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from base.json_lines import from_the_end
+from base.json_lines import as_record, from_the_end
 from flows.terminal import without_echo
 from tasks.interruptions.position import where_training_is
-from tasks.records.events import EVENTS_FILE
+from tasks.records.events import EVENTS_FILE, Event
 
 _POLL_S = 0.5
 # Without a terminal, a step's progress is printed after this fraction of it, or after these seconds, which a large step
@@ -74,7 +74,8 @@ class RunProgress:
 
     def _read(self) -> None:
         for event in self._events.read_new() or []:
-            self._show(event)
+            if as_record(Event, event) is not None:
+                self._show(event)
 
     def _show(self, event: dict[str, Any]) -> None:
         failed, self._failed = self._failed, None

@@ -18,6 +18,7 @@ from prefect.settings import get_current_settings
 
 from base.errors import ConfigError, MissingFileError, OperationalError, without_credentials
 from flows.notifications import read_addresses, set_up_notifications
+from flows.prefect_server import check_address
 from tasks.processes.programs import module_command, module_environment
 from tasks.records.run_names import name_scheduled
 
@@ -39,7 +40,7 @@ def set_up(directory: Path, notify_file: Path | None = None) -> list[str]:
         notify_file: addresses of notifications; `None` leaves those that are there.
 
     Raises:
-        ConfigError: no server is named, or an address is none.
+        ConfigError: no server is named, or its address, or one of the file's, is none.
         MissingFileError: `directory` is no checkout, or there is no file of addresses.
         OperationalError: the server does not answer, or refuses.
     """
@@ -52,6 +53,7 @@ def set_up(directory: Path, notify_file: Path | None = None) -> list[str]:
             "PREFECT_API_URL is not set, so there is no Prefect server to set up. Start one (prefect --no-prompt "
             "server start) and set it: export PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
+    check_address(url)
     addresses = None if notify_file is None else read_addresses(notify_file)
     _wait_for(url)
     try:

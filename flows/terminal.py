@@ -1,13 +1,45 @@
-"""The terminal's input while something is drawn on it: typed keys are not printed, or are read one by one."""
+"""The terminal's input: Ctrl-C, and keys while something is drawn, which are not printed, or are read one by one."""
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import sys
 import termios
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C has come inside the context. Who handles it does so as ever: only a note is taken beside.
+
+    Some libraries make another exception of a KeyboardInterrupt, and then nothing else tells of it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # no other thread gets signals
+        return
+    came = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def has_come() -> bool:
+        with suppress(BlockingIOError):
+            if signal.SIGINT in os.read(reading, 1 << 16):
+                came.set()
+        return came.is_set()
+
+    try:
+        yield has_come
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
 
 
 @contextmanager

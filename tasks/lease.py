@@ -13,15 +13,17 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from base import storage
-from base.errors import CherryError, MissingFileError, OperationalError
-from tasks.files.file_lock import hold_lock
+from base.errors import CherryError, DataError, MissingFileError, OperationalError
+from base.json_lines import as_record
+from tasks.files.file_lock import hold_lock, remove_lock
 from tasks.processes.process import is_alive
 
 _HOST = socket.gethostname()
@@ -29,6 +31,15 @@ _HOST = socket.gethostname()
 RENEW_S = 15.0
 _STALE_S = 120.0
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Lease:
+    """What every lease.json has, but for the token in those of earlier versions."""
+
+    pid: int
+    created: float
+    token: str = ""
 
 
 def take_lease(run_directory: Path, *, renew_s: float = RENEW_S) -> None:
@@ -70,13 +81,32 @@ def locked(run_directory: Path) -> Iterator[None]:
         yield
 
 
+def remove_lock_file(directory: Path) -> None:
+    """Remove lease.lock, and its directory if nothing else is in it. Call it under `locked`."""
+    remove_lock(directory / "lease.lock")
+    with suppress(OSError):
+        directory.rmdir()
+
+
 def read_lease(run_directory: Path) -> dict[str, Any] | None:
-    """The holder's lease.json; `None` when nobody holds the directory."""
+    """The holder's lease.json; `None` when nobody holds the directory.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = _lease(run_directory)
     try:
-        lease: dict[str, Any] = storage.read_json(str(_lease(run_directory)))
+        lease = storage.read_json(str(path))
     except MissingFileError:
         return None
-    return lease
+    except ValueError:
+        lease = None
+    if as_record(_Lease, lease) is None:
+        raise DataError(
+            f"{path}: it is damaged, so nobody can tell which process works on this run. Make sure that none does, and "
+            "remove it."
+        )
+    return dict(lease)
 
 
 def is_held(run_directory: Path) -> bool:

@@ -19,6 +19,7 @@ from base.errors import CherryError, is_retryable_exit_code
 from cherry import __version__
 from tasks.code_version import step_digest
 from tasks.files.outputs import aside_path, clear_damage, damages, file_states, found_paths, set_aside, stored_paths
+from tasks.files.places import staying
 from tasks.processes.process import in_background, run_command, run_module
 from tasks.records.environment import cost_figures, device_of
 from tasks.records.events import line_of, now, write_event, write_log
@@ -156,13 +157,8 @@ class StepRun:
         Raises:
             CherryError: the program's own.
         """
-        run_module(
-            module,
-            arguments,
-            on_line=on_line or self.say,
-            on_progress=on_progress or self.say,
-            record_file=self.context.path / PROGRAM,
-        )
+        record, told = self.context.path / PROGRAM, on_line or self.say
+        run_module(module, arguments, on_line=told, on_progress=on_progress or self.say, record_file=record)
 
     def run_command(
         self,
@@ -242,7 +238,7 @@ def opened_step(
     name = f"{context.config.name}-{step}"
     run_id = tracker.start(name, parent=context.parent_run_id, step=step, identity=identity, run_key=context.key)
     running = StepRun(context, step, identity, run_id, tracker, inputs_fingerprint)
-    with _watched(running), _system_metrics(running):
+    with _watched(running), staying(context.path), _system_metrics(running):
         tracker.log(run_id, params=flatten(inputs), tags={"device": device_of(context.config)})
         yield running
         tracker.log(run_id, metrics=cost_figures(context.config, time.time() - started))

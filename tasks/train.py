@@ -24,7 +24,7 @@ from cherry.cluster import LOCAL, read_cluster
 from cherry.data.shards import read_manifest
 from cherry.launcher import TRAIN_MODULE
 from cherry.train_record import FLOW_SERIES, METRICS_FILE, SERIES
-from cherry.watch.stragglers import STRAGGLERS_FILE
+from cherry.watch.stragglers import STRAGGLERS_FILE, read_comparisons
 from tasks.artifacts import ProgressArtifact
 from tasks.plan_record import compared, planned_step_seconds
 from tasks.plots import plot_training
@@ -153,7 +153,7 @@ def _lines(step: StepRun, folder: Path) -> Callable[[str], None]:
 
     def on_line(line: str) -> None:
         # A comparison is written before its sentences are printed.
-        news.update(sentence for comparison in stragglers.read_new() or [] for sentence in comparison["news"])
+        news.update(sentence for one in read_comparisons(stragglers.read_new() or []) for sentence in one.news)
         step.say(line, lasting=line in news)
 
     return on_line

@@ -24,8 +24,6 @@ EXCEPTIONS = {
     "cherry/remote/supervisor.py": "tests/chaos/test_lost_hosts.py",
     # What a server does with events shows when it is restarted.
     "tasks/interruptions/unseen_events.py": "tests/e2e/test_restarted_server.py",
-    # Slurm's programs are called by what decides after a job's start.
-    "cherry/slurm/commands.py": "tests/cherry/slurm/test_attempt.py",
 }
 
 

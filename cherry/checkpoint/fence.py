@@ -37,11 +37,16 @@ class Fence:
         """Check that this is still the newest attempt.
 
         Raises:
-            SupersededError: a newer attempt has started; this one must stop writing.
+            SupersededError: a newer attempt has started, or the directory is another one; this one must stop writing.
         """
         for directory in self.directories:
             newest = _newest(directory)
-            if newest != self.epoch:
+            if newest < self.epoch:
+                raise SupersededError(
+                    f"{directory} is not the directory that this attempt began in: it was moved or removed since. Put "
+                    "it back, in place of what was written here, and start the same command again."
+                )
+            if newest > self.epoch:
                 raise SupersededError(
                     f"{directory}: attempt {newest} took over from attempt {self.epoch}, which stops here. "
                     "Nothing is lost: the newer attempt resumes from the newest committed checkpoint."

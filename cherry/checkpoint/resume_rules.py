@@ -75,6 +75,13 @@ class Progress:
     changes: list[str] = field(default_factory=list)
     """What resumes changed in the course of the run, a line each, oldest first."""
 
+    def add_step(self, *, sequences: int, tokens: int, seconds: float) -> None:
+        """Count a step that was taken, or skipped, of which no tokens count."""
+        self.step += 1
+        self.position += sequences
+        self.tokens += tokens
+        self.seconds += seconds
+
 
 def checkpoints_of(config: JobConfig, run_directory: str) -> str:
     """URI of the directory of the run's checkpoints."""

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +18,7 @@ from base.errors import ConfigError, DataError, storage_errors
 from base.storage import Progress
 from cherry.data.chat import Chat
 from cherry.data.chat_template import FILE_NAME as TEMPLATE_NAME
+from cherry.data.chat_template import ChatTemplate
 from cherry.data.corpus import Document, Source, is_heldout, sample_texts
 from cherry.data.encode import Encoded, Encoder
 from cherry.data.fim import TRAINED_TOKENS, fim_of
@@ -80,32 +81,16 @@ def prepare(
     path = Path(storage.local_path(directory))
     storage.make_directory(directory)
     report(f"{len(source.files):,} files, {source.bytes / 1e6:.1f} MB", 0.0)
-    uri = tokenizer_uri(config, weights)
-    tokenizer = _tokenizer(source, uri, vocab_size, bos_id, eos_id)
-    fim = fim_of(tokenizer, config)
-    storage.write_bytes(str(path / "tokenizer.json"), tokenizer.to_str(pretty=True).encode())
-    tally = _Tally()
-    template = None
-    if config.format == "chat":
-        template = chat_template(config, tokenizer, uri, bos_id=bos_id, eos_id=eos_id)
-        tally.digest.update(template.source.encode())
-        storage.write_bytes(str(path / TEMPLATE_NAME), template.source.encode())
+    tokenizer, template = _tokenizer_and_template(
+        source, path, tokenizer_uri(config, weights), vocab_size, bos_id=bos_id, eos_id=eos_id
+    )
+    tally, fim = _Tally(template), fim_of(tokenizer, config)
     told = "" if template is None else f", chat template: {template.origin}"
     report(f"tokenizer of {tokenizer.get_vocab_size():,} tokens{told}", _TOKENIZER_SHARE)
     encoder = Encoder(tokenizer, bos_id=bos_id, eos_id=eos_id, template=template)
-    with (
-        ShardWriter(path, vocab_size, masked=config.format == "chat", shard_tokens=shard_tokens) as writer,
-        storage_errors(directory),
-        open(path / "heldout.jsonl", "w", encoding="utf-8") as heldout,
-    ):
-        for batch in _batches(source.documents()):
-            train = [document for document in batch if not tally.add(document, config, heldout)]
-            for encoded in encoder.encode_filled(train, fim):
-                writer.add(encoded.tokens, encoded.bears)
-            done = _TOKENIZER_SHARE + (0.98 - _TOKENIZER_SHARE) * min(1.0, tally.bytes / max(source.bytes, 1))
-            report(f"packed {tally.documents:,} documents, {writer.tokens:,} tokens", done)
-        heldout.flush()
-        os.fsync(heldout.fileno())
+    writer = ShardWriter(path, vocab_size, masked=config.format == "chat", shard_tokens=shard_tokens)
+    with writer, storage_errors(directory), open(path / "heldout.jsonl", "w", encoding="utf-8") as heldout:
+        _pack(source, lambda train: encoder.encode_filled(train, fim), tally, writer, heldout, report)
     if template is not None:
         _write_generation_settings(path, bos_id, eos_id, encoder.turn_ends)
     manifest = _manifest(config, source, tally, writer, tokenizer, (bos_id, eos_id), shard_tokens)
@@ -114,6 +99,39 @@ def prepare(
     storage.commit(directory, {"digest": manifest.digest, "config": config.model_dump(mode="json")})
     report(_summary(manifest, source) + told, 1.0)
     return manifest
+
+
+def _tokenizer_and_template(
+    source: Source, path: Path, uri: str | None, vocab_size: int, *, bos_id: int, eos_id: int
+) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer and, for chats, the template; both are written to `path`."""
+    config = source.config
+    tokenizer = _tokenizer(source, uri, vocab_size, bos_id, eos_id)
+    storage.write_bytes(str(path / "tokenizer.json"), tokenizer.to_str(pretty=True).encode())
+    if config.format != "chat":
+        return tokenizer, None
+    template = chat_template(config, tokenizer, uri, bos_id=bos_id, eos_id=eos_id)
+    storage.write_bytes(str(path / TEMPLATE_NAME), template.source.encode())
+    return tokenizer, template
+
+
+def _pack(
+    source: Source,
+    encode: Callable[[list[Document]], Iterator[Encoded]],
+    tally: _Tally,
+    writer: ShardWriter,
+    heldout: TextIO,
+    report: Progress,
+) -> None:
+    """Write the documents of the source: those for training as tokens, the others to `heldout`."""
+    for batch in _batches(source.documents()):
+        train = [document for document in batch if not tally.add(document, source.config, heldout)]
+        for encoded in encode(train):
+            writer.add(encoded.tokens, encoded.bears)
+        done = _TOKENIZER_SHARE + (0.98 - _TOKENIZER_SHARE) * min(1.0, tally.bytes / max(source.bytes, 1))
+        report(f"packed {tally.documents:,} documents, {writer.tokens:,} tokens", done)
+    heldout.flush()
+    os.fsync(heldout.fileno())
 
 
 def _write_generation_settings(path: Path, bos_id: int, eos_id: int, turn_ends: set[int]) -> None:
@@ -162,14 +180,19 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @dataclass
 class _Tally:
-    """Running totals over the documents."""
+    """Running totals over the documents, and the digest of them and of the template that writes chats."""
 
+    template: InitVar[ChatTemplate | None]
     documents: int = 0
     bytes: int = 0
     heldout: int = 0
     heldout_bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     zlib: _Zlib = field(default_factory=lambda: _Zlib())
+
+    def __post_init__(self, template: ChatTemplate | None) -> None:
+        if template is not None:
+            self.digest.update(template.source.encode())
 
     def add(self, document: Document, config: DataConfig, heldout: TextIO) -> bool:
         """True if the document is held out: it is then written to `heldout`. Counts it either way."""

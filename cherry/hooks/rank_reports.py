@@ -132,6 +132,9 @@ class RankReports(TrainerHook):
         self._due = time.monotonic()
         self._wall: list[float] = []
         self._own: list[float] = []
+        self._is_warm = False
+        """Whether a step was taken: how long the first one takes (kernels are chosen, memory is found) tells nothing of
+        the rank's pace, and is not the same on all ranks. So the first report has none, and is not compared."""
         self._reports: queue.SimpleQueue[RankReport | None] = queue.SimpleQueue()
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="rank-reports", daemon=True)
@@ -142,8 +145,9 @@ class RankReports(TrainerHook):
         if record.step_seconds is not None:
             self._wall.append(record.step_seconds)
         own = None if self._timer is None else self._timer.take()
-        if own is not None:
+        if own is not None and self._is_warm:
             self._own.append(own)
+        self._is_warm = True
         self._print_news()
         if time.monotonic() < self._due or not self._wall:
             return

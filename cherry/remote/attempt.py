@@ -39,8 +39,8 @@ _STACKS_S = 2.0
 # A host that hangs may not answer at all.
 _CARRY_LOGS_S = 5.0
 _SHOWN_LINES = 10
-CANCELLED = 128 + signal.SIGTERM
-"""Exit code of a launcher that got SIGTERM."""
+_BY_SIGNAL = {128 + number: number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)}
+"""Exit codes of a launcher that a signal told to end, as a host does that shuts down, by the signals."""
 
 
 class Printer:
@@ -89,11 +89,16 @@ class Ending:
     """Seconds since the attempt began."""
 
     @property
+    def host_is_lost(self) -> bool:
+        """Whether the host is gone, or about to go: it was told to shut down, or someone ended the job there."""
+        return self.code is None or self.code in _BY_SIGNAL
+
+    @property
     def weight(self) -> int:
-        """Rank among the causes of a failure, lowest first: a user error or SIGTERM, a lost host, anything else."""
-        if self.code in USER_EXIT_CODES or self.code in (SupersededError.exit_code, CANCELLED):
+        """Rank among the causes of a failure, lowest first: a user error, a lost host, anything else."""
+        if self.code in USER_EXIT_CODES or self.code == SupersededError.exit_code:
             return 0
-        return 1 if self.code is None or self.code < 0 else 2
+        return 1 if self.host_is_lost or (self.code is not None and self.code < 0) else 2
 
 
 def start_launchers(job: Job, sessions: Sequence[Session]) -> int:
@@ -217,7 +222,12 @@ class Attempt:
             self._ended[host] = Ending(host, 0, None, time.monotonic() - self._began)
             return
         error = error_of_record(record)
-        if error is None or error.exit_code != code:
+        if code in _BY_SIGNAL:  # the supervisor's own cancellation does not look at how its hosts end
+            error = WorkerLostError(
+                f"{host} counts as lost: {signal.Signals(_BY_SIGNAL[code]).name} ended the job there, which was not "
+                "sent from here. The host shuts down, or someone ended it there."
+            )
+        elif error is None or error.exit_code != code:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             text = f"the launcher on {host} {how}; its last lines:\n" + "\n".join(self._lines[host])
             error = WorkerLostError(text) if code < 0 else error_of_code(code, text)

@@ -238,6 +238,20 @@ async def _connect(node: NodeSpec, ssh: SshConfig) -> asyncssh.SSHClientConnecti
         raise _refused(node, ssh, error) from error
 
 
+def _bad_key(ssh: SshConfig, error: Exception) -> str:
+    """Sentences on a private key that cannot be read."""
+    if ssh.identity is None:
+        return f"~/.ssh/config names an IdentityFile that cannot be read as a private key ({error}). Correct it there."
+    path = Path(ssh.identity).expanduser()
+    if "passphrase" in str(error).lower():
+        return (
+            f"ssh.identity: {path} has a passphrase, for which nobody is asked here. Add it to an agent (`ssh-add "
+            f"{path}`) and leave ssh.identity out."
+        )
+    public = " Without .pub it is the private one." if path.suffix == ".pub" else ""
+    return f"ssh.identity: {path} is not a private key ({error}). Name the file of one that the host knows.{public}"
+
+
 def _refused(node: NodeSpec, ssh: SshConfig, error: Exception) -> CherryError:
     """The error of this project's family for a connection that failed."""
     host, known = node.host, ssh.known_hosts or "~/.ssh/known_hosts"
@@ -255,6 +269,11 @@ def _refused(node: NodeSpec, ssh: SshConfig, error: Exception) -> CherryError:
             f"{host}: it refuses the user or the key ({error}). Try `ssh {host}`; set ssh.user and ssh.identity in the "
             "cluster file, or add the public key to ~/.ssh/authorized_keys there."
         )
+    if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError):
+        return ConfigError(f"{host}: {_bad_key(ssh, error)}")
+    for key, file in (("identity", ssh.identity), ("known_hosts", ssh.known_hosts)):
+        if isinstance(error, OSError) and file is not None and error.filename == str(Path(file).expanduser()):
+            return ConfigError(f"{host}: ssh.{key}: {error.filename} cannot be read: {error.strerror}.")
     if isinstance(error, socket.gaierror):
         return WorkerLostError(f"{host}: its name cannot be resolved. Check it in the cluster file.")
     if isinstance(error, ConnectionRefusedError):

@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from base.errors import (
     CherryError,
@@ -24,10 +26,10 @@ from base.errors import (
     is_retryable_exit_code,
     run_program,
 )
-from base.json_lines import append_json, read_lines
+from base.json_lines import append_json, as_record, read_lines
 from cherry.launcher import die_with_parent
 from cherry.remote.agent import KILL_S
-from cherry.remote.attempt import CANCELLED, Attempt, Ending, Printer, RankLogs, start_launchers
+from cherry.remote.attempt import Attempt, Ending, Printer, RankLogs, start_launchers
 from cherry.remote.carry import Carrier, HostFiles, names_for
 from cherry.remote.connection import LEASE_MARGIN_S, LEASE_S, Session
 from cherry.remote.gather import Gathered, Refusal, choose, gather
@@ -36,6 +38,14 @@ from cherry.remote.prepared_data import DATA_FOLDER, publish
 from cherry.remote.step_watch import StepWatch
 
 _MAX_BACKOFF_S = 300.0
+
+
+@dataclass(frozen=True)
+class _Began:
+    """Line of attempts.jsonl for the begin of an attempt."""
+
+    event: str
+    hosts: list[str]
 
 
 class Supervisor:
@@ -58,14 +68,14 @@ class Supervisor:
         self._wrong: dict[str, WorkerLostError] = {}
         """Hosts whose devices computed wrongly, and are left out."""
         self._began = time.monotonic()
-        self._left = set(self._hosts_of_a_killed_supervisor())
+        directory = job.local_directory
+        self._left = set[str]() if directory is None else set(hosts_of_a_killed_supervisor(directory / "train"))
 
     async def run(self) -> None:
         """Run the job to its good end.
 
         Raises:
             CherryError: a user error, or the last attempt's.
-            SystemExit: someone ended the job on one of its hosts.
         """
         recovery = self._job.spec.recovery
         for number in range(1, recovery.attempts + 1):
@@ -75,12 +85,9 @@ class Supervisor:
                 return
             assert cause.error is not None
             self._failures[cause.host] += 1
-            self._lost = cause.host if cause.code is None else None
+            self._lost = cause.host if cause.host_is_lost else None
             if isinstance(cause.error, HardwareError):
                 self._leave_out(cause.error)
-            if cause.code == CANCELLED:
-                self._printer.put(f"the job was ended on {cause.host} by SIGTERM; it is not started again")
-                raise SystemExit(CANCELLED)
             if not is_retryable_exit_code(cause.error.exit_code) or number == recovery.attempts:
                 raise cause.error
             backoff = min(recovery.backoff_s * 2 ** max(0, self._in_vain - 1), _MAX_BACKOFF_S)
@@ -168,12 +175,6 @@ class Supervisor:
             host = self._names.get(name, name)
             self._wrong[host] = WorkerLostError(f"{host}: is left out, as a device there computed wrongly: {error}")
 
-    def _hosts_of_a_killed_supervisor(self) -> list[str]:
-        """Hosts of an attempt that began and has no end on record: its supervisor was killed outright."""
-        directory = self._job.local_directory
-        records = [] if directory is None else read_lines(directory / "train" / ATTEMPTS_FILE)
-        return records[-1].get("hosts", []) if records and records[-1].get("event") == "began" else []
-
     async def _outwait_a_killed_supervisor(self, answering: set[str]) -> None:
         """Wait until no rank of an earlier supervisor is left: those that it could reach ended with its connections."""
         if self._left:
@@ -187,6 +188,13 @@ class Supervisor:
         directory = self._job.local_directory
         if directory is not None:
             append_json(directory / "train" / ATTEMPTS_FILE, {**event, "time": time.time()})
+
+
+def hosts_of_a_killed_supervisor(directory: Path) -> list[str]:
+    """Hosts of an attempt that began and has no end on record; `directory` is `train/` of the run directory."""
+    records = read_lines(directory / ATTEMPTS_FILE)
+    newest = as_record(_Began, records[-1]) if records else None
+    return newest.hosts if newest is not None and newest.event == "began" else []
 
 
 def supervise(job: Job) -> None:

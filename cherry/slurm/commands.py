@@ -6,12 +6,24 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 from base.errors import ConfigError, ServiceError
 
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel")
 _TIMEOUT_S = 60.0
+# An answer takes some hundredths of a second, on a controller with thousands of jobs a second.
+_SILENT_S = 3.0
+_WAIT = "Ask `scontrol ping`, and start the same command again once the controller is up."
+_CONFIGURE = (
+    "Start the run on a login node of the cluster; or copy that node's /etc/slurm/slurm.conf here, and name it by "
+    "SLURM_CONF if it lies elsewhere."
+)
+# Neither a file, nor a server that hands it out.
+_NOT_CONFIGURED = re.compile(r"DNS SRV lookup failed|slurm\.conf: No such file|Unable to process configuration file")
+_NO_SOURCE = "Could not establish a configuration source"
 # What slurm_strerror(3) has for a controller that does not answer, or not now.
 _NOT_NOW = re.compile(
     "Unable to contact|Connection refused|connect failure|timed out|Zero Bytes|temporarily|try again|backup mode", re.I
@@ -75,14 +87,17 @@ def submit(script: str, *, test_only: bool = False) -> str:
     return "" if test_only else output.strip().partition(";")[0]
 
 
-def show(job_id: str) -> JobState | None:
+def show(job_id: str, *, announce: bool = True) -> JobState | None:
     """State of a job; `None` when the controller does not know it (any more).
+
+    Args:
+        announce: whether the terminal is told when the controller lets wait.
 
     Raises:
         ServiceError: the controller does not answer now.
     """
     try:
-        line = _call("scontrol", "show", "job", job_id, "--oneliner")
+        line = _call("scontrol", "show", "job", job_id, "--oneliner", announce=announce)
     except ConfigError as error:
         if _UNKNOWN_JOB in str(error):
             return None
@@ -145,33 +160,64 @@ def exclude(job_id: str, nodes: str) -> None:
     _call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
 
 
-def _call(program: str, *arguments: str, given: str = "", environment: dict[str, str] | None = None) -> str:
-    """Output of one of Slurm's programs.
+def _call(
+    program: str, *arguments: str, given: str = "", environment: dict[str, str] | None = None, announce: bool = True
+) -> str:
+    """Output of one of Slurm's programs; when it lets wait, a line on the terminal says for what and until when.
+
+    Args:
+        given: its standard input.
+        announce: whether that is said.
 
     Raises:
-        ConfigError: it refuses, or is not here.
+        ConfigError: it refuses, is not here, or is not configured.
         ServiceError: the controller does not answer.
     """
+    conf = os.environ.get("SLURM_CONF")
+    if conf is not None and not os.path.exists(conf):  # which Slurm waits for, a minute
+        raise ConfigError(f"SLURM_CONF names {conf}, which does not exist. {_CONFIGURE}")
     try:
-        ended = subprocess.run(
+        with subprocess.Popen(
             [program, *arguments],
-            input=given,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=_TIMEOUT_S,
             env=environment,
-            check=False,
-        )
+        ) as process:
+            output, errors = _answer(process, program, given, announce=announce)
     except FileNotFoundError as error:
         raise ConfigError(
             f"no {program} on this machine. Start the run where Slurm's programs are, on a login node of the cluster."
         ) from error
+    if process.returncode == 0:
+        return output
+    told = " ".join(line.removeprefix(f"{program}: ").removeprefix("error: ") for line in errors.splitlines())
+    if _NOT_CONFIGURED.search(told) or (_NO_SOURCE in told and not _NOT_NOW.search(told)):
+        raise ConfigError(f"{program}: Slurm is installed here, and not configured ({told}). {_CONFIGURE}")
+    if _NOT_NOW.search(told):  # also where the controller hands the configuration out
+        raise ServiceError(f"{program}: Slurm's controller does not answer: {told}. {_WAIT}")
+    raise ConfigError(f"{program} refuses: {told or f'exit code {process.returncode}'}")
+
+
+def _answer(process: subprocess.Popen[str], program: str, given: str, *, announce: bool) -> tuple[str, str]:
+    """Standard output and standard error of a program that has ended.
+
+    Raises:
+        ServiceError: it did not within a minute.
+    """
+    try:
+        try:
+            return process.communicate(given, timeout=_SILENT_S)
+        except subprocess.TimeoutExpired:
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + _TIMEOUT_S - _SILENT_S))
+            note = f"waiting for Slurm's controller, which does not answer {program}, until {until} at most"
+            if announce:
+                print(note, file=sys.stderr, flush=True)
+        return process.communicate(timeout=_TIMEOUT_S - _SILENT_S)
     except subprocess.TimeoutExpired as error:
-        raise ServiceError(f"{program}: no answer from Slurm's controller in {_TIMEOUT_S:.0f} s") from error
-    if ended.returncode == 0:
-        return ended.stdout
-    told = " ".join(line.removeprefix(f"{program}: ").removeprefix("error: ") for line in ended.stderr.splitlines())
-    if _NOT_NOW.search(told):
-        raise ServiceError(f"{program}: Slurm's controller does not answer: {told}")
-    raise ConfigError(f"{program} refuses: {told or f'exit code {ended.returncode}'}")
+        raise ServiceError(f"{program}: no answer from Slurm's controller in {_TIMEOUT_S:.0f} s. {_WAIT}") from error
+    finally:
+        process.kill()  # which does nothing once it has ended
+        process.wait()  # after Ctrl-C nobody else does

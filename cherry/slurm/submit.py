@@ -123,7 +123,7 @@ class Follower:
     def _state(self) -> JobState | None:
         """State of the job; `None` where the controller does not answer. One that it has forgotten has ended."""
         try:
-            known = commands.show(self._job_id)
+            known = commands.show(self._job_id, announce=not self._silent)
         except ServiceError as error:
             if not self._silent:
                 print(f"waiting for Slurm's controller: {error}", flush=True)

@@ -12,14 +12,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from base.json_lines import append_json, read_last
+from base.json_lines import append_json, as_record, read_last
 
 NODES_FOLDER = "nodes"
 """Folder in `train/` of the run directory."""
@@ -29,6 +30,19 @@ _FIRST_S = 1.0  # a short job has a sample too
 _MEGABYTE = 1e6
 # Some days of a node with 8 GPUs, in this file and the part before it.
 _FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class NodeSample:
+    """What a node used at a time."""
+
+    node: str
+    number: int
+    """Samples of the node so far, this one too."""
+    time: float
+    """Unix time."""
+    figures: dict[str, float]
+    """By the names of MLflow's system metrics, where it has them."""
 
 
 class NodeSampler:
@@ -138,8 +152,8 @@ def sample_node(directory: Path, *, every_s: float = SAMPLE_S) -> None:
 def _sample(directory: Path, every_s: float) -> None:
     node = socket.gethostname()
     path, sampler = node_file(directory, node), NodeSampler(directory)
-    last = read_last(path, "number")
-    number = 0 if last is None else int(last["number"])
+    last = _last(path)
+    number = 0 if last is None else last.number
     pause_s = min(every_s, _FIRST_S)
     while True:
         time.sleep(pause_s)
@@ -147,12 +161,21 @@ def _sample(directory: Path, every_s: float) -> None:
         number += 1
         with suppress(OSError, psutil.Error):  # a figure that the system fails to tell now; it may later
             figures = sampler.sample()
-            sample = {"node": node, "number": number, "time": time.time(), "figures": figures}
-            append_json(path, sample, most_bytes=_FILE_BYTES)
+            append_json(path, asdict(NodeSample(node, number, time.time(), figures)), most_bytes=_FILE_BYTES)
 
 
-def read_nodes(directory: Path) -> dict[str, dict[str, Any]]:
+def read_nodes(directory: Path) -> dict[str, NodeSample]:
     """The newest sample of each node, by its name; `directory` is `train/` of the run directory."""
     paths = sorted((directory / NODES_FOLDER).glob("*.jsonl"))
-    found = {path.stem: read_last(path, "figures") for path in paths}
+    found = {path.stem: _last(path) for path in paths}
     return {node: sample for node, sample in found.items() if sample is not None}
+
+
+def read_samples(lines: Iterable[Mapping[str, Any]]) -> list[NodeSample]:
+    """The samples that lines of a node's file hold; damaged ones are left out."""
+    return [sample for line in lines if (sample := as_record(NodeSample, line)) is not None]
+
+
+def _last(path: Path) -> NodeSample | None:
+    found = read_last(path, "figures", accept=lambda line: as_record(NodeSample, line) is not None)
+    return None if found is None else as_record(NodeSample, found)

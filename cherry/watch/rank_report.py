@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from base.json_lines import as_record
 
 RANKS_FOLDER = "ranks"
 """Folder in `train/` of the run directory."""
+# More than any job's ranks have.
+_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class RankReport:
     step_seconds: float
     """Median wall time of its steps, which is that of all ranks: they wait for each other."""
     own_seconds: float | None
-    """Time a step that it computed for itself, without waiting; `None` where it is not measured. It is the lower
-    quartile: what another program took of some steps is not the rank's pace."""
+    """Time a step that it computed for itself, without waiting; `None` where it is not measured, as in its first step.
+    It is the lower quartile: what another program took of some steps is not the rank's pace."""
 
     def write(self, directory: Path) -> None:
         """Replace the rank's report before, where `directory` is `train/` of the run directory.
@@ -57,14 +61,18 @@ def read_reports(directory: Path, ranks: Iterable[int]) -> list[RankReport]:
 def read_job(directory: Path) -> list[RankReport]:
     """The newest reports of all ranks of the job, by rank; those that an earlier start with more ranks left are not."""
     first = read_reports(directory, [0])
-    return first + read_reports(directory, range(1, first[0].ranks)) if first else []
+    if not first:
+        return []
+    # Those that are there, and not as many as a damaged report says.
+    names = (path.stem for path in (directory / RANKS_FOLDER).glob("*.json"))
+    others = sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) < _DIGITS)
+    return first + read_reports(directory, (rank for rank in others if 0 < rank < first[0].ranks))
 
 
 def _read(path: Path) -> RankReport | None:
     try:
-        values = json.loads(path.read_text())
-        return RankReport(**{field.name: values[field.name] for field in fields(RankReport)})
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or of another version
+        return as_record(RankReport, json.loads(path.read_text()))
+    except (OSError, ValueError, RecursionError):  # none yet, or no JSON
         return None
 
 

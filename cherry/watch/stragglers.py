@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from base.json_lines import append_json
+from base.json_lines import append_json, as_record
 from cherry.watch.rank_report import RankReport
 
 STRAGGLERS_FILE = "stragglers.jsonl"
@@ -136,11 +136,6 @@ class Stragglers:
         ]
 
 
-def named(line: Mapping[str, Any]) -> list[Straggler]:
-    """The stragglers that a line of stragglers.jsonl names."""
-    return [Straggler(**one) for one in line["stragglers"]]
-
-
-def excess(line: Mapping[str, Any]) -> float:
-    """How much longer the slowest rank of a line of stragglers.jsonl computed than the median rank, as a fraction."""
-    return float(line["slowest"]["excess"])
+def read_comparisons(lines: Iterable[Mapping[str, Any]]) -> list[Comparison]:
+    """The comparisons that lines of stragglers.jsonl hold; damaged ones are left out."""
+    return [found for line in lines if (found := as_record(Comparison, line)) is not None]

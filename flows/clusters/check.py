@@ -14,6 +14,7 @@ from base.errors import ConfigError
 from cherry.cluster import LOCAL, SLURM, SSH, NodeSpec, read_cluster
 from cherry.remote.facts import HostFacts, Needs, code_digest, collect_facts, unfit
 from cherry.remote.preflight import HostReport, Report, check_hosts
+from flows.clusters.tables import fitted
 from tasks.providers.registry import find_provider, provider_name, reserve
 
 _GIB = 2**30
@@ -71,13 +72,14 @@ def _this_machine(runs_directory: Path) -> Report:
 
 
 def _show_hosts(console: Console, report: Report) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in _HEADINGS:
-        table.add_column(heading, overflow="fold")
+    rows = []
     for host in report.hosts:
         state = "[green]fit[/]" if host.error is None else "[bold red]unfit[/]"
-        table.add_row(escape(host.host), state, *map(escape, _cells(host)))
-    console.print(table)
+        rows.append((escape(host.host), state, *map(escape, _cells(host))))
+    for number, table in enumerate(fitted(_HEADINGS, rows, console.width)):
+        if number:
+            console.print()
+        console.print(table)
     if report.hosts and (code := code_digest()):
         console.print(f"code here: {code[:_DIGEST_LETTERS]}", highlight=False)
 
@@ -119,7 +121,7 @@ def _gpus(facts: HostFacts) -> str:
         return f"{facts.gpus} (health unknown: no nvidia-ml-py)"
     sick = sum(bool(list(gpu.faults())) for gpu in facts.gpu_facts)
     errors = sum(gpu.uncorrected_ecc_errors or 0 for gpu in facts.gpu_facts)
-    return f"{facts.gpus} {facts.gpu_facts[0].name}, {sick or 'none'} faulty, {errors} uncorrected ECC errors"
+    return f"{facts.gpus} {facts.gpu_facts[0].name}, {sick or 'none'} faulty, {errors} ECC errors"
 
 
 def _show_bandwidths(console: Console, report: Report) -> None:

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from base.errors import OperationalError
+from base.errors import MissingFileError, OperationalError
 from flows.arguments import RUNS_DIRECTORY, WithOverrides, complete_config
+from flows.runs.directories import run_directories
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 _file = click.argument("cluster", metavar="FILE")
+
+
+def _existing(runs_directory: Path) -> Path:
+    """The runs directory; one that was given must be there, the default one is made by the first run.
+
+    Raises:
+        MissingFileError: it is not.
+    """
+    source = click.get_current_context().get_parameter_source("runs_directory")
+    if source is ParameterSource.DEFAULT or runs_directory.is_dir():
+        return runs_directory
+    above = runs_directory.absolute().parent
+    folders = [one.name for one in above.iterdir() if one.is_dir()] if above.is_dir() else []
+    close = difflib.get_close_matches(runs_directory.name, folders, n=3)
+    hint = f"Did you mean {' or '.join(str(runs_directory.with_name(one)) for one in close)}?" if close else ""
+    raise MissingFileError(f"no directory {runs_directory}, where runs are looked for. {hint or 'Check the path.'}")
+
+
+def _what_there_is(name: str, names: list[str]) -> str:
+    if close := difflib.get_close_matches(name, names, n=3):
+        return f"Did you mean {' or '.join(close)}?"
+    return f"What holds hosts there: {', '.join(names)}." if names else "Nothing holds hosts there."
 
 
 @click.group()
@@ -31,7 +56,7 @@ def ls(*, as_json: bool, runs_directory: Path) -> None:
     from flows.clusters.tables import show_taken
     from tasks.clusters.taken import list_taken
 
-    show_taken(Console(), runs_directory, list_taken(runs_directory), as_json=as_json)
+    show_taken(Console(), runs_directory, list_taken(_existing(runs_directory)), as_json=as_json)
 
 
 @cluster.command()
@@ -68,13 +93,15 @@ def down(*, name: str, runs_directory: Path) -> None:
     from tasks.clusters.give_back import give_back
     from tasks.clusters.taken import list_taken
 
-    everything = list_taken(runs_directory)
+    everything = list_taken(_existing(runs_directory))
     # A kept cluster comes first; a run of the same name is next.
     taken = next((one for one in everything if one.name == name), None)
     if taken is None:
-        names = ", ".join(sorted({one.name for one in everything})) or "nothing"
-        click.echo(f"{name} holds no hosts (in {runs_directory}, these do: {names})")
-        return
+        names = sorted({one.name for one in everything})
+        if name in {run.name for run in run_directories(runs_directory)}:
+            click.echo(f"{name} holds no hosts (in {runs_directory}, these do: {', '.join(names) or 'nothing'})")
+            return
+        raise MissingFileError(f"no cluster and no run {name!r} in {runs_directory}. {_what_there_is(name, names)}")
     give_back(taken)
     click.echo(f"{name}: {', '.join(taken.hosts) or 'what was taken'} given back")
 
@@ -85,7 +112,7 @@ def reap(*, runs_directory: Path) -> None:
     """Give back hosts that are overdue, or whose run no process works on."""
     from tasks.clusters.give_back import reap as give_back_left
 
-    reaped = give_back_left(runs_directory)
+    reaped = give_back_left(_existing(runs_directory))
     for line in reaped.done:
         click.echo(line)
     if not reaped.done and not reaped.failed:

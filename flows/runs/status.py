@@ -12,23 +12,70 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import psutil
+from pydantic import Field
 
-from base.json_lines import read_last
+from base.json_lines import as_record
 from flows.runs.directories import find_run, run_directories
 from tasks.interruptions.position import last_checkpoint, last_metrics
 from tasks.lease import RENEW_S
 from tasks.lifecycle import STEPS, TRAIN_STEPS
 from tasks.processes.process import is_alive
 from tasks.processes.replicas import Server, ServingDirectory
-from tasks.records.events import EVENTS_FILE
+from tasks.records.events import Event, last_event
 
 State = Literal["running", "waiting", "finished", "failed", "interrupted"]
 """`waiting` is between two attempts of a step, or not begun; `interrupted` was stopped or killed and can be resumed."""
+_R = TypeVar("_R")
 # A lease of another host that was not renewed for so long is that of a host that is gone.
 _STALE_S = 8 * RENEW_S
+
+
+@dataclass(frozen=True)
+class _Process:
+    """Process of a lease or of a step's program."""
+
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    created: float
+    host: str | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return self.host not in (None, socket.gethostname())
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What counts of a finished step's record."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is shown of evaluation.json."""
+
+    verdict: str | None = None
+    reason: str | None = None
+    bits_per_byte: float | None = None
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """What is shown of register.json."""
+
+    name: str | None = None
+    version: int | None = None
+    champion_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is shown of training's result.json."""
+
+    changes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,20 +130,20 @@ def read_run(runs_directory: Path, name: str) -> RunStatus:
 
 def is_held(directory: Path) -> bool:
     """Whether a live process works on the run, as far as can be told without writing."""
-    lease = read_values(directory / "lease.json")
+    lease = as_record(_Process, read_values(directory / "lease.json"))
     stat = _stat(directory / "lease.json")
-    if not lease or stat is None:
+    if lease is None or stat is None:
         return False
-    if lease.get("host", socket.gethostname()) != socket.gethostname():
+    if lease.is_elsewhere:
         return time.time() - stat.st_mtime < _STALE_S
-    return _is_alive(lease)
+    return is_alive(lease.pid, lease.created)
 
 
 def read_values(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty when there is none, or when it is damaged."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -110,54 +157,58 @@ def served_from(directory: Path) -> list[Server]:
 def _read_run(directory: Path, servers: list[Server], weights: Mapping[str, float]) -> RunStatus:
     finished = _finished(directory)
     metrics = last_metrics(directory / "train" / "metrics.jsonl")
-    event = read_last(directory / EVENTS_FILE, "event", accept=lambda event: event.get("step") in TRAIN_STEPS) or {}
-    evaluation = read_values(directory / "evaluate" / "evaluation.json") if "evaluate" in finished else {}
-    registered = read_values(directory / "register.json") if "register" in finished else {}
-    trained = read_values(directory / "train" / "result.json")
+    event = last_event(directory, lambda event: event.step in TRAIN_STEPS)
+    evaluation = _read(_Evaluation, directory / "evaluate" / "evaluation.json", "evaluate" in finished)
+    registered = _read(_Registered, directory / "register.json", "register" in finished)
+    trained = _read(_Trained, directory / "train" / "result.json")
     stat = _stat(directory / "config.yaml")
     own = [server for server in servers if _is_inside(server.model, directory)]
     return RunStatus(
         name=directory.name,
         directory=directory,
         state=_state(directory, finished, event),
-        changed_at=float(event.get("time") or (0.0 if stat is None else stat.st_mtime)),
+        changed_at=(0.0 if event is None else event.time) or (0.0 if stat is None else stat.st_mtime),
         finished=finished,
-        working_on=str(event["step"]) if event and event["event"] not in ("finished", "reused") else None,
+        working_on=event.step if event is not None and event.event not in ("finished", "reused") else None,
         step=None if metrics is None else metrics.step,
         steps_total=None if metrics is None else metrics.steps,
         loss=None if metrics is None else metrics.loss,
         seconds_left=None if metrics is None else metrics.seconds_left,
         checkpoint=last_checkpoint(directory),
-        verdict=evaluation.get("verdict"),
-        reason=evaluation.get("reason"),
-        champion_reason=registered.get("champion_reason"),
-        heldout_bits_per_byte=evaluation.get("bits_per_byte"),
-        changes=tuple(map(str, trained.get("changes") or ())),
-        model=registered.get("name"),
-        version=registered.get("version"),
+        verdict=evaluation.verdict,
+        reason=evaluation.reason,
+        champion_reason=registered.champion_reason,
+        heldout_bits_per_byte=evaluation.bits_per_byte,
+        changes=trained.changes or (),
+        model=registered.name,
+        version=registered.version,
         served=tuple(f"{server.version} {weights.get(server.name, 0.0):g} %" for server in own),
         processes=len(_processes(directory)),
     )
 
 
-def _state(directory: Path, finished: Mapping[str, float], event: Mapping[str, Any]) -> State:
-    failed = event.get("event") == "failed"
+def _read(kind: type[_R], path: Path, exists: bool = True) -> _R:
+    """The record of a file; that without any value when there is none, or when it is damaged."""
+    return (as_record(kind, read_values(path)) if exists else None) or kind()
+
+
+def _state(directory: Path, finished: Mapping[str, float], event: Event | None) -> State:
+    failed = event if event is not None and event.event == "failed" else None
     if is_held(directory):
-        return "waiting" if failed else "running"
-    if failed:
-        return "interrupted" if event.get("interrupted") or event.get("line") == "interrupted" else "failed"
+        return "waiting" if failed is not None else "running"
+    if failed is not None:
+        return "interrupted" if failed.interrupted or failed.line == "interrupted" else "failed"
     if set(TRAIN_STEPS) <= finished.keys():
         return "finished"
-    return "interrupted" if event else "waiting"
+    return "waiting" if event is None else "interrupted"
 
 
 def _finished(directory: Path) -> dict[str, float]:
     finished: dict[str, float] = {}
     for path in sorted((directory / "steps").glob("*.json"), key=lambda path: _rank(path.stem)):
-        try:
-            finished[path.stem] = float(read_values(path)["seconds"])
-        except (ValueError, KeyError, TypeError):
-            continue  # no finished step: removed meanwhile, or not written by a step
+        record = as_record(_Finished, read_values(path))
+        if record is not None:  # else it was removed meanwhile, is damaged, or no step wrote it
+            finished[path.stem] = record.seconds
     return finished
 
 
@@ -175,22 +226,15 @@ def _is_inside(path: str, directory: Path) -> bool:
     return bool(path) and Path(path).absolute().is_relative_to(directory.absolute())
 
 
-def _is_alive(record: Mapping[str, Any]) -> bool:
-    try:
-        return is_alive(int(record["pid"]), float(record["created"]))
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
 def _processes(directory: Path) -> set[int]:
     """Ids of the live processes in the run's lease and program records, with their descendants."""
     found: set[int] = set()
     for name in ("lease.json", "program.json"):
-        record = read_values(directory / name)
-        if record.get("host", socket.gethostname()) != socket.gethostname() or not _is_alive(record):
+        record = as_record(_Process, read_values(directory / name))
+        if record is None or record.is_elsewhere or not is_alive(record.pid, record.created):
             continue
         try:
-            root = psutil.Process(record["pid"])
+            root = psutil.Process(record.pid)
             found |= {root.pid, *(child.pid for child in root.children(recursive=True))}
         except psutil.NoSuchProcess:
             continue  # it has just ended

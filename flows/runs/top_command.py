@@ -5,12 +5,12 @@ It reads what the hosts write to the run directory, which they share, and asks n
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,10 +20,10 @@ from rich.text import Text
 
 from base.json_lines import read_last
 from cherry.planner.report import duration
-from cherry.watch.node_sampler import read_nodes
+from cherry.watch.node_sampler import NodeSample, read_nodes
 from cherry.watch.rank_log import rank_log
 from cherry.watch.rank_report import RankReport, read_job
-from cherry.watch.stragglers import STRAGGLERS_FILE, named
+from cherry.watch.stragglers import STRAGGLERS_FILE, read_comparisons
 from flows.runs.logs_command import Tail
 from flows.runs.status import RunStatus, read_run
 from flows.terminal import read_key, without_echo
@@ -38,6 +38,7 @@ _ROWS_BESIDES = 5
 # Three reports by default, and three samples of a node: who is silent for longer is slow, stuck or gone.
 _SILENT_S = 30.0
 _QUIT_KEYS = ("q", "Q", "\x1b")
+_GPU_FIGURE = re.compile(r"gpu_([0-9]{1,6})_")
 _STYLE = {"running": "cyan", "waiting": "yellow", "finished": "green", "failed": "bold red", "interrupted": "yellow"}
 
 
@@ -115,8 +116,8 @@ def _ranks(reports: Sequence[RankReport], train: Path, rows: int | None) -> list
     """The ranks, those first that compute longest where not all fit."""
     if not reports:
         return ["no rank has reported yet"]
-    comparison = read_last(train / STRAGGLERS_FILE, "stragglers")
-    slow = set() if comparison is None else {one.rank for one in named(comparison)}
+    line = read_last(train / STRAGGLERS_FILE, "stragglers", accept=lambda line: bool(read_comparisons([line])))
+    slow = set() if line is None else {one.rank for one in read_comparisons([line])[0].stragglers}
     own = [report.own_seconds for report in reports if report.own_seconds is not None]
     usual = statistics.median_low(own) if own else None
     shown = list(reports)
@@ -141,13 +142,13 @@ def _ranks(reports: Sequence[RankReport], train: Path, rows: int | None) -> list
     return [table, *([Text(f"and {left} more; cherry top --once has all ranks")] if left else [])]
 
 
-def _nodes_table(nodes: dict[str, dict[str, Any]]) -> Table | None:
+def _nodes_table(nodes: dict[str, NodeSample]) -> Table | None:
     """A row for each node; `None` without any."""
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "CPU", "memory", "net in", "net out", "disk read", "write", "free", "seen"):
         table.add_column(heading, justify="left" if heading in ("node", "seen") else "right", no_wrap=True)
     for node, sample in nodes.items():
-        figures = sample["figures"]
+        figures = sample.figures
         table.add_row(
             escape(node),
             _figure(figures, "cpu_utilization_percentage", "{:.0f} %"),
@@ -157,18 +158,18 @@ def _nodes_table(nodes: dict[str, dict[str, Any]]) -> Table | None:
                 for name in ("network_receive", "network_transmit", "disk_read", "disk_write")
             ),
             _figure(figures, "disk_available_megabytes", "{:.0f} GB", scale=1e-3),
-            _seen(sample["time"]),
+            _seen(sample.time),
         )
     return table if nodes else None
 
 
-def _gpus_table(nodes: dict[str, dict[str, Any]]) -> Table | None:
+def _gpus_table(nodes: dict[str, NodeSample]) -> Table | None:
     """A row for each GPU; `None` without any."""
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "GPU", "use", "memory", "of", "power", "temperature"):
         table.add_column(heading, justify="left" if heading == "node" else "right", no_wrap=True)
     for node, sample in nodes.items():
-        figures = sample["figures"]
+        figures = sample.figures
         for gpu in _gpu_numbers(figures):
             table.add_row(
                 escape(node),
@@ -183,7 +184,7 @@ def _gpus_table(nodes: dict[str, dict[str, Any]]) -> Table | None:
 
 
 def _gpu_numbers(figures: Iterable[str]) -> list[int]:
-    return sorted({int(name.split("_")[1]) for name in figures if name.startswith("gpu_")})
+    return sorted({int(found[1]) for name in figures if (found := _GPU_FIGURE.match(name))})
 
 
 def _figure(figures: dict[str, float], name: str, form: str, *, scale: float = 1.0) -> str:

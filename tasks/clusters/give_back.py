@@ -9,7 +9,7 @@ from pathlib import Path
 from base.config import load
 from base.errors import CherryError, InvalidInputError, OperationalError
 from tasks.clusters.taken import Taken, list_taken
-from tasks.lease import holder, is_held, locked, read_lease
+from tasks.lease import holder, is_held, locked, read_lease, remove_lock_file
 from tasks.lifecycle import end_leftovers
 from tasks.processes.process import end_tree
 from tasks.providers.protocol import CLUSTER_FILE, HOSTS_FILE, RESERVATION_FILE, read_reservation
@@ -38,9 +38,13 @@ def give_back(taken: Taken) -> None:
         OperationalError: the provider could not be reached; the record stays.
     """
     if taken.is_kept:
+        if not taken.directory.is_dir():
+            return
         with locked(taken.directory):
-            if read_reservation(taken.directory) == taken.reservation:  # else it was taken anew since
-                release_kept(taken.directory)
+            if read_reservation(taken.directory) != taken.reservation:
+                return  # it was taken anew since
+            release_kept(taken.directory)
+            remove_lock_file(taken.directory)
         return
     with locked(taken.directory):
         if is_held(taken.directory):

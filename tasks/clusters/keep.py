@@ -11,11 +11,11 @@ from base.config import dump
 from base.errors import CherryError, ConfigError, storage_errors
 from cherry.cluster import LOCAL, SLURM, SSH, ClusterSpec, NodeSpec, read_cluster
 from tasks.clusters.give_back import release_kept
-from tasks.clusters.taken import KEPT_FOLDER
-from tasks.lease import locked
+from tasks.lease import locked, remove_lock_file
 from tasks.providers.protocol import (
     CLUSTER_FILE,
     HOSTS_FILE,
+    KEPT_FOLDER,
     RESERVATION_FILE,
     Hosts,
     Reservation,
@@ -95,6 +95,7 @@ def _take_anew(directory: Path, held: Reservation | None, asked: Reservation) ->
     except BaseException:
         with suppress(CherryError):  # its record stays, for `down` and the reaper
             release_kept(directory)
+            remove_lock_file(directory)
         raise
     return hosts
 

@@ -11,11 +11,17 @@ from typing import Literal
 
 from base.errors import CherryError
 from tasks.lease import is_held, locked
-from tasks.providers.protocol import HOSTS_FILE, RESERVATION_FILE, Hosts, Reservation, read_hosts, read_reservation
+from tasks.providers.protocol import (
+    HOSTS_FILE,
+    KEPT_FOLDER,
+    RESERVATION_FILE,
+    Hosts,
+    Reservation,
+    read_hosts,
+    read_reservation,
+)
 from tasks.providers.registry import find_provider
 
-KEPT_FOLDER = "_clusters"
-"""Folder of a runs directory with a folder for each cluster that `cherry cluster up` holds."""
 State = Literal["alive", "gone", "overdue", "unreadable"]
 # An ssh host that is off takes some seconds to be noticed.
 _AT_ONCE = 16
@@ -60,11 +66,11 @@ def _read(directory: Path, is_kept: bool, *, now: float) -> Taken | None:
     try:
         reservation = read_reservation(directory)
         hosts = read_hosts(directory) if _is_taken(directory) else None
+        if reservation is None:
+            return None
+        state, reason, is_left = _state(directory, is_kept, reservation, hosts, now)
     except CherryError as error:
         return Taken(directory.name, directory, is_kept, None, (), "unreadable", str(error))
-    if reservation is None:
-        return None
-    state, reason, is_left = _state(directory, is_kept, reservation, hosts, now)
     addresses = () if hosts is None else tuple(host.address for host in hosts.hosts)
     return Taken(directory.name, directory, is_kept, reservation, addresses, state, reason, is_left)
 

@@ -20,7 +20,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 @contextmanager
 def hold_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock of the file at `path`, which is created and never removed: that could remove another's lock.
+    """Hold the lock of the file at `path`, which is created; only who holds it may remove it, see `remove_lock`.
 
     Args:
         on_wait: called once if another process holds the lock.
@@ -29,11 +29,14 @@ def hold_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Itera
         MissingFileError: its directory does not exist.
         StorageError: the file system has no locks.
     """
-    with storage_errors(str(path)):
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    waiting = False
+    handle = _open(path)
     try:
-        waiting = False
-        while not _try(handle, path):
+        while not (locked := _try(handle, path)) or _is_removed(handle, path):
+            if locked:  # that of a file that its holder has removed meanwhile keeps nobody out
+                os.close(handle)
+                handle = _open(path)
+                continue
             if not waiting and on_wait is not None:
                 on_wait()
             waiting = True
@@ -46,12 +49,28 @@ def hold_lock(path: Path, *, on_wait: Callable[[], None] | None = None) -> Itera
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
     """Whether the lock of the file at `path` was free; it is then held. Raises as `hold_lock` does."""
-    with storage_errors(str(path)):
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    handle = _open(path)
     try:
-        yield _try(handle, path)
+        yield _try(handle, path) and not _is_removed(handle, path)
     finally:
         os.close(handle)
+
+
+def remove_lock(path: Path) -> None:
+    """Remove the file of a lock that this process holds: who waits for it makes a new one."""
+    path.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> int:
+    with storage_errors(str(path)):
+        return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+
+
+def _is_removed(handle: int, path: Path) -> bool:
+    try:
+        return not os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return True
 
 
 def _try(handle: int, path: Path) -> bool:

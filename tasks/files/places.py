@@ -1,12 +1,14 @@
-"""Places that a run writes to: whether this user may, asked before anything is computed."""
+"""Places that a run writes to: whether this user may, asked before anything is computed, and whether they stay."""
 
 from __future__ import annotations
 
 import os
 import pwd
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from base.errors import StorageError
+from base.errors import MissingFileError, StorageError
 
 
 def check_writable(place: Path, advice: str) -> None:
@@ -37,3 +39,51 @@ def _name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:  # as in many containers
         return f"uid {uid}"
+
+
+@contextmanager
+def staying(run_directory: Path) -> Iterator[None]:
+    """Context of work in a run directory, whose error, once that is moved or removed, is this and not what missed it.
+
+    Raises:
+        MissingFileError: it is gone; what was written there since is in another directory of the same name.
+    """
+    try:
+        handle = os.open(run_directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # there is none yet, or none that can be read
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        if _is_gone(run_directory, handle):
+            raise _gone(run_directory, handle) from error
+        raise
+    else:
+        if _is_gone(run_directory, handle):
+            raise _gone(run_directory, handle)
+    finally:
+        os.close(handle)
+
+
+def _is_gone(directory: Path, handle: int) -> bool:
+    try:
+        return not os.path.samestat(os.stat(directory), os.fstat(handle))
+    except FileNotFoundError:
+        return True
+    except OSError:  # a file system that does not answer now is no news of the directory
+        return False
+
+
+def _gone(directory: Path, handle: int) -> MissingFileError:
+    """The error of a directory that is another one now, or none; with its new place, where the system tells it."""
+    try:
+        moved_to = Path(os.readlink(f"/proc/self/fd/{handle}"))
+    except OSError:
+        moved_to = directory
+    is_elsewhere = moved_to != directory.absolute() and moved_to.is_dir()
+    how = f"moved to {moved_to}" if is_elsewhere else "moved or removed"
+    return MissingFileError(
+        f"{directory}: the run's directory is gone: it was {how} while the run worked in it. Put it back, in place of "
+        "what was written here since, and start the same command again."
+    )

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from base.json_lines import read_last
 from cherry.checkpoint.naming import committed_steps, step_name
-from cherry.train_record import TrainRecord
-from tasks.records.events import EVENTS_FILE
+from cherry.train_record import TrainRecord, read_records
+from tasks.records.events import last_event
 
 
 def last_metrics(metrics_file: Path) -> TrainRecord | None:
-    """The record of the newest logged training step; a line that is still being written is skipped."""
-    line = read_last(metrics_file, "step")
-    return None if line is None else TrainRecord.from_line(line)
+    """The record of the newest logged training step; a line that is still being written, or damaged, is skipped."""
+    line = read_last(metrics_file, "step", accept=lambda line: bool(read_records([line])))
+    return None if line is None else read_records([line])[0]
 
 
 def last_checkpoint(directory: Path) -> str | None:
@@ -38,10 +38,10 @@ def how_far(directory: Path, *, since: float = 0.0) -> str:
     Args:
         since: Unix time. Empty when the run has no step's event after it.
     """
-    event = read_last(directory / EVENTS_FILE, "event", accept=lambda event: event["event"] != "progress")
-    if event is None or float(event.get("time", 0.0)) < since:
+    event = last_event(directory, lambda event: event.event != "progress")
+    if event is None or event.time < since:
         return ""
-    step = str(event["step"])
-    if event["event"] in ("finished", "reused"):
+    step = event.step
+    if event.event in ("finished", "reused"):
         return f"after {step}"
     return (where_training_is(directory) if step == "train" else "") or f"in {step}"

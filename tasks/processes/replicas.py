@@ -10,7 +10,8 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from base.errors import (
     ERROR_FILE_VARIABLE,
     AuthenticationError,
     ConfigError,
+    DataError,
     MissingFileError,
     PortInUseError,
     ServiceError,
     StorageError,
 )
+from base.json_lines import as_record
 from tasks.processes.ports import check_port, free_port, port_in_use
 from tasks.processes.process import end_tree, error_of, is_alive
 from tasks.processes.programs import module_environment
@@ -63,6 +66,22 @@ class Server:
     def listens_on(self, port: int) -> bool:
         """Whether it answers on the port; any is right for 0."""
         return port == 0 or self.url.endswith(f":{port}")
+
+
+def _read_server(path: Path) -> Server:
+    with _whole(path, "the record of a server; end that server if it runs, and remove the file"):
+        if (server := as_record(Server, storage.read_json(str(path)))) is None:
+            raise ValueError
+        return server
+
+
+@contextmanager
+def _whole(path: Path, what: str) -> Iterator[None]:
+    """Context in which a file of another shape is an error."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: it is damaged: it must be {what}.") from error
 
 
 class ServingDirectory:
@@ -119,9 +138,12 @@ class ServingDirectory:
                     handle.write(key + "\n")
 
     def servers(self) -> list[Server]:
-        """All recorded servers, alive or not."""
-        records = sorted(self.path.glob("server-*.json"))
-        return [Server(**storage.read_json(str(path))) for path in records]
+        """All recorded servers, alive or not.
+
+        Raises:
+            DataError: a record is damaged, so that nobody knows whether its server runs.
+        """
+        return [_read_server(path) for path in sorted(self.path.glob("server-*.json"))]
 
     def find(self, name: str) -> Server | None:
         """Live server of this name, if any."""
@@ -236,11 +258,17 @@ class ServingDirectory:
         storage.write_json(str(self.routes), {"salt": old["salt"], "replicas": replicas})
 
     def weights(self) -> dict[str, float]:
-        """Shares of traffic in force (percent) of the replicas that are alive."""
+        """Shares of traffic in force (percent) of the replicas that are alive.
+
+        Raises:
+            DataError: routes.json, which people may edit, is not what the gateway reads.
+        """
         if not self.routes.exists():
             return {}
-        replicas = storage.read_json(str(self.routes))["replicas"]
-        return {r["name"]: float(r["weight_percent"]) for r in replicas if self.find(r["name"]) is not None}
+        with _whole(self.routes, "a list of routes; correct it, or start the release again"):
+            replicas = storage.read_json(str(self.routes))["replicas"]
+            shares = {str(one["name"]): float(one["weight_percent"]) for one in replicas}
+        return {name: share for name, share in shares.items() if self.find(name) is not None}
 
     def _record(self, server: Server) -> None:
         storage.write_json(str(self._file(server.name)), asdict(server))

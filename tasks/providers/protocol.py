@@ -22,6 +22,9 @@ HOSTS_FILE = "hosts.json"
 CLUSTER_FILE = "cluster.yaml"
 """File beside them, on given hosts and under Slurm: the cluster's spec as it was when its hosts were taken."""
 
+KEPT_FOLDER = "_clusters"
+"""Folder of a runs directory with a folder for each cluster that `cherry cluster up` holds."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -175,6 +178,10 @@ def _read(path: Path, kind: type[_R]) -> _R:
         return kind.model_validate_json(storage.read_bytes(str(path)))
     except ValidationError as error:
         differing = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
-        raise ConfigError(
-            f"{path}: is not what this version of cherry writes ({differing}). Remove it and start the run again."
-        ) from error
+        advice = "Remove it and start the run again."
+        if path.parent.parent.name == KEPT_FOLDER:  # no run is to be started that would give its hosts back
+            advice = (
+                f"Give back what the cluster {path.parent.name} still holds at its provider (given hosts: nothing), "
+                f"remove {path.parent}, and take it again (cherry cluster up)."
+            )
+        raise ConfigError(f"{path}: is not what this version of cherry writes ({differing}). {advice}") from error

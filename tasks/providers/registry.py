@@ -6,6 +6,7 @@ and which leads to a class without arguments.
 
 from __future__ import annotations
 
+import difflib
 import getpass
 import os
 import socket
@@ -60,6 +61,11 @@ def find_provider(name: str) -> Provider:
     return make()
 
 
+def _meant(name: str) -> str:
+    close = difflib.get_close_matches(name, known_providers(), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
 def provider_name(cluster: str, spec: ClusterSpec) -> str:
     """Name of the provider that takes a cluster's hosts.
 
@@ -83,7 +89,7 @@ def provider_name(cluster: str, spec: ClusterSpec) -> str:
     if name not in known_providers():
         raise ConfigError(
             f"cluster: {cluster} needs provider {name!r}, which is not installed (known providers: "
-            f"{', '.join(known_providers())}). Install the package that has it, or take another cluster."
+            f"{', '.join(known_providers())}).{_meant(name)} Install the package that has it, or take another cluster."
         )
     return name
 

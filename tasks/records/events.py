@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from base.errors import CherryError
-from base.json_lines import append_json, append_line
+from base.json_lines import append_json, append_line, as_record, read_last
 
 EVENTS_FILE = "events.jsonl"
 # A step's log and the part before it are not longer than twice this.
 _LOG_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Event:
+    """What every line of events.jsonl has, and what those of a failure have besides."""
+
+    step: str
+    event: str
+    time: float = 0.0
+    """Unix time."""
+    line: str | None = None
+    interrupted: bool = False
+
+
+def last_event(run_directory: Path, accept: Callable[[Event], bool]) -> Event | None:
+    """The newest event that is accepted; `None` without one. Damaged lines are left out."""
+
+    def read(line: dict[str, Any]) -> Event | None:
+        event = as_record(Event, line)
+        return event if event is not None and accept(event) else None
+
+    found = read_last(run_directory / EVENTS_FILE, "event", accept=lambda line: read(line) is not None)
+    return None if found is None else read(found)
 
 
 def write_event(run_directory: Path, step: str, event: str, **details: Any) -> None:

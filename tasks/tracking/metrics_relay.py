@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from base import storage
 from base.errors import StorageError
 from base.json_lines import JsonLinesReader, read_lines
-from cherry.train_record import EVERY_STEP, METRICS_FILE, SERIES, TrainRecord
+from cherry.train_record import EVERY_STEP, METRICS_FILE, SERIES, TrainRecord, read_records
 from tasks.tracking.protocol import Point, RunTracker
 
 _POLL_S = 10.0
@@ -26,11 +26,7 @@ _BATCH_STEPS = 1000 // len(SERIES)
 
 def read_metrics(path: Path) -> list[TrainRecord]:
     """The records of a metrics.jsonl; a line that is still being written is left out."""
-    return _records(read_lines(path))
-
-
-def _records(lines: list[dict[str, Any]]) -> list[TrainRecord]:
-    return [TrainRecord.from_line(line) for line in lines if "step" in line]
+    return read_records(read_lines(path))
 
 
 class Relay(ABC):
@@ -122,7 +118,7 @@ class MetricsRelay(Relay):
 
     def _new_records(self) -> list[TrainRecord] | None:
         lines = self._reader.read_new()
-        return None if lines is None else _records(lines)
+        return None if lines is None else read_records(lines)
 
     def _with_series(self, records: list[TrainRecord]) -> Iterator[tuple[TrainRecord, Mapping[str, str]]]:
         """Each record with the series that it sends: all for a second's first one, the last step and marked ones."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from base.json_lines import JsonLinesReader, from_the_end
 from cherry.train_record import THROUGHPUT
-from cherry.watch.node_sampler import NODES_FOLDER
+from cherry.watch.node_sampler import NODES_FOLDER, read_samples
 from cherry.watch.stacks import STACKS_FOLDER
-from cherry.watch.stragglers import STRAGGLERS_FILE, Straggler, excess, named
+from cherry.watch.stragglers import STRAGGLERS_FILE, Straggler, read_comparisons
 from tasks.tracking.metrics_relay import Relay
 from tasks.tracking.protocol import Point, RunTracker
 
@@ -79,24 +79,25 @@ class WatchRelay(Relay):
     def _read_nodes(self) -> None:
         for path in self._node_files():
             reader = self._readers.setdefault(path, JsonLinesReader(path))
-            samples = reader.read_new()
-            if samples is None:  # its file was begun anew
-                samples = reader.read_new() or []
+            lines = reader.read_new()
+            if lines is None:  # its file was begun anew
+                lines = reader.read_new() or []
+            samples = read_samples(lines)
             figures: dict[str, list[float]] = {}
             for sample in samples:
-                for name, value in sample["figures"].items():
+                for name, value in sample.figures.items():
                     figures.setdefault(name, []).append(value)
             for name, values in figures.items():
                 series, mean = f"system/{path.stem}/{name}", statistics.fmean(values)
-                self._waiting.append(Point(series, mean, samples[-1]["number"], int(samples[-1]["time"] * 1000)))
+                self._waiting.append(Point(series, mean, samples[-1].number, int(samples[-1].time * 1000)))
 
     def _read_stragglers(self) -> None:
-        lines = self._stragglers.read_new() or []
-        for line in lines:
-            self._waiting.append(Point(SLOWEST_RANK, excess(line), line["step"], int(line["time"] * 1000)))
-            self._rows += [(line["step"], line["time"], one) for one in named(line)]
-            self._latest |= {one.rank: one for one in named(line)}
-        if any(line["news"] for line in lines) and self._latest:
+        found = read_comparisons(self._stragglers.read_new() or [])
+        for one in found:
+            self._waiting.append(Point(SLOWEST_RANK, one.slowest.excess, one.step, int(one.time * 1000)))
+            self._rows += [(one.step, one.time, straggler) for straggler in one.stragglers]
+            self._latest |= {straggler.rank: straggler for straggler in one.stragglers}
+        if any(one.news for one in found) and self._latest:
             texts = [one.text for _, one in sorted(self._latest.items())]
             self._tracker.log(self._run_id, tags={STRAGGLER_TAG: "; ".join(texts)})
 

@@ -86,7 +86,7 @@ def test_an_unknown_key_inside_an_optional_section_is_compared_with_that_section
         ("name: a\nrate: .nan", r"rate: .*finite number"),
         ("name: a\nrate: .inf", r"rate: .*finite number"),
         ("name: a\nrate: -1", r"rate: .*greater than 0 \(got -1\)"),
-        ("name: a\ninner: 3", r"inner: .*object"),
+        ("name: a\ninner: 3", r"inner: must be a section, a mapping .*got 3"),
     ],
 )
 def test_no_value_is_bent_into_another_type(tmp_path: Path, text: str, message: str) -> None:

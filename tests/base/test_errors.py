@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError, model_serializer
 
 from base import errors, storage
 from base.errors import (
@@ -173,6 +175,34 @@ def test_a_program_that_ends_well_or_is_interrupted(capsys: pytest.CaptureFixtur
     assert run_program(lambda: None) == 0
     assert run_program(interrupted) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_that_a_library_made_another_exception_of_is_no_bug() -> None:
+    class Interrupts:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    class Dumped(BaseModel):
+        value: int
+
+        @model_serializer(mode="wrap")
+        def _dump(self, handler: Any) -> Any:
+            raise KeyboardInterrupt
+
+    class Iterated(BaseModel):
+        values: list[int]
+
+    def numbers() -> Iterator[int]:
+        raise KeyboardInterrupt
+        yield 1
+
+    assert run_program(lambda: (Dumped(value=1).model_dump(), None)[1]) == 130
+    assert run_program(lambda: (type("Made", (), {"attribute": Interrupts()}), None)[1]) == 130  # from 3.12 on as it is
+    # pydantic keeps nothing of this one.
+    unnamed = lambda: (Iterated.model_validate({"values": numbers()}), None)[1]  # noqa: E731
+    assert run_program(unnamed, interrupted=lambda: True) == 130
+    with pytest.raises(ValidationError):
+        run_program(unnamed)
 
 
 def test_the_code_crosses_a_process_and_a_bug_keeps_its_traceback() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import pytest
 
 from cherry.watch.node_sampler import read_nodes
@@ -185,11 +187,51 @@ def test_a_mistake_of_the_caller_ends_the_run_at_its_first_attempt(supervised):
     until(lambda: not supervised.left(), "the agents have ended too")
 
 
+def launcher_on(supervised: Any, host: str) -> Any:
+    return next(one for one in supervised.hosts.processes(host) if "cherry.launcher" in one.cmdline())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_a_host_whose_launcher_is_told_to_end_is_lost_and_the_job_goes_on_on_another(supervised, whole, number):
+    supervised.start(recovery={"spares": [{"host": "node3"}]})
+    supervised.wait_for_checkpoint(8)
+    launcher_on(supervised, "node2").send_signal(number)
+    assert supervised.code() == 0, supervised.output
+    assert supervised.job.losses == whole
+    assert supervised.events == [
+        ("began", ["node1", "node2"]),
+        ("ended", "node2"),
+        ("began", ["node1", "node3"]),
+        ("ended", None),
+    ]
+    assert f"node2 counts as lost: {number.name} ended the job there, which was not sent from here" in supervised.output
+    until(lambda: not supervised.left(), "the agents have ended too")
+
+
 @pytest.mark.long
-def test_a_job_that_is_ended_on_one_of_its_hosts_is_not_started_again(supervised):
-    supervised.start("--steps=100000")
+@pytest.mark.parametrize("host", ["node1", "node2"])
+def test_a_host_that_is_shut_down_orderly_is_replaced(supervised, whole, host):
+    supervised.start(recovery={"spares": [{"host": "node3"}]})
+    supervised.wait_for_checkpoint(8)
+    # As an init does: SIGTERM to every process, and what is left some time later ends with the machine.
+    for one in supervised.hosts.processes(host):
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    until(lambda: len(supervised.events) > 1, "the loss is noticed")
+    supervised.hosts.halt(host)
+    assert supervised.code() == 0, supervised.output
+    assert supervised.job.losses == whole
+    assert supervised.events[1] == ("ended", host), supervised.output
+    assert supervised.events[-1] == ("ended", None)
+    until(lambda: not supervised.left(), "the agents have ended too")
+
+
+def test_ctrl_c_cancels_a_job_that_waits_for_a_host_in_place_of_one_that_was_shut_down(supervised):
+    process = supervised.start("--steps=100000", recovery={"backoff_s": 100.0})
     until(lambda: supervised.job.metrics, "the first step")
-    launcher = next(one for one in supervised.hosts.processes("node2") if "cherry.launcher" in one.cmdline())
-    launcher.terminate()
-    assert supervised.code() == 128 + signal.SIGTERM
-    assert [event for event, _ in supervised.events] == ["began", "ended"]
+    launcher_on(supervised, "node2").terminate()
+    until(lambda: "counts as lost" in supervised.output, "the host counts as lost")
+    process.send_signal(signal.SIGINT)
+    assert supervised.code() == 128 + signal.SIGINT, supervised.output
+    assert supervised.events == [("began", ["node1", "node2"]), ("ended", "node2")]
+    until(lambda: not supervised.left(), "nothing is left on the hosts")

@@ -66,6 +66,16 @@ CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
         ),
         ({"provider": "sky", "sky": {"python": "~/venv/bin/python"}}, "sky.python: must be a program's name or path"),
         ({"gpu": "H100", "sky": {"infra": "aws"}}, "sky: is for provider sky (got None)"),
+        ({"nodes": ["node1"]}, "nodes.0: must be a mapping, like {host: node1} (got 'node1')"),
+        ({"nodes": "node1"}, "nodes: must be a number of nodes above 0, or a list of them, like [{host: node1}, "),
+        ({"nodes": {"host": "node1"}}, "nodes: must be a number of nodes above 0, or a list of them, like [{host: "),
+        ({"nodes": 0}, "nodes: must be a number of nodes above 0, or a list of them, like [{host: node1}, "),
+        (
+            {"nodes": [{"host": "a"}], "recovery": {"spares": ["b"]}},
+            "recovery.spares.0: must be a mapping, like {host: node1} (got 'b')",
+        ),
+        ({"provider": "Slurm", "nodes": 2, "slurm": {"qos": "x"}}, "provider: did you mean slurm? Names of providers"),
+        ({"provider": "SSH", "nodes": [{"host": "a"}]}, "provider: did you mean ssh?"),
         ({"kind": "local", "nodes": 2}, "nodes: must be 1 with kind local"),
         ({"kind": "nodes", "gpu": "H100", "assumed_imbalance": 0.5}, "assumed_imbalance: input should be greater"),
     ],
@@ -116,3 +126,23 @@ def test_local_is_this_machine() -> None:
     assert ClusterSpec(kind="local").hardware == "laptop"
     with pytest.raises(MissingFileError, match=r"elsewhere\.yaml"):
         read_cluster("elsewhere.yaml")
+
+
+def test_what_is_no_cluster_file_is_told_with_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "prefect.yaml").touch()
+    (tmp_path / "mine.yaml").write_text("name: mine\nmodel: {preset: tiny}\n")
+    with pytest.raises(MissingFileError) as caught:
+        read_cluster("corpus")
+    assert str(caught.value).startswith("corpus is a folder, and a cluster is a YAML file. Give `local`, the path of")
+    assert "clusters/laptop.yaml" in str(caught.value) and "tiny.yaml" not in str(caught.value)
+    (tmp_path / "corpus" / "pair.yaml").touch()
+    with pytest.raises(MissingFileError, match=r"a cluster is a YAML file\. Did you mean corpus/pair\.yaml\?"):
+        read_cluster("corpus")
+    with pytest.raises(MissingFileError, match=r"no cluster file at h100\. Did you mean configs/clusters/h100-"):
+        read_cluster("h100")
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml: is no cluster file: it has model, as the config of a run\. Give"
+    ):
+        read_cluster("mine.yaml")

@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 
-from base.errors import DataError
-from cherry.train_record import EVERY_STEP, FIELDS, FLOW_SERIES, SERIES, TrainRecord
+from cherry.train_record import EVERY_STEP, FIELDS, FLOW_SERIES, SERIES, TrainRecord, read_records
 
 FULL: dict[str, Any] = {
     **dict.fromkeys(FIELDS, 0.5),
     **{"step": 3, "steps": 9, "tokens": 1024, "skipped_steps": 0, "rollbacks": 1, "bytes_on_wire_total": 7},
     **{"mfu_convention": "causal", "expert_load": [[0.5, 0.5]], "bytes_on_wire": {"dp.all_gather": 7}},
-    **{"skipped": "grad_norm inf", "failed_saves": ["disk full"]},
+    **{"skipped": "grad_norm inf", "corruption": "rank 1 on node1", "failed_saves": ["disk full"]},
 }
 
 
 def test_a_record_comes_back_from_its_line() -> None:
-    record = TrainRecord.from_line(FULL)
-    assert TrainRecord.from_line(json.loads(record.as_line())) == record
+    (record,) = read_records([FULL])
+    assert read_records([json.loads(record.as_line())]) == [record]
     assert list(json.loads(record.as_line())) == list(FIELDS)
 
 
@@ -32,9 +31,12 @@ def test_what_was_not_measured_is_null_and_what_did_not_happen_is_left_out() -> 
 
 
 def test_a_line_of_another_version_is_read_as_far_as_it_goes() -> None:
-    assert TrainRecord.from_line({"step": 4, "loss": 1.5, "of_the_future": 1}) == TrainRecord(step=4, loss=1.5)
-    with pytest.raises(DataError, match=r"`step`, got None"):
-        TrainRecord.from_line({"loss": 1.0})
+    assert read_records([{"step": 4, "loss": 1.5, "of_the_future": 1}]) == [TrainRecord(step=4, loss=1.5)]
+
+
+def test_damaged_lines_are_left_out() -> None:
+    damaged = [{"loss": 1.0}, {"step": None}, {"step": 1, "loss": "low"}, {"step": 2, "expert_load": 5}]
+    assert read_records([*damaged, {"step": 3, "loss": math.nan}, {"step": 4}]) == [TrainRecord(step=4)]
 
 
 def test_series_are_those_that_charts_and_comparisons_know() -> None:

@@ -23,6 +23,13 @@ def no_servers_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+def test_a_wrong_address_of_prefect_s_server_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "garbage")
+    found = check("Prefect server", tmp_path)
+    assert found.state == "fail"
+    assert found.advice.startswith("PREFECT_API_URL: must be the address of Prefect's server")
+
+
 def check(name: str, runs_directory: Path, *ports: tuple[str, int]) -> Check:
     (found,) = [one for one in examine(runs_directory, ports) if one.name == name]
     return found

@@ -57,6 +57,14 @@ with server.answering():
     print(PREFECT_API_URL.value())
 """
 # Prefect makes its worker through this name of this module, or the one that takes its place would never be asked.
+LEAVES_REFUSED = """
+from base.errors import ConfigError
+try:
+    with server.answering():
+        pass
+except ConfigError as error:
+    print(error)
+"""
 WORKER = """
 import asyncio
 from prefect.server.api import server
@@ -176,6 +184,28 @@ def test_servers_that_start_at_once_in_a_new_home_all_answer(environment, tmp_pa
 def test_a_server_that_is_named_is_the_one(environment, tmp_path):
     environment["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
     assert ended(STARTS + "print(children, server.starting)", environment, tmp_path) == "[] False"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["garbage", "127.0.0.1:4200/api", "http://", "http://host:port/api", "http://[::1/api", "ftp://host/api", "x y"],
+)
+def test_what_is_no_server_s_address_is_the_caller_s(code, monkeypatch, capsys, tmp_path, wrong):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFECT_API_URL", wrong)
+    assert code("run", "tiny") == 11
+    told = f"PREFECT_API_URL: must be the address of Prefect's server, like http://127.0.0.1:4200/api (got {wrong!r})"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_address_of_a_profile_that_is_none_is_the_caller_s_and_hides_its_password(environment, tmp_path):
+    home = Path(environment["PREFECT_HOME"])
+    home.mkdir()
+    address = "http://me:secret@host:port/api"
+    (home / "profiles.toml").write_text(f'active = "own"\n[profiles.own]\nPREFECT_API_URL = "{address}"\n')
+    told = ended(STARTS + LEAVES_REFUSED, environment, tmp_path)
+    assert "PREFECT_API_URL: must be" in told and "secret" not in told
 
 
 def test_a_server_that_a_profile_names_is_the_one(environment, tmp_path):

@@ -28,6 +28,16 @@ def test_without_a_server_it_says_how_to_start_one():
         set_up(ROOT)
 
 
+def test_a_wrong_address_is_the_caller_s():
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_API_URL: "garbage"}),
+        pytest.raises(ConfigError, match=r"PREFECT_API_URL: must be"),
+    ):
+        set_up(ROOT)
+
+
 class ServerThatStarts:
     """A clock for the command, on which a server that answers 404 starts to listen after `after_s` seconds."""
 

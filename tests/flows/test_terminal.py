@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import sys
 import termios
 
 import pytest
 
-from flows.terminal import read_key, without_echo
+from flows.terminal import noting_interrupts, read_key, without_echo
 
 
 @pytest.fixture
@@ -44,3 +45,15 @@ def test_without_a_terminal_nothing_changes_and_no_key_comes(monkeypatch, tmp_pa
         monkeypatch.setattr(sys, "stdin", file)
         with without_echo(key_by_key=True):
             assert read_key(0.01) == ""
+
+
+def test_ctrl_c_is_noted_beside_its_handler_and_not_after_the_context():
+    with noting_interrupts() as came:
+        assert not came()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert came() and came()
+    with noting_interrupts() as came, pytest.raises(RuntimeError):
+        assert not came()
+        raise RuntimeError
+    assert signal.set_wakeup_fd(-1) == -1

@@ -54,6 +54,19 @@ def test_a_command_ends_with_the_code_of_its_error(
     assert ended.value.code == code
 
 
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pressed:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "flows.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "flows.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        cherry_main.cherry()
+    assert ended.value.code == 130
+
+
 @pytest.mark.parametrize("how", [["-m", "flows.cli"], ["flows/cli.py"]])
 @pytest.mark.parametrize(("present", "missing"), [([], "click"), (["click", "psutil"], "rich")])
 def test_a_python_without_the_dependencies_is_told_in_a_sentence(

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from base import storage
-from base.errors import OperationalError
-from tasks.lease import take_lease
+from base.errors import DataError, OperationalError
+from tasks.lease import is_held, read_lease, take_lease
 from tasks.lifecycle import end_leftovers
 from tasks.overrides import resolve
 from tasks.processes.process import is_alive
@@ -109,3 +109,14 @@ def test_the_holder_renews_its_lease_until_it_is_given_back(context):
     release(context.directory)
     renewing.join(30.0)
     assert not renewing.is_alive()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"pid": 1}', '{"pid": "x", "created": 1.0, "token": "t"}', "[" * 100_000]
+)
+def test_a_damaged_lease_is_a_sentence_and_keeps_others_out(context, content):
+    (context.path / "lease.json").write_text(content)
+    for call in (read_lease, is_held, take_lease):
+        with pytest.raises(DataError, match=r"lease\.json: it is damaged, .* Make sure that none does, and remove it"):
+            call(context.path)
+    assert (context.path / "lease.json").read_text() == content

@@ -6,7 +6,7 @@ import struct
 import matplotlib
 import pytest
 
-from cherry.train_record import TrainRecord
+from cherry.train_record import read_records
 from tasks.plots import _plot_load, plot_comparison, plot_memory, plot_quantization, plot_training
 
 
@@ -25,8 +25,8 @@ def lines(steps, *, mtp=0.5, load=((0.5, 0.5), (0.1, 0.9)), every=10):
         if step == 1 or step % every == 0:
             line |= {"expert_load": [list(layer) for layer in load]} if load else {}
             line["heldout_loss"] = 9.5 / step
-        written.append(TrainRecord.from_line(line))
-    return written
+        written.append(line)
+    return read_records(written)
 
 
 def test_a_run_has_its_loss_its_rate_and_the_load_of_its_experts(tmp_path):

@@ -121,6 +121,17 @@ def test_outputs_are_found_by_their_fingerprints_after_the_runs_directory_was_mo
     assert find_output(place, records["two"].fingerprint, str(tmp_path / "none")) == place
 
 
+def test_a_run_directory_that_is_moved_is_the_step_s_error_and_is_not_retried(context, tmp_path):
+    def work(step):
+        context.path.rename(tmp_path / "elsewhere")
+        raise OperationalError(f"{context.path}/data: no such file")
+
+    with pytest.raises(MissingFileError, match=r"the run's directory is gone: it was moved to .*/elsewhere"):
+        perform(context, "export", {"a": 1}, work)
+    with pytest.raises(MissingFileError, match=r"the run's directory is gone"):  # though the work itself went well
+        perform(context, "export", {"a": 1}, lambda _: shutil.rmtree(context.path) or {})
+
+
 def test_going_back_and_forth_loses_nothing(context):
     texts = ["one", "two", "one", "two"]
     for text in texts:

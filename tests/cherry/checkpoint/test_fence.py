@@ -61,6 +61,17 @@ def test_of_hosts_that_share_the_checkpoints_alone_exactly_one_goes_on(tmp_path:
     assert not is_alive(alive[0]) and is_alive(elsewhere), "the run directory is fenced too"
 
 
+def test_a_directory_that_was_moved_away_is_told_and_no_other_attempt(tmp_path: Path) -> None:
+    fence = Fence(str(tmp_path / "run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SupersededError, match=r"run is not the directory that this attempt began in: it was moved"):
+        fence.check()
+    (tmp_path / "run").rmdir()
+    (tmp_path / "moved").rename(tmp_path / "run")
+    fence.check()
+
+
 _ATTEMPT = """
 import json, sys
 from cherry.checkpoint.fence import Fence

@@ -24,7 +24,7 @@ from cherry.train_record import TrainRecord
 from cherry.training_model import TrainingModel
 from cherry.watch.node_sampler import read_nodes
 from cherry.watch.rank_report import read_job
-from cherry.watch.stragglers import STRAGGLERS_FILE, named
+from cherry.watch.stragglers import STRAGGLERS_FILE, read_comparisons
 from model.layers import SwiGLU
 from model.transformer import Block, DeepseekV3
 
@@ -74,7 +74,7 @@ def test_a_slowed_rank_is_named_with_its_host_until_it_keeps_up_again(make_job: 
     def stragglers() -> list[list[int]]:
         path = train / STRAGGLERS_FILE
         lines = path.read_text().splitlines() if path.exists() else []
-        return [[one.rank for one in named(json.loads(line))] for line in lines]
+        return [[one.rank for one in found.stragglers] for found in read_comparisons(map(json.loads, lines))]
 
     try:
         until(lambda: len(stragglers()) >= 4, "comparisons of an even job")
@@ -107,6 +107,20 @@ def test_a_rank_reports_the_median_of_its_steps_since_the_report_before(tmp_path
     reports.close()
     (report,) = read_job(tmp_path)
     assert (report.step, report.step_seconds, report.own_seconds) == (2, 0.5, None)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_first_step_which_warms_up_is_no_rank_s_pace(tmp_path: Path, steps: int) -> None:
+    layer = nn.Linear(8, 8)
+    options: dict[str, Any] = {"rank": 0, "ranks": 1, "every_s": 0.0, "stragglers": None, "print_line": print}
+    reports = RankReports(ForwardTimer([layer], torch.device("cpu")), tmp_path, **options)
+    for step in range(1, steps + 1):
+        layer(torch.ones(2, 8))
+        reports.on_step_end(TrainRecord(step=step, step_seconds=0.5))
+    reports.close()
+    (report,) = read_job(tmp_path)
+    assert report.step == steps
+    assert (report.own_seconds is None) == (steps == 1)
 
 
 def test_only_the_forward_pass_of_training_is_timed() -> None:

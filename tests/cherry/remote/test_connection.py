@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -82,8 +83,23 @@ def test_who_is_not_let_in_or_finds_no_environment_is_told_what_to_mend(at_home,
     stranger.write_text((at_home.folder / "node2.key").read_text())
     with pytest.raises(ConfigError, match=r"node1: it refuses the user or the key .* ssh\.identity"):
         opened("node1", SshConfig(identity=str(stranger)))
-    with pytest.raises(ConfigError, match=r"node1: ssh cannot be set up: .*nokey"):
+    with pytest.raises(ConfigError, match=r"node1: ssh\.identity: .*/nokey cannot be read: No such file"):
         opened("node1", SshConfig(identity=str(tmp_path / "nokey")))
+    with pytest.raises(ConfigError, match=r"node1: ssh\.identity: .* cannot be read: Is a directory"):
+        opened("node1", SshConfig(identity=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"node1: ssh\.known_hosts: .*/nohosts cannot be read: No such file"):
+        opened("node1", SshConfig(known_hosts=str(tmp_path / "nohosts")))
+    key = at_home.home / ".ssh" / "id_ed25519"
+    for name, told in (
+        (f"{key}.pub", rf"ssh\.identity: {key}\.pub is not a private key .*Without \.pub it is the private one"),
+        (str(at_home.folder / "hosts"), r"ssh\.identity: .*/hosts is not a private key"),
+    ):
+        with pytest.raises(ConfigError, match=rf"node1: {told}"):
+            opened("node1", SshConfig(identity=name))
+    locked = tmp_path / "locked"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(locked)], check=True)
+    with pytest.raises(ConfigError, match=rf"ssh\.identity: {locked} has a passphrase, .*`ssh-add {locked}`"):
+        opened("node1", SshConfig(identity=str(locked)))
     with pytest.raises(ConfigError, match=r"node1: this project's agent does not start there: .*python.* ssh\.python"):
         opened("node1", SshConfig(python="/nowhere/python"))
     with pytest.raises(ConfigError, match=r"agent does not start there: .*/no/folder"):

@@ -54,7 +54,7 @@ def test_the_newest_sample_of_each_node_is_read(tmp_path):
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"node": node, "number": number, "time": 1.0, "figures": {}}) + "\n")
-    assert {node: sample["number"] for node, sample in read_nodes(tmp_path).items()} == {"node1": 2, "node2": 7}
+    assert {node: sample.number for node, sample in read_nodes(tmp_path).items()} == {"node1": 2, "node2": 7}
 
 
 def test_a_program_samples_its_node_until_it_ends_and_the_next_one_counts_on(tmp_path):

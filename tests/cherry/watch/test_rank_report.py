@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from contextlib import suppress
+from dataclasses import asdict, replace
 
 from cherry.watch.rank_report import RANKS_FOLDER, RankReport, read_job, read_reports
 
@@ -22,4 +24,15 @@ def test_a_report_that_cannot_be_read_counts_as_none(tmp_path):
     REPORT.write(tmp_path)
     (tmp_path / RANKS_FOLDER / "1.json").write_text('{"rank": 1, "ra')
     (tmp_path / RANKS_FOLDER / "2.json").write_text('{"rank": 2}')
-    assert read_reports(tmp_path, range(3)) == [REPORT]
+    (tmp_path / RANKS_FOLDER / "3.json").write_bytes(b"\x80\x00")
+    (tmp_path / RANKS_FOLDER / "4.json").write_text("[" * 100_000)
+    (tmp_path / RANKS_FOLDER / "5.json").write_text(json.dumps({**asdict(REPORT), "time": "now"}))
+    assert read_reports(tmp_path, range(6)) == [REPORT]
+
+
+def test_a_damaged_number_of_ranks_costs_no_time(tmp_path):
+    replace(REPORT, ranks=10**15).write(tmp_path)
+    for name in ("1", "x", "\u00b2", "9" * 5000):
+        with suppress(OSError):  # a name that is too long
+            (tmp_path / RANKS_FOLDER / f"{name}.json").write_text("{}")
+    assert [one.rank for one in read_job(tmp_path)] == [0]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import StringIO
 
 import psutil
 import pytest
+from rich.console import Console
 
 from base import storage
+from flows.clusters.tables import fitted
 from tasks.providers.protocol import read_reservation, write_reservation
 
 
@@ -44,8 +47,58 @@ def test_a_cluster_is_taken_listed_and_given_back(in_folder, code, capsys):
     assert one["until"] - one["since"] == pytest.approx(5400.0)
     assert code("cluster", "down", "pair") in (0, None)
     assert "pair: 127.0.0.1, 127.0.0.2 given back" in capsys.readouterr().out
-    assert code("cluster", "down", "pair") in (0, None)
-    assert "pair holds no hosts (in runs, these do: nothing)" in capsys.readouterr().out
+    assert not (in_folder / "runs" / "_clusters" / "pair").exists()
+    assert code("cluster", "down", "pair") == 12
+    assert "no cluster and no run 'pair' in runs. Nothing holds hosts there." in capsys.readouterr().err
+
+
+def test_a_name_or_a_directory_that_is_not_there_is_an_error_that_names_what_is(in_folder, code, capsys):
+    assert code("cluster", "up", "pair.yaml") in (0, None)
+    assert code("cluster", "up", "pair.yaml", "--name", "other", "--nodes", "1") in (0, None)
+    for name, told in (("pear", "Did you mean pair?"), ("zzz", "What holds hosts there: other, pair.")):
+        assert code("cluster", "down", name) == 12
+        assert f"no cluster and no run '{name}' in runs. {told}" in capsys.readouterr().err
+    for command in (("ls",), ("ls", "--json"), ("reap",), ("down", "pair")):
+        assert code("cluster", *command, "--runs-directory", "rums") == 12
+        assert "no directory rums, where runs are looked for. Did you mean runs?" in capsys.readouterr().err
+    assert len(list((in_folder / "runs" / "_clusters").glob("*/reservation.json"))) == 2
+    (in_folder / "runs" / "done").mkdir()
+    (in_folder / "runs" / "done" / "config.yaml").write_text("name: done\n")
+    assert code("cluster", "down", "done") in (0, None)
+    assert "done holds no hosts (in runs, these do: other, pair)" in capsys.readouterr().out
+
+
+def test_an_object_store_is_no_directory_of_runs(in_folder, code, capsys):
+    for command in (("up", "pair.yaml"), ("ls",), ("check", "pair.yaml")):
+        assert code("cluster", *command, "--runs-directory", "s3://bucket/runs") == 11
+        assert "'s3://bucket/runs' is a URI, and a directory of a file system is needed" in capsys.readouterr().err
+    assert [one.name for one in in_folder.iterdir() if one.name.startswith("s3")] == []
+
+
+def test_a_kept_cluster_whose_record_is_damaged_is_told_how_to_give_it_back(in_folder, code, capsys):
+    assert code("cluster", "up", "pair.yaml") in (0, None)
+    record = in_folder / "runs" / "_clusters" / "pair" / "reservation.json"
+    record.write_text(record.read_text()[:40])
+    for command in (("ls",), ("down", "pair"), ("up", "pair.yaml")):
+        code("cluster", *command)
+        told = "".join(capsys.readouterr())
+        assert "Give back what the cluster pair still holds at its provider" in told, command
+        assert "start the run" not in told
+
+
+@pytest.mark.parametrize(("width", "columns"), [(60, 4), (80, 4), (120, 7)])
+def test_the_list_is_whole_words_at_every_width(in_folder, code, capsys, monkeypatch, width, columns):
+    assert code("cluster", "up", "pair.yaml", "--name", "training-pair") in (0, None)
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert code("cluster", "ls") in (0, None)
+    heading, *rows = capsys.readouterr().out.rstrip().splitlines()
+    assert len(heading.split()) == columns
+    assert all(len(line) <= width for line in (heading, *rows))
+    words = ["training-pair", "127.0.0.1,", "127.0.0.2", "alive", "1.5h"]
+    words += ["two-hosts", "pair.yaml"] if columns == 7 else []
+    assert set(words) <= {word.strip("()") for row in rows for word in row.split()}
+    assert len(rows) == 1
 
 
 def test_what_is_overdue_is_said_and_reaped(in_folder, code, capsys):
@@ -89,3 +142,20 @@ def test_a_job_is_printed(tmp_path, capsys, code):
     assert "nothing to render" in capsys.readouterr().err
     assert code("cluster", "up", str(cluster), "--runs-directory", str(tmp_path)) == 11
     assert "Slurm gives nodes to jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 120, 200])
+def test_columns_that_do_not_fit_go_to_another_table_with_the_first_one(width):
+    headings = ("host", "state", "address", "torch", "GPUs")
+    host = ("node1", "[green]fit[/]", "10.0.0.1 (eth0)", "2.11.0 (CUDA 12.8)", "8 NVIDIA H100 80GB HBM3, none faulty")
+    tables = fitted(headings, [host, ("node2", "fit", "-", "-", "-")], width)
+    console = Console(file=StringIO(), width=width)
+    for table in tables:
+        console.print(table)
+    text = console.file.getvalue()
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    assert [table.columns[0].header for table in tables] == ["host"] * len(tables)
+    assert [column.header for table in tables for column in table.columns[1:]] == list(headings[1:])
+    for cell in ("fit", *host[2:4]) if width > 20 else ():
+        assert cell in text
+    assert (len(tables) == 1) == (width >= 120)

@@ -25,7 +25,7 @@ def test_a_cluster_is_taken_once_and_runs_find_its_hosts_by_a_cluster_file(runs,
     give_back(one)
     assert calls() == ["acquire kept-pair", "release kept-pair"]
     assert list_taken(runs) == []
-    assert not (directory / "cluster.yaml").exists()
+    assert not directory.exists()  # nor is its lock left
 
 
 def test_hosts_that_are_gone_are_taken_anew(runs, cluster_file, calls):
@@ -50,6 +50,7 @@ def test_what_was_taken_before_a_failure_is_given_back(runs, cluster_file, calls
         take(cluster_file, runs, name=None, nodes=None)
     assert calls() == ["acquire kept-pair", "release kept-pair"]
     assert list_taken(runs) == []
+    assert not (runs / "_clusters" / "pair").exists()
 
 
 @pytest.mark.parametrize(

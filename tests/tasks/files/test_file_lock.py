@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from base.errors import MissingFileError, StorageError
-from tasks.files.file_lock import hold_lock, try_lock
+from tasks.files.file_lock import hold_lock, remove_lock, try_lock
 from tasks.lease import take_lease
 from tasks.tracking.mlflow_database import alone
 
@@ -44,6 +44,27 @@ def test_a_lock_is_waited_for_and_goes_with_a_killed_process(tmp_path: Path) -> 
         assert taken.is_set()
     with try_lock(path) as free:
         assert free
+
+
+def test_who_waits_for_a_lock_whose_file_is_removed_holds_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    waits, taken, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def take() -> None:
+        with hold_lock(path, on_wait=waits.set):
+            taken.set()
+            ended.wait(30)
+
+    with hold_lock(path):
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert waits.wait(30)
+        remove_lock(path)
+    assert taken.wait(30)
+    with try_lock(path) as free:
+        assert not free
+    ended.set()
+    thread.join(30)
 
 
 def test_a_lock_in_no_directory_is_refused(tmp_path: Path) -> None:
