@@ -27,6 +27,16 @@ def _figure(path: Path, *, height: float = 4.5, rows: int = 1) -> Iterator[list[
     figure.savefig(path, dpi=120)
 
 
+def _plot_loss(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, color: str) -> None:
+    """A loss and, of a run with steps enough, its moving average, which gets the label."""
+    window = len(steps) // 40
+    if window < 2:
+        axes.plot(steps, values, color=color, label=label)
+        return
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+    axes.plot(steps, _smooth(values, window), color=color, label=f"{label}, mean of {window} steps")
+
+
 def _smooth(values: Sequence[float], window: int) -> list[float]:
     """Moving average: at each index the mean of the last `window` values."""
     sums = [0.0, *accumulate(values)]
@@ -43,13 +53,11 @@ def plot_training(records: Sequence[TrainRecord], folder: Path, *, first_moe_lay
     steps = [record.step for record in taken]
     paths = [folder / "loss.png", folder / "learning_rate.png"]
     with _figure(paths[0]) as [axes]:
-        window = max(1, len(steps) // 40)
         mtp = [record.mtp_loss or 0.0 for record in taken]
         main = [record.loss or 0.0 for record in taken]
         for values, label, color in ((mtp, "MTP loss", "tab:orange"), (main, "training loss", "tab:blue")):
             if any(values):
-                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-                axes.plot(steps, _smooth(values, window), color=color, label=f"{label}, mean of {window}")
+                _plot_loss(axes, steps, values, label, color)
         held = [(record.step, record.heldout_loss) for record in taken if record.heldout_loss is not None]
         for step in skipped:
             axes.axvline(

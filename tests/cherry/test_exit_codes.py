@@ -41,6 +41,7 @@ def test_a_flag_that_is_none_is_the_caller_s_mistake(make_job, launcher, flags, 
     ended = make_job("flags").run(*flags, launcher=launcher)
     assert ended.returncode == 11, ended.stdout + ended.stderr
     assert f"error: {text}" in ended.stderr
+    assert ended.stderr.count("error:") == 1, ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -5,9 +5,10 @@ import struct
 
 import matplotlib
 import pytest
+from matplotlib.figure import Figure
 
 from cherry.train_record import read_records
-from tasks.plots import _plot_load, plot_comparison, plot_memory, plot_quantization, plot_training
+from tasks.plots import _plot_load, _plot_loss, plot_comparison, plot_memory, plot_quantization, plot_training
 
 
 def size(path):
@@ -40,6 +41,13 @@ def test_a_run_of_few_steps_without_experts_or_a_second_head_is_drawn(tmp_path, 
     paths = plot_training(metrics, tmp_path)
     assert len(paths) == 2 + any(record.expert_load is not None for record in metrics)
     assert all(min(size(path)) > 100 for path in paths)
+
+
+@pytest.mark.parametrize(("steps", "labels"), [(79, ["loss"]), (80, ["loss, mean of 2 steps"])])
+def test_a_loss_is_smoothed_over_more_than_one_step_or_not_at_all(steps, labels):
+    axes = Figure().subplots()
+    _plot_loss(axes, range(steps), [1.0] * steps, "loss", "tab:blue")
+    assert axes.get_legend_handles_labels()[1] == labels
 
 
 def test_many_experts_stay_within_a_page(tmp_path):
