@@ -346,7 +346,8 @@ def run_program(main: Callable[[], None], *, interrupted: Callable[[], bool] = l
     except CherryError as error:
         if error_file is not None:
             write_error(Path(error_file), error.origin or error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # That of another program, which printed it, is only referred to.
+        print(error if error.origin is not None else f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -157,6 +158,8 @@ def _start(options: Any) -> None:
             config, command, command_arguments = torchrun.config_from_args(options)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise _refused(error) from error
+    # It logs what ended a rank, and what it does about the others; _error_of says the first, with the log's name.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
