@@ -19,7 +19,6 @@ from base.durations import duration_text
 from base.errors import CherryError, InvalidInputError, OperationalError
 from cherry.cluster import read_cluster
 from cherry.planner.plan import Plan, checkpoint_bytes
-from cherry.remote.prepared_data import check_apart
 from tasks.lease import drop_lease, is_own, locked
 from tasks.plan_record import predict, record_plan, refuse
 from tasks.providers.protocol import (
@@ -79,14 +78,12 @@ def preflight(config: RunConfig, run_directory: Path, name: str) -> tuple[Reserv
 
     Raises:
         ConfigError: the provider is not installed, or the cluster does not have the hosts that the run needs; or its
-            hosts share no file system, and would not have a path that the run names.
+            hosts share no file system, and lack a path that the run names.
         DoesNotFitError: by the plan, memory is short, and plan.refuse is not false.
         OperationalError: disk or memory are short now, but may be freed.
     """
     spec = read_cluster(config.cluster)
     provider_name(config.cluster, spec)  # a cluster that nobody can take hosts of needs no plan
-    if spec.ssh.runs_directory is not None:
-        check_apart(config, config.cluster)
     plan = predict(config, spec)
     refuse(plan, config)
     # A run that starts against its plan is not stopped by the plan's figures here either.

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 
 from base.errors import ConfigError
 from cherry.cluster import LOCAL, SKY, SKY_IS_RENDERED, SLURM, SSH, ClusterSpec
+from cherry.remote.prepared_data import check_apart
 from tasks.providers.local import LocalProvider
 from tasks.providers.protocol import Provider, Reservation
 from tasks.providers.slurm import SlurmProvider
@@ -105,9 +106,11 @@ def reservation_of(
     """Reservation of the hosts that a run's launch asks for; see `reserve`.
 
     Raises:
-        ConfigError: see `provider_name`.
+        ConfigError: see `provider_name`; or the hosts share no file system, and lack a path that the run names.
     """
     launch = config.launch
+    if spec.ssh.runs_directory is not None:
+        check_apart(config, config.cluster)
     asked = reserve(
         config.cluster, spec, run_directory, name, nodes=launch.nnodes, ranks_per_node=launch.nproc_per_node
     )

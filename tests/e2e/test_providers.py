@@ -142,6 +142,7 @@ def test_a_run_trains_on_hosts_that_share_no_file_system(project, own_disks, tmp
         refused = run("name=refused")
         assert refused.returncode == 11, refused.stdout + refused.stderr
         assert "so checkpoint.directory: must be a URI of an object store" in refused.stderr
+        assert not (project.runs / "refused").exists()
         ended = run("checkpoint.directory=s3://bucket/apart")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert [line["step"] for line in project.metrics("apart")] == [1, 2, 3, 4, 5, 6]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from base.errors import MissingFileError
+from base.errors import ConfigError, MissingFileError
 from tasks.inputs import check_inputs
 from tasks.overrides import resolve
 
@@ -24,6 +24,14 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
 def test_a_missing_cluster_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"gone\.yaml"):
         check_inputs(resolve("configs/tiny.yaml", {"cluster": str(tmp_path / "gone.yaml")}))
+
+
+def test_a_path_that_hosts_without_a_shared_file_system_would_not_have_is_named(tmp_path: Path) -> None:
+    cluster = tmp_path / "apart.yaml"
+    cluster.write_text("nodes: [{host: node1}]\nssh: {runs_directory: /data/runs}\n")
+    with pytest.raises(ConfigError, match=r"share no file system .* checkpoint\.directory: must be a URI"):
+        check_inputs(resolve("configs/tiny.yaml", {"cluster": str(cluster)}))
+    assert list(tmp_path.iterdir()) == [cluster]
 
 
 def test_what_is_there_passes(tmp_path: Path) -> None:
