@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import cuda
 
 from base.errors import ConfigError, HardwareError, StoppedError, WeightsError, error_of_record, error_record
-from cherry.launcher import _cause, _error_of, launch
+from cherry.launcher import PASSIVE_WAITING, _cause, _error_of, _set_rendezvous, _share_cores, launch
 from tests.cherry.releases import release
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +179,12 @@ def test_the_hosts_that_an_error_names_survive_the_launcher(rank):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--nproc_per_node=x", "--nproc-per-node=0", "--nnodes=two", "--nnodes=2:1", "--nnodes=0"]
+    "flag",
+    [
+        *("--nproc_per_node=x", "--nproc-per-node=0", "--nproc_per_node=-1", "--nnodes=two", "--nnodes=2:1"),
+        "--nnodes=0",
+        pytest.param("--nproc_per_node=gpu", marks=pytest.mark.skipif(cuda.is_available(), reason="a GPU is here")),
+    ],
 )
 def test_a_number_of_ranks_that_cannot_be_is_a_config_error(flag, monkeypatch):
     for name in ("CHERRY_LAUNCHER_PID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
@@ -186,6 +192,21 @@ def test_a_number_of_ranks_that_cannot_be_is_a_config_error(flag, monkeypatch):
     name, value = flag.removeprefix("--").replace("-", "_").split("=")
     with pytest.raises(ConfigError, match=rf"--{name} must be .* \(got '{value}'\)"):
         launch([flag, "train.py"])
+
+
+def test_several_nodes_without_a_port_meet_at_torchruns_and_threads_wait_passively(monkeypatch):
+    options = SimpleNamespace(
+        standalone=False, master_port=None, rdzv_backend="static", rdzv_endpoint="", nnodes="2", node_rank=1
+    )
+    _set_rendezvous(options)
+    assert options.master_port == 29500
+    for name in ("OMP_NUM_THREADS", *PASSIVE_WAITING):
+        monkeypatch.setenv(name, "")  # so that it is afterwards as it was, also where it was not there
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what the environment sets wins
+    _share_cores(10_000)
+    assert {name: os.environ[name] for name in PASSIVE_WAITING} == {**PASSIVE_WAITING, "OMP_WAIT_POLICY": "ACTIVE"}
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 # One write a line: ranks that share a pipe must not meet inside a line.
