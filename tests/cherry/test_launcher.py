@@ -189,7 +189,8 @@ def test_the_hosts_that_an_error_names_survive_the_launcher(rank):
 def test_a_number_of_ranks_that_cannot_be_is_a_config_error(flag, monkeypatch):
     for name in ("CHERRY_LAUNCHER_PID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
         monkeypatch.setenv(name, "unchanged")  # launch sets them; the environment of other tests stays as it was
-    name, value = flag.removeprefix("--").replace("-", "_").split("=")
+    name, value = flag.removeprefix("--").split("=")
+    name = name.replace("-", "_")
     with pytest.raises(ConfigError, match=rf"--{name} must be .* \(got '{value}'\)"):
         launch([flag, "train.py"])
 
