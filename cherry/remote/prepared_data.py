@@ -16,7 +16,7 @@ from cherry.job_config import JobConfig
 from cherry.remote.job import Job
 
 DATA_FOLDER = "data"
-"""Folder of the prepared data: in a run directory, and beside the checkpoints in the object store."""
+"""Folder of the prepared data in a run directory."""
 
 
 def check_apart(config: JobConfig, origin: str) -> None:
@@ -47,17 +47,20 @@ def publish(job: Job) -> str:
         )
     config, directory = job.config(job.nodes), storage.local_path(given)
     check_apart(config, "the cluster file")
-    data, target = storage.join(directory, DATA_FOLDER), _beside_checkpoints(config)
+    data = storage.join(directory, DATA_FOLDER)
     if not storage.is_committed(data) or not Path(directory, "config.yaml").exists():
         _prepare(job, config, directory)
+    target = _beside_checkpoints(config, data)
     if copy_committed(data, target):
         print(f"prepared data is copied to {target}, from where every host takes it", flush=True)
     return target
 
 
-def _beside_checkpoints(config: JobConfig) -> str:
+def _beside_checkpoints(config: JobConfig, data: str) -> str:
+    """Where the object store has this data: other data of the same place in the store is never replaced by it."""
     assert config.checkpoint.directory is not None
-    return storage.join(config.checkpoint.directory, DATA_FOLDER)
+    content = storage.fingerprint(storage.read_commit(data))[:12]
+    return storage.join(config.checkpoint.directory, f"{DATA_FOLDER}-{content}")
 
 
 def _prepare(job: Job, config: JobConfig, directory: str) -> None:

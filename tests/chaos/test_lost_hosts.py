@@ -14,6 +14,7 @@ from cherry.watch.rank_report import read_job
 from tests.supervised import until
 
 pytestmark = pytest.mark.slow
+NODE3_FOR_NODE2 = [("began", ["node1", "node2"]), ("ended", "node2"), ("began", ["node1", "node3"]), ("ended", None)]
 
 
 def rank_of(supervised: Any, host: str) -> Any:
@@ -41,12 +42,7 @@ def test_a_host_that_loses_its_power_is_replaced_and_the_run_goes_on_exactly(sup
     supervised.hosts.power_loss("node2")
     assert supervised.code() == 0, supervised.output
     assert supervised.job.losses == whole
-    assert supervised.events == [
-        ("began", ["node1", "node2"]),
-        ("ended", "node2"),
-        ("began", ["node1", "node3"]),
-        ("ended", None),
-    ]
+    assert supervised.events == NODE3_FOR_NODE2
     assert "node2 is lost: the connection broke" in supervised.output
     assert "resumed from" in supervised.output
     until(lambda: not supervised.left(), "the agents have ended too")
@@ -198,12 +194,7 @@ def test_a_host_whose_launcher_is_told_to_end_is_lost_and_the_job_goes_on_on_ano
     launcher_on(supervised, "node2").send_signal(number)
     assert supervised.code() == 0, supervised.output
     assert supervised.job.losses == whole
-    assert supervised.events == [
-        ("began", ["node1", "node2"]),
-        ("ended", "node2"),
-        ("began", ["node1", "node3"]),
-        ("ended", None),
-    ]
+    assert supervised.events == NODE3_FOR_NODE2
     assert f"node2 counts as lost: {number.name} ended the job there, which was not sent from here" in supervised.output
     until(lambda: not supervised.left(), "the agents have ended too")
 

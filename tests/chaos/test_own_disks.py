@@ -88,7 +88,6 @@ def test_a_host_that_loses_its_power_is_replaced_and_everything_is_with_the_flow
     assert json.loads((train / "result.json").read_text())["checkpoint"] == f"{CHECKPOINTS}/step_32"
     assert [(report.rank, report.host) for report in read_job(train)] == [(0, "node2"), (1, "node3")]
     assert read_nodes(train).keys() == {"node1", "node2", "node3"}
-    assert (train / "stragglers.jsonl").exists(), "rank 0 had the reports of rank 1"
     assert not list(train.glob("epoch-*")) and not list(train.rglob("*.tmp"))
     # Nothing of any size was written to the run directory's own place on the hosts.
     (copy,) = {path for path in seen(supervised.hosts, "node3", disk) if path.endswith("data/COMMITTED")}

@@ -188,16 +188,22 @@ def test_a_host_whose_run_directory_cannot_be_made_is_named(folders):
     asyncio.run(go())
 
 
+async def begun(clients, here):
+    """Files of node1 and node2 at the begin of an attempt."""
+    pairs = zip(("node1", "node2"), clients, strict=True)
+    hosts = [HostFiles(host, sftp, "/runs/tiny", here) for host, sftp in pairs]
+    for files in hosts:
+        await files.begin([])
+    return hosts
+
+
 def test_reports_of_the_others_reach_rank_0_and_everything_is_here_at_the_end(folders):
     here, one, two = folders
     told = []
 
     async def go():
         async with sftp_of(one, two) as clients:
-            pairs = zip(("node1", "node2"), clients, strict=True)
-            hosts = [HostFiles(host, sftp, "/runs/tiny", here) for host, sftp in pairs]
-            for files in hosts:
-                await files.begin([])
+            hosts = await begun(clients, here)
             on_host(one, "train/ranks/0.json", "zero")
             on_host(two, "train/ranks/1.json", "one")
             carrier = Carrier(hosts, told.append)
@@ -220,10 +226,7 @@ def test_a_host_that_is_lost_holds_up_nobody_and_is_not_told_twice(folders):
 
     async def go():
         async with sftp_of(one, two) as clients:
-            pairs = zip(("node1", "node2"), clients, strict=True)
-            hosts = [HostFiles(host, sftp, "/runs/tiny", here) for host, sftp in pairs]
-            for files in hosts:
-                await files.begin([])
+            hosts = await begun(clients, here)
             clients[0].exit()
             await clients[0].wait_closed()
             on_host(two, "train/rank-1.log", "words\n")

@@ -52,11 +52,25 @@ def test_a_job_s_data_is_published_beside_its_checkpoints(job_config, prepared_d
     run = tmp_path / "run"
     shutil.copytree(prepared_data, run / "data")
     job = apart(f"--config={job_config}", f"--run_dir={run}", "--set", f"checkpoint.directory={s3}/mini")
-    assert publish(job) == f"{s3}/mini/data"
-    assert storage.read_commit(f"{s3}/mini/data") == storage.read_commit(str(prepared_data))
+    place = publish(job)
+    assert place.startswith(f"{s3}/mini/data-")
+    assert storage.read_commit(place) == storage.read_commit(str(prepared_data))
     assert f"directory: {s3}/mini\n" in (run / "config.yaml").read_text(), "later steps read it"
-    assert publish(job) == f"{s3}/mini/data"
+    assert publish(job) == place
     assert capsys.readouterr().out.count("is copied to") == 1
+
+
+def test_other_data_under_the_same_checkpoints_is_kept_apart(job_config, prepared_data, s3, tmp_path):
+    flags = (f"--config={job_config}", "--set", f"checkpoint.directory={s3}/mini")
+    shutil.copytree(prepared_data, tmp_path / "one" / "data")
+    first = publish(apart(*flags, f"--run_dir={tmp_path / 'one'}"))
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in range(20):
+        (text / f"{name}.txt").write_text("\n".join(f"other words {name} {number}" for number in range(200)))
+    other = publish(apart(*flags, f"--run_dir={tmp_path / 'two'}", "--set", f"data.source={text}"))
+    assert other != first
+    assert storage.read_commit(first) == storage.read_commit(str(prepared_data)) and not storage.damage(first)
 
 
 def test_data_is_prepared_first_where_nobody_did(job_config, prepared_data, s3, tmp_path):
@@ -65,8 +79,8 @@ def test_data_is_prepared_first_where_nobody_did(job_config, prepared_data, s3, 
     for path in prepared_data.parent.glob("*.txt"):
         shutil.copy(path, text)
     places = ["--set", f"checkpoint.directory={s3}", "--set", f"data.source={text}"]
-    publish(apart(f"--config={job_config}", f"--run_dir={tmp_path / 'run'}", *places))
-    assert storage.read_json(f"{s3}/data/manifest.json")["digest"] == read_manifest(str(prepared_data)).digest
+    place = publish(apart(f"--config={job_config}", f"--run_dir={tmp_path / 'run'}", *places))
+    assert storage.read_json(f"{place}/manifest.json")["digest"] == read_manifest(str(prepared_data)).digest
 
 
 @pytest.mark.parametrize(
