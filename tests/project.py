@@ -21,6 +21,8 @@ import httpx
 import psutil
 from mlflow import MlflowClient
 
+from tests.processes import command_line, kill_all, tree
+
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 240.0
 HANG_S = 600.0
@@ -79,8 +81,7 @@ def end(process: subprocess.Popen[Any]) -> None:
 def kill(process: subprocess.Popen[Any]) -> None:
     """At once, with everything that it started."""
     if process.poll() is None:
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            one.kill()
+        kill_all(reversed(tree(process.pid)))
     process.wait()
 
 
@@ -154,12 +155,11 @@ class Project:
             try:
                 output, errors = process.communicate(timeout=HANG_S)
             except subprocess.TimeoutExpired:
-                family = psutil.Process(process.pid).children(recursive=True)
-                left = [" ".join(one.cmdline()) for one in family]
+                family = tree(process.pid)
+                left = [" ".join(command_line(one)) for one in family[1:]]
                 process.send_signal(signal.SIGABRT)  # Python prints the stacks of all threads
-                psutil.wait_procs([psutil.Process(process.pid)], timeout=10)
-                for one in [*family, process]:
-                    one.kill()
+                psutil.wait_procs(family[:1], timeout=10)
+                kill_all(family)
                 output, errors = process.communicate()
                 told = f"{command} still ran after {HANG_S} s, with {left}"
                 raise AssertionError(f"{told}\n{output}\n{errors}") from None

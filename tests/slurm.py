@@ -21,6 +21,7 @@ import pytest
 
 from tests import hosts as lab
 from tests.hosts import LabHosts
+from tests.processes import command_line, kill_all
 
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -125,9 +126,7 @@ class SlurmLab:
     def kill_slurmd(self, name: str) -> None:
         """End a node's slurmd alone: what it started goes on."""
         process = psutil.Process(self._slurmds[name].pid)
-        for one in [*process.children(), process]:
-            if one.name().startswith("slurmd"):
-                one.kill()
+        kill_all(one for one in [*process.children(), process] if (command_line(one) or [""])[0].endswith("slurmd"))
 
     def states(self) -> dict[str, str]:
         """State of each node, as sinfo has it."""
@@ -142,12 +141,9 @@ class SlurmLab:
 
     def left(self) -> list[str]:
         """Command lines on the hosts, but for Slurm's own programs."""
-        return [
-            " ".join(one.cmdline())
-            for name in self.hosts.names
-            for one in self.hosts.processes(name)
-            if not one.name().startswith("slurm")
-        ]
+        found = [one for name in self.hosts.names for one in self.hosts.processes(name)]
+        lines = [command_line(one) for one in found if not one.info["name"].startswith("slurm")]
+        return [" ".join(words) for words in lines if words]
 
     def call(self, *command: str, check: bool = True) -> str:
         environment = {**os.environ, "SLURM_CONF": str(self.conf)}

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tests.hosts import LabHosts
+from tests.processes import command_line
 from tests.training_job import ROOT, Job
 
 DEADLINE_S = 480.0
@@ -82,7 +83,8 @@ class Supervised:
 
     def left(self) -> list[str]:
         """Command lines of what runs on the hosts."""
-        return [" ".join(one.cmdline()) for name in self.hosts.names for one in self.hosts.processes(name)]
+        found = [command_line(one) for name in self.hosts.names for one in self.hosts.processes(name)]
+        return [" ".join(words) for words in found if words]
 
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:

@@ -12,6 +12,7 @@ import psutil
 
 from benchmarks.chaos.record import Fault
 from cherry.checkpoint.naming import newest_checkpoint
+from tests.processes import command_line, is_alive
 from tests.supervised import Supervised, until
 
 _SAVE_EVERY = 20
@@ -97,7 +98,7 @@ class Campaign(ABC):
         first, *others = self._began_hosts()
         self._inject(kind, first, self._choose.choice([first, *others]), others)
         until(lambda: self._began(before) is not None, f"the attempt after {kind}: {self._supervised.output[-2000:]}")
-        fault.survivors = sum(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in old)
+        fault.survivors = sum(map(is_alive, old))
         until(lambda: self._trains_since(at), f"a step after {kind}: {self._supervised.output[-2000:]}")
         fault.recover_s = time.time() - injected
         fault.detect_s = self._noticed(before, injected)
@@ -139,14 +140,11 @@ class Campaign(ABC):
         words = set(PROGRAMS[name])
 
         def found() -> list[psutil.Process]:
-            return [one for one in self._hosts.processes(host) if words <= set(one.cmdline())]
+            return [one for one in self._hosts.processes(host) if words <= set(command_line(one))]
 
         return self._choose.choice(until(found, f"a {name} on {host}; {self._supervised.output[-3000:]}"))
 
 
 def _is_ours(process: psutil.Process) -> bool:
     """Whether a process on a host belongs to a job."""
-    try:
-        return not _OURS.isdisjoint(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
+    return not _OURS.isdisjoint(command_line(process))

@@ -9,6 +9,7 @@ import time
 import psutil
 
 from benchmarks.chaos.record import Fault
+from tests.processes import is_alive, kill_all
 from tests.project import Project, kill, wait_for
 
 STEPS = 300
@@ -67,7 +68,7 @@ class FlowCampaign:
             self._kill_one(what, name)
         if "flow" in KILLED[fault.fault]:
             psutil.wait_procs(ranks, timeout=30)
-            fault.survivors = sum(one.is_running() for one in ranks)
+            fault.survivors = sum(map(is_alive, ranks))
             wait_for(lambda: self._project.state(run) != "RUNNING", "the crash", deadline_s=400)
             fault.detect_s = time.time() - injected
             wait_for(lambda: self._programs(name) and len(self._project.metrics(name)) > at, "training", deadline_s=400)
@@ -91,8 +92,7 @@ class FlowCampaign:
         elif what == "flow":
             self._project.flow_process(name).kill()
         else:
-            for one in self._programs(name):
-                one.kill()
+            kill_all(self._programs(name))
 
     def _cancel(self, fault: Fault, name: str) -> None:
         """Cancelled is its good end: every process is gone, and it does not start again."""

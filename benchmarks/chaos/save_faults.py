@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import psutil
 from benchmarks.chaos.local import LocalCampaign
 from benchmarks.chaos.record import Fault
 from cherry.checkpoint.naming import newest_checkpoint
+from tests.processes import kill_all, tree
 from tests.supervised import until
 from tests.training_job import Job
 
@@ -37,9 +37,8 @@ class SaveCampaign(LocalCampaign):
         resumed = int(said.partition("resumed from")[2].partition("step_")[2].split(":")[0]) if committed else 0
         fault.data_lost = resumed < committed
         time.sleep(self._choose.uniform(0.0, _LATEST_S))
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
-            one.send_signal(signal.SIGKILL)
+        family = tree(process.pid)
+        kill_all(family)
         process.wait()
         _, alive = psutil.wait_procs(family[1:], timeout=10)
         fault.survivors = len(alive)

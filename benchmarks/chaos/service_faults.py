@@ -21,6 +21,7 @@ from flows.services import start
 from flows.services.layout import Ports, Services, open_services
 from flows.services.programs import CONFIG_FILE
 from tests.object_stores import free_ports
+from tests.processes import tree
 from tests.project import kill, new_project, wait_for
 
 KINDS = ("MLflow down for a minute", "PostgreSQL killed", "PostgreSQL stopped for a while", "Ctrl-C")
@@ -81,7 +82,7 @@ class ServiceCampaign:
         at = len(self._project.metrics(name))
         if fault.fault == "Ctrl-C":
             injected = time.time()
-            family = psutil.Process(self._running.pid).children(recursive=True)
+            family = tree(self._running.pid)[1:]
             self._running.send_signal(signal.SIGINT)
             code = self._running.wait(_LIMIT_S)
             _, alive = psutil.wait_procs(family, timeout=30)

@@ -9,6 +9,7 @@ from base.errors import SupersededError
 from benchmarks.chaos.local import LocalCampaign
 from benchmarks.chaos.record import Fault
 from tests.hosts import LabHosts
+from tests.processes import kill_all
 from tests.supervised import until
 from tests.training_job import Job
 
@@ -27,8 +28,7 @@ class TwiceCampaign(LocalCampaign):
     def close(self) -> None:
         """End the job with all of its processes: a signal to what entered a host would not reach them."""
         for name in self._hosts.names:
-            for one in self._hosts.processes(name):
-                one.kill()
+            kill_all(self._hosts.processes(name))
         super().close()
 
     def _meet(self, kind: str) -> Fault:

@@ -1,7 +1,6 @@
 """A whole job that is killed outright in the middle of a save goes on from the checkpoint before it, exactly."""
 
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ import psutil
 import pytest
 
 from cherry.checkpoint.naming import newest_checkpoint
+from tests.processes import kill_all, tree
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +33,8 @@ def kill_in_the_save(job, sign, place, signs):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, "the save was not reached"
         time.sleep(0.05)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.send_signal(signal.SIGKILL)
+    family = tree(process.pid)
+    kill_all(family)
     output, _ = process.communicate()
     psutil.wait_procs(family[1:], timeout=_DEADLINE_S)
     return output

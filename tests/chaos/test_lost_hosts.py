@@ -11,6 +11,7 @@ import pytest
 
 from cherry.watch.node_sampler import read_nodes
 from cherry.watch.rank_report import read_job
+from tests.processes import command_line
 from tests.supervised import until
 
 pytestmark = pytest.mark.slow
@@ -21,8 +22,7 @@ def rank_of(supervised: Any, host: str) -> Any:
     """The training process on a host."""
     return until(
         lambda: next(
-            (one for one in supervised.hosts.processes(host) if "-u" in one.cmdline() and "train.py" in one.cmdline()),
-            None,
+            (one for one in supervised.hosts.processes(host) if {"-u", "train.py"} <= set(command_line(one))), None
         ),
         f"a rank on {host}",
     )
@@ -184,7 +184,7 @@ def test_a_mistake_of_the_caller_ends_the_run_at_its_first_attempt(supervised):
 
 
 def launcher_on(supervised: Any, host: str) -> Any:
-    return next(one for one in supervised.hosts.processes(host) if "cherry.launcher" in one.cmdline())
+    return next(one for one in supervised.hosts.processes(host) if "cherry.launcher" in command_line(one))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.processes import command_line
 from tests.queued import Queued
 from tests.slurm import SlurmLab, slurm_lab
 from tests.supervised import FLAGS, until
@@ -144,7 +145,7 @@ def test_a_node_whose_slurmd_is_killed_is_replaced_and_never_trains_beside_its_s
         until(lambda: queued.events[-1] == ("began", ["node1", "node3"]), "the start on other nodes")
         reached = len(queued.job.metrics)
         until(lambda: "resumed from" in queued.output and len(queued.job.metrics) > reached, "it goes on")
-        assert not [one for one in queued.hosts.processes("node2") if "train.py" in one.cmdline()]
+        assert not [one for one in queued.hosts.processes("node2") if "train.py" in command_line(one)]
     finally:
         queued.lab.start_slurmd("node2")
     assert [line["step"] for line in queued.job.metrics] == list(range(1, len(queued.job.metrics) + 1))

@@ -17,6 +17,7 @@ import pytest
 from base import storage
 from cherry.remote.agent import Agent, Sender
 from cherry.remote.prepared_data import copy_committed
+from tests.processes import is_alive
 
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE_S = 240.0
@@ -95,7 +96,7 @@ def pids_of(message) -> list[psutil.Process]:
 
 def wait_for_end(processes) -> None:
     gone, alive = psutil.wait_procs(processes, timeout=DEADLINE_S)
-    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == [], gone
+    assert [one for one in alive if is_alive(one)] == [], gone
 
 
 def test_facts_are_told_and_the_end_of_the_supervisor_is_the_agent_s(driver):

@@ -16,6 +16,7 @@ from flows.services import start
 from flows.services.layout import Ports, open_services
 from flows.services.programs import database_user, postgres_program
 from tests.object_stores import free_ports
+from tests.processes import is_alive
 from tests.project import ROOT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -112,7 +113,7 @@ def test_the_programs_of_a_supervisord_that_was_killed_are_ended_and_started_aga
         supervisord.kill()
         supervisord.wait()
         again()
-        assert [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+        assert [one for one in family if is_alive(one)] == []
     assert start.down(services) is False
     start.up(services, print)
     ended = client()

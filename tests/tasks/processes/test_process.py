@@ -10,6 +10,7 @@ import pytest
 
 from base.errors import CherryError, ConfigError, DataError, OperationalError, WeightsError, WorkerLostError
 from tasks.processes.process import in_background, is_alive, run_command, run_module
+from tests import processes
 
 _DEADLINE_S = 30.0
 
@@ -148,7 +149,7 @@ def test_a_grandchild_in_a_session_of_its_own_ends_with_the_task(program, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run_module(name, [], on_line=stop)
     deadline = time.monotonic() + _DEADLINE_S
-    while found[0].is_running() and found[0].status() != psutil.STATUS_ZOMBIE:
+    while processes.is_alive(found[0]):
         assert time.monotonic() < deadline, "the grandchild still runs"
 
 
