@@ -123,10 +123,12 @@ class Campaign(ABC):
         return bool(resumed) and "\nstep " in after
 
     def _noticed(self, before: int, injected: float) -> float | None:
-        """Seconds until the supervisor knew; `None` where it was killed itself."""
+        """Seconds until the supervisor knew, 0 while the fault was being made; `None` where it was killed itself."""
         began = [line for line in self._supervised.attempts[:before] if line["event"] == "began"][-1]
         ended = next((line for line in self._supervised.attempts[before:] if line["event"] == "ended"), None)
-        return None if ended is None or "after_s" not in ended else began["time"] + ended["after_s"] - injected
+        if ended is None or "after_s" not in ended:
+            return None
+        return max(0.0, began["time"] + ended["after_s"] - injected)
 
     def _committed(self) -> int:
         newest = newest_checkpoint(str(self._job.directory / "train" / "checkpoints"))

@@ -1,10 +1,18 @@
-"""Faults as they were met, and the table made of them."""
+"""Faults as they were met, and the tables made of them.
+
+    python -m benchmarks.chaos.record benchmarks/results/chaos.json
+
+prints a file of rows as the table of docs/chaos.md.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 COLUMNS = (
@@ -72,3 +80,17 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     lines = [COLUMNS, *(tuple("-" if row[name] is None else str(row[name]) for name in COLUMNS) for row in found)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table of a document, with their sums; what does not apply is a dash."""
+    lines = [COLUMNS, ("---", "---", *["--:"] * (len(COLUMNS) - 2))]
+    lines += [tuple("-" if row[name] is None else str(row[name]) for name in COLUMNS) for row in found]
+    summed = {"injected", "completed", "losses_equal", "data_lost", "survivors"}
+    total = {name: sum(row[name] or 0 for row in found) if name in summed else "" for name in COLUMNS}
+    lines.append(tuple(str(value) for value in (total | {"fault": "all"}).values()))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
