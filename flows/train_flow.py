@@ -12,8 +12,9 @@ from prefect import flow
 from tasks.data import prepare_data
 from tasks.evaluate import evaluate
 from tasks.export import export
+from tasks.interruptions.leftovers import teardown
 from tasks.interruptions.states import describe
-from tasks.lifecycle import begin, conclude, teardown
+from tasks.lifecycle import begin, conclude
 from tasks.overrides import DEFAULT_CONFIG, NO_OVERRIDES, ConfigParameter, Overrides
 from tasks.provision import provision, release
 from tasks.quantize import quantize

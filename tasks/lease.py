@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from base import storage
 from base.errors import CherryError, DataError, MissingFileError, OperationalError
 from base.json_lines import as_record
 from tasks.files.file_lock import hold_lock, remove_lock
-from tasks.processes.process import is_alive
+from tasks.processes.process import Pid, is_alive
 
 _HOST = socket.gethostname()
 # Seconds between renewals, and until a lease counts as stale: a slow disk may lose eight renewals.
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class _Lease:
     """What every lease.json has, but for the token in those of earlier versions."""
 
-    pid: int
+    pid: Pid
     created: float
     token: str = ""
 
@@ -101,12 +101,12 @@ def read_lease(run_directory: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         lease = None
-    if as_record(_Lease, lease) is None:
+    if (record := as_record(_Lease, lease)) is None:
         raise DataError(
             f"{path}: it is damaged, so nobody can tell which process works on this run. Make sure that none does, and "
             "remove it."
         )
-    return dict(lease)
+    return {**lease, **asdict(record)}
 
 
 def is_held(run_directory: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,34 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from prefect import runtime
 from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
-from base.errors import CherryError
 from cherry.train_record import FLOW_SERIES
 from tasks.artifacts import show_markdown, show_table
 from tasks.inputs import check_inputs, check_serving
-from tasks.lease import drop_lease, is_held, locked, read_lease, take_lease
-from tasks.overrides import DEFAULT_CONFIG, ConfigParameter, resolve, run_directory, write_resolved
+from tasks.interruptions.leftovers import FLOW_RUN, end_leftovers
+from tasks.lease import take_lease
+from tasks.overrides import ConfigParameter, resolve, run_directory, write_resolved
 from tasks.processes.loopback import keep_loopback_from_proxies
 from tasks.processes.lost_output import outlive_readers
-from tasks.processes.process import end_tree, is_alive
-from tasks.provision import release_hosts
 from tasks.records.environment import cost_figures, device_of
 from tasks.records.events import line_of, write_event
 from tasks.records.figures import Tracked, seconds_of, tracked
 from tasks.restarts import refuse_endless_restarts, starts_before, wait_for_holder
 from tasks.run_config import RunConfig
 from tasks.run_logger import run_logger
-from tasks.steps import PROGRAM, RunContext, StepRecord, find_finished, flatten, run_key, write_record
+from tasks.steps import RunContext, StepRecord, find_finished, flatten, run_key, write_record
 from tasks.tracking.connect import connect
 from tasks.tracking.metrics_relay import MetricsRelay
 from tasks.tracking.protocol import RunStatus
 
-logger = logging.getLogger(__name__)
 TRAIN_STEPS = ("provision", "data", "train", "export", "quantize", "evaluate", "register")
 STEPS = (*TRAIN_STEPS, "deploy")
 RELEASE_CONFIG = "release.yaml"
@@ -46,8 +41,6 @@ HELD = "held.json"
 """Seconds for which the attempts of the flow's tracked run held their hosts."""
 _PLOTS = {"provision": "plots/*.png", "train": "train/plots/*.png", "quantize": "quantized/*.png"}
 _PLOTS |= {"evaluate": "evaluate/*.png"}
-FLOW_RUN = "flow_run.json"
-"""Id of the flow's MLflow run, for a clean-up by another process."""
 
 
 def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
@@ -345,38 +338,3 @@ def _describe(summary: dict[str, Any]) -> str:
         f"loss {summary['loss_first']:.3f} to {summary['loss_last']:.3f}, quantized at "
         f"{summary['quantized_bytes_ratio']:.2f} of the bytes for {summary['quantized_dnll']:+.4f} nats per token."
     )
-
-
-def teardown(flow: Any, flow_run: Any, state: Any) -> None:
-    """Clean up after a flow that was cancelled or crashed: a Prefect hook, which runs in another process.
-
-    It works from the run directory alone, and ends what the flow's process could not end because it was killed.
-    """
-    try:
-        config = flow_run.parameters.get("config", DEFAULT_CONFIG)
-        end_leftovers(resolve(config, flow_run.parameters.get("overrides") or {}))
-    except CherryError as error:
-        logger.warning("nothing to tear down: %s", error)
-
-
-def end_leftovers(config: RunConfig) -> None:
-    """End what a flow left that was killed outright: its program, its hosts, its lease, and its runs in MLflow."""
-    directory = Path(run_directory(config))
-    if not directory.is_dir():
-        return
-    # Under the lock to the end: the next holder of the lease continues the MLflow runs that are ended here.
-    with locked(directory):
-        if is_held(directory):
-            return  # the process still works, or cleans up by itself
-        program, lease = directory / PROGRAM, read_lease(directory)
-        if program.exists():
-            record = storage.read_json(str(program))
-            if is_alive(record["pid"], record["created"]):
-                end_tree(psutil.Process(record["pid"]))
-            program.unlink(missing_ok=True)
-        release_hosts(directory)
-        if lease is not None:
-            opened = storage.read_json(str(directory / FLOW_RUN)) if (directory / FLOW_RUN).exists() else {}
-            tracker = connect(config.tracking, config.runs_directory).runs
-            tracker.finish(opened.get("run_id"), "KILLED", family=True)
-            drop_lease(directory)

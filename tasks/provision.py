@@ -1,7 +1,7 @@
 """Provision: the hosts of a run, checked against its plan, recorded before they are taken, and released.
 
 `reservation.json` stands in the run directory from before hosts are taken until they are released. A process that finds
-one whose flow is gone releases them (`tasks.lifecycle.end_leftovers`).
+one whose flow is gone releases them (`tasks.interruptions.leftovers.end_leftovers`).
 """
 
 from __future__ import annotations

@@ -12,17 +12,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
-from pydantic import Field
 
 from base.json_lines import as_record
 from flows.runs.directories import find_run, run_directories
 from tasks.interruptions.position import last_checkpoint, last_metrics
 from tasks.lease import RENEW_S
 from tasks.lifecycle import STEPS, TRAIN_STEPS
-from tasks.processes.process import is_alive
+from tasks.processes.process import Pid, is_alive
 from tasks.processes.replicas import Server, ServingDirectory
 from tasks.records.events import Event, last_event
 
@@ -37,7 +36,7 @@ _STALE_S = 8 * RENEW_S
 class _Process:
     """Process of a lease or of a step's program."""
 
-    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    pid: Pid
     created: float
     host: str | None = None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from base.config import load
 from base.errors import CherryError, InvalidInputError, OperationalError
 from tasks.clusters.taken import Taken, list_taken
+from tasks.interruptions.leftovers import end_leftovers
 from tasks.lease import holder, is_held, locked, read_lease, remove_lock_file
-from tasks.lifecycle import end_leftovers
 from tasks.processes.process import end_tree
 from tasks.providers.protocol import CLUSTER_FILE, HOSTS_FILE, RESERVATION_FILE, read_reservation
 from tasks.providers.registry import find_provider

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+from pydantic import Field
 
 from base import storage
 from base.errors import ERROR_FILE_VARIABLE, CherryError, WorkerLostError, error_of_code, read_error
@@ -158,6 +160,10 @@ def in_background() -> Iterator[None]:
     finally:
         if changed:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+Pid = Annotated[int, Field(gt=0, lt=2**31)]
+"""Process id in a record on disk, which may have been damaged."""
 
 
 def is_alive(pid: int, created: float) -> bool:

@@ -33,7 +33,7 @@ from base.errors import (
 )
 from base.json_lines import as_record
 from tasks.processes.ports import check_port, free_port, port_in_use
-from tasks.processes.process import end_tree, error_of, is_alive
+from tasks.processes.process import Pid, end_tree, error_of, is_alive
 from tasks.processes.programs import module_environment
 
 GATEWAY = "gateway"
@@ -47,7 +47,7 @@ class Server:
     """One server process; `url` is empty until it is ready."""
 
     name: str
-    pid: int
+    pid: Pid
     created: float
     url: str
     model: str

@@ -16,8 +16,9 @@ from flows import train_flow as module
 from flows.train_flow import train_flow
 from tasks.evaluate import UNTRAINED
 from tasks.files.outputs import file_states
+from tasks.interruptions.leftovers import teardown
 from tasks.interruptions.states import describe
-from tasks.lifecycle import TRAIN_STEPS, teardown
+from tasks.lifecycle import TRAIN_STEPS
 from tasks.overrides import resolve
 from tasks.steps import RunContext, StepRecord, write_record
 

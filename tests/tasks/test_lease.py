@@ -12,8 +12,8 @@ import pytest
 
 from base import storage
 from base.errors import DataError, OperationalError
+from tasks.interruptions.leftovers import end_leftovers
 from tasks.lease import is_held, read_lease, take_lease
-from tasks.lifecycle import end_leftovers
 from tasks.overrides import resolve
 from tasks.processes.process import is_alive
 from tasks.provision import release
@@ -112,7 +112,16 @@ def test_the_holder_renews_its_lease_until_it_is_given_back(context):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"pid": 1}', '{"pid": "x", "created": 1.0, "token": "t"}', "[" * 100_000]
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"pid": 1}',
+        '{"pid": "x", "created": 1.0, "token": "t"}',
+        '{"pid": -5, "created": 1.0}',
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_lease_is_a_sentence_and_keeps_others_out(context, content):
     (context.path / "lease.json").write_text(content)

@@ -1,80 +1,8 @@
-"""What is cleaned up after a flow that was killed outright, from what it left on disk."""
+"""What a run shows of its steps at its end."""
 
-import json
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
-
-import psutil
-import pytest
-
-from base import storage
-from tasks.lifecycle import FLOW_RUN, _links, _rows, teardown
+from tasks.lifecycle import _links, _rows
 from tasks.overrides import resolve
-from tasks.processes.process import is_alive
-from tasks.steps import PROGRAM, RunContext, StepRecord
-
-OVERRIDES = {"name": "left", "tracking": {"uri": "http://127.0.0.1:9"}}
-
-
-@pytest.fixture
-def left(tmp_path, monkeypatch):
-    """A run directory of a process that is gone, and a program of it that still runs."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    config = resolve("configs/tiny.yaml", {**OVERRIDES, "runs_directory": str(tmp_path)})
-    program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    created = psutil.Process(gone.pid).create_time()
-    gone.wait()
-    directory = tmp_path / "left"
-    lease = {"pid": gone.pid, "created": created}
-    storage.write_json(str(directory / "lease.json"), lease)
-    storage.write_json(str(directory / FLOW_RUN), {"run_id": "0" * 32})
-    record = {"pid": program.pid, "created": psutil.Process(program.pid).create_time()}
-    storage.write_json(str(directory / PROGRAM), record)
-    yield SimpleNamespace(directory=directory, program=program, lease=lease, config=config)
-    program.communicate()
-
-
-def hook(left):
-    """As Prefect calls it: with the parameters that the API keeps."""
-    overrides = {**OVERRIDES, "runs_directory": left.config.runs_directory}
-    flow_run = SimpleNamespace(parameters={"config": "configs/tiny.yaml", "overrides": overrides})
-    teardown(None, flow_run, None)
-
-
-def test_the_program_of_a_dead_flow_is_ended(left):
-    record = storage.read_json(str(left.directory / PROGRAM))
-    assert is_alive(**record)
-    hook(left)
-    assert not is_alive(**record)
-    assert not (left.directory / "lease.json").exists()
-    assert not (left.directory / PROGRAM).exists()
-    hook(left)  # nothing is left, and nothing is done
-
-
-def test_a_hook_takes_the_resolved_config_that_the_command_line_started_a_flow_with(left):
-    parameters = json.loads(json.dumps({"config": left.config.model_dump(mode="json"), "overrides": {}}))
-    teardown(None, SimpleNamespace(parameters=parameters), None)
-    assert not (left.directory / PROGRAM).exists()
-
-
-def test_a_live_flow_is_left_alone(left):
-    storage.write_json(
-        str(left.directory / "lease.json"),
-        {**left.lease, "pid": os.getpid(), "created": psutil.Process().create_time()},
-    )
-    hook(left)
-    assert left.program.poll() is None
-    assert (left.directory / PROGRAM).exists()
-
-
-def test_a_pid_that_is_another_process_now_is_left_alone(left):
-    record = storage.read_json(str(left.directory / PROGRAM))
-    storage.write_json(str(left.directory / PROGRAM), {**record, "created": record["created"] - 50.0})
-    hook(left)
-    assert left.program.poll() is None
+from tasks.steps import RunContext, StepRecord
 
 
 def test_the_page_shows_figures_for_people_and_how_to_see_the_runs(tmp_path, monkeypatch):
@@ -91,8 +19,3 @@ def test_the_page_shows_figures_for_people_and_how_to_see_the_runs(tmp_path, mon
         in text
     )
     assert f"- train: `{'b' * 32}`" in text
-
-
-def test_a_hook_with_a_config_that_is_gone_says_so(caplog):
-    teardown(None, SimpleNamespace(parameters={"config": "gone.yaml"}), None)
-    assert "nothing to tear down" in caplog.text

@@ -10,8 +10,8 @@ from base import storage
 from base.errors import ConfigError, DoesNotFitError, InvalidInputError, OperationalError
 from cherry.cluster import read_cluster
 from cherry.planner.plan import checkpoint_bytes
+from tasks.interruptions.leftovers import end_leftovers
 from tasks.lease import take_lease
-from tasks.lifecycle import end_leftovers
 from tasks.overrides import resolve
 from tasks.providers.protocol import read_hosts, read_reservation, write_reservation
 from tasks.provision import check_disk, hold_hosts, preflight, release, take_hosts
