@@ -36,6 +36,7 @@ from base.errors import (
     run_program,
     storage_errors,
 )
+from base.lost_output import outlive_output
 from cherry.watch.node_sampler import sample_node
 
 LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
@@ -54,6 +55,7 @@ _MAX_PORT = 65535
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Launch, and exit with the code of the rank that caused the failure (34 if a signal killed it)."""
+    outlive_output()
     raise SystemExit(run_program(lambda: launch(sys.argv[1:] if arguments is None else list(arguments))))
 
 

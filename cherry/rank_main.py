@@ -28,6 +28,7 @@ from base.errors import (
     error_record,
     run_program,
 )
+from base.lost_output import outlive_output
 from base.yaml_config import apply_overrides, merge, packaged_config, read_yaml
 from cherry.job_config import NETWORK_VARIABLE, PICKLED_WEIGHTS, JobConfig, NetworkConfig, over_network, weights_folder
 from cherry.launcher import LAUNCHER_PID, RECORD_KEY, die_with_parent
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None, *, hooks: Sequence[TrainerHook]
     """
     if launcher := os.environ.get(LAUNCHER_PID):
         die_with_parent(signal.SIGKILL, int(launcher))  # a launcher that is killed outright leaves no rank behind
+    outlive_output()
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     logging.getLogger().addHandler(logging.NullHandler())  # before there is a log file, stderr is for the error's text
     code = run_program(lambda: _run(arguments, hooks))

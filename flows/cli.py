@@ -320,13 +320,13 @@ def _start(
     """
     from rich.console import Console
 
+    from base.lost_output import outlive_output
     from flows.prefect_server import TemporaryServer
     from tasks.inputs import check_inputs, check_serving
     from tasks.overrides import run_directory
-    from tasks.processes.lost_output import outlive_readers
     from tasks.tracking.connect import check_tracking_servers
 
-    outlive_readers()  # before rich takes the streams: a closed terminal must not stop the clean-up
+    outlive_output()  # before rich takes the streams: a closed terminal must not stop the clean-up
     if not verbose:
         keep_terminal_free()
     resolved = _resolve(config, overrides)

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from base import storage
 from base.config import dump
+from base.lost_output import outlive_output
 from cherry.train_record import FLOW_SERIES
 from tasks.artifacts import show_markdown, show_table
 from tasks.inputs import check_inputs, check_serving
@@ -21,7 +22,6 @@ from tasks.interruptions.leftovers import FLOW_RUN, end_leftovers
 from tasks.lease import take_lease
 from tasks.overrides import ConfigParameter, resolve, run_directory, write_resolved
 from tasks.processes.loopback import keep_loopback_from_proxies
-from tasks.processes.lost_output import outlive_readers
 from tasks.records.environment import cost_figures, device_of
 from tasks.records.events import line_of, write_event
 from tasks.records.figures import Tracked, seconds_of, tracked
@@ -51,7 +51,7 @@ def begin(config: ConfigParameter, overrides: BaseModel) -> RunContext:
         OperationalError: a live process is working on the same run.
         InvalidInputError: the flow run was cancelled, or was started `retry.attempts` times before.
     """
-    outlive_readers()
+    outlive_output()
     keep_loopback_from_proxies()
     starts = starts_before()
     resolved = resolve(config, overrides)
@@ -94,7 +94,7 @@ def begin_release(config: ConfigParameter, overrides: BaseModel) -> RunContext:
         InvalidInputError: the flow run was cancelled, or was started `retry.attempts` times before.
         CherryError: see `tasks.inputs.check_serving` and `Tracker.open`.
     """
-    outlive_readers()
+    outlive_output()
     keep_loopback_from_proxies()
     starts = starts_before()
     resolved = resolve(config, overrides)

@@ -27,6 +27,7 @@ from base.errors import (
     run_program,
 )
 from base.json_lines import append_json, as_record, read_lines
+from base.lost_output import outlive_output
 from cherry.launcher import die_with_parent
 from cherry.remote.agent import KILL_S
 from cherry.remote.attempt import Attempt, Ending, Printer, RankLogs, start_launchers
@@ -235,6 +236,7 @@ def supervise(job: Job) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `cherry-launch --cluster`, and exit with the code of the error that ended the job."""
+    outlive_output()
     raise SystemExit(run_program(lambda: supervise(parse_job(sys.argv[1:] if arguments is None else list(arguments)))))
 
 

@@ -34,6 +34,7 @@ from base.errors import (
     run_program,
 )
 from base.json_lines import append_json
+from base.lost_output import outlive_output
 from cherry.remote.job import ATTEMPTS_FILE
 from cherry.slurm import commands
 
@@ -185,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    outlive_output()
     raise SystemExit(run_program(main))

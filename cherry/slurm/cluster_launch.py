@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from base.errors import ConfigError, run_program
+from base.lost_output import outlive_output
 from cherry.cluster import SKY, SKY_IS_RENDERED, SLURM, read_cluster
 from cherry.remote.job import build_parser, parse_job
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a job to its end, and exit with the code of the error that ended it."""
+    outlive_output()
     raise SystemExit(run_program(lambda: _launch(sys.argv[1:] if arguments is None else arguments)))
 
 

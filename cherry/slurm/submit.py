@@ -27,6 +27,7 @@ from base.errors import (
     run_program,
 )
 from base.json_lines import JsonLinesReader
+from base.lost_output import outlive_output
 from base.progress import print_progress
 from cherry.cluster import SLURM
 from cherry.launcher import die_with_parent
@@ -275,4 +276,5 @@ def check(slurm: SlurmJob) -> None:
 
 
 if __name__ == "__main__":
+    outlive_output()
     raise SystemExit(run_program(lambda: launch(sys.argv[1:])))

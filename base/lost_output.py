@@ -1,4 +1,4 @@
-"""Standard output and error that may lose their reader: a run goes on when a worker or a pager ends that read them."""
+"""Standard output and error that may fail: a run goes on when who read them ends, or the disk that has them is full."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing_extensions import Buffer
 
 # The reader of a pipe is gone; the terminal is gone.
 _READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def outlive_readers() -> None:
-    """Let this process write its standard output and error to nowhere once their reader is gone, instead of ending.
+def outlive_output() -> None:
+    """Let this process go on where its standard output or error cannot be written, instead of ending.
 
+    Once their reader is gone they go nowhere; on a full disk, lines are lost until there is space.
     Prefect's worker reads a flow's output from a pipe. When it is killed, the next line would end the flow: rich, which
     prints Prefect's log, exits the program on a broken pipe.
     """
@@ -49,6 +51,7 @@ class _LastingFile(io.RawIOBase):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
+        self._is_cut = False
 
     def writable(self) -> bool:
         return True
@@ -60,12 +63,21 @@ class _LastingFile(io.RawIOBase):
         return self._descriptor
 
     def write(self, data: Buffer) -> int:
+        count = memoryview(data).nbytes
         try:
-            return os.write(self._descriptor, data)
+            if self._is_cut:  # the last line that was written has no end
+                os.write(self._descriptor, b"\n")
+                self._is_cut = False
+            written = os.write(self._descriptor, data)
         except OSError as error:
+            if error.errno in _NO_SPACE:
+                self._is_cut = True
+                return count
             if error.errno not in _READER_GONE:
                 raise
+        else:
+            return written
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._descriptor)
         os.close(null)
-        return memoryview(data).nbytes
+        return count

@@ -1,4 +1,4 @@
-"""A process whose output nobody reads any more: it goes on, with prints, log lines and Prefect's rich console."""
+"""A process whose output cannot be written: it goes on, with prints, log lines and Prefect's rich console."""
 
 import os
 import subprocess
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import logging, os, sys
 from prefect.logging.handlers import PrefectConsoleHandler
-from tasks.processes.lost_output import outlive_readers
+from base.lost_output import outlive_output
 log = logging.getLogger("flow")
 log.addHandler(PrefectConsoleHandler())
 log.addHandler(logging.StreamHandler())
 if sys.argv[2] == "lasting":
-    outlive_readers()
+    outlive_output()
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(3):
@@ -42,3 +42,23 @@ def test_a_process_outlives_the_reader_of_its_output(tmp_path, how, went_on):
         process.stdin.close()
         code = process.wait()
     assert (code == 0, end.exists()) == (went_on, went_on)
+
+
+def test_on_a_full_disk_lines_are_lost_until_there_is_space(tmp_path):
+    program = """
+import os, sys
+from base.lost_output import outlive_output
+outlive_output()
+for number in range(3):
+    print("lost", number, flush=True)
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+os.dup2(file, 1)
+for number in range(2):
+    print("there", number, flush=True)
+"""
+    environment, log = {**os.environ, "PYTHONPATH": str(ROOT)}, tmp_path / "log"
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", program, str(log)]
+        ended = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert log.read_text() == "\nthere 0\nthere 1\n"
