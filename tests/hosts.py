@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import every
+
 _PROGRAMS = ("ip", "sshd", "ssh-keygen", "unshare", "mount")
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _DEADLINE_S = 60.0
@@ -211,8 +213,8 @@ class LabHosts:
         space = next((_pid_space(child.pid) for child in children), None)
         if space is None:
             return []
-        every = psutil.process_iter(["name", "ppid", "status"])
-        return [one for one in every if one.info["status"] != psutil.STATUS_ZOMBIE and _pid_space(one.pid) == space]
+        found = every("name", "ppid", "status")
+        return [one for one in found if one.info["status"] != psutil.STATUS_ZOMBIE and _pid_space(one.pid) == space]
 
     def down(self) -> None:
         for init in self._inits.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import psutil
@@ -14,6 +14,18 @@ def command_line(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.NoSuchProcess:  # also of one that waits to be reaped
         return []
+
+
+def every(*attributes: str) -> Iterator[psutil.Process]:
+    """All processes with these attributes in `info`, like `psutil.process_iter`, whose processes all threads share:
+    one that asks for other attributes would replace them."""
+    for pid in psutil.pids():
+        try:
+            process = psutil.Process(pid)
+            process.info = process.as_dict(attributes)
+        except psutil.NoSuchProcess:
+            continue
+        yield process
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -21,7 +21,7 @@ import httpx
 import psutil
 from mlflow import MlflowClient
 
-from tests.processes import command_line, kill_all, tree
+from tests.processes import command_line, every, kill_all, tree
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 240.0
@@ -212,7 +212,7 @@ class Project:
     def processes(self, name: str) -> list[list[str]]:
         """Command lines of every process that works on a run."""
         found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
+        for process in every("cmdline", "status"):
             line = process.info["cmdline"] or []
             if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(self.runs / name) in word for word in line):
                 found.append(line)

@@ -9,7 +9,7 @@ import time
 import psutil
 
 from benchmarks.chaos.record import Fault
-from tests.processes import is_alive, kill_all
+from tests.processes import every, is_alive, kill_all
 from tests.project import Project, kill, wait_for
 
 STEPS = 300
@@ -115,7 +115,7 @@ class FlowCampaign:
         """The launcher and the ranks of a run."""
         place = str(self._project.runs / name)
         found = []
-        for one in psutil.process_iter(["cmdline", "status"]):
+        for one in every("cmdline", "status"):
             if one.info["status"] != psutil.STATUS_ZOMBIE and any(place in word for word in one.info["cmdline"] or []):
                 found.append(one)
         return found

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
+from tests.processes import every
+
 pytestmark = pytest.mark.slow
 _DEADLINE_S = 240.0
 
@@ -22,7 +24,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 def ranks_of(job) -> list[psutil.Process]:
     """The live processes of train.py that work on the job."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in every("cmdline"):
         line = process.info["cmdline"] or []
         if str(job.directory) in line and "train.py" in line and "cherry.launcher" not in line:
             found.append(process)

@@ -5,15 +5,15 @@ import signal
 
 import pytest
 
+from tests.processes import every
+
 pytestmark = pytest.mark.slow
 
 
 def ranks(project, name):
     """Pids of the ranks that work on a run."""
-    import psutil
-
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in every("cmdline"):
         line = process.info["cmdline"] or []
         if str(project.runs / name) in line and "cherry.launcher" not in line and line[-1] != "--version":
             found.append(process.pid)

@@ -16,7 +16,7 @@ from flows.services import start
 from flows.services.layout import Ports, open_services
 from flows.services.programs import database_user, postgres_program
 from tests.object_stores import free_ports
-from tests.processes import is_alive
+from tests.processes import every, is_alive
 from tests.project import ROOT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -60,7 +60,7 @@ def services(_installed):
             raise
         yield made
         start.down(made)
-        assert not [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
+        assert not [p for p in every("cmdline") if name in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.fixture
