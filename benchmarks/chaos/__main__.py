@@ -98,7 +98,7 @@ def under_slurm(chaos: Chaos) -> None:
         raise MissingFileError(reason)
     with contextmanager(slurm.slurm_lab)(chaos.folder / "slurm", 3) as lab:
         campaign = slurm_faults.SlurmCampaign(chaos.job("queued"), lab, 2, chaos.choose)
-        chaos.meet(campaign, chaos.kinds(slurm_faults.KINDS, 4), 2, *FLAGS)
+        chaos.meet(campaign, chaos.kinds(slurm_faults.KINDS, 3), 2, *FLAGS)
 
 
 def twice(chaos: Chaos) -> None:
@@ -111,7 +111,7 @@ def twice(chaos: Chaos) -> None:
 def saves(chaos: Chaos) -> None:
     """A job of two ranks that saves all the time."""
     campaign = save_faults.SaveCampaign(chaos.job("saves"), chaos.choose)
-    chaos.meet(campaign, chaos.kinds(save_faults.KINDS, 50), RANKS, *save_faults.FLAGS)
+    chaos.meet(campaign, chaos.kinds(save_faults.KINDS, 56), RANKS, *save_faults.FLAGS)
     print(f"  {campaign.in_a_save} of {len(campaign.faults)} kills left a save that was not committed")
 
 
