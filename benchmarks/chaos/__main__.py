@@ -197,9 +197,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the rows, as JSON")
     options = parser.parse_args()
     watch_this_process()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background has it ignored, and so would the jobs
+    # Ignored in the background of a shell, and so it would be in the jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cherry-chaos-") as name:
