@@ -214,7 +214,8 @@ def test_fp8_scales_in_e8m0_are_read(
                 weight = name.removesuffix("_scale_inv")
                 expected[weight] = tensors[weight].float() * 2.0**-9
         write_file(storage.join(uri, file), tensors)
-    loaded = dict(named(load_pretrained(uri, dtype=torch.float32)))
+    load_into(model, uri)
+    loaded = dict(named(model))
     assert expected
     for name, value in expected.items():
         assert torch.equal(loaded[name], value), name
