@@ -17,17 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.numerics.e4m3 import DTYPE, MAX, PROBE, decode, exact_scales
+from model.numerics.e4m3 import DTYPE, PROBE, decode, exact_scales
 from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
 from model.numerics.strips import largest_magnitude
 
 SCALE_SUFFIX = "_scale_inv"
 # weight_block_size of the released config.json.
 BLOCK = 128
-# Blocks side by side that are worked on at once: 256 KiB of fp32 (see model/numerics/strips.py).
-_TILE_BLOCKS = 4
-# Rows that are dequantized at once, for the same reason.
-_ROWS = 16
+# Blocks side by side that are worked on at once: 1 MiB of fp32 (see model/numerics/strips.py).
+_TILE_BLOCKS = 16
+# Rows that are dequantized at once, for the same reason; they divide a block's.
+_ROWS = 32
+# Rows of blocks whose scales are searched at once.
+_SEARCHED = 4
 
 
 @dataclass(frozen=True)
@@ -118,31 +120,41 @@ def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """
     values_OI = torch.empty(weight_OI.shape, dtype=DTYPE, device=weight_OI.device)
     scale = torch.empty(scale_shape(weight_OI.shape), device=weight_OI.device)
-    for block, scale_N in enumerate(scale):
-        rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        _quantize_row_of_blocks(weight_OI[rows], values_OI[rows], scale_N)
+    for first in range(0, len(scale), _SEARCHED):
+        rows = slice(first * BLOCK, (first + _SEARCHED) * BLOCK)
+        _quantize_rows_of_blocks(weight_OI[rows], values_OI[rows], scale[first : first + _SEARCHED])
     return values_OI, scale
 
 
-def _quantize_row_of_blocks(weight_OI: Tensor, values_OI: Tensor, scale_N: Tensor) -> None:
-    """Fill `values_OI` and `scale_N` of at most 128 rows."""
-    width = BLOCK * (_TILE_BLOCKS if weight_OI.device.type == "cpu" else len(scale_N))
-    work = torch.zeros(weight_OI.shape[0], width, device=weight_OI.device)
-    tiles = [slice(first, min(weight_OI.shape[1], first + width)) for first in range(0, weight_OI.shape[1], width)]
-    for columns in tiles:
-        tile = work[:, : columns.stop - columns.start].copy_(weight_OI[:, columns])
-        amax_N = F.pad(largest_magnitude(tile, 0), (0, -tile.shape[1] % BLOCK)).view(-1, BLOCK).amax(1)
-        scale_N[columns.start // BLOCK :][: len(amax_N)] = amax_N
-    probe_NP = _blocks(weight_OI[:1])[:, :PROBE]
-    scale_N.copy_(exact_scales(scale_N.clone(), probe_NP, lambda chosen_N: _blocks(weight_OI)[chosen_N]))
-    for columns in tiles:
-        tile = work[:, : columns.stop - columns.start].copy_(weight_OI[:, columns])
-        scales = scale_N[columns.start // BLOCK :][:_TILE_BLOCKS] if weight_OI.device.type == "cpu" else scale_N
-        values_OI[:, columns] = tile.div_(scales.repeat_interleave(BLOCK)[: tile.shape[1]]).clamp_(-MAX, MAX)
+def _quantize_rows_of_blocks(weight_OI: Tensor, values_OI: Tensor, scale: Tensor) -> None:
+    """Fill `values_OI` and `scale` of some rows of blocks, from one weight's first column to its last."""
+    tiles = list(_tiles(weight_OI))
+    work = torch.empty(BLOCK, max(columns.stop - columns.start for _, columns in tiles), device=weight_OI.device)
+    for rows, columns in tiles:
+        tile = work[: rows.stop - rows.start, : columns.stop - columns.start].copy_(weight_OI[rows, columns])
+        amax_I = F.pad(largest_magnitude(tile, 0)[0], (0, -tile.shape[1] % BLOCK))
+        scale[rows.start // BLOCK, columns.start // BLOCK :][: len(amax_I) // BLOCK] = amax_I.view(-1, BLOCK).amax(1)
+    probe_NP = _blocks(weight_OI[::BLOCK], 1)[:, :PROBE]
+    found_N = exact_scales(scale.flatten(), probe_NP, lambda chosen_N: _blocks(weight_OI, BLOCK)[chosen_N])
+    scale.copy_(found_N.view_as(scale))
+    for rows, columns in tiles:
+        tile = work[: rows.stop - rows.start, : columns.stop - columns.start].copy_(weight_OI[rows, columns])
+        scale_N = scale[rows.start // BLOCK, columns.start // BLOCK : -(-columns.stop // BLOCK)]
+        values_OI[rows, columns] = tile.div_(scale_N.repeat_interleave(BLOCK)[: tile.shape[1]])
 
 
-def _blocks(weight_OI: Tensor) -> Tensor:
-    """fp32 values [N, B] of the blocks that lie side by side in at most 128 rows; zeros fill a partial one."""
+def _tiles(weight_OI: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of parts that are one block high and, on a CPU, stay in the caches."""
+    height, columns = weight_OI.shape
+    width = _TILE_BLOCKS * BLOCK if weight_OI.device.type == "cpu" else columns
+    for row in range(0, height, BLOCK):
+        for column in range(0, columns, width):
+            yield slice(row, min(height, row + BLOCK)), slice(column, min(columns, column + width))
+
+
+def _blocks(weight_OI: Tensor, block_rows: int) -> Tensor:
+    """fp32 values [N, B] of blocks of so many rows and 128 columns, row by row; zeros fill partial ones."""
     rows, columns = weight_OI.shape
-    padded_OI = F.pad(weight_OI.float(), (0, -columns % BLOCK))
-    return padded_OI.view(rows, -1, BLOCK).transpose(0, 1).reshape(-1, rows * BLOCK)
+    padded_OI = F.pad(weight_OI.float(), (0, -columns % BLOCK, 0, -rows % block_rows))
+    blocks = padded_OI.view(-1, block_rows, padded_OI.shape[1] // BLOCK, BLOCK).transpose(1, 2)
+    return blocks.reshape(-1, block_rows * BLOCK)

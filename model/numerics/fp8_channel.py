@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.numerics.e4m3 import DTYPE, MAX, PROBE, decode, exact_scales
+from model.numerics.e4m3 import DTYPE, PROBE, decode, exact_scales
 from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
 from model.numerics.strips import largest_magnitude, scratch, strips
 
 # Rows whose scales are searched at once.
-_CHUNK = 128
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -75,4 +75,4 @@ def _quantize_chunk(weight_OI: Tensor, values_OI: Tensor, scale_O1: Tensor) -> N
     scale_O1[:, 0] = exact_scales(scale_O1[:, 0].clone(), probe_OP, lambda chosen: weight_OI[chosen].float())
     for rows in strips(weight_OI):
         strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
-        values_OI[rows] = strip.div_(scale_O1[rows]).clamp_(-MAX, MAX)
+        values_OI[rows] = strip.div_(scale_O1[rows])

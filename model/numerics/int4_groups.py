@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
-from model.numerics.strips import strips
+from model.numerics.strips import largest_magnitude, strips
 
 MIN, MAX = -8, 7
 _PER_WORD = 8
@@ -82,7 +82,7 @@ class Int4Groups:
 
 def largest_scale(weight_OI: Tensor, group: int) -> Tensor:
     """fp32 scales [O, G] that cover each group's largest magnitude; 1 for a group of zeros."""
-    amax_OG = _grouped(weight_OI.float(), group).abs().amax(dim=2)
+    amax_OG = largest_magnitude(_grouped(weight_OI.float(), group), 2)[:, :, 0]
     return torch.where(amax_OG > 0, amax_OG / ((MAX - MIN) / 2), 1.0)
 
 

@@ -20,6 +20,8 @@ from model.numerics.schemes import Entry, compressed_tensors_arguments, compress
 from model.numerics.strips import largest_magnitude, scratch, strips
 
 _MAX = 127
+# Below it fp32 has fewer bits; the values of such a row are taken as zeros.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,16 @@ class Int8Channel:
 def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values [O, I] and fp32 scales [O, 1] with weight ~ values * scale.
 
-    The scale is the row's largest magnitude over 127, so the error is at most half a scale. A row of zeros gets
-    scale 1.
+    The scale is the row's largest magnitude over 127, so the error is at most half a scale. A row of zeros (or
+    of nothing above 1e-36) gets scale 1.
     """
     values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     scale_O1 = torch.empty(weight_OI.shape[0], 1, device=weight_OI.device)
     work = scratch(weight_OI)
     for rows in strips(weight_OI):
         strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
-        amax_O1 = largest_magnitude(strip, 1)
-        scale_O1[rows] = torch.where(amax_O1 > 0, amax_O1.div_(_MAX), 1.0)
-        values_OI[rows] = strip.div_(scale_O1[rows]).round_().clamp_(-_MAX, _MAX)
+        exact_O1 = largest_magnitude(strip, 1).div_(_MAX)
+        # No value needs clamping: a scale that is a normal number is off by less than a half of its last bit.
+        scale_O1[rows] = torch.where(exact_O1 >= _SMALLEST, exact_O1, 1.0)
+        values_OI[rows] = strip.div_(scale_O1[rows]).round_()
     return values_OI, scale_O1
