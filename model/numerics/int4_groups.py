@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
-from model.numerics.strips import largest_magnitude, strips
+from model.numerics.strips import largest_magnitude, pack_nibbles, strips, unpack_nibbles
 
 MIN, MAX = -8, 7
 _PER_WORD = 8
@@ -101,16 +101,14 @@ def dequantize(values_OI: Tensor, scale_OG: Tensor, group: int) -> Tensor:
 
 def pack(values_OI: Tensor) -> Tensor:
     """int32 words [O, W] of int8 values [O, I] that lie in -8 to 7."""
-    padded_OI = F.pad(values_OI - MIN, (0, -values_OI.shape[1] % _PER_WORD)).view(torch.uint8)
-    # A word's lowest byte comes first in memory on every machine that torch runs on.
-    return (padded_OI[:, ::2] | padded_OI[:, 1::2] << 4).contiguous().view(torch.int32)
+    padded_OI = F.pad(values_OI - MIN, (0, -values_OI.shape[1] % _PER_WORD)).contiguous().view(torch.uint8)
+    return pack_nibbles(padded_OI).view(torch.int32)
 
 
 def unpack(words_OW: Tensor, columns: int) -> Tensor:
     """int8 values [O, columns] of int32 words [O, W]; the reverse of `pack`."""
-    bytes_OB = words_OW.contiguous().view(torch.uint8)
-    values_OBV = torch.stack((bytes_OB & 0xF, bytes_OB >> 4), dim=2)
-    return values_OBV.view(torch.int8).add_(MIN).flatten(1)[:, :columns]
+    nibbles_OI = unpack_nibbles(words_OW.contiguous().view(torch.uint8))
+    return nibbles_OI.view(torch.int8).add_(MIN)[:, :columns]
 
 
 def words(columns: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.e4m3 import MAX as FP8_MAX
 from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
-from model.numerics.strips import largest_magnitude, scratch, strips
+from model.numerics.strips import pack_nibbles, scratch, strips, unpack_nibbles
 
 BLOCK = 16
 # Largest value of e2m1: the others are 0, 0.5, 1, 1.5, 2, 3 and 4.
@@ -99,7 +99,7 @@ def quantize(weight_OI: Tensor, global_scale_1: Tensor) -> tuple[Tensor, Tensor]
     work = scratch(weight_OI)
     for part in strips(weight_OI):
         strip_OGB = work[: part.stop - part.start].copy_(weight_OI[part]).view(-1, columns // BLOCK, BLOCK)
-        exact_OG1 = largest_magnitude(strip_OGB, 2).div_(MAX).mul_(global_scale_1)
+        exact_OG1 = _largest(strip_OGB).div_(MAX).mul_(global_scale_1)
         rounded_OG1 = exact_OG1.clamp_(max=FP8_MAX).to(FP8).float()
         rounded_OG1 = torch.where(rounded_OG1 > 0, rounded_OG1, _SCALE_OF_ZEROS)
         scale_OG[part] = rounded_OG1[:, :, 0]
@@ -116,14 +116,22 @@ def encode(values_OI: Tensor) -> Tensor:
     # A negative value that rounds to zero keeps its sign.
     half_OI = rounded_OI.copysign_(values_OI).mul_(_TO_HALF).half().view(torch.int16)
     codes_OI = (half_OI >> 9).bitwise_and_(7).bitwise_or_((half_OI >> 12).bitwise_and_(8)).to(torch.uint8)
-    return codes_OI[:, ::2] | codes_OI[:, 1::2] << 4
+    return pack_nibbles(codes_OI)
 
 
 def decode(packed_OB: Tensor) -> Tensor:
     """fp32 values [O, I] of codes."""
-    codes_OI = torch.stack((packed_OB & 0xF, packed_OB >> 4), dim=2).flatten(1).to(torch.int16)
+    codes_OI = unpack_nibbles(packed_OB).to(torch.int16)
     half_OI = (codes_OI & 7).bitwise_left_shift_(9).bitwise_or_((codes_OI & 8).bitwise_left_shift_(12))
     return half_OI.view(torch.float16).float().div_(_TO_HALF)
+
+
+def _largest(values_OGB: Tensor) -> Tensor:
+    """Largest magnitude of each block [O, G, 1], by halves: a CPU takes thrice that to reduce 16 neighbours."""
+    values_OGB = values_OGB.abs()
+    while (half := values_OGB.shape[2] // 2) > 0:
+        values_OGB = torch.maximum(values_OGB[:, :, :half], values_OGB[:, :, half:])
+    return values_OGB
 
 
 def _amax(weight_OI: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Strips of rows: a weight is worked through in parts that stay in a core's cache, so that no fp32 copy of all is made.
+"""Strips of rows, in which a weight is worked through without an fp32 copy of all of it, and 4-bit codes in bytes.
 
-Shapes: R row, C column.
+Shapes: R row, C column, B = C / 2 byte.
 """
 
 from __future__ import annotations
@@ -35,3 +35,16 @@ def _height(values_RC: Tensor) -> int:
 def largest_magnitude(values: Tensor, dim: int) -> Tensor:
     """Largest magnitude along one dimension, which stays with size 1. No copy of the values, as `abs` would make."""
     return torch.maximum(values.amax(dim, keepdim=True), values.amin(dim, keepdim=True).neg_())
+
+
+def pack_nibbles(codes_RC: Tensor) -> Tensor:
+    """uint8 [R, B] of contiguous uint8 codes 0 to 15, the first of two in the lower bits."""
+    # A 16-bit number of two codes; the first is its lower byte on every machine that torch runs on.
+    pairs_RB = codes_RC.view(torch.int16)
+    return (pairs_RB >> 4).bitwise_or_(pairs_RB).to(torch.uint8)
+
+
+def unpack_nibbles(packed_RB: Tensor) -> Tensor:
+    """uint8 codes [R, C]; the reverse of `pack_nibbles`."""
+    pairs_RB = packed_RB.to(torch.int16)
+    return (pairs_RB << 4).bitwise_or_(pairs_RB).bitwise_and_(0x0F0F).view(torch.uint8)

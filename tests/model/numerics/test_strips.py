@@ -1,9 +1,9 @@
-"""Strips of rows: every row once, small parts on a CPU, and magnitudes without a copy."""
+"""Strips of rows: every row once, small parts on a CPU, magnitudes without a copy; 4-bit codes in bytes."""
 
 import pytest
 import torch
 
-from model.numerics.strips import largest_magnitude, scratch, strips
+from model.numerics.strips import largest_magnitude, pack_nibbles, scratch, strips, unpack_nibbles
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7168), (300, 100), (3, 1 << 20), (0, 8), (4, 0)])
@@ -21,3 +21,10 @@ def test_every_row_is_in_one_strip_that_fits_the_scratch(shape: tuple[int, int])
 def test_the_largest_magnitude_is_that_of_abs(dim: int) -> None:
     values = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(largest_magnitude(values, dim), values.abs().amax(dim, keepdim=True))
+
+
+def test_two_codes_make_a_byte_the_first_in_its_lower_bits() -> None:
+    codes_RC = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8).view(8, 64)
+    packed_RB = pack_nibbles(codes_RC)
+    assert torch.equal(packed_RB, codes_RC[:, ::2] + 16 * codes_RC[:, 1::2])
+    assert torch.equal(unpack_nibbles(packed_RB), codes_RC)
