@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 
 from base import storage
 from base.errors import ConfigError, WeightsError
@@ -39,6 +40,8 @@ def test_a_format_is_found_by_its_config_json_and_by_no_other(name: str, preset:
     assert written["x"] == 1
     assert [other for other, entry in FORMATS.items() if entry.recognizes(written)] == [name]
     assert detect_format(written, "here/config.json") == name
+    if written.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
+        QuantizationConfig.model_validate(written["quantization_config"])  # refuses unknown keys and values
 
 
 def test_plain_weights_of_another_type_have_no_format() -> None:
