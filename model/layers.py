@@ -16,12 +16,15 @@ from torch import Tensor, nn
 class Fp32Buffers(nn.Module):
     """Module whose fp32 buffers stay fp32 when it is cast: in bf16 a bias update of 1e-3 would be rounded away."""
 
+    kept_types: frozenset[torch.dtype] = frozenset({torch.float32})
+    """Types of buffers that stay when the module is cast."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
-            if after is not None and before.dtype == torch.float32 != after.dtype:
+            if after is not None and before.dtype in self.kept_types and before.dtype != after.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
 

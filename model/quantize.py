@@ -17,7 +17,7 @@ from base import storage
 from base.errors import ArgumentParser, InvalidInputError, WeightsError, run_program
 from base.progress import print_progress
 from base.storage import Progress
-from model.numerics.formats import DEFAULT_FORMAT, QuantizationFormat, find_format, is_release_fp8
+from model.numerics.formats import DEFAULT_FORMAT, QuantizationFormat, find_format, is_release_fp8, quantized_config
 from model.weights.pretrained import WeightsReader, read_model_config, write_index
 from model.weights.safetensors_file import write_file
 
@@ -47,18 +47,18 @@ def quantize_folder(
         MissingFileError, WeightsError: the source cannot be read, or is quantized already (fp8 in DeepSeek's own
             format is dequantized first).
         InvalidInputError: source and target are the same folder.
-        ConfigError: no such format.
+        ConfigError: no such format, or the model's sizes do not fit it.
         DiskFullError, StorageError: a file could not be written. The target stays without a marker.
     """
     entry = find_format(format_name)
     if source_uri.rstrip("/") == target_uri.rstrip("/"):
         raise InvalidInputError(f"source and target are both {source_uri}: name another folder for the result")
-    _, raw_config = read_model_config(source_uri)
+    model_config, raw_config = read_model_config(source_uri)
     described = raw_config.get("quantization_config")
     if described and not is_release_fp8(described):
         method = described.get("quant_method")
         raise WeightsError(f"{source_uri} is quantized already ({method}). Name the folder with the plain weights.")
-    quantization = entry.load()
+    quantization = entry.load(model_config)
     reader = WeightsReader(source_uri)
     storage.remove_tree(target_uri)
     storage.make_directory(target_uri)
@@ -78,8 +78,7 @@ def quantize_folder(
         if on_progress is not None:
             on_progress(f"quantized {number}/{len(plan)} shards ({file})", number / len(plan))
     report |= {"ratio": report["bytes_after"] / report["bytes_before"], **_worst(errors), "tensors": errors}
-    config = {**raw_config, "quantization_config": quantization.quantization_config}
-    _finish(source_uri, target_uri, config, file_of, report)
+    _finish(source_uri, target_uri, quantized_config(raw_config, quantization), file_of, report)
     return report
 
 

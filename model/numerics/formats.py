@@ -1,28 +1,25 @@
 """Quantization formats by name: the protocol that a format implements, and the registry that the configuration checks.
 
 The registry needs no torch, so that a configuration can be validated where none is installed; an implementation is
-imported when it is first used. A new format is a file of its own and a line in `FORMATS`.
+imported when it is first used. A new format is a function in a file like model/numerics/mixes.py and a line in
+`FORMATS`.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from base.errors import ConfigError, WeightsError
+from model.numerics.weight_kinds import kind_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# The projections of attention, dense layers, shared and routed experts; not mlp.gate, eh_proj, embeddings, head.
-_PROJECTION = re.compile(
-    r"\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
-    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight$"
-)
+    from model.model_config import ModelConfig
 
 
 class StoredEntry(NamedTuple):
@@ -35,7 +32,7 @@ class StoredEntry(NamedTuple):
 
 
 class QuantizationFormat(Protocol):
-    """Quantization format: how weights are quantized, described in config.json, and kept in memory.
+    """Quantization format for one model: how weights are quantized, described in config.json, and kept in memory.
 
     Quantizing is local to a group of weights: nothing is kept from one group to the next, so workers may share a
     folder's files among themselves in any way.
@@ -47,10 +44,7 @@ class QuantizationFormat(Protocol):
 
     @property
     def quantization_config(self) -> Mapping[str, Any]:
-        """The `quantization_config` that config.json gets."""
-
-    def recognizes(self, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether a config.json describes this format."""
+        """The `quantization_config` that config.json gets; empty for plain weights, which have none."""
 
     def group(self, hf_name: str) -> str | None:
         """Key of the group that a released weight is quantized in; `None` for one that keeps its type.
@@ -64,11 +58,14 @@ class QuantizationFormat(Protocol):
     def dequantize(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """fp32 weights of one group by released name; the reverse of `quantize` up to its rounding error."""
 
-    def replacement(self, name: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def replacement(self, hf_name: str, module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         """A module of this format for an nn.Linear or Experts, values unset, that computes in `dtype`.
 
         Args:
-            name: dotted path of `module` in the model.
+            hf_name: released name of the module's first weight.
+
+        Returns:
+            `None` for a module that stays as it is.
         """
 
 
@@ -77,27 +74,82 @@ class FormatEntry:
     """Registry entry of a format: what is known without importing its implementation."""
 
     implementation: str
-    """`module:attribute` of the QuantizationFormat."""
+    """`module:attribute` of a function of a ModelConfig that returns the QuantizationFormat for that model."""
     description: str
     """One line for reports."""
+    weights: frozenset[str]
+    """How its weights are stored, as `_stored_weights` names it: a config.json of this format has all of these."""
+    fallbacks: frozenset[str] = frozenset()
+    """What may be there too, for weights whose sizes do not fit."""
+    natural_capability: tuple[int, int] | None = None
+    """CUDA compute capability of the GPUs for which it is the natural choice: their tensor cores multiply its numbers."""
     min_compute_capability: tuple[int, int] | None = None
     """Oldest CUDA compute capability that runs its modules; `None` also runs on CPUs."""
 
-    def load(self) -> QuantizationFormat:
-        """The implementation, imported on first use."""
-        module, _, attribute = self.implementation.partition(":")
-        return cast(QuantizationFormat, getattr(importlib.import_module(module), attribute))
+    def load(self, config: ModelConfig) -> QuantizationFormat:
+        """The format for a model, its implementation imported on first use.
 
+        Raises:
+            ConfigError: the model's sizes do not fit the format.
+        """
+        module, _, attribute = self.implementation.partition(":")
+        build = cast("Callable[[ModelConfig], QuantizationFormat]", getattr(importlib.import_module(module), attribute))
+        return build(config)
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json describes a folder of this format."""
+        found = _stored_weights(config)
+        return self.weights <= found <= self.weights | self.fallbacks
+
+
+_FP8_BLOCK, _FP8_CHANNEL = "float-quantized 8 bits block", "float-quantized 8 bits channel"
 
 FORMATS: dict[str, FormatEntry] = {
-    "int8": FormatEntry("model.numerics.int8_format:FORMAT", "int8, symmetric, per output channel"),
+    "bf16": FormatEntry("model.numerics.bf16:Bf16Format", "bf16, as trained", frozenset({"bfloat16"})),
+    "fp8": FormatEntry(
+        "model.numerics.mixes:fp8",
+        "fp8 in blocks of 128 x 128, DeepSeek's own layout",
+        frozenset({"fp8"}),
+        natural_capability=(9, 0),
+    ),
+    "fp8_block": FormatEntry(
+        "model.numerics.mixes:fp8_block",
+        "fp8 in blocks of 128 x 128, compressed-tensors' layout",
+        frozenset({_FP8_BLOCK}),
+        frozenset({_FP8_CHANNEL}),
+    ),
+    "fp8_channel": FormatEntry(
+        "model.numerics.mixes:fp8_channel",
+        "fp8, one scale per output channel",
+        frozenset({_FP8_CHANNEL}),
+        natural_capability=(8, 9),
+    ),
+    "int8": FormatEntry(
+        "model.numerics.mixes:int8",
+        "int8, symmetric, per output channel",
+        frozenset({"int-quantized 8 bits channel"}),
+        natural_capability=(8, 0),
+    ),
+    "w4a16": FormatEntry(
+        "model.numerics.mixes:w4a16",
+        "routed experts int4 in groups of 128 input channels, the rest fp8 in blocks",
+        frozenset({"pack-quantized 4 bits group", _FP8_BLOCK}),
+        frozenset({_FP8_CHANNEL}),
+    ),
+    "nvfp4": FormatEntry(
+        "model.numerics.mixes:nvfp4",
+        "routed experts NVFP4, the rest fp8 in blocks",
+        frozenset({"nvfp4-pack-quantized 4 bits tensor_group", _FP8_BLOCK}),
+        frozenset({_FP8_CHANNEL}),
+        natural_capability=(10, 0),
+    ),
 }
 DEFAULT_FORMAT = "int8"
 
 
 def is_projection(hf_name: str) -> bool:
     """Whether a released weight is a projection of attention, an MLP or an expert: what the release stores in fp8."""
-    return _PROJECTION.search(hf_name) is not None
+    return kind_of(hf_name) is not None
 
 
 def find_format(name: str) -> FormatEntry:
@@ -117,24 +169,50 @@ def format_rule() -> str:
 
 
 def detect_format(config: Mapping[str, Any], origin: str) -> str | None:
-    """Name of the format that a config.json describes; `None` for plain weights and the release's fp8 blocks.
+    """Name of the format that a config.json describes; `None` for plain weights of another type than bf16.
 
     Raises:
         WeightsError: the folder is quantized in a format that is not registered.
     """
-    described = config.get("quantization_config")
-    if not described or is_release_fp8(described):
-        return None
     for name, entry in FORMATS.items():
-        if entry.load().recognizes(described):
+        if entry.recognizes(config):
             return name
-    method = described.get("quant_method")
+    if not (described := config.get("quantization_config")):
+        return None
     raise WeightsError(
-        f"{origin}: quantization_config describes no format that can be loaded: {format_rule()}, or DeepSeek's fp8 "
-        f"(got quant_method {method!r}, format {described.get('format')!r}). Quantize the plain weights again."
+        f"{origin}: quantization_config describes no format that can be loaded: {format_rule()} (got quant_method "
+        f"{described.get('quant_method')!r}, format {described.get('format')!r}). Quantize the plain weights again."
     )
 
 
 def is_release_fp8(quantization_config: Mapping[str, Any]) -> bool:
     """Whether weights are in DeepSeek's fp8 blocks, which a reader dequantizes (model/weights/reader.py)."""
     return quantization_config.get("quant_method") == "fp8"
+
+
+def quantized_config(config: Mapping[str, Any], quantization: QuantizationFormat) -> dict[str, Any]:
+    """config.json of a folder that was quantized, from its source's."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    if described := quantization.quantization_config:
+        return {**kept, "quantization_config": dict(described)}
+    return {**kept, **{key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config}}
+
+
+def _stored_weights(config: Mapping[str, Any]) -> frozenset[str]:
+    """How weights are stored, in the words of the registry; empty where it is nothing of what formats here store."""
+    described = config.get("quantization_config")
+    if not described:
+        return frozenset({str(config.get("dtype", config.get("torch_dtype")))})
+    if is_release_fp8(described):
+        return frozenset({"fp8"})
+    groups = described.get("config_groups")
+    if described.get("quant_method") != "compressed-tensors" or not isinstance(groups, Mapping):
+        return frozenset()
+    found = set()
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping) or not weights.get("symmetric", True):
+            return frozenset()
+        layout = group.get("format") or described.get("format")
+        found.add(f"{layout} {weights.get('num_bits')} bits {weights.get('strategy')}")
+    return frozenset(found)

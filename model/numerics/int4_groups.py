@@ -9,45 +9,106 @@ Shapes: O output channel, I input channel, G group of input channels (the last m
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.strips import largest_magnitude, pack_nibbles, strips, unpack_nibbles
+
 MIN, MAX = -8, 7
 _PER_WORD = 8
+# Engines multiply by the scales in the activations' type and round them to it when they load: values are chosen for
+# the scale that is used.
+_SCALE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Int4Groups:
+    """Scheme of packed int4 values (`_packed`), bf16 scales [O, G] (`_scale`) and the weight's shape (`_shape`)."""
+
+    group: int
+    """Input channels that share a scale; their number must be divisible by it."""
+
+    joint = False
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Weights alone: activations stay in 16 bits."""
+        weights = compressed_tensors_arguments(num_bits=4, type="int", strategy="group", group_size=self.group)
+        return compressed_tensors_group("pack-quantized", weights, None)
+
+    def entries(self, rows: int, columns: int) -> Mapping[str, Entry]:
+        """Words, scales and shape."""
+        return {
+            "_packed": Entry((rows, words(columns)), torch.int32),
+            "_scale": Entry((rows, columns // self.group), _SCALE_DTYPE),
+            "_shape": Entry((2,), torch.int64),
+        }
+
+    def shape(self, stored: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Shape from the scales: reading `_shape` would wait for a GPU."""
+        rows, groups = stored["_scale"].shape
+        return rows, groups * self.group
+
+    def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """To the nearest, under scales that cover each group's largest magnitude."""
+        return [self._quantize(weight_OI) for weight_OI in weights]
+
+    def store(self, values_OI: Tensor, scale_OG: Tensor) -> dict[str, Tensor]:
+        """Stored tensors of given int8 values -8 to 7 and scales, by suffix."""
+        shape = torch.tensor(values_OI.shape, dtype=torch.int64)
+        return {"_packed": pack(values_OI), "_scale": scale_OG.to(_SCALE_DTYPE), "_shape": shape}
+
+    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+        """Values times their group's scale."""
+        for rows in strips(out):
+            values_OI = unpack(stored["_packed"][rows], out.shape[1])
+            out[rows] = dequantize(values_OI, stored["_scale"][rows], self.group)
+
+    def _quantize(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+        scales = []
+        for rows in strips(weight_OI):
+            strip = weight_OI[rows].float()
+            scales.append(largest_scale(strip, self.group).to(_SCALE_DTYPE))
+            values_OI[rows] = quantize(strip, scales[-1].float(), self.group)
+        return self.store(values_OI, torch.cat(scales))
 
 
 def largest_scale(weight_OI: Tensor, group: int) -> Tensor:
     """fp32 scales [O, G] that cover each group's largest magnitude; 1 for a group of zeros."""
-    rows, columns = weight_OI.shape
-    padded_OI = F.pad(weight_OI.float(), (0, -columns % group))
-    amax_OG = padded_OI.view(rows, -1, group).abs().amax(dim=2)
+    amax_OG = largest_magnitude(_grouped(weight_OI.float(), group), 2)[:, :, 0]
     return torch.where(amax_OG > 0, amax_OG / ((MAX - MIN) / 2), 1.0)
 
 
 def quantize(weight_OI: Tensor, scale_OG: Tensor, group: int) -> Tensor:
     """int8 tensor [O, I] of values -8 to 7, to the nearest."""
-    return (weight_OI.float() / _widen(scale_OG, group, weight_OI.shape[1])).round_().clamp_(MIN, MAX).to(torch.int8)
+    rows, columns = weight_OI.shape
+    quotient_OGI = _grouped(weight_OI.float(), group) / scale_OG[:, :, None]
+    return quotient_OGI.round_().clamp_(MIN, MAX).to(torch.int8).view(rows, -1)[:, :columns]
 
 
 def dequantize(values_OI: Tensor, scale_OG: Tensor, group: int) -> Tensor:
     """fp32 values * scale [O, I]."""
-    return values_OI.float() * _widen(scale_OG.float(), group, values_OI.shape[1])
+    rows, columns = values_OI.shape
+    return (_grouped(values_OI.float(), group) * scale_OG.float()[:, :, None]).view(rows, -1)[:, :columns]
 
 
 def pack(values_OI: Tensor) -> Tensor:
     """int32 words [O, W] of int8 values [O, I] that lie in -8 to 7."""
-    rows, columns = values_OI.shape
-    padded_OI = F.pad(values_OI.to(torch.int64) - MIN, (0, -columns % _PER_WORD))
-    words_OW = (padded_OI.view(rows, -1, _PER_WORD) << _shifts(values_OI.device)).sum(dim=2)
-    return torch.where(words_OW >= 1 << 31, words_OW - (1 << 32), words_OW).to(torch.int32)
+    padded_OI = F.pad(values_OI - MIN, (0, -values_OI.shape[1] % _PER_WORD)).contiguous().view(torch.uint8)
+    return pack_nibbles(padded_OI).view(torch.int32)
 
 
 def unpack(words_OW: Tensor, columns: int) -> Tensor:
     """int8 values [O, columns] of int32 words [O, W]; the reverse of `pack`."""
-    values_OWV = (words_OW.to(torch.int64)[:, :, None] >> _shifts(words_OW.device)) & 0xF
-    return (values_OWV.flatten(1)[:, :columns] + MIN).to(torch.int8)
+    nibbles_OI = unpack_nibbles(words_OW.contiguous().view(torch.uint8))
+    return nibbles_OI.view(torch.int8).add_(MIN)[:, :columns]
 
 
 def words(columns: int) -> int:
@@ -55,10 +116,7 @@ def words(columns: int) -> int:
     return math.ceil(columns / _PER_WORD)
 
 
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(0, 32, 4, device=device)
-
-
-def _widen(scale_OG: Tensor, group: int, columns: int) -> Tensor:
-    """Scale of each input channel [O, I]."""
-    return scale_OG.repeat_interleave(group, dim=1)[:, :columns]
+def _grouped(weight_OI: Tensor, group: int) -> Tensor:
+    """Values [O, G, group]; zeros fill a partial group."""
+    rows, columns = weight_OI.shape
+    return F.pad(weight_OI, (0, -columns % group)).view(rows, -1, group)

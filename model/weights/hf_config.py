@@ -17,8 +17,8 @@ from base import config as base_config
 from base.config import Problem
 from base.errors import WeightsError
 from model.model_config import ModelConfig, YarnConfig
+from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.fp8_blocks import BLOCK, quantization_config
-from model.numerics.fp8_blocks import DTYPE as FP8
 
 # Defaults of transformers.DeepseekV3Config, 5.17 to 5.23.
 _V3_DEFAULTS: dict[str, Any] = {

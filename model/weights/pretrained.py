@@ -17,8 +17,8 @@ from base.errors import ConfigError, MissingFileError, WeightsError
 from base.storage import Progress
 from model.experts import Experts
 from model.model_config import ModelConfig
+from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.formats import FORMATS, QuantizationFormat, StoredEntry, detect_format, is_projection
-from model.numerics.fp8_blocks import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 from model.transformer import DeepseekV3
 from model.weights.companion_files import SourceFiles, write_companions
@@ -86,8 +86,8 @@ def _lacks_mtp(uri: str, config: ModelConfig) -> bool:
 def load_pretrained(uri: str, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> DeepseekV3:
     """Model of a folder, in evaluation mode.
 
-    A folder in a registered quantization format (model/numerics/formats.py) stays quantized in memory and computes in
-    `dtype`; DeepSeek's fp8 blocks are dequantized to `dtype`.
+    A folder in a registered quantization format (model/numerics/formats.py), DeepSeek's fp8 blocks among them, stays
+    quantized in memory and computes in `dtype`; `load_into` makes plain weights of fp8 blocks.
 
     Raises:
         MissingFileError, WeightsError, ConfigError: see `read_model_config` and `load_into`.
@@ -100,7 +100,7 @@ def load_pretrained(uri: str, *, dtype: torch.dtype, device: str | torch.device 
     entries = _PLAIN
     if (format_name := detect_format(raw_config, storage.join(uri, "config.json"))) is not None:
         _check_device(format_name, torch.device(device), uri)
-        quantization = FORMATS[format_name].load()
+        quantization = FORMATS[format_name].load(config)
         _replace_modules(model, reader, quantization, dtype)
         entries = quantization.entries
     # While it is on meta a cast costs nothing; biases and scales stay fp32.
@@ -215,9 +215,11 @@ def _problem(source: Source, name: str, expected: tuple[int, ...], dtype: torch.
     try:
         if (found := source.shape(name)) != expected:
             return f"wrong shape of {name}: the model has {list(expected)}, the file {list(found)}"
-        if (stored := source.dtype(name)).is_floating_point != dtype.is_floating_point:
+        stored = source.dtype(name)
+        as_stored = dtype == FP8 or not dtype.is_floating_point
+        if stored != dtype if as_stored else not stored.is_floating_point:
             return f"wrong type of {name}: the model has {dtype}, the file {stored} (integers need their scales)"
-        return scale_problem(source, name)
+        return None if as_stored else scale_problem(source, name)
     except WeightsError as error:
         return str(error)
 
@@ -257,10 +259,12 @@ def _replace_modules(
     for name, module in modules:
         leaf, parameter = next(iter(module.named_parameters(recurse=False)))
         hf_name = next(pieces(f"{name}.{leaf}", parameter.shape, model.config)).hf_name
-        suffixes = {entry.suffix for entry in quantization.entries.values() if entry.parameter == leaf}
-        if suffixes and all(hf_name + suffix in reader for suffix in suffixes):
+        if (quantized := quantization.replacement(hf_name, module, dtype)) is None:
+            continue
+        entries = (quantization.entries[entry] for entry, _ in quantized.named_buffers(recurse=False))
+        if all(hf_name + entry.suffix in reader for entry in entries if entry.parameter == leaf):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, quantization.replacement(name, module, dtype))
+            setattr(model.get_submodule(owner), attribute, quantized)
 
 
 def save_pretrained(

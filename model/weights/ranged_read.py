@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from base.storage import Progress
-from model.numerics.fp8_blocks import DTYPE as FP8
+from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.fp8_blocks import SCALE_SUFFIX
 from model.weights.reader import Source, dequantize_box, read_weight_box, scale_box
 from model.weights.safetensors_file import Box, SafetensorsFile
@@ -56,7 +56,9 @@ def fill(
     max_gap_bytes: int = MAX_GAP_BYTES,
     threads: int = THREADS,
 ) -> None:
-    """Read every requested slice into its target, fp8 dequantized; types and devices are the targets'.
+    """Read every requested slice into its target; types and devices are the targets'.
+
+    fp8 blocks are dequantized, except into a target that is fp8 itself.
 
     Args:
         max_gap_bytes: neighbours in one remote file that are at most this far apart are read by one request.
@@ -70,20 +72,27 @@ def fill(
     meter = _Meter(sum(_bytes(source, piece) for piece in pieces), on_progress)
     if not pieces or source.remote_file(pieces[0].name) is None:
         for piece in pieces:
-            piece.target.copy_(read_weight_box(source, piece.name, piece.box))
+            if _is_dequantized(source, piece):
+                piece.target.copy_(read_weight_box(source, piece.name, piece.box))
+            else:
+                piece.target.copy_(source.read_box(piece.name, piece.box))
             meter.add(_bytes(source, piece))
         return
-    scales = [_scale_request(source, piece) for piece in pieces if source.dtype(piece.name) == FP8]
+    scales = [_scale_request(source, piece) for piece in pieces if _is_dequantized(source, piece)]
     # The scales come first, for they may be in another file: they are 1/4096 of the weights' bytes, and stay in memory.
     for scale, values in _read(source, scales, max_gap_bytes, threads):
         scale.target.copy_(values)
     scale_of = {(scale.name, scale.box): scale.target for scale in scales}
     for piece, values in _read(source, pieces, max_gap_bytes, threads):
-        if values.dtype == FP8:
+        if _is_dequantized(source, piece):
             scale_values = scale_of[piece.name + SCALE_SUFFIX, scale_box(piece.box)]
             values = dequantize_box(values, scale_values, piece.box)
         piece.target.copy_(values)
         meter.add(_bytes(source, piece))
+
+
+def _is_dequantized(source: Source, request: Request) -> bool:
+    return source.dtype(request.name) == FP8 != request.target.dtype
 
 
 def _bytes(source: Source, request: Request) -> int:

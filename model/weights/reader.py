@@ -11,8 +11,8 @@ from torch import Tensor
 
 from base import storage
 from base.errors import MissingFileError, WeightsError
+from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.fp8_blocks import BLOCK, SCALE_SUFFIX, dequantize_blocks, scale_shape
-from model.numerics.fp8_blocks import DTYPE as FP8
 from model.weights.safetensors_file import Box, SafetensorsFile, TensorInfo, open_store, whole_box
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from model.numerics.formats import is_projection
 from model.numerics.fp8_blocks import quantize_blocks
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
-from model.weights.pretrained import load_pretrained, read_model_config, save_pretrained
+from model.weights.pretrained import load_into, read_model_config, save_pretrained
 from tests.cherry.fake_ranks import as_rank
 
 RANKS = 4
@@ -36,7 +36,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, str,
     uri = str(tmp_path_factory.mktemp("release"))
     tensors = [pair for name, value in model.state_dict().items() for pair in state_to_hf(name, value, config)]
     save_pretrained(tensors, uri, config, dtype=torch.float8_e4m3fn, max_shard_bytes=500_000)
-    return config, uri, load_pretrained(uri, dtype=torch.float32).state_dict()
+    load_into(model, uri)
+    return config, uri, model.state_dict()
 
 
 def shard(model: DeepseekV3, how: str) -> None:

@@ -117,4 +117,4 @@ def test_as_a_program(bf16_folder: str, tmp_path: Path) -> None:
     assert "nowhere" in failed.stderr
     wrong = run(bf16_folder, "--format", "int3")
     assert wrong.returncode == ConfigError.exit_code
-    assert "must be one of int8 (got 'int3')" in wrong.stderr
+    assert "must be one of bf16, fp8, fp8_block, fp8_channel, int8, nvfp4, w4a16 (got 'int3')" in wrong.stderr

@@ -11,10 +11,14 @@ from torch import Tensor
 from base import storage
 from base.errors import MissingFileError, WeightsError
 from model.model_config import ModelConfig
+from model.numerics.formats import FORMATS
+from model.quantize import quantize_folder
 from model.transformer import DeepseekV3
 from model.weights.pretrained import (
+    Part,
     WeightsReader,
     load_into,
+    load_parts,
     load_pretrained,
     read_model_config,
     save_pretrained,
@@ -214,7 +218,8 @@ def test_fp8_scales_in_e8m0_are_read(
                 weight = name.removesuffix("_scale_inv")
                 expected[weight] = tensors[weight].float() * 2.0**-9
         write_file(storage.join(uri, file), tensors)
-    loaded = dict(named(load_pretrained(uri, dtype=torch.float32)))
+    load_into(model, uri)
+    loaded = dict(named(model))
     assert expected
     for name, value in expected.items():
         assert torch.equal(loaded[name], value), name
@@ -241,3 +246,50 @@ def test_a_type_that_is_not_read_is_named_with_its_tensor(folder: str) -> None:
     file.write_bytes(file.read_bytes().replace(b'"lm_head.weight":{"dtype":"F32"', b'"lm_head.weight":{"dtype":"U32"'))
     with pytest.raises(WeightsError, match=r"lm_head\.weight: type not supported: .*\(got 'U32'\)"):
         load_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("format_name", ["fp8", "fp8_block", "w4a16", "nvfp4"])
+def test_quantized_weights_are_read_in_slices_from_remote_storage_too(
+    format_name: str, tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, export: Export
+) -> None:
+    """Words, scales and shapes lie end to end like the rows of gate and up do; each slice takes its own part."""
+    uri, source = f"memory://{tmp_path.name}", str(tmp_path / "plain")
+    model = make_model(make_config(hidden_size=64, intermediate_size=256, q_lora_rank=128))
+    export(model, source)
+    quantize_folder(source, uri, format_name=format_name)
+    whole = load_pretrained(uri, dtype=torch.float32)
+    reader = WeightsReader(uri)
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    for stored in (key for key in reader.names if key.startswith(name)):
+        buffer = whole.state_dict()[f"layers.1.mlp.experts.stored_w13_EFD{stored.removeprefix(name)}"]
+        assert torch.equal(buffer[5].chunk(2)[1].view(torch.uint8), reader.read(stored).view(torch.uint8)), stored
+    entries = FORMATS[format_name].load(model.config).entries
+    parts, expected = [], []
+    for entry, tensor in whole.state_dict().items():
+        box = tuple((size // 3, size - size // 4) for size in tensor.shape)
+        local = tensor[tuple(slice(*bounds) for bounds in box)]
+        parts.append(Part(entry, tensor.shape, box, torch.zeros_like(local)))
+        expected.append(local)
+    load_parts(parts, reader, model.config, entries=entries)
+    for part, local in zip(parts, expected, strict=True):
+        assert torch.equal(part.values, local), part.name
+
+
+@pytest.mark.parametrize(
+    ("format_name", "suffix", "change", "said"),
+    [
+        ("w4a16", "_packed", lambda words: words.long(), "the model has torch.int32, the file torch.int64"),
+        ("nvfp4", "_scale", lambda scale: scale.float(), "the model has torch.float8_e4m3fn, the file torch.float32"),
+        ("nvfp4", "_packed", lambda codes: codes[:, :-1], r"wrong shape of .*the model has \[32, 32\], the file"),
+    ],
+)
+def test_stored_numbers_of_another_type_are_refused(
+    format_name: str, suffix: str, change: Callable[[Tensor], Tensor], said: str, tmp_path: Path,
+    make_config: MakeConfig, make_model: MakeModel, export: Export,
+) -> None:  # fmt: skip
+    target = str(tmp_path / "quantized")
+    export(make_model(make_config(hidden_size=64)), str(tmp_path / "plain"))
+    quantize_folder(str(tmp_path / "plain"), target, format_name=format_name)
+    with_type(target, f"model.layers.1.mlp.experts.0.up_proj.weight{suffix}", change)
+    with pytest.raises(WeightsError, match=rf"experts\.0\.up_proj\.weight{suffix}.*{said}|{said}"):
+        load_pretrained(target, dtype=torch.float32)

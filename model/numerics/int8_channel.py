@@ -1,0 +1,77 @@
+"""int8 weights: symmetric, one fp32 scale per output channel.
+
+On disk it is compressed-tensors' "int-quantized" W8A8: static weights per channel, dynamic activations per token. What
+runs here keeps activations as they are; an engine that follows config.json, like vLLM, rounds them to int8 as well, so
+what int8 costs there must be measured there.
+
+Shapes: O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.strips import largest_magnitude, scratch, strips
+
+_MAX = 127
+# Below it fp32 has fewer bits; the values of such a row are taken as zeros.
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Int8Channel:
+    """Scheme of int8 values under the weight's own name, and fp32 scales [O, 1] under the name with `_scale`."""
+
+    joint = False
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """W8A8: weight-only int8 is what runs here, but engines have kernels for it only in 32-bit words."""
+        weights = compressed_tensors_arguments(num_bits=8, type="int", strategy="channel")
+        activations = compressed_tensors_arguments(num_bits=8, type="int", strategy="token", dynamic=True)
+        return compressed_tensors_group("int-quantized", weights, activations)
+
+    def entries(self, rows: int, columns: int) -> Mapping[str, Entry]:
+        """Values and scales."""
+        return {"": Entry((rows, columns), torch.int8), "_scale": Entry((rows, 1), torch.float32)}
+
+    def shape(self, stored: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Shape of the values."""
+        rows, columns = stored[""].shape
+        return rows, columns
+
+    def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """See `quantize`."""
+        return [dict(zip(("", "_scale"), quantize(weight_OI), strict=True)) for weight_OI in weights]
+
+    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+        """Values times their row's scale."""
+        values_OI, scale_O1 = stored[""], stored["_scale"]
+        work = scratch(out)
+        for rows in strips(out):
+            strip = work[: rows.stop - rows.start].copy_(values_OI[rows])
+            out[rows] = strip.mul_(scale_O1[rows])
+
+
+def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values [O, I] and fp32 scales [O, 1] with weight ~ values * scale.
+
+    The scale is the row's largest magnitude over 127, so the error is at most half a scale. A row of zeros (or
+    of nothing above 1e-36) gets scale 1.
+    """
+    values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    scale_O1 = torch.empty(weight_OI.shape[0], 1, device=weight_OI.device)
+    work = scratch(weight_OI)
+    for rows in strips(weight_OI):
+        strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
+        exact_O1 = largest_magnitude(strip, 1).div_(_MAX)
+        # No value needs clamping: a scale that is a normal number is off by less than a half of its last bit.
+        scale_O1[rows] = torch.where(exact_O1 >= _SMALLEST, exact_O1, 1.0)
+        values_OI[rows] = strip.div_(scale_O1[rows]).round_()
+    return values_OI, scale_O1

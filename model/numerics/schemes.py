@@ -1,0 +1,63 @@
+"""Schemes: how one weight is stored quantized. A format (model/numerics/formats.py) gives each kind of weight a scheme.
+
+Shapes: O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    """Shape and type of one stored tensor of a weight."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Scheme(Protocol):
+    """Scheme of one weight [O, I]: its stored tensors, by the suffix that the weight's released name gets for each.
+
+    Schemes are values: two that are equal store a weight alike.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The scheme's group in compressed-tensors' `config_groups`, without its targets."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether gate_proj and up_proj of one MLP share something, and are quantized together for it."""
+
+    def entries(self, rows: int, columns: int) -> Mapping[str, Entry]:
+        """Stored tensors of a weight [rows, columns]; the first dimension of each can be laid end to end."""
+
+    def shape(self, stored: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Shape [O, I] of a stored weight."""
+
+    def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Stored tensors of weights (any float type) that are quantized together, by suffix."""
+
+    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+        """Set `out` [O, I] to the weight: multiplied in fp32, then rounded to `out`'s type."""
+
+
+def compressed_tensors_arguments(**given: Any) -> dict[str, Any]:
+    """Arguments of one quantized tensor as compressed-tensors writes them: symmetric, what is not given null."""
+    defaults = {"symmetric": True, "group_size": None, "block_structure": None, "actorder": None, "dynamic": False}
+    return {**defaults, "observer": None if given.get("dynamic") else "minmax", **given}
+
+
+def compressed_tensors_group(
+    layout: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A group of `config_groups` without its targets.
+
+    Args:
+        layout: compressed-tensors' name of how the weight lies on disk, like `pack-quantized`.
+    """
+    return {"weights": weights, "input_activations": activations, "output_activations": None, "format": layout}
