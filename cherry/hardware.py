@@ -28,6 +28,8 @@ class Gpu:
     """Bytes/s to other GPUs of the node, one direction."""
     network_rate: float
     """Bytes/s to other nodes, one direction: this GPU's own adapter."""
+    compute_capability: tuple[int, int] | None = None
+    """CUDA compute capability, which tells the number formats of its tensor cores; `None` for a CPU."""
     host_rate: float = 50e9
     """Bytes/s to host memory, one direction: PCIe 5.0 x16 carries 63e9, a pinned copy about 50e9."""
     shared_memory: bool = False
@@ -51,7 +53,8 @@ class Gpu:
 # A100 SXM (A100 data sheet): 312e12, 19.5e12, no fp8; 2.039e12 (80 GB) and 1.555e12 (40 GB) bytes/s; NVLink 600e9;
 # PCIe 4.0 x16 carries 31.5e9, a pinned copy about 25e9.
 # Each node of eight has a 400 Gbit/s adapter a GPU (DGX H100, H200 and B200 user guides), of A100 a 200 Gbit/s one (DGX
-# A100). Memory is what torch.cuda.get_device_properties reports: 79.1, 139.8 and 178.4 GiB; 39.4 GiB of 40 GB.
+# A100). Compute capabilities are NVIDIA's list of CUDA GPUs. Memory is what torch.cuda.get_device_properties reports:
+# 79.1, 139.8 and 178.4 GiB; 39.4 GiB of 40 GB.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -62,6 +65,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=3.35e12,
             link_rate=450e9,
             network_rate=50e9,
+            compute_capability=(9, 0),
         ),
         Gpu(
             "H100 PCIe",
@@ -70,6 +74,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=2.0e12,
             link_rate=63e9,
             network_rate=50e9,
+            compute_capability=(9, 0),
         ),
         Gpu(
             "H800",
@@ -78,6 +83,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=3.35e12,
             link_rate=200e9,
             network_rate=50e9,
+            compute_capability=(9, 0),
         ),
         Gpu(
             "H200",
@@ -86,6 +92,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=4.8e12,
             link_rate=450e9,
             network_rate=50e9,
+            compute_capability=(9, 0),
         ),
         Gpu(
             "B200",
@@ -94,6 +101,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=7.7e12,
             link_rate=900e9,
             network_rate=50e9,
+            compute_capability=(10, 0),
             without_kernels=("fp8",),  # those of blocks of 128 are Hopper's
         ),
         Gpu(
@@ -103,6 +111,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=2.039e12,
             link_rate=300e9,
             network_rate=25e9,
+            compute_capability=(8, 0),
             host_rate=25e9,
         ),
         Gpu(
@@ -112,6 +121,7 @@ GPUS: dict[str, Gpu] = {
             memory_rate=1.555e12,
             link_rate=300e9,
             network_rate=25e9,
+            compute_capability=(8, 0),
             host_rate=25e9,
         ),
         # Two cores at 3 GHz with AVX2 (two fused multiply-adds of eight floats a cycle) are 192e9; dual-channel

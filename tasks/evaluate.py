@@ -19,6 +19,7 @@ from tasks.artifacts import show_table
 from tasks.files.outputs import find_output
 from tasks.plots import plot_comparison
 from tasks.records.figures import difference_of, tracked
+from tasks.records.quantized_format import next_milder
 from tasks.run_config import EvaluateConfig, RunConfig
 from tasks.run_logger import run_logger
 from tasks.steps import (
@@ -201,8 +202,11 @@ def _cost(cost: Comparison, config: RunConfig) -> str:
         f"quantization costs {cost.difference:+.4f} nats per token, at most {cost.upper_one_sided:+.4f} "
         f"({confidence:.4g} % one-sided, {cost.documents} documents); quantize.max_dnll is {limit:.4g}"
     )
-    if cost.not_worse or cost.difference > limit:
+    if cost.not_worse:
         return text
+    if cost.difference > limit:
+        milder = next_milder(config)
+        return f"{text}. " + ("Deploy the export" if milder is None else f"The next milder is quantize.format={milder}")
     return (
         f"{text}. These documents are too few to decide: they can show a difference from "
         f"{cost.minimum_detectable_effect:.4f} up. Raise evaluate.documents or data.heldout_fraction"

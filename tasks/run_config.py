@@ -16,8 +16,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from anything.router.kinds import DEFAULT_KIND, KINDS, kind_rule
 from anything.serve_config import ServeConfig
 from base.config import Problem, Section
+from cherry.hardware import GPUS
 from cherry.job_config import JobConfig
-from model.numerics.formats import DEFAULT_FORMAT, FORMATS, format_rule
+from model.numerics.formats import AUTO, DEFAULT_FORMAT, FORMATS, format_rule
 
 
 class RetryConfig(Section):
@@ -40,15 +41,24 @@ class QuantizeConfig(Section):
     """Quantization of the exported weights for serving."""
 
     format: str = DEFAULT_FORMAT
-    """Format of the quantized weights: one of those in model/numerics/formats.py."""
+    """Format of the quantized weights: one of those in model/numerics/formats.py, or `auto`, the one that suits the GPU
+    that serves them."""
+    gpu: str | None = None
+    """GPU that serves them, for `auto`, like `H100`; `null` is the cluster file's, or this machine's."""
     max_dnll: PositiveFloat = 0.02
     """Largest increase of the held-out loss, in nats per token, that quantization may cause. The upper confidence bound
     of the increase, one-sided at evaluate.confidence, must not exceed it."""
+    fallback: str | None = None
+    """Format to propose where they cost more; `null` is the registry's next milder one."""
 
     def problems(self) -> Iterator[Problem]:
-        """Problem with a format that is not registered."""
-        if self.format not in FORMATS:
-            yield Problem("format", format_rule(), self.format)
+        """Problems with formats that are not registered, and with an unknown GPU."""
+        if self.format not in (*FORMATS, AUTO):
+            yield Problem("format", f"{format_rule()}, {AUTO}", self.format)
+        if self.fallback is not None and self.fallback not in FORMATS:
+            yield Problem("fallback", f"{format_rule()}, null", self.fallback)
+        if self.gpu is not None and self.gpu not in GPUS:
+            yield Problem("gpu", f"unknown hardware; known are {', '.join(GPUS)}", self.gpu)
 
 
 class EvaluateConfig(Section):

@@ -81,8 +81,10 @@ class FormatEntry:
     """How its weights are stored, as `_stored_weights` names it: a config.json of this format has all of these."""
     fallbacks: frozenset[str] = frozenset()
     """What may be there too, for weights whose sizes do not fit."""
+    milder: str | None = None
+    """The format to try next where this one costs too much loss."""
     natural_capability: tuple[int, int] | None = None
-    """CUDA compute capability of the GPUs for which it is the natural choice: their tensor cores multiply its numbers."""
+    """CUDA compute capability of the first GPUs whose tensor cores multiply its numbers, for which it is the choice."""
     min_compute_capability: tuple[int, int] | None = None
     """Oldest CUDA compute capability that runs its modules; `None` also runs on CPUs."""
 
@@ -110,6 +112,7 @@ FORMATS: dict[str, FormatEntry] = {
         "model.numerics.mixes:fp8",
         "fp8 in blocks of 128 x 128, DeepSeek's own layout",
         frozenset({"fp8"}),
+        milder="bf16",
         natural_capability=(9, 0),
     ),
     "fp8_block": FormatEntry(
@@ -117,17 +120,20 @@ FORMATS: dict[str, FormatEntry] = {
         "fp8 in blocks of 128 x 128, compressed-tensors' layout",
         frozenset({_FP8_BLOCK}),
         frozenset({_FP8_CHANNEL}),
+        milder="bf16",
     ),
     "fp8_channel": FormatEntry(
         "model.numerics.mixes:fp8_channel",
         "fp8, one scale per output channel",
         frozenset({_FP8_CHANNEL}),
+        milder="fp8_block",
         natural_capability=(8, 9),
     ),
     "int8": FormatEntry(
         "model.numerics.mixes:int8",
         "int8, symmetric, per output channel",
         frozenset({"int-quantized 8 bits channel"}),
+        milder="bf16",
         natural_capability=(8, 0),
     ),
     "w4a16": FormatEntry(
@@ -135,21 +141,35 @@ FORMATS: dict[str, FormatEntry] = {
         "routed experts int4 in groups of 128 input channels, the rest fp8 in blocks",
         frozenset({"pack-quantized 4 bits group", _FP8_BLOCK}),
         frozenset({_FP8_CHANNEL}),
+        milder="fp8_block",
     ),
     "nvfp4": FormatEntry(
         "model.numerics.mixes:nvfp4",
         "routed experts NVFP4, the rest fp8 in blocks",
         frozenset({"nvfp4-pack-quantized 4 bits tensor_group", _FP8_BLOCK}),
         frozenset({_FP8_CHANNEL}),
+        milder="fp8_block",
         natural_capability=(10, 0),
     ),
 }
 DEFAULT_FORMAT = "int8"
+AUTO = "auto"
+"""Value of a configuration that leaves the choice to `natural_format`."""
 
 
 def is_projection(hf_name: str) -> bool:
     """Whether a released weight is a projection of attention, an MLP or an expert: what the release stores in fp8."""
     return kind_of(hf_name) is not None
+
+
+def natural_format(compute_capability: tuple[int, int]) -> str:
+    """The format with the smallest numbers that a GPU's tensor cores multiply; the default for one older than all."""
+    found = [
+        (entry.natural_capability, name)
+        for name, entry in FORMATS.items()
+        if entry.natural_capability is not None and entry.natural_capability <= compute_capability
+    ]
+    return max(found)[1] if found else DEFAULT_FORMAT
 
 
 def find_format(name: str) -> FormatEntry:

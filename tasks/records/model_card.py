@@ -9,6 +9,7 @@ from typing import Any
 
 from base import storage
 from base.errors import MissingFileError
+from tasks.records.quantized_format import chosen_format
 from tasks.run_config import SERVING_ALIAS, RegisterConfig, RunConfig
 
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL", "LICENCE")
@@ -38,7 +39,7 @@ def version_card(of: Subject, evaluation: Mapping[str, Any]) -> str:
     rows = [
         ("verdict", f"**{evaluation['verdict']}** (compared with {evaluation['baseline']})"),
         ("held-out", f"{evaluation['bits_per_byte']:.4f} bits per byte{_beside(evaluation)}"),
-        ("quantized", f"{config.quantize.format}: {evaluation['quantized_reason']}"),
+        ("quantized", f"{chosen_format(config).name}: {evaluation['quantized_reason']}"),
         ("model", f"DeepSeek-V3 architecture, {model.parameters(with_mtp=True):,} parameters, from {started}"),
         ("training", f"{config.train.steps:,} steps, learning rate {config.train.learning_rate:g}"),
         ("data", _data(of)),

@@ -64,7 +64,7 @@ def test_quantized_weights_that_cost_too_much_are_reported_without_an_excuse(con
     result = judged(config, [0.050, 0.052, 0.051, 0.049])
     assert not result["quantized_passed"]
     assert "too few" not in result["quantized_reason"]
-    assert "quantize.max_dnll is 0.02" in result["quantized_reason"]
+    assert "quantize.max_dnll is 0.02. The next milder is quantize.format=bf16" in result["quantized_reason"]
 
 
 def test_a_champion_whose_weights_are_gone_is_reported_and_not_replaced(config, tmp_path, monkeypatch):

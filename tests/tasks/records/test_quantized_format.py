@@ -1,0 +1,68 @@
+"""The format that a configuration, or the GPU that serves, asks for, and the next milder one."""
+
+import pytest
+
+from base.errors import ConfigError
+from model.numerics.formats import FORMATS, natural_format
+from tasks.overrides import resolve
+from tasks.records.quantized_format import chosen_format, next_milder
+
+
+def of(tmp_path, **values):
+    return resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), "quantize": values})
+
+
+def test_a_configured_format_is_taken_whatever_the_gpu(tmp_path):
+    assert chosen_format(of(tmp_path, format="w4a16", gpu="A100")) == ("w4a16", "as quantize.format says")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"), [("A100", "int8"), ("H100", "fp8"), ("H200", "fp8"), ("B200", "nvfp4"), ("laptop", "int8")]
+)
+def test_auto_takes_what_the_gpu_s_tensor_cores_multiply_and_says_so(tmp_path, gpu, name):
+    chosen = chosen_format(of(tmp_path, format="auto", gpu=gpu))
+    assert chosen.name == name
+    assert f"quantize.gpu is {gpu}" in chosen.reason
+
+
+def test_auto_takes_the_cluster_file_s_gpu(tmp_path):
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("gpu: H100\nnodes: 2\ngpus_per_node: 8\n")
+    config = resolve(
+        "configs/tiny.yaml",
+        {"runs_directory": str(tmp_path), "quantize": {"format": "auto"}, "cluster": str(cluster)},
+    )
+    assert chosen_format(config).name == "fp8"
+    assert f"the GPU of {cluster} is H100" in chosen_format(config).reason
+
+
+OF_CAPABILITY = {(7, 0): "int8", (8, 0): "int8", (8, 6): "int8", (8, 9): "fp8_channel", (9, 0): "fp8", (12, 0): "nvfp4"}
+
+
+@pytest.mark.parametrize(("capability", "name"), OF_CAPABILITY.items())
+def test_a_gpu_between_two_generations_takes_the_older_one_s(capability, name):
+    assert natural_format(capability) == name
+
+
+def test_the_milder_formats_end_at_plain_weights(tmp_path):
+    for name in FORMATS:
+        seen = [name]
+        while (milder := FORMATS[seen[-1]].milder) is not None:
+            assert milder not in seen
+            seen.append(milder)
+        assert seen[-1] == "bf16"
+    assert next_milder(of(tmp_path, format="w4a16")) == "fp8_block"
+    assert next_milder(of(tmp_path, format="w4a16", fallback="int8")) == "int8"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"format": "int3"}, "quantize.format"),
+        ({"fallback": "auto"}, "quantize.fallback"),
+        ({"gpu": "H101"}, "quantize.gpu: unknown hardware"),
+    ],
+)
+def test_what_no_registry_has_is_refused(tmp_path, values, told):
+    with pytest.raises(ConfigError, match=told):
+        of(tmp_path, **values)
