@@ -278,4 +278,4 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
 def _bytes(tensor: Tensor) -> memoryview:
     """The data of a tensor, without a copy where it is dense and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
