@@ -1,6 +1,6 @@
 """Error of quantized weights: relative and largest error, share of clipped values, measured in strips of rows.
 
-Shapes: O output channel, I input channel, N value of a strip, S saturated value of a strip.
+Shapes: O output channel, I input channel, R row of a strip, N value of a row or a strip, S saturated value of a strip.
 """
 
 from __future__ import annotations
@@ -70,17 +70,19 @@ def measure(weight: Tensor, restored: Tensor, codes: Codes | None) -> dict[str, 
         restored: the weight that the stored tensors stand for, of the same shape.
     """
     squared, error_squared, largest, clipped = 0.0, 0.0, 0.0, 0
-    weights_ON, restored_ON = _rows(weight), _rows(restored)
-    rows = max(1, _STRIP_VALUES // max(1, weights_ON.shape[1]))
-    for first in range(0, weights_ON.shape[0], rows):
-        strip_N = weights_ON[first : first + rows].float().reshape(-1)
-        restored_N = restored_ON[first : first + rows].reshape(-1)
+    weight_ON, restored_ON = _rows(weight), _rows(restored)
+    rows = max(1, _STRIP_VALUES // max(1, weight_ON.shape[1]))
+    for first in range(0, weight_ON.shape[0] if weight.numel() else 0, rows):
+        strip_RN = weight_ON[first : first + rows].float()
+        restored_RN = restored_ON[first : first + rows]
         if codes is not None:
-            clipped += _clipped(strip_N, restored_N, codes, codes.stored[first : first + rows])
-        error_N = restored_N - strip_N
-        squared += float(torch.dot(strip_N, strip_N))
-        error_squared += float(torch.dot(error_N, error_N))
-        low, high = torch.aminmax(error_N) if error_N.numel() else (torch.zeros(()), torch.zeros(()))
+            clipped += _clipped(
+                strip_RN.reshape(-1), restored_RN.reshape(-1), codes, codes.stored[first : first + rows]
+            )
+        error_RN = restored_RN - strip_RN
+        squared += _squared(strip_RN)
+        error_squared += _squared(error_RN)
+        low, high = torch.aminmax(error_RN)
         largest = max(largest, -float(low), float(high))
     return {
         "rel_error": math.sqrt(error_squared / squared) if squared else 0.0,
@@ -89,6 +91,12 @@ def measure(weight: Tensor, restored: Tensor, codes: Codes | None) -> dict[str, 
         "squared": squared,
         "error_squared": error_squared,
     }
+
+
+def _squared(values_RN: Tensor) -> float:
+    """Sum of squares; a row at a time, so that it is the same whatever the number of threads."""
+    norm_R = torch.linalg.vector_norm(values_RN, dim=1)
+    return math.fsum((norm_R.double() ** 2).tolist())
 
 
 def _rows(tensor: Tensor) -> Tensor:
