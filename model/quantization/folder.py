@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -89,7 +90,7 @@ def default_workers(source_uri: str) -> int | None:
 
     Starting a process takes longer than quantizing 64 MiB.
     """
-    shards = [file.bytes for file in storage.find(source_uri) if file.name.endswith(".safetensors")]
+    shards = [file.bytes for file in storage.find(source_uri) if re.fullmatch(r"[^/]*\.safetensors", file.name)]
     if sum(shards) < 64 << 20:
         return None
     return min(available_cores(), len(shards))
@@ -119,7 +120,7 @@ def _check_target(target_uri: str) -> None:
         InvalidInputError: it holds other files, folders, or weights without a report of quantization.
     """
     names = storage.list_names(target_uri)
-    own = (".safetensors", ".tmp", ".png", *_COPIED)
+    own = (".safetensors", ".tmp", ".png", ".csv", *_COPIED)
     foreign = [name for name in names if name not in (MANIFEST_NAME, storage.MARKER) and not name.endswith(own)]
     if "config.json" in names and not {REPORT_NAME, MANIFEST_NAME} & set(names):
         foreign.append("config.json")

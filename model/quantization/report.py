@@ -10,7 +10,7 @@ from typing import Any
 REPORT_NAME = "quantization.json"
 # By the part of the released name that tells them apart; the first that is found.
 _KINDS = (
-    (re.compile(r"\.self_attn\..*_proj\."), "attention"),
+    (re.compile(r"\.self_attn\.\w+_proj"), "attention"),
     (re.compile(r"\.mlp\.experts\."), "routed expert"),
     (re.compile(r"\.mlp\.shared_experts\."), "shared expert"),
     (re.compile(r"\.mlp\.gate\."), "router"),

@@ -32,7 +32,7 @@ class Codes(NamedTuple):
 def find_codes(stored: Mapping[str, Tensor], name: str, shape: torch.Size) -> Codes | None:
     """The numbers that one weight [O, I] is stored as; `None` when they are of no known layout.
 
-    Known are int8 and e4m3 of the weight's own shape, and two four-bit numbers a byte: integers with 8 added
+    Known are 8-bit integers and e4m3 of the weight's own shape, and two four-bit numbers a byte: integers with 8 added
     (compressed-tensors' pack-quantized, in 32-bit words) and e2m1 (its nvfp4-pack-quantized, in bytes).
     """
     for tensor in of_weight(stored, name).values():

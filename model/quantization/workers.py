@@ -19,7 +19,7 @@ from model.quantization.plan import Groups
 
 _PACKAGES = Path(__file__).parents[2]
 # Temporary tensors of one weight come again for the next: the heap keeps them, where glibc would give each back to the
-# system and clear its pages anew. Quantizing int8 that way takes half of the time, dequantizing a quarter (measured on
+# system and clear its pages anew. Rounding to 8 bits then takes half of the time, dequantizing a quarter (measured on
 # an EPYC, 2026-11-30).
 _HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 Event = tuple[str, str, Any]
