@@ -107,6 +107,33 @@ def test_workers_and_an_object_store_make_the_same_files(bf16_folder: str, tmp_p
             assert storage.read_bytes(storage.join(remote, name)) == content, name
 
 
+@pytest.mark.slow
+def test_from_and_to_s3_a_call_that_was_interrupted_is_gone_on_with(bf16_folder: str, tmp_path: Path, s3: str) -> None:
+    source, target, local = f"{s3}/export", f"{s3}/quantized", str(tmp_path / "quantized")
+    for name in os.listdir(bf16_folder):
+        storage.write_bytes(storage.join(source, name), Path(bf16_folder, name).read_bytes())
+    lines: list[str] = []
+
+    def stop_in_the_middle(line: str, fraction: float) -> None:
+        lines.append(line)
+        if fraction > 0.4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(source, target, stop_in_the_middle)
+    assert not storage.is_committed(target)
+    done = len(lines)
+    assert told(source, target, workers=1)[0].startswith(f"resumed: {done} of ")
+    assert "is finished" in told(source, target)[0]
+    quantize_folder(bf16_folder, local)
+    names = sorted(os.listdir(local))
+    assert storage.list_names(target) == names
+    for name in set(names) - {storage.MARKER}:
+        assert storage.read_bytes(storage.join(target, name)) == Path(local, name).read_bytes(), name
+    storage.write_bytes(storage.join(source, "config.json"), Path(bf16_folder, "config.json").read_bytes() + b" ")
+    assert told(source, target)[0].endswith("was made from other files of the source: starting over")
+
+
 def test_a_finished_target_is_only_checked(bf16_folder: str, tmp_path: Path) -> None:
     target = str(tmp_path / "quantized")
     report = quantize_folder(bf16_folder, target)
