@@ -29,6 +29,7 @@ from flows.offline import keep_terminal_free, set_offline_defaults
 from flows.services.services_command import services
 from flows.terminal import noting_interrupts
 from flows.watch_commands import logs, top
+from model.numerics.formats import DEFAULT_FORMAT, FORMATS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,6 +194,24 @@ def stop(*, runs_directory: Path) -> None:
 
     stopped = stop_serving(str(runs_directory))
     click.echo(f"stopped {', '.join(stopped)}" if stopped else "nothing was being served")
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--format", "scheme", type=click.Choice(list(FORMATS)), default=DEFAULT_FORMAT, show_default=True)
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: a core each]")
+def quantize(*, source: str, target: str, scheme: str, workers: int | None) -> None:
+    """Quantize the weights of SOURCE into TARGET, folders or URIs, without a run.
+
+    The same command goes on after it was interrupted.
+    """
+    from tasks.processes.programs import module_command, module_environment
+
+    flags = ["--source", source, "--target", target, "--format", scheme]
+    command = module_command("model.quantize", [*flags, *([] if workers is None else ["--workers", str(workers)])])
+    sys.stdout.flush()
+    os.execve(command[0], command, module_environment())  # signals, output and exit code are the program's  # noqa: S606
 
 
 @cli.command()

@@ -29,6 +29,7 @@ STEP_SOURCES: dict[str, tuple[str, ...]] = {
         *("base", "model", "cherry", "tasks/train.py"),
         *(
             "!model/quantize.py",
+            "!model/quantization",
             "!cherry/cluster.py",
             "!cherry/remote",
             "!cherry/sky",

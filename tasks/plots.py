@@ -111,6 +111,28 @@ def plot_quantization(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return path
 
 
+def plot_quantization_map(cells: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the relative error of each kind of weight in each layer, a row a kind and a column a layer, to `path`.
+
+    Args:
+        cells: rows of a report's `by_layer_and_kind`: layer, kind, rel_error.
+    """
+    layers = sorted({cell["layer"] for cell in cells if cell["layer"] is not None})
+    kinds = sorted({cell["kind"] for cell in cells})
+    errors = {(cell["kind"], cell["layer"]): 100 * cell["rel_error"] for cell in cells}
+    rows = [[errors.get((kind, layer), float("nan")) for layer in layers] for kind in kinds]
+    with _figure(path, height=1.6 + 0.45 * len(kinds)) as [axes]:
+        axes.set_facecolor("lightgrey")  # of what a layer does not have
+        image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+        marks = sorted({round(i * (len(layers) - 1) / 10) for i in range(11)})
+        axes.set_xticks(marks, [str(layers[i]) for i in marks])
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set(xlabel="layer", title="Quantization error by kind and layer")
+        assert axes.figure is not None
+        axes.figure.colorbar(image, ax=axes, label="relative error, %")
+    return path
+
+
 def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: float, path: Path) -> Path:
     """Draw intervals of differences in nats per token, each on its own scale: (label, difference, low, high)."""
     with _figure(path, height=1.7 * len(rows) + 0.4, rows=len(rows)) as panels:

@@ -1,16 +1,28 @@
-"""Quantize step: weights of the export in the configured format, and the error of every tensor as a report and a plot.
+"""Quantize step: weights of the export in the configured format, and the error of every tensor as a report and plots.
 
 What the quantized weights cost in loss is measured by the evaluate step.
 """
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
-from tasks.plots import plot_quantization
+from model.numerics.formats import AUTO
+from model.quantization.manifest import MANIFEST_NAME
+from model.quantization.report import REPORT_NAME
+from tasks.artifacts import show_table
+from tasks.plots import plot_quantization, plot_quantization_map
+from tasks.records.quantized_format import chosen_format
 from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
+
+KINDS_FILE = "quantization_by_kind.csv"
 
 
 @task(
@@ -22,23 +34,50 @@ from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, wor
     retry_condition_fn=worth_retrying,
 )
 def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
-    """Record of the quantized weights, made from the export by a program of its own."""
-    scheme = context.config.quantize.format
+    """Record of the quantized weights, made from the export by a program of its own, which goes on where it was."""
+    scheme, reason = chosen_format(context.config)
 
     def work(step: StepRun) -> dict[str, str]:
+        if context.config.quantize.format == AUTO:
+            step.say(f"{scheme}, {reason}")
         source, target = exported.outputs["export"], context.path / "quantized"
         make_room(context, "quantize", target, step.fingerprint)
+        if not storage.is_committed(str(target)) and not (target / MANIFEST_NAME).exists():
+            storage.remove_tree(str(target))  # what is left of a damaged output
         step.run("model.quantize", ["--source", source, "--target", str(target), "--format", scheme])
-        report_file = target / "quantization.json"
-        report = storage.read_json(str(report_file))
-        ratio = report["bytes_after"] / report["bytes_before"]
-        errors = [tensor["rel_error"] for tensor in report["tensors"]]
-        step.metrics(quantized_bytes_ratio=ratio, rel_error_mean=sum(errors) / len(errors), rel_error_max=max(errors))
-        plot = plot_quantization(report["tensors"], target / "quantization.png")
-        for path in (report_file, plot):
-            step.tracker.artifact(step.run_id, path)
-        step.tracker.artifact(context.parent_run_id, plot, "plots")
+        _publish(step, target)
         return {"quantized": str(target)}
 
     inputs = {"export_fingerprint": exported.fingerprint, "format": scheme}
     return perform(context, "quantize", inputs, work)
+
+
+def _publish(step: StepRun, target: Path) -> None:
+    """Record the report's figures, plots and tables."""
+    report = storage.read_json(str(target / REPORT_NAME))
+    ratio = report["bytes_after"] / report["bytes_before"]
+    step.metrics(quantized_bytes_ratio=ratio)
+    step.tracker.artifact(step.run_id, target / REPORT_NAME)
+    errors = [tensor["rel_error"] for tensor in report["tensors"]]
+    if not errors:
+        return  # bf16
+    step.metrics(rel_error_mean=sum(errors) / len(errors), rel_error_max=max(errors))
+    plots = [
+        plot_quantization(report["tensors"], target / "quantization.png"),
+        plot_quantization_map(report["by_layer_and_kind"], target / "quantization_map.png"),
+    ]
+    for path in (write_kinds(report["by_kind"], target / KINDS_FILE), *plots):
+        step.tracker.artifact(step.run_id, path)
+    for plot in plots:
+        step.tracker.artifact(step.context.parent_run_id, plot, "plots")
+    name = step.context.config.name
+    show_table(f"quantization-{name}", report["by_kind"], f"Quantization error by kind of weight: {name}")
+
+
+def write_kinds(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write the report's rows by kind as CSV to `path`."""
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        table = csv.DictWriter(handle, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path

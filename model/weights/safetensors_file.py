@@ -6,13 +6,15 @@ Format: 8 bytes little-endian header length, JSON header, then the tensors' byte
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import threading
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import safetensors
-import safetensors.torch
 import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
@@ -20,23 +22,26 @@ from torch import Tensor
 from base import storage
 from base.errors import WeightsError, storage_errors
 
+# In the order in which the library lays tensors out: by alignment, largest first.
 _DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 # The format's own limit on a header; a larger number is not a header.
 _MAX_HEADER_BYTES = 100_000_000
+# A block that is hashed and written is still in a processor's second-level cache.
+_WRITE_BYTES = 1 << 20
 
 
 class TensorInfo(NamedTuple):
@@ -47,6 +52,13 @@ class TensorInfo(NamedTuple):
     start: int
     """Offset of the first byte in the file."""
     stop: int
+
+
+class Hasher(Protocol):
+    """A running digest, like hashlib's."""
+
+    def update(self, data: bytes | memoryview, /) -> object:
+        """Add bytes."""
 
 
 Box = tuple[tuple[int, int], ...]
@@ -199,22 +211,71 @@ def _truncated(uri: str, name: str, info: TensorInfo, size: int) -> WeightsError
     )
 
 
-def write_file(uri: str, tensors: Mapping[str, Tensor]) -> int:
-    """Size in bytes of the file that `tensors` were written to, atomically. All of its data is in memory meanwhile.
+def write_file(uri: str, tensors: Mapping[str, Tensor], hasher: Hasher | None = None) -> int:
+    """Size in bytes of the file that `tensors` were written to, atomically.
 
-    Serialized in memory, not by `safetensors.torch.save_file`: that overwrites its target in place, neither syncs it
-    to the disk nor knows URIs, and its error of a full disk carries no errno.
+    A local file is written tensor by tensor, with no copy of its data in memory; a remote one is joined in memory. Not
+    by `safetensors.torch.save_file`, whose order of tensors this keeps: that overwrites its target in place, neither
+    syncs it to the disk nor knows URIs, and its error of a full disk carries no errno.
+
+    Args:
+        hasher: is updated with every byte of the file, in order.
 
     Raises:
         DiskFullError, StorageError: the file could not be written; nothing is left at `uri` then.
     """
-    dense: dict[str, Tensor] = {}
-    addresses: set[int] = set()
-    for name, tensor in tensors.items():
-        stored = tensor.detach().cpu().contiguous()
-        # The library refuses one tensor under two names, as MTP's duplicates of embedding and head are.
-        dense[name] = stored.clone() if stored.data_ptr() in addresses else stored
-        addresses.add(stored.data_ptr())
-    data = safetensors.torch.save(dense, metadata={"format": "pt"})
-    storage.write_bytes(uri, data)
-    return len(data)
+    header, ordered = _header(tensors)
+    if not storage.is_local(uri):
+        data = b"".join([header, *(_bytes(tensor) for tensor in ordered)])
+        if hasher is not None:
+            hasher.update(data)
+        storage.write_bytes(uri, data)
+        return len(data)
+    path = storage.local_path(uri)
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    with storage_errors(uri):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            size = _write(temporary, header, ordered, hasher)
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+    return size
+
+
+def _write(path: str, header: bytes, ordered: list[Tensor], hasher: Hasher | None) -> int:
+    """Bytes written to `path` and synced to the disk."""
+    with open(path, "wb", buffering=0) as handle:
+        for part in itertools.chain([memoryview(header)], map(_bytes, ordered)):
+            for start in range(0, len(part), _WRITE_BYTES):
+                block = part[start : start + _WRITE_BYTES]
+                if hasher is not None:  # while the block is in the processor's cache
+                    hasher.update(block)
+                while block:
+                    block = block[handle.write(block) :]
+        os.fsync(handle.fileno())
+        return handle.tell()
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
+    """The file's bytes before the data, and the tensors in the data's order: by alignment, then by name."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ordered, offset = [], 0
+    types = {dtype: (place, kind) for place, (kind, dtype) in enumerate(_DTYPES.items())}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (types[item[1].dtype], item[0])):
+        end = offset + tensor.numel() * tensor.itemsize
+        kind = types[tensor.dtype][1]
+        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        ordered.append(tensor)
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, ordered
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The data of a tensor, without a copy where it is dense and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data

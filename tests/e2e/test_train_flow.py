@@ -100,10 +100,11 @@ def test_plots_and_tables_are_artifacts(project, finished):
     parent, children = tree(project, "first")
     training = {"plots/loss.png", "plots/learning_rate.png", "plots/expert_load.png"}
     assert names(children["train"], "plots") == training
-    others = {"plots/quantization.png", "plots/comparison.png", "plots/plan_memory.png"}
+    others = {f"plots/{name}.png" for name in ("quantization", "quantization_map", "comparison", "plan_memory")}
     assert names(parent, "plots") == training | others
     assert names(parent, None) == {"plots", "summary.json", "config.yaml", "plan.json"}
-    assert names(children["quantize"], None) == {"quantization.json", "quantization.png"}
+    made = {"quantization.json", "quantization.png", "quantization_map.png", "quantization_by_kind.csv"}
+    assert names(children["quantize"], None) == made
     assert "evaluation.json" in names(children["evaluate"], None)
     told = (project.runs / "first" / "events.jsonl").read_text()
     compared = int(children["evaluate"].data.tags["heldout_documents"])

@@ -10,9 +10,14 @@ from pathlib import Path
 import click
 import psutil
 import pytest
+import torch
 
+from base import storage
 from base.errors import ConfigError, MissingFileError, ServiceError
 from flows.cli import cli
+from model.model_config import PRESETS, ModelConfig
+from model.weights.hf_config import hf_config
+from model.weights.safetensors_file import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -147,6 +152,27 @@ def test_a_tracking_server_that_is_away_is_told_before_anything_starts(command, 
     assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert psutil.Process().children() == before
+
+
+def test_weights_are_quantized_by_the_program_that_takes_the_command_s_place(tmp_path):
+    source, name = str(tmp_path / "source"), "model.layers.0.self_attn.o_proj.weight"
+    write_file(storage.join(source, "model.safetensors"), {name: torch.ones(4, 8)})
+    storage.write_json(storage.join(source, "config.json"), hf_config(ModelConfig(**PRESETS["tiny"])))
+    command = [sys.executable, "-m", "flows.cli", "quantize", source, str(tmp_path / "quantized"), "--workers", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "100% quantized" in ended.stdout
+    assert storage.is_committed(str(tmp_path / "quantized"))
+    command[4:5] = [str(tmp_path / "nowhere")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == MissingFileError.exit_code
+    assert ended.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize("options", [("--format", "int3"), ("--workers", "0")])
+def test_what_quantize_cannot_do_is_refused(options, capsys, code):
+    assert code("quantize", "a", "b", *options) == ConfigError.exit_code
+    assert options[1] in capsys.readouterr().err
 
 
 def test_nothing_to_show_and_nothing_to_stop(tmp_path, capsys, code):

@@ -208,6 +208,9 @@ top WORD --once
 top good --runs-directory WORD
 logs good --runs-directory WORD
 compare WORD WORD
+quantize WORD
+quantize WORD WORD --format WORD
+quantize WORD WORD --workers none
 compare good WORD --runs-directory WORD
 rm WORD --yes
 rm WORD

@@ -1,120 +1,202 @@
-"""Quantization of a folder: what is quantized, the report, memory of one shard, refusals, and the command."""
+"""The program: its flags, its summary, refusals, kills at every stage, and a full disk; each goes on where it was."""
 
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import torch
-from torch import Tensor
 
 from base import storage
-from base.errors import ConfigError, InvalidInputError, MissingFileError, WeightsError
-from model.model_config import ModelConfig
-from model.numerics.formats import is_projection
-from model.quantize import quantize_folder
-from model.transformer import DeepseekV3
-from model.weights.pretrained import WeightsReader
-from model.weights.safetensors_file import Box
+from base.errors import INTERRUPTED, ConfigError, DiskFullError, MissingFileError, WorkerLostError, run_program
+from model.model_config import PRESETS, ModelConfig
+from model.quantize import main, quantize_folder
+from model.weights.hf_config import hf_config
+from model.weights.safetensors_file import write_file
 
-MakeConfig = Callable[..., ModelConfig]
-MakeModel = Callable[..., DeepseekV3]
-MakeTokens = Callable[..., Tensor]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def test_what_is_quantized_and_what_is_kept(bf16_folder: str) -> None:
-    quantized = {name for name in WeightsReader(bf16_folder).names if is_projection(name)}
-    kept = set(WeightsReader(bf16_folder).names) - quantized
-    assert "model.layers.1.mlp.experts.3.up_proj.weight" in quantized
-    assert "model.layers.3.self_attn.kv_a_proj_with_mqa.weight" in quantized
-    assert "model.layers.0.mlp.down_proj.weight" in quantized
-    assert all("_proj" in name for name in quantized)
-    for part in ("embed_tokens", "lm_head", "norm", "mlp.gate.weight", "e_score_correction_bias", "eh_proj"):
-        assert any(part in name for name in kept)
-    assert not any("_proj" in name and "eh_proj" not in name for name in kept if "with_mqa" not in name)
+def command(source: Path | str, target: Path, *options: str) -> list[str]:
+    words = [sys.executable, "-m", "model.quantize", "--source", str(source), "--target", str(target)]
+    return [*words, *options]
 
 
-def test_report_and_folder_agree(bf16_folder: str, tmp_path: Path) -> None:
-    target, lines = str(tmp_path / "quantized"), list[tuple[str, float]]()
-    report = quantize_folder(bf16_folder, target, lambda line, fraction: lines.append((line, fraction)))
-    assert storage.is_committed(target)
-    assert storage.read_json(storage.join(target, "quantization.json")) == report
-    before, after = WeightsReader(bf16_folder), WeightsReader(target)
-    assert [fraction for _, fraction in lines] == [(i + 1) / len(before.files) for i in range(len(before.files))]
-    assert after.files == before.files
-    assert {item["name"] for item in report["tensors"]} == {name for name in before.names if is_projection(name)}
-    for name in before.names:
-        if not is_projection(name):
-            assert torch.equal(before.read(name), after.read(name)), name
-    for item in report["tensors"]:
-        weight = before.read(item["name"]).float()
-        error = after.read(item["name"]) * after.read(item["name"] + "_scale") - weight
-        assert item["shape"] == list(weight.shape)
-        assert item["rel_error"] == pytest.approx((error.norm() / weight.norm()).item(), rel=1e-4)
-        assert item["max_abs_error"] == pytest.approx(error.abs().max().item(), rel=1e-4)
-        assert item["rel_error"] < 0.02
-    for reader, key in ((before, "bytes_before"), (after, "bytes_after")):
-        assert report[key] == sum(reader.info(name).stop - reader.info(name).start for name in reader.names)
-    config = storage.read_json(storage.join(target, "config.json"))["quantization_config"]
-    assert config["quant_method"] == "compressed-tensors"
-    assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
-
-
-def test_no_more_than_one_shard_is_in_memory(bf16_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: set[int] = set()
-    most = 0
-    plain = WeightsReader.read_box
-
-    def counted(reader: WeightsReader, name: str, box: Box) -> Tensor:
-        nonlocal most
-        tensor = plain(reader, name, box)
-        alive.add(id(tensor))
-        weakref.finalize(tensor, alive.discard, id(tensor))
-        most = max(most, len(alive))
-        return tensor
-
-    monkeypatch.setattr(WeightsReader, "read_box", counted)
-    quantize_folder(bf16_folder, str(tmp_path / "quantized"))
-    reader = WeightsReader(bf16_folder)
-    largest = max(len(reader.names_in(file)) for file in reader.files)
-    assert 0 < most <= largest < len(reader.names)
-
-
-def test_a_quantized_or_identical_folder_is_refused(bf16_folder: str, tmp_path: Path) -> None:
-    target = str(tmp_path / "quantized")
-    quantize_folder(bf16_folder, target)
-    with pytest.raises(WeightsError, match="quantized already"):
-        quantize_folder(target, str(tmp_path / "again"))
-    with pytest.raises(InvalidInputError, match="name another folder"):
-        quantize_folder(bf16_folder, bf16_folder + "/")
-    assert storage.is_committed(bf16_folder)
-
-
-def test_a_truncated_source_leaves_the_target_without_a_marker(bf16_folder: str, tmp_path: Path) -> None:
-    shard = sorted(Path(bf16_folder).glob("*.safetensors"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-3])
-    with pytest.raises(WeightsError, match="truncated"):
-        quantize_folder(bf16_folder, str(tmp_path / "quantized"))
-    assert not storage.is_committed(str(tmp_path / "quantized"))
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_as_a_program(bf16_folder: str, tmp_path: Path) -> None:
-    def run(source: str, *options: str) -> Any:
-        command = [sys.executable, "-m", "model.quantize", "--source", source, "--target", str(tmp_path / "quantized")]
-        command += options
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    done = run(bf16_folder)
+    target = tmp_path / "quantized"
+    words = command(bf16_folder, target)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    assert "100% quantized" in done.stdout
-    assert storage.is_committed(str(tmp_path / "quantized"))
-    failed = run(str(tmp_path / "nowhere"))
-    assert failed.returncode == MissingFileError.exit_code
-    assert failed.stderr.startswith("error: ")
-    assert "nowhere" in failed.stderr
-    wrong = run(bf16_folder, "--format", "int3")
-    assert wrong.returncode == ConfigError.exit_code
-    assert "must be one of bf16, fp8, fp8_block, fp8_channel, int8, nvfp4, w4a16 (got 'int3')" in wrong.stderr
+    assert "100% quantized 14/14 shards" in done.stdout
+    error = r"relative error 0\.\d+%, 0\.0000% clipped"
+    assert re.search(rf"routed expert: \d+ tensors, [\d,]+ -> [\d,]+ bytes, {error}", done.stdout)
+    assert re.search(r"largest: model\.layers\.\d", done.stdout)
+    assert storage.is_committed(str(target))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--format", "int3"], ConfigError.exit_code, r"must be one of .*\(got 'int3'\)"),
+        (["--workers", "0"], ConfigError.exit_code, r"--workers: must be at least 1 \(got 0\)"),
+        (["--source", "/nowhere"], MissingFileError.exit_code, "/nowhere"),
+    ],
+)
+def test_refusals(
+    bf16_folder: str,
+    tmp_path: Path,
+    options: list[str],
+    code: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", command(bf16_folder, tmp_path / "quantized", *options)[2:])
+    assert run_program(main) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert re.search(text, printed)
+    assert not (tmp_path / "quantized").exists()
+
+
+SHARDS = 6
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of 16 MiB, each long enough in work to be interrupted."""
+    folder = tmp_path_factory.mktemp("large")
+    config, index = ModelConfig(**PRESETS["tiny"]), {}
+    generator = torch.Generator().manual_seed(0)
+    for number in range(SHARDS):
+        file = f"model-{number:05}.safetensors"
+        names = [f"model.layers.{number}.mlp.experts.{expert}.up_proj.weight" for expert in range(4)]
+        weights = {name: torch.randn(1024, 2048, generator=generator).bfloat16() for name in names}
+        write_file(str(folder / file), {**weights, f"model.layers.{number}.input_layernorm.weight": torch.ones(7)})
+        index |= dict.fromkeys([*weights, f"model.layers.{number}.input_layernorm.weight"], file)
+    storage.write_json(str(folder / "model.safetensors.index.json"), {"weight_map": index})
+    storage.write_json(str(folder / "config.json"), hf_config(config, dtype=torch.bfloat16))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(large_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Content of the target of a run that nothing interrupted."""
+    target = tmp_path_factory.mktemp("unbroken") / "quantized"
+    quantize_folder(str(large_folder), str(target))
+    return contents(target)
+
+
+def started_until(shards: int, words: list[str], condition: Callable[[], bool] = lambda: True) -> subprocess.Popen[str]:
+    """A program that was started, finished this many shards more, and still runs when the condition holds."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    assert process.stdout is not None
+    printed = []
+    while sum("quantized" in line for line in printed) < shards:
+        printed.append(process.stdout.readline())
+        assert printed[-1], printed
+    while not condition():
+        assert process.poll() is None
+    return process
+
+
+def noted(target: Path) -> list[Path]:
+    """Records of finished shards."""
+    return list(target.glob("manifest/*.safetensors.json"))
+
+
+def check_noted(target: Path) -> None:
+    """Every shard that is noted as finished is whole, and nothing counts as the finished target."""
+    assert not storage.is_committed(str(target))
+    for path in noted(target):
+        record = json.loads(path.read_text())
+        assert hashlib.sha256((target / record["file"]).read_bytes()).hexdigest() == record["sha256"]
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    large_folder: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "quantized"
+    # In the first shards, while one is written, and between two.
+    for condition in (lambda: any(target.glob("*.tmp")), lambda: len(noted(target)) >= 3):
+        process = started_until(1, command(large_folder, target), condition)
+        process.kill()
+        process.communicate()
+        check_noted(target)
+    kept = {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
+    finished, lines = len(noted(target)), list[str]()
+    assert 3 <= finished < SHARDS
+    quantize_folder(str(large_folder), str(target), lambda line, _: lines.append(line))
+    assert lines[0].startswith(f"resumed: {finished} of {SHARDS} shards are there")
+    same = [path for path, changed in kept.items() if path.stat().st_mtime_ns == changed]
+    assert len(same) >= finished
+    assert contents(target) == unbroken
+
+
+@pytest.mark.slow
+def test_the_end_of_the_program_or_of_a_worker_costs_the_shards_in_work(
+    large_folder: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "quantized"
+    process = started_until(1, command(large_folder, target, "--workers", "1"))
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()  # to the end of the workers' output too
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    check_noted(target)
+
+    words = command(large_folder, target, "--workers", "2")
+    process = started_until(1, words)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate()[0]
+    assert process.returncode == INTERRUPTED, printed
+    assert "Traceback" not in printed
+    assert not any(worker.is_running() for worker in workers)
+    assert not any(target.glob("*.tmp"))
+    check_noted(target)
+
+    process = started_until(1, words)
+    psutil.Process(process.pid).children()[0].kill()
+    printed = process.communicate()[0]
+    assert process.returncode == WorkerLostError.exit_code, printed
+    assert re.search(r"error: a worker was killed by signal 9 while it quantized model-0000\d\.safetensors", printed)
+    check_noted(target)
+    quantize_folder(str(large_folder), str(target))
+    assert contents(target) == unbroken
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_gone_on_from(large_folder: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    target = disk / "quantized"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(disk)], check=True)
+    try:
+        with pytest.raises(DiskFullError, match=r"no space left while writing .*model-0000\d\.safetensors"):
+            quantize_folder(str(large_folder), str(target))
+        check_noted(target)
+        assert noted(target)
+        assert not any(target.glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=80m", str(disk)], check=True)
+        quantize_folder(str(large_folder), str(target))
+        assert contents(target) == unbroken
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -27,6 +27,7 @@ def checkout(tmp_path: Path) -> Path:
     [
         ("cherry/trainer.py", {"provision", "train", "export", "evaluate"}),
         ("model/quantize.py", {"export", "quantize", "evaluate"}),
+        ("model/quantization/folder.py", {"export", "quantize", "evaluate"}),
         ("cherry/planner/plan.py", {"provision", "export", "evaluate"}),
         ("anything/statistics/compare.py", {"evaluate"}),
         ("tasks/export.py", {"export"}),

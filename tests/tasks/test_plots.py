@@ -8,7 +8,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from cherry.train_record import read_records
-from tasks.plots import _plot_load, _plot_loss, plot_comparison, plot_memory, plot_quantization, plot_training
+from tasks.plots import (
+    _plot_load,
+    _plot_loss,
+    plot_comparison,
+    plot_memory,
+    plot_quantization,
+    plot_quantization_map,
+    plot_training,
+)
 
 
 def size(path):
@@ -84,3 +92,13 @@ def test_each_comparison_has_a_panel_of_its_own(tmp_path):
 
 def test_the_error_of_each_tensor_is_drawn(tmp_path):
     assert size(plot_quantization([{"rel_error": 0.004 * n} for n in range(5)], tmp_path / "new" / "q.png"))[0] == 960
+
+
+@pytest.mark.parametrize("layers", [1, 3, 62])
+def test_errors_are_mapped_by_kind_and_layer(tmp_path, layers):
+    cells = [{"layer": layer, "kind": "attention", "rel_error": 0.01 * (layer + 1)} for layer in range(layers)]
+    cells.append({"layer": layers - 1, "kind": "routed expert", "rel_error": 0.02})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = plot_quantization_map(cells, tmp_path / "map.svg").read_text()
+    assert all(f">{label}<" in text for label in ("attention", "routed expert", str(layers - 1), "relative error, %"))
+    assert size(plot_quantization_map(cells, tmp_path / "map.png"))[0] == 960

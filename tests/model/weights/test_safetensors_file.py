@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -39,6 +40,20 @@ def test_what_is_written_is_what_the_reference_reads(scheme: str, tmp_path: Path
         for found in (read[name], opened.read(name)):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found.float(), tensor.float()), name
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://hashed"])
+def test_the_bytes_are_the_library_s_and_the_digest_is_theirs(scheme: str, tmp_path: Path) -> None:
+    kinds = ["f64", "f32", "f16", "bf16", "e4m3", "e5m2", "e8m0", "i64", "i32", "i16", "i8", "u8", "bool"]
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    types += [torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+    tensors = {f'{kind} "é"': torch.ones(3, 5).to(dtype) for kind, dtype in zip(kinds, types, strict=True)}
+    tensors["long"] = torch.arange(600_000).float()  # more than a block
+    uri, hasher = storage.join(scheme or str(tmp_path), "a.safetensors"), hashlib.sha256()
+    write_file(uri, tensors, hasher)
+    data = storage.read_bytes(uri)
+    assert data == safetensors.torch.save(tensors, metadata={"format": "pt"})
+    assert hasher.hexdigest() == hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture
