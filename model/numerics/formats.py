@@ -82,7 +82,7 @@ class FormatEntry:
     fallbacks: frozenset[str] = frozenset()
     """What may be there too, for weights whose sizes do not fit."""
     natural_capability: tuple[int, int] | None = None
-    """CUDA compute capability of the GPUs for which it is the natural choice: their tensor cores multiply its numbers."""
+    """CUDA compute capability for which it is the natural choice: there tensor cores multiply its numbers."""
     min_compute_capability: tuple[int, int] | None = None
     """Oldest CUDA compute capability that runs its modules; `None` also runs on CPUs."""
 
