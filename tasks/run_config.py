@@ -217,3 +217,10 @@ class RunConfig(JobConfig):
     serve: ServeConfig = ServeConfig()
     deploy: DeployConfig = DeployConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        """Problems with combinations of keys of several sections."""
+        yield from super().problems()
+        entry = FORMATS.get(self.quantize.format)
+        if entry is not None and (rule := entry.misfit(self.model)) is not None:
+            yield Problem("quantize.format", rule, self.quantize.format)

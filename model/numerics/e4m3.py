@@ -46,9 +46,9 @@ def decode(values: Tensor, out: Tensor) -> Tensor:
 def exact_scales(amax_N: Tensor, probe_NP: Tensor, blocks: Callable[[Tensor], Tensor]) -> Tensor:
     """fp32 scales [N]: amax / 448, or where it does not reproduce a block exactly, another one that does; 1 for zeros.
 
-    Values over their scale are at most 448, but for less than half of fp32's last bit: they need no clamping.
     A block that was dequantized from e4m3 is so found again. A scale that was amax / 448, rounded once, is the first
     candidate; another one (a power of two, or one unit beside it, as inexact division leaves it) is among the others.
+    Values over their scale are at most 448, but for fp32's last bit: they need no clamping.
 
     Args:
         amax_N: largest magnitude of each block.

@@ -81,6 +81,8 @@ class FormatEntry:
     """How its weights are stored, as `_stored_weights` names it: a config.json of this format has all of these."""
     fallbacks: frozenset[str] = frozenset()
     """What may be there too, for weights whose sizes do not fit."""
+    experts_multiple: int = 1
+    """Values of a routed expert's row that share a scale: a row must be a multiple of it."""
     milder: str | None = None
     """The format to try next where this one costs too much loss."""
     natural_capability: tuple[int, int] | None = None
@@ -94,9 +96,21 @@ class FormatEntry:
         Raises:
             ConfigError: the model's sizes do not fit the format.
         """
+        if (rule := self.misfit(config)) is not None:
+            raise ConfigError(f"quantization format: {self.description} {rule}")
         module, _, attribute = self.implementation.partition(":")
         build = cast("Callable[[ModelConfig], QuantizationFormat]", getattr(importlib.import_module(module), attribute))
         return build(config)
+
+    def misfit(self, config: ModelConfig) -> str | None:
+        """The rule that a model's sizes break; `None` when they fit."""
+        sizes = config.hidden_size, config.moe_intermediate_size
+        if all(size % self.experts_multiple == 0 for size in sizes):
+            return None
+        return (
+            f"needs hidden_size and moe_intermediate_size that are multiples of {self.experts_multiple}, the values "
+            f"that share a scale (they are {sizes[0]} and {sizes[1]}); fp8_channel and int8 fit any size"
+        )
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json describes a folder of this format."""
@@ -141,6 +155,7 @@ FORMATS: dict[str, FormatEntry] = {
         "routed experts int4 in groups of 128 input channels, the rest fp8 in blocks",
         frozenset({"pack-quantized 4 bits group", _FP8_BLOCK}),
         frozenset({_FP8_CHANNEL}),
+        experts_multiple=32,
         milder="fp8_block",
     ),
     "nvfp4": FormatEntry(
@@ -148,6 +163,7 @@ FORMATS: dict[str, FormatEntry] = {
         "routed experts NVFP4, the rest fp8 in blocks",
         frozenset({"nvfp4-pack-quantized 4 bits tensor_group", _FP8_BLOCK}),
         frozenset({_FP8_CHANNEL}),
+        experts_multiple=16,
         milder="fp8_block",
         natural_capability=(10, 0),
     ),

@@ -71,7 +71,7 @@ def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     for rows in strips(weight_OI):
         strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
         exact_O1 = largest_magnitude(strip, 1).div_(_MAX)
-        # No value needs clamping: a scale that is a normal number is off by less than a half of its last bit.
+        # No value needs clamping: a scale that is a normal number is off by half of its last bit at most.
         scale_O1[rows] = torch.where(exact_O1 >= _SMALLEST, exact_O1, 1.0)
         values_OI[rows] = strip.div_(scale_O1[rows]).round_()
     return values_OI, scale_O1

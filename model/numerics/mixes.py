@@ -7,19 +7,18 @@ one fp8 scale per channel: of the released models that is the dense layer of Dee
 
 from __future__ import annotations
 
-from base.errors import ConfigError
 from model.model_config import ModelConfig
 from model.numerics.fp8_blocks import BLOCK, SCALE_SUFFIX, Fp8Blocks, quantization_config
 from model.numerics.fp8_channel import Fp8Channel
 from model.numerics.int4_groups import Int4Groups
 from model.numerics.int8_channel import Int8Channel
-from model.numerics.nvfp4 import BLOCK as NVFP4_BLOCK
 from model.numerics.nvfp4 import Nvfp4
 from model.numerics.scheme_format import SchemeFormat
 from model.numerics.schemes import Scheme
 from model.numerics.weight_kinds import Kind
 
-# Group sizes of vLLM's W4A16 kernels (Marlin), the field's choice first; a whole number of groups must make a row.
+# Group sizes of vLLM's W4A16 kernels (Marlin), the field's choice first; a whole number of groups makes a row (the
+# registry refuses others).
 _INT4_GROUPS = (128, 64, 32)
 
 
@@ -44,27 +43,14 @@ def fp8_block(config: ModelConfig) -> SchemeFormat:
 
 
 def w4a16(config: ModelConfig) -> SchemeFormat:
-    """int4 groups for routed experts, fp8 blocks for the rest.
-
-    Raises:
-        ConfigError: the experts' sizes are no multiples of a group's.
-    """
+    """int4 groups for routed experts, fp8 blocks for the rest."""
     width, intermediate = config.hidden_size, config.moe_intermediate_size
-    group = next((group for group in _INT4_GROUPS if width % group == intermediate % group == 0), None)
-    if group is None:
-        raise _misfit("w4a16", _INT4_GROUPS[-1], width, intermediate)
+    group = next(group for group in _INT4_GROUPS if width % group == intermediate % group == 0)
     return SchemeFormat({**_blocks(config), Kind.ROUTED: Int4Groups(group)})
 
 
 def nvfp4(config: ModelConfig) -> SchemeFormat:
-    """NVFP4 for routed experts, fp8 blocks for the rest.
-
-    Raises:
-        ConfigError: the experts' sizes are no multiples of NVFP4's blocks.
-    """
-    width, intermediate = config.hidden_size, config.moe_intermediate_size
-    if width % NVFP4_BLOCK or intermediate % NVFP4_BLOCK:
-        raise _misfit("nvfp4", NVFP4_BLOCK, width, intermediate)
+    """NVFP4 for routed experts, fp8 blocks for the rest."""
     return SchemeFormat({**_blocks(config), Kind.ROUTED: Nvfp4()})
 
 
@@ -77,10 +63,3 @@ def _blocks(config: ModelConfig) -> dict[Kind, Scheme]:
         Kind.ROUTED: config.moe_intermediate_size,
     }
     return {kind: Fp8Channel() if first_rows.get(kind, 0) % BLOCK else Fp8Blocks() for kind in Kind}
-
-
-def _misfit(name: str, multiple: int, width: int, intermediate: int) -> ConfigError:
-    return ConfigError(
-        f"quantization format {name}: hidden_size and moe_intermediate_size must be multiples of {multiple}, the "
-        f"values that share a scale (got {width} and {intermediate}). Name fp8_channel or int8, which fit any size."
-    )

@@ -32,6 +32,8 @@ def chosen_format(config: RunConfig) -> Chosen:
         found = "no GPU" if name is None else f"{name}, whose tensor cores are not listed"
         return Chosen(DEFAULT_FORMAT, f"auto: {origin} is {found}, and {DEFAULT_FORMAT} runs anywhere")
     chosen = natural_format(gpu.compute_capability)
+    while FORMATS[chosen].misfit(config.model) is not None:
+        chosen = FORMATS[chosen].milder or DEFAULT_FORMAT
     major, minor = gpu.compute_capability
     return Chosen(
         chosen,

@@ -47,15 +47,15 @@ def test_schemes_by_size(preset: str, build: Callable[[ModelConfig], Any], expec
 
 
 @pytest.mark.parametrize(
-    ("build", "multiple", "sizes"),
+    ("name", "multiple", "sizes"),
     [
-        (mixes.w4a16, 32, {"hidden_size": 48}),
-        (mixes.w4a16, 32, {"hidden_size": 64, "moe_intermediate_size": 40}),
-        (mixes.nvfp4, 16, {"moe_intermediate_size": 40}),
+        ("w4a16", 32, {"hidden_size": 48}),
+        ("w4a16", 32, {"hidden_size": 64, "moe_intermediate_size": 40}),
+        ("nvfp4", 16, {"moe_intermediate_size": 40}),
     ],
 )
 def test_experts_that_fit_no_group_are_refused(
-    build: Callable[[ModelConfig], Any], multiple: int, sizes: dict[str, int], make_config: Callable[..., ModelConfig]
+    name: str, multiple: int, sizes: dict[str, int], make_config: Callable[..., ModelConfig]
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"multiples of {multiple}.*got {sizes.get('hidden_size', 48)} and .*int8"):
-        build(make_config(**sizes))
+    with pytest.raises(ConfigError, match=rf"multiples of {multiple}.*are {sizes.get('hidden_size', 48)} and .*int8"):
+        FORMATS[name].load(make_config(**sizes))

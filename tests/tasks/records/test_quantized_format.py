@@ -44,6 +44,18 @@ def test_a_gpu_between_two_generations_takes_the_older_one_s(capability, name):
     assert natural_format(capability) == name
 
 
+def test_auto_takes_a_milder_one_where_the_model_s_sizes_do_not_fit(tmp_path):
+    sizes = {"model": {"moe_intermediate_size": 72}, "quantize": {"format": "auto", "gpu": "B200"}}
+    config = resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), **sizes})
+    assert chosen_format(config).name == "fp8_block"
+
+
+def test_a_format_that_the_sizes_do_not_fit_is_refused_before_anything_is_trained(tmp_path):
+    sizes = {"model": {"moe_intermediate_size": 72}, "quantize": {"format": "w4a16"}}
+    with pytest.raises(ConfigError, match=r"quantize\.format: needs .* multiples of 32, .* and 72\).*got 'w4a16'"):
+        resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), **sizes})
+
+
 def test_the_milder_formats_end_at_plain_weights(tmp_path):
     for name in FORMATS:
         seen = [name]
