@@ -67,8 +67,20 @@ def quantize_folder(
     records = _begin(manifest, origin, plan, workers or available_cores(), tell)
     meter = Meter({file: origin["files"].get(file, [0])[0] for file in plan}, set(records), tell)
     open_plan = {file: groups for file, groups in plan.items() if file not in records}
+    _work(_events(reader, target_uri, format_name, quantization, open_plan, workers), manifest, records, meter)
+    report = make_report(entry.description, [records[file] for file in plan])
+    write_index(target_uri, {name: file for file in plan for name in records[file]["names"]})
+    _commit(source_uri, target_uri, quantized_config(raw_config, quantization), report, origin)
+    manifest.remove()
+    return report
+
+
+def _work(
+    events: Generator[Event, None, None], manifest: Manifest, records: dict[str, dict[str, Any]], meter: Meter
+) -> None:
+    """Note each shard that is finished in the manifest and in `records`, until all are."""
     try:
-        with closing(_events(reader, target_uri, format_name, quantization, open_plan, workers)) as events:
+        with closing(events):
             for kind, file, value in events:
                 if kind == "read":
                     meter.read(file, value)
@@ -77,12 +89,7 @@ def quantize_folder(
                 records[file] = value
                 meter.finish(file)
     finally:
-        _remove_parts(target_uri)
-    report = make_report(entry.description, [records[file] for file in plan])
-    write_index(target_uri, {name: file for file in plan for name in records[file]["names"]})
-    _commit(source_uri, target_uri, quantized_config(raw_config, quantization), report, origin)
-    manifest.remove()
-    return report
+        _remove_parts(manifest.target_uri)
 
 
 def default_workers(source_uri: str) -> int | None:

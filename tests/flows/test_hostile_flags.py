@@ -209,7 +209,6 @@ top good --runs-directory WORD
 logs good --runs-directory WORD
 compare WORD WORD
 quantize WORD
-quantize WORD WORD --format WORD
 quantize WORD WORD --workers none
 compare good WORD --runs-directory WORD
 rm WORD --yes

@@ -8,6 +8,7 @@ import pytest
 from base.errors import ConfigError
 from model.model_config import ModelConfig
 from model.numerics import mixes
+from model.numerics.formats import FORMATS
 from model.numerics.fp8_blocks import Fp8Blocks
 from model.numerics.fp8_channel import Fp8Channel
 from model.numerics.int4_groups import Int4Groups
