@@ -1,0 +1,36 @@
+"""int4 weight with its group scales, and the plain rounding that calibrated methods are compared with.
+
+Shapes: O output channel, I input channel, G group of input channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.numerics.int4_groups import dequantize, largest_scale, quantize
+
+
+class Int4Weight(NamedTuple):
+    """int4 values [O, I] as int8 in -8 to 7, and one scale for each row and group of `group` input channels."""
+
+    values_OI: Tensor
+    scale_OG: Tensor
+    """In the type that it is stored in: the values were chosen for the rounded scale."""
+    group: int
+
+    def dequantized(self) -> Tensor:
+        """fp32 weights [O, I]."""
+        return dequantize(self.values_OI, self.scale_OG, self.group)
+
+
+def with_scale(weight_OI: Tensor, scale_OG: Tensor, group: int) -> Int4Weight:
+    """Weights rounded to the nearest under given scales."""
+    return Int4Weight(quantize(weight_OI, scale_OG.float(), group), scale_OG, group)
+
+
+def nearest(weight_OI: Tensor, group: int, scale_dtype: torch.dtype) -> Int4Weight:
+    """Weights rounded to the nearest, under scales that cover each group's largest magnitude."""
+    return with_scale(weight_OI, largest_scale(weight_OI, group).to(scale_dtype), group)
