@@ -80,7 +80,7 @@ def fold_norm(norm: RMSNorm, consumers: list[nn.Linear], scaling_I: Tensor) -> N
 @torch.no_grad()
 def fold_values(attention: Attention, scaling_I: Tensor) -> None:
     """Divide attention's values by `scaling_I` in kv_b_proj's rows and multiply o_proj's columns, in place."""
-    rows_HXC = attention.kv_b_proj.weight.unflatten(0, (attention.heads, -1))
+    rows_HXC = attention.kv_b_proj.weight.view(attention.heads, -1, attention.latent_width)
     rows_HXC[:, attention.nope_width :].div_(scaling_I.view(attention.heads, attention.value_width, 1))
     attention.o_proj.weight.mul_(scaling_I)
 

@@ -86,7 +86,8 @@ def inverse_factor(moment_II: Tensor, dampening: float) -> Tensor:
         if not failed.item():
             break
         dampening = max(dampening, 1e-4) * 10
-    return torch.linalg.solve_triangular(lower_II.flip(0, 1), eye_II, upper=True).float()
+    factor_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), eye_II, upper=True).float()
+    return factor_II
 
 
 def _unadjusted(
@@ -109,7 +110,7 @@ def _group_scale(work_XO: Tensor, corner_XX: Tensor, scale_dtype: torch.dtype, *
     ratio_C1 = torch.tensor(ratios(), device=work_XO.device)[:, None]
     width = max(1, _TRIAL_BYTES // (4 * work_XO.shape[0] * ratio_C1.shape[0]))
     found = []
-    for part_XO, part_O in zip(work_XO.split(width, dim=1), base_O.split(width), strict=True):
+    for part_XO, part_O in zip(torch.split(work_XO, width, dim=1), torch.split(base_O, width), strict=True):
         scale_CO = (part_O * ratio_C1).to(scale_dtype)
         trial = part_XO.repeat(1, len(ratio_C1))
         _, error = _round_block(trial, corner_XX, scale_CO.flatten().float().expand(trial.shape[0], -1))

@@ -1,0 +1,58 @@
+"""How weights are rounded to int4 groups: the method's settings, and one weight rounded by it.
+
+Shapes: O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.calibration.gptq import DAMPENING, gptq
+from model.calibration.int4_weight import Int4Weight, nearest, with_scale
+from model.calibration.scale_search import search_scale
+from model.calibration.second_moment import SecondMoment
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of the rounding; without any of gptq, search and awq it is round to nearest."""
+
+    group: int = 128
+    """Input channels that share a scale."""
+    gptq: bool = True
+    search: bool = True
+    """Search each group's scale for the least error of the output; else it covers the group's largest magnitude."""
+    awq: bool = False
+    """Scale input channels first (model/calibration/awq.py)."""
+    ordered: bool = False
+    """GPTQ takes channels with large inputs first; scales are then fixed beforehand."""
+    dampening: float = DAMPENING
+    scale_dtype: torch.dtype = torch.bfloat16
+    """Type that scales are stored in."""
+    min_expert_rows: int = 0
+    """An expert that saw fewer tokens is calibrated with tokens of other experts too, up to this number."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether rounding looks at the layer's inputs."""
+        return self.gptq or self.search or self.awq
+
+    def round(self, weight_OI: Tensor, moment: SecondMoment | None) -> Int4Weight:
+        """int4 weight by these settings; without inputs (None, or none seen) no error but the weight's is known."""
+        seen_II = None if moment is None or not moment.rows else moment.mean()
+        if self.gptq and seen_II is not None:
+            return gptq(
+                weight_OI,
+                seen_II,
+                self.group,
+                self.scale_dtype,
+                search=self.search,
+                ordered=self.ordered,
+                dampening=self.dampening,
+            )
+        if self.search:
+            return with_scale(weight_OI, search_scale(weight_OI, self.group, seen_II, self.scale_dtype), self.group)
+        return nearest(weight_OI, self.group, self.scale_dtype)
