@@ -1,10 +1,12 @@
 """Calibration of a folder, beside the whole model with the same weights; and that it goes on where it was stopped."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from base import storage
 from base.errors import InvalidInputError
 from model.calibration.int4_weight import Int4Weight
 from model.calibration.method import Method
@@ -13,18 +15,50 @@ from model.calibration.token_rows import map_rows
 from model.numerics.formats import is_projection
 from model.transformer import DeepseekV3, next_tokens
 from model.weights.hf_names import pieces
-from model.weights.pretrained import load_pretrained
-from tests.model.conftest import random_tokens, small_config
+from model.weights.pretrained import WeightsReader, load_pretrained, save_pretrained, state_to_hf
+from tests.model.conftest import random_model, random_tokens, small_config
 
 NEAREST = Method(group=16, gptq=False, search=False)
 GPTQ = Method(group=16)
 AWQ = Method(group=16, gptq=False, search=False, awq=True)
+# A dense layer, a mixture of experts, and MTP's.
+CONFIG = small_config(num_hidden_layers=2, n_routed_experts=4, hidden_size=32)
+MTP = CONFIG.num_hidden_layers
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def documents():
-    tokens_BT = random_tokens(small_config(), 6, 24)
+    tokens_BT = random_tokens(CONFIG, 6, 24)
     return [*tokens_BT[:4], tokens_BT[4, :9], tokens_BT[5, :17]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = random_model(CONFIG)
+    named = (pair for name, tensor in model.state_dict().items() for pair in state_to_hf(name, tensor, CONFIG))
+    uri = str(tmp_path_factory.mktemp("model") / "export")
+    save_pretrained(named, uri, CONFIG, dtype=torch.bfloat16, max_shard_bytes=30_000)
+    return uri
+
+
+class Calibrated(NamedTuple):
+    work: Path
+    results: dict
+    before_mtp: torch.Tensor
+
+
+def calibrate(folder, documents, work, method, **settings):
+    results, before_mtp = {}, None
+    for name, result in calibrated(folder, documents, work, method, **settings):
+        if before_mtp is None and storage.is_committed(str(work / f"layer-{MTP - 1:05}")):
+            before_mtp = rows_at(work, MTP, documents).clone()
+        results[name] = result
+    return Calibrated(work, results, before_mtp)
+
+
+@pytest.fixture(scope="module")
+def by_gptq(folder, documents, tmp_path_factory):
+    return calibrate(folder, documents, tmp_path_factory.mktemp("gptq"), GPTQ)
 
 
 def with_results(folder, results):
@@ -53,84 +87,83 @@ def hidden_of(model: DeepseekV3, documents):
 
 
 def rows_at(work: Path, number: int, documents):
-    return map_rows(work / f"hidden-{number:05}.bin", (sum(map(len, documents)), 48), torch.float32)
+    shape = (sum(map(len, documents)), CONFIG.hidden_size)
+    return map_rows(work / f"hidden-{number:05}.bin", shape, torch.float32)
 
 
-@pytest.mark.parametrize("method", [NEAREST, GPTQ, AWQ], ids=["nearest", "gptq", "awq"])
-def test_blocks_see_what_the_model_with_the_rounded_weights_sees(bf16_folder, tmp_path, documents, method):
-    work, last = tmp_path / "work", small_config().num_hidden_layers
-    results, before_mtp = {}, None
-    for name, result in calibrated(bf16_folder, documents, work, method):
-        if before_mtp is None and name.startswith(f"model.layers.{last - 1}."):
-            before_mtp = rows_at(work, last, documents).clone()
-        results[name] = result
-    expected = hidden_of(with_results(bf16_folder, results), documents)
-    for found, hidden in zip((before_mtp, rows_at(work, last + 1, documents)), expected, strict=True):
-        torch.testing.assert_close(found, hidden, rtol=1e-3, atol=1e-3)
+def check_hidden(found: Calibrated, folder, documents):
+    """The hidden states that calibration ended with are those of the model with its results."""
+    expected = hidden_of(with_results(folder, found.results), documents)
+    torch.testing.assert_close(found.before_mtp, expected[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rows_at(found.work, MTP + 1, documents), expected[1], rtol=1e-3, atol=1e-3)
 
 
-def test_every_projection_is_rounded_and_nothing_else_changes(bf16_folder, tmp_path, documents):
-    model = load_pretrained(bf16_folder, dtype=torch.float32)
-    state = model.state_dict().items()
-    names = [piece.hf_name for name, entry in state for piece in pieces(name, entry.shape, model.config)]
-    results = dict(calibrated(bf16_folder, documents, tmp_path / "work", GPTQ))
-    assert set(results) == {name for name in names if is_projection(name)}
-    assert all(isinstance(result, Int4Weight) for result in results.values())
+def test_blocks_see_what_the_model_with_the_rounded_weights_sees(by_gptq, folder, documents):
+    check_hidden(by_gptq, folder, documents)
 
 
-@pytest.mark.parametrize("kind", [".experts.", ".self_attn.o_proj", ".shared_experts."])
-def test_only_what_is_wanted_is_rounded(bf16_folder, tmp_path, documents, kind):
-    for method in (GPTQ, AWQ):
-        work = tmp_path / str(method.awq)
-        results = dict(calibrated(bf16_folder, documents, work, method, wanted=lambda name: kind in name))
-        rounded = {name for name, result in results.items() if isinstance(result, Int4Weight)}
-        assert rounded
-        assert all(kind in name for name in rounded)
-        assert method.awq or rounded == set(results)
-        last = small_config().num_hidden_layers + 1
-        expected = hidden_of(with_results(bf16_folder, results), documents)[1]
-        torch.testing.assert_close(rows_at(work, last, documents), expected, rtol=1e-3, atol=1e-3)
+def test_every_projection_is_rounded_and_nothing_else_changes(by_gptq, folder):
+    assert set(by_gptq.results) == {name for name in WeightsReader(folder).names if is_projection(name)}
+    assert all(isinstance(result, Int4Weight) for result in by_gptq.results.values())
 
 
-def test_gptq_keeps_the_hidden_states_better_than_rounding(bf16_folder, tmp_path, documents):
-    tokens = random_tokens(small_config(), 24, 64, seed=5)
-    plain = hidden_of(load_pretrained(bf16_folder, dtype=torch.float32), tokens[16:])[0]
+@pytest.mark.parametrize("kind", ["_proj", ".experts.", ".self_attn.o_proj", ".shared_experts."])
+def test_what_awq_folds_elsewhere_is_among_the_results(folder, tmp_path, documents, kind):
+    found = calibrate(folder, documents, tmp_path, AWQ, wanted=lambda name: is_projection(name) and kind in name)
+    rounded = {name for name, result in found.results.items() if isinstance(result, Int4Weight)}
+    assert rounded == {name for name in WeightsReader(folder).names if is_projection(name) and kind in name}
+    assert rounded < set(found.results)
+    check_hidden(found, folder, documents)
+
+
+def test_only_what_is_wanted_is_rounded(folder, tmp_path, documents):
+    found = calibrate(folder, documents, tmp_path, NEAREST, wanted=lambda name: ".experts." in name)
+    assert set(found.results) == {name for name in WeightsReader(folder).names if ".experts." in name}
+    check_hidden(found, folder, documents)
+
+
+def test_gptq_keeps_the_hidden_states_better_than_rounding(folder, tmp_path):
+    tokens = random_tokens(CONFIG, 24, 64, seed=5)
+    plain = hidden_of(load_pretrained(folder, dtype=torch.float32), tokens[16:])[0]
     errors = []
     for place, method in enumerate((NEAREST, GPTQ)):
-        results = dict(calibrated(bf16_folder, list(tokens[:16]), tmp_path / str(place), method))
-        errors.append((hidden_of(with_results(bf16_folder, results), tokens[16:])[0] - plain).square().mean())
+        results = dict(calibrated(folder, list(tokens[:16]), tmp_path / str(place), method))
+        errors.append((hidden_of(with_results(folder, results), tokens[16:])[0] - plain).square().mean())
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_a_stopped_calibration_goes_on_with_the_layer_after_the_last(bf16_folder, tmp_path, documents):
-    whole = dict(calibrated(bf16_folder, documents, tmp_path / "whole", GPTQ))
+def test_a_stopped_calibration_goes_on_with_the_layer_after_the_last(by_gptq, folder, tmp_path, documents):
+    whole = by_gptq.results
     work, told = tmp_path / "stopped", []
-    stopped = calibrated(bf16_folder, documents, work, GPTQ)
-    next(name for name, _ in stopped if name.startswith("model.layers.1."))
+    stopped = calibrated(folder, documents, work, GPTQ)
+    next(name for name, _ in stopped if name.startswith("model.layers.0."))
     stopped.close()
-    (work / "layer-00002").mkdir()
-    (work / "layer-00002" / "part-00000.safetensors").write_bytes(b"half a file")
-    before = {path: path.stat().st_mtime_ns for path in work.glob("layer-0000[01]/*")}
-    again = dict(calibrated(bf16_folder, documents, work, GPTQ, on_progress=lambda line, _: told.append(line)))
-    assert {path: path.stat().st_mtime_ns for path in work.glob("layer-0000[01]/*")} == before
-    assert len(told) == 4
+    (work / "layer-00001").mkdir()
+    (work / "layer-00001" / "part-00000.safetensors").write_bytes(b"half a file")
+    before = {path: path.stat().st_mtime_ns for path in work.glob("layer-00000/*")}
+    again = dict(calibrated(folder, documents, work, GPTQ, on_progress=lambda line, _: told.append(line)))
+    assert {path: path.stat().st_mtime_ns for path in work.glob("layer-00000/*")} == before
+    assert len(told) == 3
     assert list(again) == list(whole)
     for name, result in again.items():
         assert torch.equal(result.values_OI, whole[name].values_OI), name
         assert torch.equal(result.scale_OG, whole[name].scale_OG), name
 
 
-def test_other_documents_or_another_method_start_anew(bf16_folder, tmp_path, documents):
-    first = dict(calibrated(bf16_folder, documents, tmp_path, GPTQ))
-    for changed, method in ((documents[:3], GPTQ), (documents, NEAREST)):
-        other = dict(calibrated(bf16_folder, changed, tmp_path, method))
-        assert any(not torch.equal(other[name].values_OI, first[name].values_OI) for name in first)
+def test_other_documents_or_another_method_start_anew(folder, tmp_path, documents):
+    (tmp_path / "notes.txt").write_text("not calibration's")
+    found = []
+    for changed, method in ((documents, NEAREST), (documents[:3], NEAREST), (documents[:3], AWQ), (documents, NEAREST)):
+        results = dict(calibrated(folder, changed, tmp_path, method))
+        assert rows_at(tmp_path, MTP + 1, changed).shape[0] == sum(map(len, changed))
+        found.append(set(results))
+    assert found[0] == found[1] == found[3] < found[2]
+    assert (tmp_path / "notes.txt").exists()
 
 
-def test_each_expert_s_tokens_are_counted_and_few_are_topped_up(bf16_folder, tmp_path, documents):
-    config, tokens, least = small_config(), sum(map(len, documents)), 40
-    method = Method(group=16, min_expert_rows=least)
-    results = dict(calibrated(bf16_folder, documents, tmp_path, method))
+def test_each_expert_s_tokens_are_counted_and_few_are_topped_up(folder, tmp_path, documents):
+    config, tokens, least = CONFIG, sum(map(len, documents)), 60
+    results = dict(calibrated(folder, documents, tmp_path, Method(group=16, gptq=False, min_expert_rows=least)))
     coverage = coverage_of(tmp_path)
     assert all(torch.isfinite(result.scale_OG).all() for result in results.values())
     layers = range(config.first_k_dense_replace, config.num_hidden_layers + 1)
@@ -143,8 +176,8 @@ def test_each_expert_s_tokens_are_counted_and_few_are_topped_up(bf16_folder, tmp
     assert any(one.borrowed for one in coverage)
 
 
-def test_tokens_that_do_not_fit_the_model_are_refused(bf16_folder, tmp_path):
+def test_tokens_that_do_not_fit_the_model_are_refused(folder, tmp_path):
     with pytest.raises(InvalidInputError, match="no token"):
-        next(calibrated(bf16_folder, [torch.empty(0, dtype=torch.int64)], tmp_path, GPTQ))
+        next(calibrated(folder, [torch.empty(0, dtype=torch.int64)], tmp_path, GPTQ))
     with pytest.raises(InvalidInputError, match="must be 0 to 96"):
-        next(calibrated(bf16_folder, [torch.tensor([3, 97])], tmp_path, GPTQ))
+        next(calibrated(folder, [torch.tensor([3, 97])], tmp_path, GPTQ))
