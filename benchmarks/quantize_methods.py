@@ -41,16 +41,18 @@ from model.weights.hf_names import pieces
 from model.weights.pretrained import load_pretrained
 
 PLAIN = Method(gptq=False, search=False)
+GPTQ = Method(search=False, sweeps=0, correct=False)
 METHODS = {
     "nearest": PLAIN,
     "scale search": replace(PLAIN, search=True),
-    "gptq": Method(search=False),
-    "gptq, ordered": Method(search=False, ordered=True),
-    "gptq, scale search": Method(),
-    "gptq, ordered, scale search": Method(ordered=True),
     "awq": replace(PLAIN, awq=True),
     "awq, scale search": replace(PLAIN, awq=True, search=True),
-    "awq, gptq, scale search": Method(awq=True),
+    "gptq": GPTQ,
+    "gptq, ordered": replace(GPTQ, ordered=True),
+    "gptq, scale search": replace(GPTQ, search=True),
+    "gptq, scale search, descent": Method(correct=False),
+    "gptq, scale search, descent, correction": Method(),
+    "awq, gptq, scale search, descent, correction": Method(awq=True),
 }
 
 
@@ -133,7 +135,7 @@ def copy_speed(folder: Path, size: int) -> float:
 def measure(name: str, group: int, options: argparse.Namespace) -> dict[str, object]:
     """Row of one method."""
     run, export = options.run_dir, options.run_dir / "export"
-    method = replace(METHODS[name], group=group, min_expert_rows=options.min_expert_rows)
+    method = replace(METHODS[name], group=group)
     plain, rounded = (load_pretrained(str(export), dtype=torch.float32) for _ in range(2))
     plain_bytes = 2 * sum(entry.numel() for entry in plain.state_dict().values())
     documents = calibration_set(run, options.sequences)
@@ -182,7 +184,6 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--documents", type=int, default=80, help="held-out documents")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of a held-out document")
-    parser.add_argument("--min_expert_rows", type=int, default=METHODS["nearest"].min_expert_rows)
     parser.add_argument("--experts_only", action="store_true")
     parser.add_argument("--output", help="append the rows to this file too")
     options = parser.parse_args()

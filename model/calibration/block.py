@@ -12,30 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from model.calibration.awq import ScalingSearch, fold_norm
-from model.calibration.int4_weight import Int4Weight
-from model.calibration.layer import Layer, load_block, read_expert
-from model.calibration.method import Method
-from model.calibration.results import Result
-from model.calibration.routed_experts import (
-    Expert,
-    ExpertCoverage,
+from model.calibration.expert_rows import ROWS_PER_CHANNEL, ExpertCoverage, ExpertRows, routed, rows_of
+from model.calibration.feed_forward import (
+    FeedForward,
     Rows,
     activation,
     chunks,
     gate_up_moment,
-    round_expert,
-    routed,
-    rows_of,
+    round_feed_forward,
 )
-from model.calibration.second_moment import SecondMoment
-from model.calibration.stages import (
-    Rounding,
-    attention_stages,
-    feed_forward_stages,
-    fold_attention,
-    fold_feed_forward,
-    round_stages,
-)
+from model.calibration.int4_weight import Int4Weight
+from model.calibration.layer import Layer, load_block, read_expert
+from model.calibration.method import Method
+from model.calibration.results import Result
+from model.calibration.stages import Rounding, attention_stages, fold_attention, round_stages, scaling
 from model.calibration.token_rows import Batch
 from model.layers import SwiGLU
 from model.moe import MoE
@@ -118,37 +108,53 @@ class BlockCalibration:
         round_stages(attention_stages(block.self_attn), self._attend, rounding)
         self._attend(self._rows.middle_ND)
 
-    def _feed(self, mlp: nn.Module, write: Tensor | None = None) -> None:
-        """Run a feed-forward over all tokens; with `write`, residual and output are written there."""
+    def _feed(self, mlp: SwiGLU) -> None:
+        """Run a feed-forward over all tokens, and write residual and output."""
         for batch in self._batches:
             x_BTD = batch.of(self._rows.middle_ND).to(self._settings.device)
-            out_BTD = mlp(self._block.post_attention_layernorm(x_BTD))
-            if write is not None:
-                batch.of(write).copy_(x_BTD + out_BTD)
+            batch.of(self._rows.after_ND).copy_(x_BTD + mlp(self._block.post_attention_layernorm(x_BTD)))
 
     def _feed_forward(self, mlp: SwiGLU) -> None:
-        if self._rounding.method.awq:
-            fold_feed_forward(self._block.post_attention_layernorm, mlp, lambda: self._feed(mlp), self._rounding)
-        round_stages(feed_forward_stages(mlp), lambda: self._feed(mlp), self._rounding)
-        self._feed(mlp, self._rows.after_ND)
+        norm, rounding = self._block.post_attention_layernorm, self._rounding
+        if rounding.method.awq and rounding.chosen([mlp.gate_up_proj]):
+            moment = gate_up_moment(self._everyone(), self._normed)
+            fold_norm(norm, [mlp.gate_up_proj], scaling([mlp.gate_up_proj.weight], moment, rounding.method))
+            rounding.folded.update(dict.fromkeys([norm.weight, mlp.gate_up_proj.weight]))
+        self._dense(mlp)
+        self._feed(mlp)
+
+    def _everyone(self) -> Rows:
+        tokens = self._rows.middle_ND.shape[0]
+        return Rows(torch.arange(tokens), torch.ones(tokens))
+
+    def _dense(self, mlp: SwiGLU) -> None:
+        """Round a feed-forward that all tokens go through, in place."""
+        rounding, gate_up, down = self._rounding, mlp.gate_up_proj.weight, mlp.down_proj.weight
+        plain = FeedForward(gate_up, down, gate_up in rounding.wanted, down in rounding.wanted)
+        found = round_feed_forward(plain, self._everyone(), self._normed, rounding.method)
+        for weight, values, int4 in (
+            (gate_up, found.gate_up_XD, found.gate_up),
+            (down, found.down_DF, found.down),
+        ):
+            weight.copy_(values)
+            if int4 is not None:
+                rounding.rounded[weight] = int4
+        if rounding.method.awq and plain.round_down:
+            rounding.folded[gate_up] = None
 
     def _mixture(self, moe: MoE, keep: Keep) -> list[ExpertCoverage]:
+        config = moe.config
         experts_NK, weight_NK = self._route(moe)
-        shared = moe.shared_experts
+        least = ROWS_PER_CHANNEL * max(config.hidden_size, config.moe_intermediate_size)
+        rows = [rows_of(expert, experts_NK, weight_NK, least) for expert in range(config.n_routed_experts)]
         if self._rounding.method.awq:
-            self._fold_mixture(moe, experts_NK, weight_NK)
-        if shared is None:
+            self._fold_mixture(moe, rows)
+        if moe.shared_experts is None:
             self._rows.after_ND.copy_(self._rows.middle_ND)
         else:
-            if self._rounding.method.awq:
-                fold_feed_forward(None, shared, lambda: self._feed(shared), self._rounding)
-            round_stages(feed_forward_stages(shared), lambda: self._feed(shared), self._rounding)
-            self._feed(shared, self._rows.after_ND)
-        least = self._rounding.method.min_expert_rows
-        return [
-            self._expert(expert, rows_of(expert, experts_NK, weight_NK, least), keep)
-            for expert in range(moe.config.n_routed_experts)
-        ]
+            self._dense(moe.shared_experts)
+            self._feed(moe.shared_experts)
+        return [self._expert(expert, rows[expert], keep) for expert in range(config.n_routed_experts)]
 
     def _route(self, moe: MoE) -> tuple[Tensor, Tensor]:
         """Experts and routing weights [N, K] of all tokens, on the CPU."""
@@ -163,38 +169,35 @@ class BlockCalibration:
         rows_RD: Tensor = self._block.post_attention_layernorm(self._rows.middle_ND[token_R].to(self._settings.device))
         return rows_RD
 
-    def _fold_mixture(self, moe: MoE, experts_NK: Tensor, weight_NK: Tensor) -> None:
+    def _fold_mixture(self, moe: MoE, rows: Sequence[ExpertRows]) -> None:
         """One scaling for all readers of post_attention_layernorm, by the errors of those that are rounded."""
         method, rounding = self._rounding.method, self._rounding
-        everyone = SecondMoment(moe.config.hidden_size, self._settings.device)
-        for batch in self._batches:
-            everyone.add(self._block.post_attention_layernorm(batch.of(self._rows.middle_ND).to(self._settings.device)))
+        everyone = gate_up_moment(self._everyone(), self._normed)
         search = ScalingSearch(everyone.mean(), method.group, method.scale_dtype)
         readers = [moe.gate]
         if moe.shared_experts is not None:
             readers.append(moe.shared_experts.gate_up_proj)
             if rounding.chosen(readers):
                 search.add(moe.shared_experts.gate_up_proj.weight, everyone.sum_II)
-        for expert in range(moe.config.n_routed_experts):
+        for expert, of_expert in enumerate(rows):
             if (weights := self._read(expert)).round_gate_up:
-                rows = rows_of(expert, experts_NK, weight_NK, method.min_expert_rows)
-                search.add(weights.gate_up_XD, gate_up_moment(rows, self._normed).sum_II)
+                search.add(weights.gate_up_XD, gate_up_moment(of_expert.all, self._normed).sum_II)
         self._expert_scaling_D = search.best()
         fold_norm(self._block.post_attention_layernorm, readers, self._expert_scaling_D)
         changed = [self._block.post_attention_layernorm.weight, *(linear.weight for linear in readers)]
         rounding.folded.update(dict.fromkeys(changed))
 
-    def _read(self, expert: int) -> Expert:
+    def _read(self, expert: int) -> FeedForward:
         settings = self._settings
         gate_up_XD, down_DF = read_expert(self._reader, self._layer, expert, settings.dtype, settings.device)
         if self._expert_scaling_D is not None:
             gate_up_XD.mul_(self._expert_scaling_D)
         gate, up, down = map(settings.wanted, self._layer.expert_names(expert))
-        return Expert(gate_up_XD, down_DF, gate and up, down)
+        return FeedForward(gate_up_XD, down_DF, gate and up, down)
 
-    def _expert(self, expert: int, rows: Rows, keep: Keep) -> ExpertCoverage:
+    def _expert(self, expert: int, rows: ExpertRows, keep: Keep) -> ExpertCoverage:
         """Round one expert, keep it, and add its outputs to the rows after the block."""
-        found = round_expert(self._read(expert), rows, self._normed, self._rounding.method)
+        found = round_feed_forward(self._read(expert), rows.all, self._normed, self._rounding.method)
         gate_name, up_name, down_name = self._layer.expert_names(expert)
         half = found.gate_up_XD.shape[0] // 2
         for name, part in ((gate_name, slice(0, half)), (up_name, slice(half, None))):
@@ -204,11 +207,12 @@ class BlockCalibration:
                 keep(name, found.gate_up_XD[part])
         if found.down is not None:
             keep(down_name, found.down)
-        for chunk in chunks(rows, own=True):
+        for chunk in chunks(rows.own):
             act_RF = activation(self._normed(chunk.token_R), found.gate_up_XD, chunk.weight_R)
             out_RD = nn.functional.linear(act_RF, found.down_DF).to(self._rows.after_ND)
             self._rows.after_ND.index_add_(0, chunk.token_R, out_RD)
-        return ExpertCoverage(self._layer.number, expert, rows.own, rows.token_R.shape[0] - rows.own)
+        own, used = rows.own.token_R.shape[0], rows.all.token_R.shape[0]
+        return ExpertCoverage(self._layer.number, expert, own, used - own)
 
 
 def _piece(rounded: Int4Weight, part: tuple[int | slice, ...]) -> Int4Weight:

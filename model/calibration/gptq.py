@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.calibration.int4_weight import Int4Weight, nearest, with_scale
+from model.calibration.int4_weight import Int4Weight, better_rows, nearest, with_scale
 from model.calibration.scale_search import ratios, search_scale
-from model.calibration.second_moment import output_error
 from model.numerics.int4_groups import MAX, MIN, largest_scale
 
 # Section 3.3: share of the mean diagonal that is added to it, and columns whose effect on the rest is applied at once.
@@ -69,7 +68,7 @@ def gptq(
         work_IO[block.stop :].addmm_(factor_II[block, block.stop :].T, error_XO, alpha=-1)
     values_OI = values_IO[order_I.argsort()].T.contiguous()
     adjusted = Int4Weight(values_OI, baseline.scale_OG if ordered else torch.stack(scales, dim=1), group)
-    return _better_rows(weight_OI, moment_II, adjusted, baseline)
+    return better_rows(weight_OI, moment_II, adjusted, baseline)
 
 
 def inverse_factor(moment_II: Tensor, dampening: float) -> Tensor:
@@ -97,7 +96,7 @@ def _unadjusted(
     if not search:
         return plain
     searched = with_scale(weight_OI, search_scale(weight_OI, group, moment_II, scale_dtype), group)
-    return _better_rows(weight_OI, moment_II, searched, plain)
+    return better_rows(weight_OI, moment_II, searched, plain)
 
 
 def _group_scale(work_XO: Tensor, corner_XX: Tensor, scale_dtype: torch.dtype, *, search: bool) -> Tensor:
@@ -133,15 +132,3 @@ def _round_block(work_XO: Tensor, corner_XX: Tensor, scale_XO: Tensor) -> tuple[
         error_XO[place] = (column_O - rounded_O * scale_O) / corner_XX[place, place]
         work_XO[place + 1 :].addr_(corner_XX[place, place + 1 :], error_XO[place], alpha=-1)
     return values_XO, error_XO
-
-
-def _better_rows(weight_OI: Tensor, moment_II: Tensor, first: Int4Weight, second: Int4Weight) -> Int4Weight:
-    """Of each row the version whose output is nearer to the weight's; `first` on a tie."""
-    weight_OI = weight_OI.float()
-    first_O, second_O = (output_error(w.dequantized() - weight_OI, moment_II) for w in (first, second))
-    first_O1 = (first_O <= second_O)[:, None]
-    return Int4Weight(
-        torch.where(first_O1, first.values_OI, second.values_OI),
-        torch.where(first_O1, first.scale_OG, second.scale_OG),
-        first.group,
-    )

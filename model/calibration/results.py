@@ -11,8 +11,8 @@ from dataclasses import asdict
 from torch import Tensor
 
 from base import storage
+from model.calibration.expert_rows import ExpertCoverage
 from model.calibration.int4_weight import Int4Weight
-from model.calibration.routed_experts import ExpertCoverage
 from model.numerics.int4_groups import pack, unpack
 from model.weights.safetensors_file import SafetensorsFile, write_file
 

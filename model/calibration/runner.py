@@ -2,9 +2,10 @@
 
 The documents' hidden states go through the model once; each block is rounded on the hidden states that the rounded
 blocks before it give, as in GPTQ's code (arXiv 2210.17323, section 4). For the 671B model and 128 x 2,048 calibration
-tokens that takes, beside one expert's weights: a block without routed experts (0.5 GB in bf16), one stage's moments in
-fp32 and, for GPTQ, five matrices of that size in fp64 (1.1 + 11 GB for o_proj's 16,384 channels, 0.2 + 2.1 GB for an
-expert's 7,168), and three mapped files of 3.8 GB, of which the system keeps in memory what it has room for.
+tokens that takes, beside one expert's weights: a block without routed experts (0.5 GB in bf16, 1.2 GB a dense one), the
+moments of one stage in fp32 and, for GPTQ, five matrices of their size in fp64 (0.2 + 2 GB for an expert's 7,168 input
+channels, 1.1 + 11 GB for o_proj's 16,384, 2.7 + 14 GB for the down_proj of a dense layer), and three mapped files of
+3.8 GB, of which the system keeps in memory what it has room for.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from base import storage
 from base.errors import InvalidInputError
 from base.storage import Progress
 from model.calibration.block import BlockCalibration, BlockRows, Settings
+from model.calibration.expert_rows import ExpertCoverage
 from model.calibration.layer import Layer
 from model.calibration.method import Method
 from model.calibration.results import LayerWriter, Result, read_coverage, read_results
-from model.calibration.routed_experts import ExpertCoverage
 from model.calibration.token_rows import batches_of, map_rows, sync
 from model.model_config import ModelConfig
 from model.numerics.formats import is_projection

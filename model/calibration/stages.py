@@ -1,4 +1,4 @@
-"""Linear layers rounded in the order in which data passes them, each for inputs that come from rounded layers.
+"""Projections of attention rounded in the order in which data passes them, each on inputs from rounded ones.
 
 A stage is a list of inputs, and an input a list of the layers that read it. All inputs of a stage are captured in one
 run over the calibration documents; the next stage's run goes through this one's rounded weights, as in GPTQ's code
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
-from model.calibration.awq import ScalingSearch, fold_norm, fold_up, fold_values
+from model.calibration.awq import ScalingSearch, fold_norm, fold_values
 from model.calibration.int4_weight import Int4Weight
 from model.calibration.method import Method
 from model.calibration.second_moment import SecondMoment
-from model.layers import RMSNorm, SwiGLU
+from model.layers import RMSNorm
 
 Stages = Sequence[Sequence[Sequence[nn.Linear]]]
 Run = Callable[[], None]
@@ -95,11 +95,6 @@ def attention_stages(attention: Attention) -> Stages:
     return [first, [[attention.q_b_proj], [attention.kv_b_proj]], [[attention.o_proj]]]
 
 
-def feed_forward_stages(mlp: SwiGLU) -> Stages:
-    """Projections of a dense feed-forward or a shared expert."""
-    return [[[mlp.gate_up_proj]], [[mlp.down_proj]]]
-
-
 def fold_attention(norm: RMSNorm, attention: Attention, run: Run, rounding: Rounding) -> None:
     """AWQ's scalings of attention's inputs, folded into norms and kv_b_proj; weights are not rounded yet."""
     latent_norms = [attention.q_a_layernorm] if attention.low_rank_query else []
@@ -118,18 +113,6 @@ def fold_attention(norm: RMSNorm, attention: Attention, run: Run, rounding: Roun
             fold_values(attention, scaling_I)
             changed.append(attention.kv_b_proj.weight)
         rounding.folded.update(dict.fromkeys(changed))
-
-
-def fold_feed_forward(norm: RMSNorm | None, mlp: SwiGLU, run: Run, rounding: Rounding) -> None:
-    """AWQ's scalings of a feed-forward's inputs, folded into the rows of up, and into the norm where one is given."""
-    gate_up, down = captured([mlp.gate_up_proj, mlp.down_proj], run)
-    if norm is not None and rounding.chosen([mlp.gate_up_proj]):
-        fold_norm(norm, [mlp.gate_up_proj], scaling([mlp.gate_up_proj.weight], gate_up, rounding.method))
-        rounding.folded.update(dict.fromkeys([norm.weight, mlp.gate_up_proj.weight]))
-    if rounding.chosen([mlp.down_proj]):
-        scaling_F = scaling([mlp.down_proj.weight], down, rounding.method)
-        fold_up(mlp.gate_up_proj.weight, mlp.down_proj.weight, scaling_F)
-        rounding.folded.update(dict.fromkeys([mlp.gate_up_proj.weight, mlp.down_proj.weight]))
 
 
 def scaling(weights: Sequence[Tensor], moment: SecondMoment, method: Method) -> Tensor:
