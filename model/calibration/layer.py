@@ -35,7 +35,7 @@ class Layer(NamedTuple):
     @property
     def is_moe(self) -> bool:
         """Whether its feed-forward is a mixture of experts."""
-        return self.number >= self.config.first_k_dense_replace
+        return self.is_mtp or self.number >= self.config.first_k_dense_replace
 
     def pieces(self, name: str, shape: torch.Size) -> list[Piece]:
         """Released tensors of one entry of the block's state."""
