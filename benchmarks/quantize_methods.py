@@ -6,9 +6,9 @@ RUN is a training run with `data` and `export` (python -m cherry.export). The ca
 its training shards; the held-out documents are scored as the evaluation does, in windows of the sequence length. All
 projections are rounded: attention, dense, shared and routed experts; with `--experts_only` the routed experts alone,
 which is the mix that is released. `gptq` is the paper's; scale search, coordinate descent and the correction of
-down_proj are added to it one by one. Prints a JSON row for each method and group: `dnll` is the loss that rounding costs
-in nats per token, `dnll_upper` its one-sided 95 % bound over documents, `gb_s_read` the bytes of plain weights over the
-whole calibration's time, beside `copy_gb_s`, a plain copy of the same files.
+down_proj are added to it one by one. Prints a JSON row for each method and group: `dnll` is the loss that rounding
+costs in nats per token, `dnll_upper` its one-sided 95 % bound over documents, `gb_s_read` the bytes of plain weights
+over the whole calibration's time, beside `copy_gb_s`, a plain copy of the same files.
 """
 
 from __future__ import annotations
