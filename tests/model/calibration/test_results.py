@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from base.errors import MissingFileError
+from model.calibration.expert_rows import ExpertCoverage
+from model.calibration.int4_weight import Int4Weight, nearest
+from model.calibration.results import LayerWriter, read_coverage, read_results
+from tests.model.calibration.inputs import weight
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1 << 20])
+def test_results_come_back_as_they_were_kept(tmp_path, monkeypatch, part_bytes):
+    monkeypatch.setattr("model.calibration.results._PART_BYTES", part_bytes)
+    directory = str(tmp_path / "layer")
+    int4, odd = nearest(weight(6, 64), 32, torch.bfloat16), nearest(weight(3, 21), 16, torch.float32)
+    plain = weight(4, 5)
+    coverage = [ExpertCoverage(3, 0, 17, 2), ExpertCoverage(3, 1, 0, 19)]
+    writer = LayerWriter(directory)
+    for name, result in (("a.weight", int4), ("b.weight", odd), ("c.weight", plain)):
+        writer.keep(name, result)
+    with pytest.raises(MissingFileError):
+        list(read_results(directory))
+    writer.commit(coverage)
+    found = dict(read_results(directory))
+    assert set(found) == {"a.weight", "b.weight", "c.weight"}
+    assert torch.equal(found["c.weight"], plain)
+    for name, expected in (("a.weight", int4), ("b.weight", odd)):
+        result = found[name]
+        assert isinstance(result, Int4Weight)
+        assert torch.equal(result.values_OI, expected.values_OI)
+        assert torch.equal(result.scale_OG, expected.scale_OG)
+        assert result.scale_OG.dtype == expected.scale_OG.dtype
+        assert result.group == expected.group
+    assert read_coverage(directory) == coverage
+
+
+def test_what_an_unfinished_layer_left_is_gone_when_it_is_written_again(tmp_path):
+    first = LayerWriter(str(tmp_path))
+    first.keep("old.weight", weight(2, 2))
+    first.commit([])
+    again = LayerWriter(str(tmp_path))
+    again.keep("new.weight", weight(2, 2))
+    again.commit([])
+    assert [name for name, _ in read_results(str(tmp_path))] == ["new.weight"]
