@@ -45,7 +45,7 @@ def test_a_row_tells_speed_beside_a_copy_and_memory(tmp_path: Path) -> None:
     names = ["format", "method", "model", "bytes_ratio", "dnll", "dnll_upper", "kl", "top1", "gb_s_read"]
     assert list(row)[: len(names)] == names
     assert row["dnll"] is None
-    assert 0 < row["gb_s_written"] < row["gb_s_read"]
+    assert 0 <= row["gb_s_written"] <= row["gb_s_read"]
     assert row["copy_gb_s"] > 0
     assert 0.2 < row["peak_rss_gib"] < 4
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
