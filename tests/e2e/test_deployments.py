@@ -69,5 +69,5 @@ def test_a_deployment_runs_to_the_end(project, finished):
         "provision", "data", "train", "export", "quantize", "evaluate", "register",
     ]  # fmt: skip
     artifacts = project.api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
-    keys = {"plan-first", "train-first", "evaluate-first", "run-first", "links-first"}
+    keys = {"plan-first", "train-first", "quantization-first", "evaluate-first", "run-first", "links-first"}
     assert {one["key"] for one in artifacts} == keys
