@@ -7,8 +7,10 @@ import io
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # The reader of a pipe is gone; the terminal is gone.
 _READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)

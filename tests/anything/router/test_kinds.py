@@ -168,7 +168,7 @@ def test_a_server_of_another_kind_that_fails_its_smoke_test_is_stopped(context: 
 def test_records_and_routes_from_before_there_were_kinds_are_embedded(tmp_path: Path) -> None:
     serving = ServingDirectory(str(tmp_path))
     serving.prepare()
-    old: dict[str, Any] = {"name": "v1", "pid": 0, "created": 0.0, "url": "http://x", "model": "/m", "version": "v1"}
+    old: dict[str, Any] = {"name": "v1", "pid": 1, "created": 0.0, "url": "http://x", "model": "/m", "version": "v1"}
     storage.write_json(str(serving.path / "server-v1.json"), old)
     assert serving.servers() == [Server(**old)]
     assert (serving.servers()[0].kind, serving.servers()[0].stop_signal) == (DEFAULT_KIND, signal.SIGTERM)
