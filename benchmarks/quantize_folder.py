@@ -196,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     total = int(options.gib * GIB)
     if options.folder is not None:
-        Path(options.folder).mkdir(parents=True, exist_ok=True)
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quantize-", dir=options.folder) as scratch:
         free = shutil.disk_usage(scratch).free
         if free < total * 1.1 + 2 * SHARD_BYTES:
