@@ -5,15 +5,14 @@ Shapes: O output channel, I input channel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.numerics.e4m3 import DTYPE, PROBE, decode, exact_scales
-from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.schemes import ChannelScheme
 from model.numerics.strips import largest_magnitude, scratch, strips
 
 # Rows whose scales are searched at once.
@@ -21,30 +20,14 @@ _CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Fp8Channel:
-    """Scheme of e4m3 values under the weight's own name, and fp32 scales [O, 1] under the name with `_scale`."""
+class Fp8Channel(ChannelScheme):
+    """Scheme of e4m3 values and a scale per output channel."""
 
-    joint = False
+    dtype, numbers, layout = DTYPE, "float", "float-quantized"
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Static weights per channel, dynamic activations per token."""
-        weights = compressed_tensors_arguments(num_bits=8, type="float", strategy="channel")
-        activations = compressed_tensors_arguments(num_bits=8, type="float", strategy="token", dynamic=True)
-        return compressed_tensors_group("float-quantized", weights, activations)
-
-    def entries(self, rows: int, columns: int) -> Mapping[str, Entry]:
-        """Values and scales."""
-        return {"": Entry((rows, columns), DTYPE), "_scale": Entry((rows, 1), torch.float32)}
-
-    def shape(self, stored: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Shape of the values."""
-        rows, columns = stored[""].shape
-        return rows, columns
-
-    def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    def quantize_one(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """See `quantize`."""
-        return [dict(zip(("", "_scale"), quantize(weight_OI), strict=True)) for weight_OI in weights]
+        return quantize(weight_OI)
 
     def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Values times their row's scale."""

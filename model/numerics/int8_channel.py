@@ -9,14 +9,13 @@ Shapes: O output channel, I input channel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.schemes import ChannelScheme
 from model.numerics.strips import largest_magnitude, scratch, strips
 
 _MAX = 127
@@ -25,30 +24,17 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Int8Channel:
-    """Scheme of int8 values under the weight's own name, and fp32 scales [O, 1] under the name with `_scale`."""
+class Int8Channel(ChannelScheme):
+    """Scheme of int8 values and a scale per output channel.
 
-    joint = False
+    It is described as W8A8: weight-only int8 is what runs here, but engines have kernels for it only in 32-bit words.
+    """
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """W8A8: weight-only int8 is what runs here, but engines have kernels for it only in 32-bit words."""
-        weights = compressed_tensors_arguments(num_bits=8, type="int", strategy="channel")
-        activations = compressed_tensors_arguments(num_bits=8, type="int", strategy="token", dynamic=True)
-        return compressed_tensors_group("int-quantized", weights, activations)
+    dtype, numbers, layout = torch.int8, "int", "int-quantized"
 
-    def entries(self, rows: int, columns: int) -> Mapping[str, Entry]:
-        """Values and scales."""
-        return {"": Entry((rows, columns), torch.int8), "_scale": Entry((rows, 1), torch.float32)}
-
-    def shape(self, stored: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Shape of the values."""
-        rows, columns = stored[""].shape
-        return rows, columns
-
-    def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    def quantize_one(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """See `quantize`."""
-        return [dict(zip(("", "_scale"), quantize(weight_OI), strict=True)) for weight_OI in weights]
+        return quantize(weight_OI)
 
     def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Values times their row's scale."""

@@ -5,8 +5,9 @@ Shapes: O output channel, I input channel.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +45,45 @@ class Scheme(Protocol):
 
     def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Set `out` [O, I] to the weight: multiplied in fp32, then rounded to `out`'s type."""
+
+
+class ChannelScheme(ABC):
+    """Scheme of 8-bit values under the weight's own name, and fp32 scales [O, 1] under the name with `_scale`."""
+
+    joint = False
+    dtype: ClassVar[torch.dtype]
+    numbers: ClassVar[str]
+    """compressed-tensors' word for the type of the values."""
+    layout: ClassVar[str]
+    """compressed-tensors' name of how they lie on disk."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Static weights per channel, dynamic activations per token."""
+        weights = compressed_tensors_arguments(num_bits=8, type=self.numbers, strategy="channel")
+        activations = compressed_tensors_arguments(num_bits=8, type=self.numbers, strategy="token", dynamic=True)
+        return compressed_tensors_group(self.layout, weights, activations)
+
+    def entries(self, rows: int, columns: int) -> Mapping[str, Entry]:
+        """Values and scales."""
+        return {"": Entry((rows, columns), self.dtype), "_scale": Entry((rows, 1), torch.float32)}
+
+    def shape(self, stored: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Shape of the values."""
+        rows, columns = stored[""].shape
+        return rows, columns
+
+    def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Values and scales of each weight by itself."""
+        return [dict(zip(("", "_scale"), self.quantize_one(weight_OI), strict=True)) for weight_OI in weights]
+
+    @abstractmethod
+    def quantize_one(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [O, I] and fp32 scales [O, 1] of a weight."""
+
+    @abstractmethod
+    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+        """Values times their row's scale."""
 
 
 def compressed_tensors_arguments(**given: Any) -> dict[str, Any]:

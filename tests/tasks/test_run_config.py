@@ -83,6 +83,13 @@ def refused(section: str, key: str, value: str) -> bool:
     return False
 
 
+@pytest.mark.parametrize("name", ["a/b", "A", "-a", "", "a" * 64])
+def test_a_name_of_a_run_is_refused_in_words_without_a_pattern(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"name: must be lower-case letters, digits and dashes, at most 63") as caught:
+        load(ROOT / "configs" / "tiny.yaml", RunConfig, [f"name={name!r}"])
+    assert "^[" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["ls-1.5b", "a/b", "a:b", "a%b", "it's", 'the "best"', "", " "])
 def test_a_model_name_that_the_registry_refuses_is_refused_before_training(name: str) -> None:
     assert refused("register_model", "model_name", name)

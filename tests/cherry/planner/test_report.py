@@ -10,7 +10,7 @@ import pytest
 from base.config import load
 from cherry.cluster import ClusterSpec
 from cherry.planner.plan import Plan, make_plan
-from cherry.planner.report import Row, sections_of, unused
+from cherry.planner.report import Row, cost, sections_of, summary_line, unused
 from cherry.planner.step_time import step_time
 from tasks.run_config import RunConfig
 
@@ -77,3 +77,14 @@ def test_a_save_in_the_foreground_is_not_reported_as_one_behind_the_steps() -> N
 def test_gpus_that_a_job_leaves_idle_are_reported() -> None:
     assert unused(plan_for()) == ""
     assert unused(plan_for(nodes=64)) == "takes 256 of the cluster's 512 GPUs; all with launch.nnodes=64"
+
+
+def test_the_short_line_has_the_peak_that_the_tracker_gets() -> None:
+    plan = plan_for()
+    predicted = plan.predictions()["predicted_peak_memory_gib"]
+    assert f"{predicted:.2f} GiB at the peak of a GPU" in summary_line(plan)
+
+
+@pytest.mark.parametrize(("amount", "told"), [(9.994, "9.99 EUR"), (12_345.6, "12,346 EUR")])
+def test_a_cost_has_its_currency(amount: float, told: str) -> None:
+    assert cost(amount, ClusterSpec(kind="nodes", gpu="H100", nodes=2, gpus_per_node=8, currency="EUR")) == told
