@@ -92,12 +92,12 @@ class Campaign(ABC):
     def meet(self, kind: str) -> None:
         """Inject a fault into the job, which trains and has a checkpoint, and see it go on."""
         old = [one for name in self._hosts.names for one in self._hosts.processes(name) if _is_ours(one)]
-        at = len(self._supervised.output)
         before, committed, lines = len(self._supervised.attempts), self._committed(), len(self._job.metrics)
         fault, injected = Fault(kind, self.provider), time.time()
         first, *others = self._began_hosts()
         self._inject(kind, first, self._choose.choice([first, *others]), others)
         until(lambda: self._began(before) is not None, f"the attempt after {kind}: {self._supervised.output[-2000:]}")
+        at = len(self._supervised.output)  # the last lines of the attempt before, which are told at its end, are past
         fault.survivors = sum(map(is_alive, old))
         until(lambda: self._trains_since(at), f"a step after {kind}: {self._supervised.output[-2000:]}")
         fault.recover_s = time.time() - injected
