@@ -7,6 +7,7 @@ Each `build_*` returns a function that takes one training step on tokens [B, T] 
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -104,7 +105,7 @@ def build_torchtitan(config: ModelConfig, device: torch.device, *, compiled: boo
 def _shard(model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
     if device.type == "cpu":
         return  # one CPU rank: neither side shards
-    mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("shard",))
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -1,6 +1,7 @@
 """Measures a training step of a DeepSeek-V3-architecture model: cherry, transformers and torchtitan.
 
     python -m benchmarks.train_step [--size tiny|3b] [--impl NAME ...] [--steps N] [--output FILE]
+                                    [--nproc N [--layout NAME ...]]
 
 All of them build a model of the same sizes, train on the same random tokens in the same process, one after the other,
 and print one JSON row each. `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5 MoE layers (3.43 B parameters, 4 x
@@ -8,6 +9,10 @@ and print one JSON row each. `3b` has DeepSeek-V2-Lite's widths in 1 dense and 5
 moments, clip 1.0, no recompute. `tiny` is the preset without its MTP module (16 x 256 tokens). `cherry-fp8` trains as
 DeepSeek does, with fp8 matmuls and bf16 moments, on Hopper GPUs. `cherry-eager` and `transformers-eager` are without
 torch.compile; torchtitan runs where it is installed, and needs a GPU.
+
+With `--nproc` as many GPUs of this host take part, each with its own 4 x 4,096 tokens, and each of cherry's rows comes
+once for every `--layout`: `shard` (FSDP2), `kept` (the same with parameters kept gathered), `expert` and `expert, kept`
+(routed experts spread over all GPUs), `replicate`. Peers are sharded by FSDP2. `tok_s` is of one GPU.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +43,15 @@ from cherry.training_model import build
 from model.model_config import PRESETS, ModelConfig
 
 SLICE_3B = {**PRESETS["16b"], "num_hidden_layers": 6, "rope_scaling": None, "max_position_embeddings": 4096}
+KEPT = {"reshard_after_forward": False}
+LAYOUTS: dict[str, Callable[[int], dict]] = {
+    "shard": lambda _: {},
+    "kept": lambda _: KEPT,
+    "expert": lambda ranks: {"expert": ranks},
+    "expert, kept": lambda ranks: {"expert": ranks, **KEPT},
+    "replicate": lambda ranks: {"replicate": ranks},
+    "replicate, kept": lambda ranks: {"replicate": ranks, **KEPT},
+}
 SIZES = {
     # The router that all three implement: sigmoid scores.
     "3b": ({**SLICE_3B, "scoring_func": "sigmoid", "norm_topk_prob": True}, 4, 4096),
@@ -44,7 +59,15 @@ SIZES = {
 }
 
 
-def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, **changes: str) -> JobConfig:
+def job_of(
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    compiled: bool,
+    chunk: int,
+    parallel: dict | None = None,
+    **changes: str,
+) -> JobConfig:
     """Job configuration, as the trainer gets it; `changes` are keys of `train`."""
     train = {
         "precision": "bf16" if device.type == "cuda" else "fp32",
@@ -57,7 +80,14 @@ def job_of(config: ModelConfig, device: torch.device, *, compiled: bool, chunk: 
         **changes,
     }
     return JobConfig.model_validate(
-        {"name": "bench", "model": config.model_dump(), "train": train, "data": {"tokenizer": "none"}}
+        {
+            "name": "bench",
+            "model": config.model_dump(),
+            "train": train,
+            "data": {"tokenizer": "none"},
+            "parallel": parallel or {},
+            "launch": {"nproc_per_node": dist.get_world_size()},
+        }
     )
 
 
@@ -67,18 +97,26 @@ def warm_rates(warmup_steps: int) -> Iterator[float]:
 
 
 def build_cherry(
-    config: ModelConfig, device: torch.device, *, compiled: bool, chunk: int, warmup_steps: int = 0, **changes: str
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    compiled: bool,
+    chunk: int,
+    warmup_steps: int = 0,
+    parallel: dict | None = None,
+    **changes: str,
 ) -> Step:
     """Training step of the trainer, without data loading and metrics; the learning rate warms up, then stays."""
-    job = job_of(config, device, compiled=compiled, chunk=chunk, **changes)
+    job = job_of(config, device, compiled=compiled, chunk=chunk, parallel=parallel, **changes)
     network = build(job, device)
+    ranks = dist.get_world_size()
     network.start()
     rates = warm_rates(warmup_steps)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         set_learning_rate(network.optimizer, next(rates))
         loss, _, balance = network.module(tokens, targets)
-        mean = loss / tokens.numel()
+        mean = loss / (tokens.numel() * ranks)  # gradients are summed over ranks
         (mean + job.train.balance_loss_weight * balance).backward()
         norm = network.gradient_norm()
         take = network.ready_step(norm, CLIP)
@@ -88,34 +126,41 @@ def build_cherry(
         take()
         update_expert_bias(network.model.moe_layers(), job.train.expert_bias_update_rate)
         network.zero_grad()
-        return mean.detach()
+        return mean.detach() * ranks
 
     return step
 
 
-def builders(chunk: int) -> dict[str, Callable[[ModelConfig, torch.device], Step]]:
+def builders(chunk: int, parallel: dict | None = None) -> dict[str, Callable[[ModelConfig, torch.device], Step]]:
     """Implementations that can run here, by name."""
     found: dict[str, Callable[[ModelConfig, torch.device], Step]] = {
-        "cherry": lambda c, d: build_cherry(c, d, compiled=d.type == "cuda", chunk=chunk),
-        "cherry-eager": lambda c, d: build_cherry(c, d, compiled=False, chunk=chunk),
+        "cherry": lambda c, d: build_cherry(c, d, parallel=parallel, compiled=d.type == "cuda", chunk=chunk),
+        "cherry-eager": lambda c, d: build_cherry(c, d, parallel=parallel, compiled=False, chunk=chunk),
         "transformers": lambda c, d: build_transformers(c, d, compiled=d.type == "cuda")[1],
         "transformers-eager": lambda c, d: build_transformers(c, d, compiled=False)[1],
     }
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
         # As DeepSeek-V3 trains: fp8 matmuls, bf16 moments.
         deepseek = {"precision": "fp8", "optimizer_state_dtype": "bf16"}
-        found["cherry-fp8"] = lambda c, d: build_cherry(c, d, compiled=True, chunk=chunk, **deepseek)
-        found["cherry-fp8, fp32 moments"] = lambda c, d: build_cherry(c, d, compiled=True, chunk=chunk, precision="fp8")
+        found["cherry-fp8"] = lambda c, d: build_cherry(c, d, parallel=parallel, compiled=True, chunk=chunk, **deepseek)
+        found["cherry-fp8, fp32 moments"] = lambda c, d: build_cherry(
+            c, d, parallel=parallel, compiled=True, chunk=chunk, precision="fp8"
+        )
         moments = {"optimizer_state_dtype": "bf16"}
-        found["cherry, bf16 moments"] = lambda c, d: build_cherry(c, d, compiled=True, chunk=chunk, **moments)
+        found["cherry, bf16 moments"] = lambda c, d: build_cherry(
+            c, d, parallel=parallel, compiled=True, chunk=chunk, **moments
+        )
     if importlib.util.find_spec("torchtitan") and torch.cuda.is_available():
         found["torchtitan"] = lambda c, d: build_torchtitan(c, d, compiled=True)[1]
     return found
 
 
-def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | None = None) -> dict:
+def measure(
+    name: str, size: str, steps: int, chunk: int | None, shape: dict | None = None, layout: str = "shard"
+) -> dict:
     """JSON row of one measurement. `shape` overrides keys of the size's model, `batch` and `length`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), dist.get_world_size()
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     cuda = device.type == "cuda"
     keys, batch, length = SIZES[size]
     changes = dict(shape or {})
@@ -129,13 +174,15 @@ def measure(name: str, size: str, steps: int, chunk: int | None, shape: dict | N
         "batch": batch,
         "length": length,
         "experts": config.n_routed_experts,
+        "layout": layout,
+        "world": ranks,
     }
     if cuda:
         torch.set_float32_matmul_precision("high")  # as in cherry: only the routers stay in fp32
         torch.cuda.reset_peak_memory_stats()
     try:
         torch.manual_seed(0)
-        step = builders(chunk or batch * length)[name](config, device)
+        step = builders(chunk or batch * length, LAYOUTS[layout](ranks) if ranks > 1 else None)[name](config, device)
         seconds, losses = _run(step, config, steps, batch, length, device)
     except torch.OutOfMemoryError:
         return {**row, "failed": "out of memory"}
@@ -162,7 +209,7 @@ def _run(
 
     No step waits for the previous one to end; only the implementation's own synchronization is in its time.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(config.vocab_size, (steps, batch, length + 1), generator=generator).to(device)
     ends, losses = [_now(device)], []
     for batch_tokens in tokens:
@@ -195,13 +242,22 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, help="tokens whose logits exist at one time (default: all of a step's)")
     parser.add_argument("--scale", action="store_true", help="cherry over sequence lengths, experts and micro-batches")
     parser.add_argument("--output", help="append the rows to this JSON array too")
+    parser.add_argument("--nproc", type=int, default=1, help="GPUs of this host that take part (default: 1)")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["shard"], help="of cherry on several GPUs")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if options.nproc > 1 and "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
+        place = sys.argv.index("--nproc")  # torchrun would take it for its own
+        own = sys.argv[1:place] + sys.argv[place + 2 :]
+        command = [sys.executable, *launcher, "-m", "benchmarks.train_step", *own]
+        raise SystemExit(subprocess.run(command, check=False).returncode)
+    _join(cuda=cuda)
+    world = ["--nproc", str(dist.get_world_size())] if dist.get_world_size() > 1 else []
     about = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "torchtitan") if _installed(name)},
-        "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:], *world]),
     }
     names = options.impl or (list(builders(1)) if cuda else ["cherry", "transformers"])
     shapes: list[dict] = [{}]
@@ -211,16 +267,30 @@ def main() -> None:
         shapes = [{**s, "max_position_embeddings": 16384} for s in shapes]
         shapes += [{"n_routed_experts": n} for n in (16, 32, 128)] + [{"batch": n} for n in (1, 2)]
     for shape in shapes:
-        for name in names:
-            row = {**measure(name, options.size, options.steps, options.chunk, shape), **about}
-            print(json.dumps(row), flush=True)
-            if options.output:
-                _keep(row, Path(options.output))
+        for name, layout in itertools.product(names, options.layout):
+            if layout != options.layout[0] and "cherry" not in name:
+                continue  # peers have one
+            row = {**measure(name, options.size, options.steps, options.chunk, shape, layout), **about}
+            if dist.get_rank() == 0:
+                print(json.dumps(row), flush=True)
+                if options.output:
+                    _keep(row, Path(options.output))
             gc.collect()
             torch._dynamo.reset()
             if cuda:
                 torch.cuda.empty_cache()
     dist.destroy_process_group()
+
+
+def _join(*, cuda: bool) -> None:
+    """Join the ranks that `--nproc` started, or make a group of one."""
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
 
 
 def _keep(row: dict, path: Path) -> None:

@@ -33,10 +33,11 @@ def sequence_divides(sequence_length: int, context: int) -> bool:
     return context == 1 or sequence_length % (2 * context) == 0
 
 
-def keeps_working_copies(ranks: int, precision: str, *, cpu_offload: bool) -> bool:
-    """Whether one GPU rank keeps the half-precision copies of its parameters between passes, with nothing to gather.
+def keeps_working_copies(ranks: int, precision: str, *, cpu_offload: bool, reshard: bool) -> bool:
+    """Whether a rank keeps the half-precision copies of its parameters between passes.
 
     Args:
         ranks: ranks that share or replicate a parameter.
+        reshard: whether parameters are freed after a forward pass.
     """
-    return ranks == 1 and precision != "fp32" and not cpu_offload
+    return (ranks == 1 or not reshard) and precision != "fp32" and not cpu_offload

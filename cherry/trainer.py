@@ -104,7 +104,7 @@ class Trainer:
         self._save_owed, self._told_to_end, self._group = False, False, group
         self._heldout: Heldout | None = None
         saved = self._resume(resume_from, directory)
-        self.network.start()
+        self.network.start(self.communication)
         self.metrics = self._metrics_hook(saved) if self.rank == 0 else None
         own = [hook for hook in (self.metrics, self._self_check()) if hook is not None]
         built = build_hooks(config, self.network.module, self._train_directory, self.device, self._print_line)

@@ -17,9 +17,10 @@ from cherry import loading
 from cherry.data.collate import mtp_targets
 from cherry.distributed import fsdp
 from cherry.distributed.context_parallel import ContextParallel, apply_context_parallel
+from cherry.distributed.fsdp_hooks import Communication
 from cherry.distributed.local_part import local_part
 from cherry.distributed.resident_params import ResidentParams
-from cherry.job_config import JobConfig
+from cherry.job_config import CommunicationConfig, JobConfig
 from cherry.lora import add_adapters, initialize_adapters
 from cherry.loss import cross_entropy_sum
 from cherry.optim.adamw import OwnGradients
@@ -80,16 +81,17 @@ class Network:
     """The sharded `TrainingModel`."""
     optimizer: Optimizer
     resident_micro_batches: int | None = None
-    """Micro-batches of a step where parameters stay resident; `None` on a mesh of several ranks."""
+    """Micro-batches of a step where parameters stay resident; `None` where FSDP gathers them for each pass."""
     fp8: bool = False
     resident: ResidentParams | None = None
 
-    def start(self) -> None:
+    def start(self, communication: Communication | None = None) -> None:
         """Make the parameters ready for the next pass, once the first or a restored state is in place."""
         if self.resident is not None:
             self.resident.unshard()
         elif self.resident_micro_batches is not None:
-            self.resident = ResidentParams(self.module, self.resident_micro_batches)
+            hooks = communication or Communication(self.module, CommunicationConfig())
+            self.resident = ResidentParams(self.module, self.resident_micro_batches, hooks)
             if self.fp8:
                 from model.fp8.linear import cache_fp8_weights
 
@@ -139,7 +141,7 @@ class Network:
 
 def _update_resident(update: Callable[[], None], resident: ResidentParams) -> None:
     update()
-    resident.requantize()
+    resident.update()
 
 
 def build(config: JobConfig, device: torch.device, print_line: Callable[[str], None] | None = None) -> Network:
@@ -175,15 +177,15 @@ def build(config: JobConfig, device: torch.device, print_line: Callable[[str], N
         _use_fp8(model, device)
     if train.compile:
         _compile_blocks(model)
-    fsdp.shard_model(network, meshes, train.precision, config.parallel)
+    resident = fsdp.keeps_resident_params(meshes, train.precision, config.parallel, config.communication)
+    fsdp.shard_model(network, meshes, train.precision, config.parallel, resident=resident)
     fsdp.materialize(network, device, cpu_offload=config.parallel.cpu_offload)
     fsdp.initialize(model, config.seed)
     if config.init_from is not None:
         on_progress = None if print_line is None else lambda line, _: print_line(line)
         loading.load_weights(model, config.init_from, on_progress=on_progress)
     initialize_adapters(model, config.seed)
-    alone = fsdp.keeps_resident_params(meshes, train.precision, config.parallel)
-    micro_batches = train.gradient_accumulation_steps if alone else None
+    micro_batches = train.gradient_accumulation_steps if resident else None
     return Network(model, network.train(), build_optimizer(model, train), micro_batches, train.precision == "fp8")
 
 

@@ -160,10 +160,10 @@ class Experts(nn.Module):
         return self.loop(rows_RD, weight_R, counts_E, w13_EFD, w2_EDF)
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return _local(self.w13_EFD).to(dtype), _local(self.w2_EDF).to(dtype)
+        return own_part(self.w13_EFD).to(dtype), own_part(self.w2_EDF).to(dtype)
 
 
-def _local(weight: Tensor) -> Tensor:
+def own_part(weight: Tensor) -> Tensor:
     """Local shard of a weight: the experts that this rank holds. Importing DTensor to ask would take a second."""
     to_local = getattr(weight, "to_local", None)
     return weight if to_local is None else cast(Tensor, to_local())

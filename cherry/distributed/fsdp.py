@@ -20,7 +20,7 @@ from cherry.distributed.expert_parallel import AllToAllDispatcher
 from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
 from cherry.distributed.local_part import local_part
 from cherry.distributed.mesh import Meshes, build_meshes
-from cherry.job_config import ParallelConfig
+from cherry.job_config import CommunicationConfig, ParallelConfig
 from cherry.parallel_rules import keeps_working_copies, shards_by_width
 from model.experts import Experts
 from model.moe import MoE
@@ -34,24 +34,42 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Meshes | None:
     return build_meshes(config, device)
 
 
-def keeps_resident_params(meshes: Meshes | None, precision: str, parallel: ParallelConfig) -> bool:
-    """True where half-precision parameters stay unsharded between passes: on a mesh of one rank
-    (cherry/distributed/resident_params.py)."""
-    if meshes is None:
+def keeps_resident_params(
+    meshes: Meshes | None, precision: str, parallel: ParallelConfig, communication: CommunicationConfig | None = None
+) -> bool:
+    """True where half-precision parameters stay unsharded between passes (cherry/distributed/resident_params.py)."""
+    if meshes is None or (communication is not None and communication.replicate != "fp32"):
         return False
-    return keeps_working_copies(meshes.dense.size(), precision, cpu_offload=parallel.cpu_offload)
+    return keeps_working_copies(
+        meshes.dense.size(),
+        precision,
+        cpu_offload=parallel.cpu_offload,
+        reshard=parallel.reshard_after_forward is not False,
+    )
 
 
-def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel: ParallelConfig | None = None) -> None:
+def shard_model(
+    root: nn.Module,
+    meshes: Meshes | None,
+    precision: str,
+    parallel: ParallelConfig | None = None,
+    *,
+    resident: bool | None = None,
+) -> None:
     """Shard every block of `root` as an FSDP module of its own, then the remaining parameters, in place.
 
     Parameters, gradient reduce-scatters and optimizer states are fp32; with bf16 or fp8 each block is all-gathered and
     computed in bf16. Gradients are summed over ranks: the loss is divided by the count of tokens of all of them.
+
+    Args:
+        resident: see `keeps_resident_params`, which decides for `None`.
     """
     if meshes is None:
         return
     parallel = parallel or ParallelConfig()
-    policies = _policies(meshes, precision, parallel)
+    if resident is None:
+        resident = keeps_resident_params(meshes, precision, parallel)
+    policies = _policies(meshes, precision, parallel, resident=resident)
     blocks = [module for module in root.modules() if isinstance(module, Block)]
     for block in blocks:
         if meshes.experts is not None and isinstance(block.mlp, MoE):
@@ -72,9 +90,9 @@ def shard_model(root: nn.Module, meshes: Meshes | None, precision: str, parallel
         _set_prefetch(root, blocks)
 
 
-def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig) -> dict[str, Any]:
+def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig, *, resident: bool) -> dict[str, Any]:
     param_dtype = torch.bfloat16 if precision != "fp32" else None
-    reduce_dtype = None if keeps_resident_params(meshes, precision, parallel) else torch.float32
+    reduce_dtype = None if resident else torch.float32
     pinned = CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
     return {
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),

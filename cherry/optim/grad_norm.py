@@ -16,19 +16,29 @@ _CLIP_EPS = 1e-6
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The total norm of the gradients, 0-dim fp32, over all ranks' shards; nothing is scaled.
+    """The total norm of the gradients, 0-dim fp32, over all ranks' shards; nothing is scaled."""
+    found = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    return total_norm([(one, grad.to_local() if isinstance(grad, DTensor) else grad) for one, grad in found])
+
+
+@torch.no_grad()
+def total_norm(gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
+    """The norm of several parameters' gradients together, 0-dim fp32, over all ranks' shards.
 
     One norm over parameters of several meshes, which `torch.nn.utils.get_total_norm` refuses: each rank's own squares
-    are summed over the axes that a gradient is sharded over, copies are counted once.
+    are summed over the axes that a parameter is sharded over, copies are counted once.
+
+    Args:
+        gradients: each parameter with this rank's shard of its gradient.
     """
     spread: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
-    for parameter in model.parameters():
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            axes = tuple(axis for axis, place in enumerate(gradient.placements) if not place.is_replicate())
-            spread.setdefault((gradient.device_mesh, axes), []).append(gradient.to_local())
-        elif gradient is not None:
-            spread.setdefault(None, []).append(gradient)
+    for parameter, gradient in gradients:
+        where = None
+        if isinstance(parameter.data, DTensor):
+            placements = enumerate(parameter.data.placements)
+            axes = tuple(axis for axis, place in placements if not place.is_replicate())
+            where = parameter.data.device_mesh, axes
+        spread.setdefault(where, []).append(gradient)
     if not spread:
         return torch.zeros(())
     return torch.stack([_sum_of_squares(local, where) for where, local in spread.items()]).sum().sqrt()

@@ -128,7 +128,9 @@ class Workload:
     def keeps_working_copies(self) -> bool:
         """Whether working copies of the parameters stay between passes; one CPU rank has nothing sharded at all."""
         on_gpu = not self.gpu.shared_memory
-        return on_gpu and parallel_rules.keeps_working_copies(self.ranks, self.precision, cpu_offload=self.cpu_offload)
+        return on_gpu and parallel_rules.keeps_working_copies(
+            self.ranks, self.precision, cpu_offload=self.cpu_offload, reshard=True
+        )
 
     @cached_property
     def unsharded(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from model.experts import Experts, Permutation
+from model.experts import Experts, Permutation, own_part
 from model.fp8.ops import (
     cast_both_,
     cast_weight,
@@ -102,7 +102,7 @@ def cache_fp8_weights(model: nn.Module) -> dict[nn.Parameter, Fp8Weight]:
             module.operands = held[cast(nn.Parameter, module.weight)]
         elif isinstance(module, Experts) and module.fp8 is not None:
             weights = module.w13_EFD, module.w2_EDF
-            held |= {weight: Fp8Weight.of(weight.data) for weight in weights}
+            held |= {weight: Fp8Weight.of(own_part(weight.data)) for weight in weights}
             module.fp8_operands = *held[weights[0]], *held[weights[1]]
     return held
 
