@@ -6,7 +6,8 @@ its part of the gathered parameter, which the others then gather from there. A g
 rank that owns the part, once, and summed in fp32: the same bits as widening before the sum.
 
 Both run on a stream of their own, unit by unit: a gather while the units before it compute, a reduction while the
-backward pass goes on. This file knows FSDP2's units from inside (torch 2.11 to 2.13).
+backward pass goes on. GPUs of one node write into each other's memory by their copy engines (peer_memory.py); other
+ranks use NCCL or gloo. This file knows FSDP2's units from inside (torch 2.11 to 2.13).
 
 Shapes: S ranks that share a parameter, N values of a rank's part with padding.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 from cherry.distributed.fsdp_hooks import Communication
+from cherry.distributed.peer_memory import PeerMemory, can_share
 from cherry.optim.adamw import local
 
 
@@ -75,52 +77,112 @@ class _Entry(NamedTuple):
     """This rank's part, where the optimizer writes."""
     cut: int
     """The dimension that is shared out. Parts of another than the first are no memory of the parameter."""
+    offset: int
+    """Where the parameter begins in the unit's memory, in values; of its parts, over the number of ranks."""
+
+
+class Unit:
+    """One FSDP unit, its ranks, and where its gathered parameters lie. Make those of all units before `gather_all`."""
+
+    def __init__(self, module: FSDPModule, device: torch.device) -> None:
+        state = module._get_fsdp_state()
+        assert state._fsdp_param_group is not None
+        self.module, self.group = module, state._fsdp_param_group
+        info = self.group.mesh_info
+        self.ranks = info.shard_mesh_size if isinstance(info, FSDPMeshInfo) else 1
+        self.rank = info.shard_mesh_rank if isinstance(info, FSDPMeshInfo) else 0
+        self.replicas = info.replicate_process_group if isinstance(info, HSDPMeshInfo) else None
+        self.sizes = [param.padded_sharded_param_size.numel() for param in self.group.fsdp_params]
+        """Values of a rank's part of each parameter."""
+        self.peers: PeerMemory | None = None
+        cut = any(param.fsdp_placement.dim for param in self.group.fsdp_params)
+        if self.ranks > 1 and not cut and can_share(self.process_group, device):
+            dtype = state._mp_policy.param_dtype
+            self.peers = PeerMemory(self.process_group, self.ranks * sum(self.sizes), dtype, device)
+            self._give_memory(self.peers.own)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The ranks that share the parameters."""
+        return self.group._all_gather_process_group
+
+    def _give_memory(self, memory: Tensor) -> None:
+        """Have FSDP gather the parameters into this memory, and never free it."""
+        for param, part in zip(self.group.fsdp_params, memory.split([self.ranks * n for n in self.sizes]), strict=True):
+            param.all_gather_outputs = [part]
+            for name in ("alloc_all_gather_outputs", "free_unsharded_param"):
+                setattr(param, name, lambda: None)
+
+    def entries(self) -> list[_Entry]:
+        """The parameters, gathered."""
+        offsets = accumulate(self.sizes, initial=0)
+        return [self._entry(param, offset) for param, offset in zip(self.group.fsdp_params, offsets, strict=False)]
+
+    def _entry(self, param: Any, offset: int) -> _Entry:
+        parts_SN = param.all_gather_outputs[0].view(self.ranks, -1)
+        cut = param.fsdp_placement.dim
+        own_N = parts_SN[self.rank]
+        if cut and self.ranks > 1:
+            parts_SN, own_N = parts_SN.new_empty(0), torch.empty_like(own_N)
+        return _Entry(param.sharded_param, param.unsharded_param, parts_SN, own_N, cut, offset)
+
+
+class Inbox:
+    """Where the other ranks of a node write the gradients that this rank owns, for two units in turn.
+
+    Args:
+        units: those that use it, all of one group of ranks.
+    """
+
+    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
+        self.values = max(sum(unit.sizes) for unit in units)
+        memory = PeerMemory(units[0].process_group, 2 * units[0].ranks * self.values, torch.bfloat16, device)
+        self._memory, self._turn = memory, 0
+        self._boxes = [piece.view(2, units[0].ranks, self.values) for piece in memory.ranks]
+
+    def open(self) -> list[Tensor]:
+        """The boxes [S, values] of all ranks, one row a sender, once nobody reads them any more."""
+        self._turn = 1 - self._turn
+        self._memory.barrier(self._turn)
+        return [boxes[self._turn] for boxes in self._boxes]
+
+    def close(self) -> None:
+        """Let the stream go on when all have written."""
+        self._memory.barrier(2 + self._turn)
 
 
 class ResidentGroup:
     """The parameters of one FSDP unit, resident on this rank.
 
     Args:
-        module: an FSDP module whose parameters are gathered and will not be freed.
+        unit: its parameters are gathered and will not be freed.
+        inbox: of the unit's ranks, where they share memory.
         sums: gets the reduced gradient of each fp32 parameter: this rank's part, fp32, over all micro-batches.
         prepare: called when the gathered parameters of a step are first used, with the resident parameters.
     """
 
     def __init__(
         self,
-        module: FSDPModule,
+        unit: Unit,
+        inbox: Inbox | None,
         lane: Lane,
         communication: Communication,
         sums: dict[nn.Parameter, Tensor],
         prepare: Callable[[Sequence[nn.Parameter]], None],
     ) -> None:
-        found = module._get_fsdp_state()._fsdp_param_group
-        assert found is not None
-        self._group, self._lane, self._communication = found, lane, communication
+        self._unit, self._inbox, self._lane, self._communication = unit, inbox, lane, communication
         self._sums, self._prepare = sums, prepare
-        info = found.mesh_info
-        self._ranks = info.shard_mesh_size if isinstance(info, FSDPMeshInfo) else 1
-        self._rank = info.shard_mesh_rank if isinstance(info, FSDPMeshInfo) else 0
-        self._replicas = info.replicate_process_group if isinstance(info, HSDPMeshInfo) else None
         self._gathered: Callable[[], None] | None = None
         """Makes the main stream wait for this step's gather; `None` once it has."""
-        self.entries = [self._entry(param) for param in found.fsdp_params]
-        self._wait, self._post_backward = found.wait_for_unshard, found.post_backward
-        setattr(found, "wait_for_unshard", self._wait_for_parameters)  # noqa: B010
-        setattr(found, "post_backward", self._reduce_after_backward)  # noqa: B010
+        self.entries = unit.entries()
+        self._wait, self._post_backward = unit.group.wait_for_unshard, unit.group.post_backward
+        setattr(unit.group, "wait_for_unshard", self._wait_for_parameters)  # noqa: B010
+        setattr(unit.group, "post_backward", self._reduce_after_backward)  # noqa: B010
 
     @property
     def reduces(self) -> bool:
         """Whether gradients are of several ranks."""
-        return self._ranks > 1 or (self._replicas is not None and self._replicas.size() > 1)
-
-    def _entry(self, param: Any) -> _Entry:
-        parts_SN = param.all_gather_outputs[0].view(self._ranks, -1)
-        cut = param.fsdp_placement.dim
-        own_N = parts_SN[self._rank]
-        if cut and self._ranks > 1:
-            parts_SN, own_N = parts_SN.new_empty(0), torch.empty_like(own_N)
-        return _Entry(param.sharded_param, param.unsharded_param, parts_SN, own_N, cut)
+        return self._unit.ranks > 1 or (self._unit.replicas is not None and self._unit.replicas.size() > 1)
 
     def low_precision(self, entry: _Entry) -> Tensor:
         """This rank's part of a resident parameter, of the shard's shape, for the optimizer to write."""
@@ -130,24 +192,38 @@ class ResidentGroup:
     def gather(self) -> None:
         """Gather the parts that the optimizer wrote; the unit's next pass waits for that."""
         trained = [entry for entry in self.entries if entry.sharded.requires_grad]
-        if self._ranks > 1 and trained:
-            process_group = self._group._all_gather_process_group
+        self._gathered = lambda: None
+        if self._unit.ranks > 1 and trained:
             with self._lane.after_main(), self._exposed():
-                targets = [
-                    entry.parts_SN if entry.parts_SN.numel() else entry.own_N.new_empty(self._ranks, len(entry.own_N))
-                    for entry in trained
-                ]
-                with _together(process_group, trained[0].own_N.device):
-                    for entry, target_SN in zip(trained, targets, strict=True):
-                        dist.all_gather_into_tensor(target_SN.view(-1), entry.own_N, group=process_group)
-                        sent = (self._ranks - 1) * entry.own_N.nbytes
-                        self._communication.traffic.add("shard", "all_gather", sent)
-                for entry, target_SN in zip(trained, targets, strict=True):
-                    if not entry.parts_SN.numel():
-                        _join(local(entry.resident.data), target_SN, entry.cut)
+                if self._unit.peers is not None:
+                    self._give(self._unit.peers, trained)
+                else:
+                    self._gather(trained)
                 self._gathered = self._lane.mark()
-        else:
-            self._gathered = lambda: None
+            for entry in trained:
+                self._communication.traffic.add("shard", "all_gather", (self._unit.ranks - 1) * entry.own_N.nbytes)
+
+    def _give(self, peers: PeerMemory, trained: Sequence[_Entry]) -> None:
+        """Write this rank's parts into the other ranks' memory; none of them still reads what was there before."""
+        peers.barrier(0)
+        for rank in _others(self._unit):
+            for entry in trained:
+                first = self._unit.ranks * entry.offset + self._unit.rank * len(entry.own_N)
+                peers.ranks[rank][first : first + len(entry.own_N)].copy_(entry.own_N, non_blocking=True)
+        peers.barrier(1)
+
+    def _gather(self, trained: Sequence[_Entry]) -> None:
+        process_group, ranks = self._unit.process_group, self._unit.ranks
+        targets = [
+            entry.parts_SN if entry.parts_SN.numel() else entry.own_N.new_empty(ranks, len(entry.own_N))
+            for entry in trained
+        ]
+        with _together(process_group, trained[0].own_N.device):
+            for entry, target_SN in zip(trained, targets, strict=True):
+                dist.all_gather_into_tensor(target_SN.view(-1), entry.own_N, group=process_group)
+        for entry, target_SN in zip(trained, targets, strict=True):
+            if not entry.parts_SN.numel():
+                _join(local(entry.resident.data), target_SN, entry.cut)
 
     def _wait_for_parameters(self) -> None:
         """What FSDP does before it uses the unit's parameters, in either pass."""
@@ -172,42 +248,81 @@ class ResidentGroup:
         """Send the gradients of these parameters to the ranks that own the parts, and add the sums up in fp32."""
         with self._lane.after_main(), self._exposed():
             sent = [self._parts(entry) for entry in entries]
-            received = [torch.empty_like(parts_SN) for parts_SN in sent] if self._ranks > 1 else sent
-            if self._ranks > 1:
-                process_group = self._group._reduce_scatter_process_group
-                for parts_SN, received_SN in zip(sent, received, strict=True):
-                    self._communication.fingerprint(parts_SN)
-                    dist.all_to_all_single(received_SN, parts_SN, group=process_group)
-                    values = (self._ranks - 1) * parts_SN.shape[1]
-                    size = values * parts_SN.itemsize
-                    self._communication.traffic.add("shard", "reduce_scatter", size, fp32=4 * values)
-            for entry, received_SN in zip(entries, received, strict=True):
-                self._add(entry, received_SN)
+            for parts_SN in sent if self._unit.ranks > 1 else ():
+                self._communication.fingerprint(parts_SN)
+                values = (self._unit.ranks - 1) * parts_SN.shape[1]
+                size = values * parts_SN.itemsize
+                self._communication.traffic.add("shard", "reduce_scatter", size, fp32=4 * values)
+            if self._inbox is not None and self._unit.peers is not None and entries:
+                self._post(self._inbox, entries, sent)
+            else:
+                for entry, parts_SN in zip(entries, sent, strict=True):
+                    self._add(entry, self._exchanged(parts_SN).sum(0, dtype=torch.float32))
+            self._reduce_replicas(entries)
         for entry in entries:
             entry.resident.grad = None
+
+    def _post(self, inbox: Inbox, entries: Sequence[_Entry], sent: Sequence[Tensor]) -> None:
+        """Write the parts into their owners' boxes, and sum what came."""
+        from cherry.distributed.triton_sum import sum_parts
+
+        boxes, own = inbox.open(), self._unit.rank
+        for rank in _others(self._unit):
+            for entry, parts_SN in zip(entries, sent, strict=True):
+                target_N = boxes[rank][own, entry.offset : entry.offset + parts_SN.shape[1]]
+                target_N.copy_(parts_SN[rank], non_blocking=True)
+        inbox.close()
+        for entry, parts_SN in zip(entries, sent, strict=True):
+            size = local(entry.sharded.data).numel()
+            received_SN = boxes[own][:, entry.offset : entry.offset + size]
+            earlier = self._sums.get(entry.sharded)
+            earlier_N = None if earlier is None else earlier.view(-1)
+            shape = local(entry.sharded.data).shape
+            self._sums[entry.sharded] = sum_parts(parts_SN[own, :size], received_SN, own, earlier_N).view(shape)
+
+    def _exchanged(self, parts_SN: Tensor) -> Tensor:
+        """The parts of this rank's values that each rank has, [S, N]."""
+        if self._unit.ranks == 1:
+            return parts_SN
+        received_SN = torch.empty_like(parts_SN)
+        dist.all_to_all_single(received_SN, parts_SN, group=self._unit.process_group)
+        return received_SN
 
     def _parts(self, entry: _Entry) -> Tensor:
         """A gradient in parts [S, N], one a rank, padded with zeros."""
         assert entry.resident.grad is not None
-        grad = local(entry.resident.grad)
+        grad, ranks = local(entry.resident.grad), self._unit.ranks
         self._lane.keep(grad)
-        if entry.cut and self._ranks > 1:
-            grad = torch.cat([part.flatten() for part in grad.chunk(self._ranks, entry.cut)])
-        return F.pad(grad.flatten(), (0, self._ranks * len(entry.own_N) - grad.numel())).view(self._ranks, -1)
+        if entry.cut and ranks > 1:
+            grad = torch.cat([part.flatten() for part in grad.chunk(ranks, entry.cut)])
+        if missing := ranks * len(entry.own_N) - grad.numel():
+            grad = F.pad(grad.flatten(), (0, missing))
+        return grad.reshape(ranks, -1)
 
-    def _add(self, entry: _Entry, received_SN: Tensor) -> None:
+    def _add(self, entry: _Entry, total_N: Tensor) -> None:
         shard = local(entry.sharded.data)
-        total = received_SN.sum(0, dtype=torch.float32)[: shard.numel()].view(shard.shape)
+        total = total_N[: shard.numel()].view(shard.shape)
         earlier = self._sums.get(entry.sharded)
-        total = total if earlier is None else earlier.add_(total)
-        if self._replicas is not None and self._replicas.size() > 1 and self._communication.last:
-            dist.all_reduce(total, group=self._replicas)
-            size = 2 * total.nbytes * (self._replicas.size() - 1) // self._replicas.size()
+        self._sums[entry.sharded] = total if earlier is None else earlier.add_(total)
+
+    def _reduce_replicas(self, entries: Sequence[_Entry]) -> None:
+        """Sum over replicas, once an optimizer step."""
+        replicas = self._unit.replicas
+        if replicas is None or replicas.size() == 1 or not self._communication.last:
+            return
+        for entry in entries:
+            total = self._sums[entry.sharded]
+            dist.all_reduce(total, group=replicas)
+            size = 2 * total.nbytes * (replicas.size() - 1) // replicas.size()
             self._communication.traffic.add("replicate", "all_reduce", size, fp32=size)
-        self._sums[entry.sharded] = total
 
     def _exposed(self) -> Any:
         return self._communication.exposed(self.entries[0].own_N.device)
+
+
+def _others(unit: Unit) -> list[int]:
+    """The other ranks of a unit, the next one first: so that not all write to the same."""
+    return [(unit.rank + step) % unit.ranks for step in range(1, unit.ranks)]
 
 
 def _join(full: Tensor, parts_SN: Tensor, cut: int) -> None:
@@ -228,11 +343,22 @@ def _together(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
     work.wait()
 
 
-def groups_of(network: nn.Module) -> Iterator[tuple[FSDPModule, FSDPParamGroup]]:
-    """FSDP modules that have parameters of their own, each with its group, in the order of use."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
-            yield module, group
+def units_of(network: nn.Module, device: torch.device) -> list[Unit]:
+    """The FSDP units of a network that have parameters of their own, in the order of use."""
+    return [
+        Unit(module, device)
+        for module in network.modules()
+        if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_group is not None
+    ]
+
+
+def inboxes_of(units: Sequence[Unit], device: torch.device) -> dict[dist.ProcessGroup, Inbox]:
+    """An inbox for each group of ranks that share memory."""
+    sharing: dict[dist.ProcessGroup, list[Unit]] = {}
+    for unit in units:
+        if unit.peers is not None:
+            sharing.setdefault(unit.process_group, []).append(unit)
+    return {group: Inbox(members, device) for group, members in sharing.items()}
 
 
 def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cherry.distributed.fsdp_hooks import Communication
-from cherry.distributed.resident_group import Lane, ResidentGroup, groups_of, sharded_like
+from cherry.distributed.resident_group import Lane, ResidentGroup, inboxes_of, sharded_like, units_of
 from cherry.optim.adamw import local
 from cherry.optim.grad_norm import total_norm
 
@@ -33,18 +33,21 @@ class ResidentParams:
     """
 
     def __init__(self, network: nn.Module, micro_batches: int, communication: Communication) -> None:
-        self._modules = [module for module, _ in groups_of(network)]
+        parameters = list(network.parameters())
+        device = parameters[0].device
+        units = units_of(network, device)
+        self._modules = [unit.module for unit in units]
         self._sums: dict[nn.Parameter, Tensor] = {}
         """Gradients in fp32, by fp32 parameter: reduced ones, and sums over micro-batches."""
-        parameters = list(network.parameters())
         for module in self._modules:
             module.set_requires_gradient_sync(False, recurse=False)
             module.set_reshard_after_forward(False, recurse=False)
             module.set_reshard_after_backward(False, recurse=False)
             module.unshard()
-        self._lane = Lane(parameters[0].device)
+        self._lane = Lane(device)
         shared = (self._lane, communication, self._sums, self._prepare)
-        self._groups = [ResidentGroup(module, *shared) for module in self._modules]
+        inboxes = inboxes_of(units, device)
+        self._groups = [ResidentGroup(unit, inboxes.get(unit.process_group), *shared) for unit in units]
         entries = [(group, entry) for group in self._groups for entry in group.entries]
         resident = {entry.sharded: entry.resident for _, entry in entries}
         self.resident: Mapping[nn.Parameter, nn.Parameter] = {one: resident[one] for one in parameters}
