@@ -24,10 +24,15 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, values: int, dtype: torch.dtype, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        self.own = symmetric_memory.empty(values, dtype=dtype, device=device)
-        self._handle = symmetric_memory.rendezvous(self.own, group)
+        self._memory = symmetric_memory.empty(values, dtype=dtype, device=device)
+        self._handle, self._rank = symmetric_memory.rendezvous(self._memory, group), group.rank()
         self.ranks = [self._handle.get_buffer(rank, (values,), dtype) for rank in range(group.size())]
         """The pieces of all ranks by their number in the group; this rank's own among them."""
+
+    def own(self, first: int, values: int) -> Tensor:
+        """Values of this rank's piece from `first` on, as a tensor that begins its own storage."""
+        piece: Tensor = self._handle.get_buffer(self._rank, (values,), self._memory.dtype, first)
+        return piece
 
     def barrier(self, channel: int) -> None:
         """Let the current stream go on when those of all ranks have come here, with what they wrote before.

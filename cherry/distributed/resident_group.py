@@ -78,7 +78,7 @@ class _Entry(NamedTuple):
     cut: int
     """The dimension that is shared out. Parts of another than the first are no memory of the parameter."""
     offset: int
-    """Where the parameter begins in the unit's memory, in values; of its parts, over the number of ranks."""
+    """Where this rank's part begins among those of the unit, in values; the parameter, times the number of ranks."""
 
 
 class Unit:
@@ -98,25 +98,33 @@ class Unit:
         cut = any(param.fsdp_placement.dim for param in self.group.fsdp_params)
         if self.ranks > 1 and not cut and can_share(self.process_group, device):
             dtype = state._mp_policy.param_dtype
-            self.peers = PeerMemory(self.process_group, self.ranks * sum(self.sizes), dtype, device)
-            self._give_memory(self.peers.own)
+            self.peers = PeerMemory(self.process_group, self.ranks * self.values, dtype, device)
+            self._give_memory(self.peers)
 
     @property
     def process_group(self) -> dist.ProcessGroup:
         """The ranks that share the parameters."""
         return self.group._all_gather_process_group
 
-    def _give_memory(self, memory: Tensor) -> None:
+    @property
+    def values(self) -> int:
+        """Values of a rank's parts together, with what aligns them."""
+        return sum(map(_aligned, self.sizes))
+
+    def _offsets(self) -> Iterator[int]:
+        return accumulate(map(_aligned, self.sizes), initial=0)
+
+    def _give_memory(self, peers: PeerMemory) -> None:
         """Have FSDP gather the parameters into this memory, and never free it."""
-        for param, part in zip(self.group.fsdp_params, memory.split([self.ranks * n for n in self.sizes]), strict=True):
-            param.all_gather_outputs = [part]
+        for param, size, offset in zip(self.group.fsdp_params, self.sizes, self._offsets(), strict=False):
+            param.all_gather_outputs = [peers.own(self.ranks * offset, self.ranks * size)]
             for name in ("alloc_all_gather_outputs", "free_unsharded_param"):
                 setattr(param, name, lambda: None)
 
     def entries(self) -> list[_Entry]:
         """The parameters, gathered."""
-        offsets = accumulate(self.sizes, initial=0)
-        return [self._entry(param, offset) for param, offset in zip(self.group.fsdp_params, offsets, strict=False)]
+        params = zip(self.group.fsdp_params, self._offsets(), strict=False)
+        return [self._entry(param, offset) for param, offset in params]
 
     def _entry(self, param: Any, offset: int) -> _Entry:
         parts_SN = param.all_gather_outputs[0].view(self.ranks, -1)
@@ -135,13 +143,13 @@ class Inbox:
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
-        self.values = max(sum(unit.sizes) for unit in units)
-        memory = PeerMemory(units[0].process_group, 2 * units[0].ranks * self.values, torch.bfloat16, device)
-        self._memory, self._turn = memory, 0
-        self._boxes = [piece.view(2, units[0].ranks, self.values) for piece in memory.ranks]
+        values, senders = max(unit.values for unit in units), units[0].ranks - 1
+        self._memory = PeerMemory(units[0].process_group, 2 * senders * values, torch.bfloat16, device)
+        self._boxes = [piece.view(2, senders, values) for piece in self._memory.ranks]
+        self._turn = 0
 
     def open(self) -> list[Tensor]:
-        """The boxes [S, values] of all ranks, one row a sender, once nobody reads them any more."""
+        """The boxes [S - 1, values] of all ranks, a row a sender, once nobody reads them any more."""
         self._turn = 1 - self._turn
         self._memory.barrier(self._turn)
         return [boxes[self._turn] for boxes in self._boxes]
@@ -269,7 +277,8 @@ class ResidentGroup:
         boxes, own = inbox.open(), self._unit.rank
         for rank in _others(self._unit):
             for entry, parts_SN in zip(entries, sent, strict=True):
-                target_N = boxes[rank][own, entry.offset : entry.offset + parts_SN.shape[1]]
+                row = own - (own > rank)  # an owner sends itself nothing
+                target_N = boxes[rank][row, entry.offset : entry.offset + parts_SN.shape[1]]
                 target_N.copy_(parts_SN[rank], non_blocking=True)
         inbox.close()
         for entry, parts_SN in zip(entries, sent, strict=True):
@@ -318,6 +327,11 @@ class ResidentGroup:
 
     def _exposed(self) -> Any:
         return self._communication.exposed(self.entries[0].own_N.device)
+
+
+def _aligned(values: int) -> int:
+    """Values up to the next whole 256 bytes, where matmuls and copies want tensors to begin."""
+    return -(-values // 128) * 128
 
 
 def _others(unit: Unit) -> list[int]:

@@ -20,7 +20,8 @@ def _sum(own_ptr, received_ptr, total_ptr, size, stride, RANK: tl.constexpr, RAN
         if rank == RANK:
             total += tl.load(own_ptr + at, inside, 0.0).to(tl.float32)
         else:
-            total += tl.load(received_ptr + rank * stride + at, inside, 0.0).to(tl.float32)
+            row = rank if rank < RANK else rank - 1
+            total += tl.load(received_ptr + row * stride + at, inside, 0.0).to(tl.float32)
     if ADD:
         total += tl.load(total_ptr + at, inside, 0.0)
     tl.store(total_ptr + at, total, inside)
@@ -31,12 +32,12 @@ def sum_parts(own_N: Tensor, received_SN: Tensor, rank: int, earlier_N: Tensor |
 
     Args:
         own_N: this rank's own, contiguous.
-        received_SN: the others', one a row; the row of this rank is not read. Rows are contiguous.
+        received_SN: those of the S - 1 others in their order; rows are contiguous.
     """
     total_N = torch.empty(own_N.shape, dtype=torch.float32, device=own_N.device) if earlier_N is None else earlier_N
     grid = (triton.cdiv(own_N.numel(), _BLOCK),)
     _sum[grid](
         own_N, received_SN, total_N, own_N.numel(), received_SN.stride(0),
-        RANK=rank, RANKS=received_SN.shape[0], ADD=earlier_N is not None, BLOCK=_BLOCK,
+        RANK=rank, RANKS=received_SN.shape[0] + 1, ADD=earlier_N is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     return total_N
