@@ -19,6 +19,9 @@ EXCEPTIONS = {
     "flows/clusters/reap_flow.py": "tests/e2e/test_reaping.py",
     # Which hooks a configuration asks for shows in what they write.
     "cherry/hooks/build.py": "tests/cherry/hooks/test_profiler.py",
+    # Several ranks, and GPUs that reach each other's memory.
+    "cherry/distributed/resident_group.py": "tests/dist/test_layouts.py",
+    "cherry/distributed/peer_memory.py": "tests/dist/test_layouts_gpu.py",
     # What they do shows on hosts that are lost.
     "cherry/remote/attempt.py": "tests/chaos/test_lost_hosts.py",
     "cherry/remote/supervisor.py": "tests/chaos/test_lost_hosts.py",

@@ -12,6 +12,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class PeerMemory:

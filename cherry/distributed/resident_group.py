@@ -36,7 +36,9 @@ class Lane:
     """A stream beside the main one, for communication; on a CPU everything is done at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def after_main(self) -> Iterator[None]:
@@ -52,7 +54,7 @@ class Lane:
         """Function that makes the main stream wait for what has been given so far, called within `after_main`."""
         if self._stream is None:
             return lambda: None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return lambda: torch.cuda.current_stream().wait_event(event)
 
@@ -98,6 +100,7 @@ class Unit:
         cut = any(param.fsdp_placement.dim for param in self.group.fsdp_params)
         if self.ranks > 1 and not cut and can_share(self.process_group, device):
             dtype = state._mp_policy.param_dtype
+            assert dtype is not None, "only half-precision copies are resident"
             self.peers = PeerMemory(self.process_group, self.ranks * self.values, dtype, device)
             self._give_memory(self.peers)
 

@@ -58,7 +58,9 @@ class ResidentParams:
         if micro_batches > 1:
             for group, entry in entries:
                 if entry.sharded.requires_grad and not group.reduces:
-                    entry.resident.register_post_accumulate_grad_hook(self._accumulator(entry.sharded))
+                    entry.resident.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        self._accumulator(entry.sharded)
+                    )
 
     def _accumulator(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
         def accumulate(resident: Tensor) -> None:

@@ -159,7 +159,7 @@ def optimizer_seconds(work: Workload) -> float:
     trained = network.total("trained_elements" if work.unsharded else "padded_trained")
     if work.optimizer == "muon":  # its matrices: see cherry/planner/optimizer_cost.py
         trained -= network.total("padded_matrices")
-    gradient = work.type_bytes if work.keeps_working_copies and work.accumulation == 1 else 4
+    gradient = work.type_bytes if work.keeps_gradients else 4
     # Parameter and moments read and written, gradient read twice, a working copy written.
     each = 8 + 4 * work.moment_bytes + 2 * gradient + (work.type_bytes if work.keeps_working_copies else 0)
     moved = each * trained
@@ -174,6 +174,8 @@ def fsdp_copy_bytes(work: Workload, elements: int, trained: int) -> tuple[float,
 
     Copies out of the all-gather buffer, and copies of gradients into the reduce-scatter buffer.
     """
+    if work.keeps_working_copies and work.ranks > 1:  # the parts of an own gradient are read, their sum is written
+        return 0.0, work.type_bytes * trained + 4.0 * trained / work.ranks
     if work.keeps_working_copies or work.unsharded:
         return 0.0, 0.0
     out = 2.0 * work.type_bytes * elements

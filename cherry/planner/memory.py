@@ -183,7 +183,7 @@ class _Stages:
         work = self.work
         if work.cpu_offload:
             return 0
-        own = work.type_bytes if work.keeps_working_copies and work.accumulation == 1 else _FP32
+        own = work.type_bytes if work.keeps_gradients else _FP32
         return int(share * own * self.network.total("padded_trained"))
 
     def _gradients_before(self) -> int:
@@ -310,7 +310,7 @@ class _Stages:
     def _unreduced(self, layer: Layer) -> int:
         """Bytes of gradients in the compute type: this block's, and the root's, which are reduced last."""
         work = self.work
-        if not self._gathers:
+        if not self._gathers and (work.ranks == 1 or work.unsharded):
             largest = max(layer.trained_elements, self._head_elements)
             return work.type_bytes * largest if work.keeps_working_copies and work.accumulation > 1 else 0
         # The MTP module, whose backward pass comes first, leaves gradients of all of the root.
@@ -320,6 +320,10 @@ class _Stages:
 
     def _reduce_scatter(self, layer: Layer, before: Layer) -> int:
         """Bytes of a unit's gradients in reduction, beside the next unit's backward pass."""
+        work = self.work
+        if work.keeps_working_copies and work.ranks > 1:  # two units' parts of the other ranks
+            largest = max(unit.trained_elements for unit in (*layer.units, *before.units))
+            return 2 * work.type_bytes * largest * (work.ranks - 1) // work.ranks
         if not self._gathers:
             return 0
         return self.work.reduce_bytes * max(unit.trained_elements for unit in (*layer.units, *before.units))

@@ -129,8 +129,13 @@ class Workload:
         """Whether working copies of the parameters stay between passes; one CPU rank has nothing sharded at all."""
         on_gpu = not self.gpu.shared_memory
         return on_gpu and parallel_rules.keeps_working_copies(
-            self.ranks, self.precision, cpu_offload=self.cpu_offload, reshard=True
+            self.ranks, self.precision, cpu_offload=self.cpu_offload, reshard=self.kept_share < 1
         )
+
+    @cached_property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients stay in the type of the working copies until the optimizer reads them: nobody sums them."""
+        return self.keeps_working_copies and self.ranks == 1 and self.accumulation == 1
 
     @cached_property
     def unsharded(self) -> bool:

@@ -65,6 +65,16 @@ def test_an_axis_of_two_changes_no_figure(run, one, name):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), key
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["shard", "expert, recomputed, two micro-batches", "replicate", "context"])
+def test_parameters_that_stay_gathered_change_no_bit(run, name, precision):
+    wide = ["model.hidden_size=128", "model.moe_intermediate_size=128"] if precision == "fp8" else []
+    flags = [*EXACT[name], *wide, f"train.precision={precision}"]
+    anew = run(f"{name} {precision}", flags)
+    kept = run(f"{name} {precision} kept", [*flags, "parallel.reshard_after_forward=false"])
+    assert kept.losses == anew.losses
+
+
 @pytest.mark.parametrize("name", CLOSE)
 def test_fewer_bits_stay_close(run, one, name):
     overrides, tolerance = CLOSE[name]
