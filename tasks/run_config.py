@@ -48,6 +48,12 @@ class QuantizeConfig(Section):
     max_dnll: PositiveFloat = 0.02
     """Largest increase of the held-out loss, in nats per token, that quantization may cause. The upper confidence bound
     of the increase, one-sided at evaluate.confidence, must not exceed it."""
+    max_kl: PositiveFloat = 0.1
+    """Largest divergence KL(export || quantized) of the next token's distribution, in nats per token. Its upper bound
+    must not exceed it."""
+    min_top1: float = Field(default=0.9, gt=0.0, lt=1.0)
+    """Smallest share of tokens for which export and quantized weights agree on the likeliest one. Its lower bound must
+    not be below it."""
     fallback: str | None = None
     """Format to propose where they cost more; `null` is the registry's next milder one."""
 

@@ -33,8 +33,15 @@ def judged(config, costs, baseline="net v1", missing=None):
     candidate = [2.0 + n for n in range(len(costs))]
     quantized = [loss + cost for loss, cost in zip(candidate, costs, strict=True)]
     worse = [loss + 0.5 for loss in candidate]
-    scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
+    scores = {"candidate": scored(*candidate), "quantized": beside(scored(*quantized)), "baseline": scored(*worse)}
     return verdicts(config, scores, baseline, missing)
+
+
+def beside(scores, kl=0.001, top1=0.99):
+    """Scores with the sums that a reference adds, of these means per token."""
+    for document in scores["documents"]:
+        document |= {"kl": kl * document["tokens"], "agreed": top1 * document["tokens"]}
+    return scores
 
 
 def test_fewer_documents_than_were_asked_for_are_reported():
