@@ -5,7 +5,7 @@ Models are scored by cherry/scoring.py, and compared by anything/statistics/comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from prefect.cache_policies import NO_CACHE
 
 from anything.statistics.compare import compare
 from base import storage
+from model.numerics.formats import FORMATS
+from model.quantization.report import REPORT_NAME
 from tasks.artifacts import show_table
 from tasks.files.outputs import find_output
-from tasks.plots import plot_comparison
+from tasks.plots import plot_comparison, plot_formats
 from tasks.records.figures import difference_of, tracked
-from tasks.records.quality import judge_quantized, pairs
+from tasks.records.quality import BOUNDS, ESTIMATES, judge_quantized, pairs
+from tasks.records.quantized_format import OUTPUT, chosen_format, compared_formats, next_milder, output_of
 from tasks.run_config import RunConfig
 from tasks.run_logger import run_logger
 from tasks.steps import (
@@ -66,17 +69,18 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
             else ["--untrained", "--config", f"{context.directory}/config.yaml"]
         )
         export = exported.outputs["export"]
-        beside = ["--model_path", quantized.outputs["quantized"], "--reference", export]
-        scores = {
-            name: _score(context, step, name, arguments, folder)
-            for name, arguments in {"quantized": beside, "baseline": baseline}.items()
+        models = {"baseline": baseline} | {
+            name: ["--model_path", path, "--reference", export] for name, path in quantized.outputs.items()
         }
-        scores["candidate"] = {"model": export, **scores["quantized"].pop("reference")}
+        scores = {name: _score(context, step, name, arguments, folder) for name, arguments in models.items()}
+        scores["candidate"] = {"model": export, **scores[OUTPUT]["reference"]}
         storage.write_json(str(folder / SCORES.format("candidate")), scores["candidate"])
-        for name, score in scores.items():
-            step.metrics(**{f"{name}_loss": score["loss"], f"{name}_bits_per_byte": score["bits_per_byte"]})
+        for name in ("baseline", "candidate", OUTPUT):
+            loss, bits = (scores[name][key] for key in ("loss", "bits_per_byte"))
+            step.metrics(**{f"{name}_loss": loss, f"{name}_bits_per_byte": bits})
         result = verdicts(context.config, scores, _label(champion), missing)
         result["baseline_version"] = None if champion is None else champion.version
+        result["formats"] = formats(context.config, scores, quantized.outputs)
         return _report(context, step, result, folder)
 
     return perform(context, "evaluate", inputs, work)
@@ -172,12 +176,33 @@ def verdicts(
         "baseline": baseline,
         "champion_missing": missing,
         "candidate_vs_baseline": asdict(against),
-        **judge_quantized(config, scores["candidate"], scores["quantized"]),
+        **judge_quantized(config, scores["candidate"], scores[OUTPUT], milder=next_milder(config)),
         "bits_per_byte": scores["candidate"]["bits_per_byte"],
         "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
         "heldout_loss": scores["candidate"]["loss"],
         "documents": against.documents,
     }
+
+
+def formats(
+    config: RunConfig, scores: Mapping[str, dict[str, Any]], folders: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A row for each format that was quantized in, the run's own first: size, what it costs, and whether it passes.
+
+    Args:
+        folders: the quantized weights, by the name of their scores.
+    """
+    names = {OUTPUT: chosen_format(config).name} | {output_of(name): name for name in compared_formats(config)}
+    rows = []
+    for output, name in names.items():
+        judged = judge_quantized(config, scores["candidate"], scores[output], milder=FORMATS[name].milder)
+        report = storage.read_json(storage.join(folders[output], REPORT_NAME))
+        keys = (*ESTIMATES, *BOUNDS, "quantized_passed", "quantized_reason")
+        row = {"format": name, "bytes_ratio": report["bytes_after"] / report["bytes_before"]}
+        row |= {key.removeprefix("quantized_"): judged[key] for key in keys}
+        cost = judged["quantized_vs_candidate"]
+        rows.append(row | {"dnll_low": cost["low"], "dnll_high": cost["high"]})
+    return rows
 
 
 def shortfall(compared: int, wanted: int) -> str | None:
@@ -206,13 +231,13 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
             "heldout_loss": result["heldout_loss"],
             "heldout_documents": result["documents"],
             "zlib_bits_per_byte": result["zlib_bits_per_byte"],
-            **{key: result[key] for key in ("quantized_dnll", "quantized_kl", "quantized_top1")},
+            **{key: result[key] for key in ESTIMATES},
         },
         step.step,
     )
     limits = {
         "minimum_detectable_effect": against["minimum_detectable_effect"],
-        **{key: result[key] for key in ("quantized_dnll_upper", "quantized_kl_upper", "quantized_top1_lower")},
+        **{key: result[key] for key in BOUNDS},
     }
     differences = {difference_of(baseline, key): against[key] for key in ("difference", "low", "high")}
     told = {"verdict": result["verdict"], "reason": result["reason"], "baseline": baseline}
@@ -221,6 +246,7 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
         step.tracker.log(run_id, metrics=headline.metrics, tags=headline.tags | told)
     step.tracker.log(step.run_id, metrics=tracked(limits, step.step).metrics | differences)
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
+    _show_formats(step, result["formats"])
     show_table(
         f"evaluate-{config.name}",
         [dict(zip(("difference", "nats per token", "low", "high"), row, strict=True)) for row in rows],
@@ -231,3 +257,20 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     if (few := shortfall(result["documents"], config.evaluate.documents)) is not None:
         step.say(few)
     return {"evaluation": str(folder / "evaluation.json")}
+
+
+def _show_formats(step: StepRun, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The formats side by side: a table, a plot, and a line for each that is not the run's own."""
+    config = step.context.config
+    if len(rows) == 1:
+        return
+    plot = plot_formats(rows, config.quantize.max_dnll, step.context.path / "evaluate" / "formats.png")
+    for run_id in (step.run_id, step.context.parent_run_id):
+        step.tracker.artifact(run_id, plot, "plots")
+    table = [{key: value for key, value in row.items() if key != "reason"} for row in rows]
+    show_table(
+        f"formats-{config.name}", table, f"Quantization formats of {config.name}; {rows[0]['format']} is its own"
+    )
+    for row in rows[1:]:
+        verdict = "would pass" if row["passed"] else "would not pass"
+        step.say(f"{row['format']} at {row['bytes_ratio']:.2f} of the bytes {verdict}: {row['reason']}", lasting=True)

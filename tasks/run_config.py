@@ -43,6 +43,9 @@ class QuantizeConfig(Section):
     format: str = DEFAULT_FORMAT
     """Format of the quantized weights: one of those in model/numerics/formats.py, or `auto`, the one that suits the GPU
     that serves them."""
+    compare: tuple[str, ...] = ()
+    """Other formats to quantize in and to judge beside it; they are not served. Those that the model's sizes do not fit
+    are left out."""
     gpu: str | None = None
     """GPU that serves them, for `auto`, like `H100`; `null` is the cluster file's, or this machine's."""
     max_dnll: PositiveFloat = 0.02
@@ -61,6 +64,11 @@ class QuantizeConfig(Section):
         """Problems with formats that are not registered, and with an unknown GPU."""
         if self.format not in (*FORMATS, AUTO):
             yield Problem("format", f"{format_rule()}, {AUTO}", self.format)
+        for number, name in enumerate(self.compare):
+            if name not in FORMATS:
+                yield Problem(f"compare.{number}", format_rule(), name)
+            elif name in self.compare[:number]:
+                yield Problem(f"compare.{number}", "must name each format once", name)
         if self.fallback is not None and self.fallback not in FORMATS:
             yield Problem("fallback", f"{format_rule()}, null", self.fallback)
         if self.gpu is not None and self.gpu not in GPUS:

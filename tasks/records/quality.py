@@ -11,8 +11,10 @@ from dataclasses import asdict
 from typing import Any
 
 from anything.statistics.compare import Comparison, Mean, compare, mean_of
-from tasks.records.quantized_format import next_milder
 from tasks.run_config import RunConfig
+
+ESTIMATES = ("quantized_dnll", "quantized_kl", "quantized_top1")
+BOUNDS = ("quantized_dnll_upper", "quantized_kl_upper", "quantized_top1_lower")
 
 
 def pairs(score: Mapping[str, Any], key: str = "nll") -> dict[str, tuple[float, int]]:
@@ -20,7 +22,9 @@ def pairs(score: Mapping[str, Any], key: str = "nll") -> dict[str, tuple[float, 
     return {document["id"]: (document[key], document["tokens"]) for document in score["documents"]}
 
 
-def judge_quantized(config: RunConfig, plain: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
+def judge_quantized(
+    config: RunConfig, plain: Mapping[str, Any], quantized: Mapping[str, Any], *, milder: str | None = None
+) -> dict[str, Any]:
     """Figures, verdict and a sentence, under the names that evaluation.json has for them.
 
     The weights pass when the upper bound of their loss difference is at most `quantize.max_dnll`, that of their
@@ -30,6 +34,7 @@ def judge_quantized(config: RunConfig, plain: Mapping[str, Any], quantized: Mapp
     Args:
         plain: scores of the weights that they were made from, as `cherry.scoring` writes them.
         quantized: scores beside those as reference.
+        milder: the format to propose where they cost too much; `None` where there is none.
     """
     evaluation = config.evaluate
     rules: dict[str, Any] = {
@@ -50,7 +55,7 @@ def judge_quantized(config: RunConfig, plain: Mapping[str, Any], quantized: Mapp
         "quantized_top1": agreement.mean,
         "quantized_top1_lower": agreement.lower,
         "quantized_passed": not broken,
-        "quantized_reason": _reason(config, broken, cost, divergence, agreement),
+        "quantized_reason": _reason(config, broken, cost, divergence, agreement, milder),
         "quantized_bits_per_byte": quantized["bits_per_byte"],
     }
 
@@ -66,7 +71,14 @@ def _broken(config: RunConfig, cost: Comparison, divergence: Mean, agreement: Me
     return {key: surely for key, (passed, surely) in kept.items() if not passed}
 
 
-def _reason(config: RunConfig, broken: Mapping[str, bool], cost: Comparison, divergence: Mean, agreement: Mean) -> str:
+def _reason(
+    config: RunConfig,
+    broken: Mapping[str, bool],
+    cost: Comparison,
+    divergence: Mean,
+    agreement: Mean,
+    milder: str | None,
+) -> str:
     """A sentence on what quantization costs, and what to do where that is too much."""
     limits, confidence = config.quantize, 100 * config.evaluate.confidence
     text = (
@@ -79,7 +91,6 @@ def _reason(config: RunConfig, broken: Mapping[str, bool], cost: Comparison, div
         return text
     text += "; " + ", ".join(f"quantize.{key} is {getattr(limits, key):.4g}" for key in broken)
     if any(broken.values()):
-        milder = next_milder(config)
         return f"{text}. " + ("Deploy the export" if milder is None else f"The next milder is quantize.format={milder}")
     return (
         f"{text}. These documents are too few to decide: they can show a difference from "

@@ -27,9 +27,8 @@ def judged(config, dnll=0.001, kl=0.01, top1=0.97, spread=0.1, documents=16):
     """Judgement of weights whose documents lie this share above and below the means in turn."""
     signs = [1 + spread * (-1) ** number for number in range(documents)]
     plain = scores([(2.0, 0.0, 1.0)] * documents)
-    return judge_quantized(
-        config, plain, scores([(2.0 + dnll * sign, kl * sign, 1 - (1 - top1) * sign) for sign in signs])
-    )
+    quantized = scores([(2.0 + dnll * sign, kl * sign, 1 - (1 - top1) * sign) for sign in signs])
+    return judge_quantized(config, plain, quantized, milder="fp8_block")
 
 
 def test_weights_that_cost_little_pass_with_every_figure(config):
@@ -62,6 +61,12 @@ def test_a_limit_that_only_the_bound_breaks_asks_for_documents(config, cost):
     assert not result["quantized_passed"]
     assert "These documents are too few to decide" in result["quantized_reason"]
     assert "milder" not in result["quantized_reason"]
+
+
+def test_without_a_milder_format_the_export_is_proposed(config):
+    plain = scores([(2.0, 0.0, 1.0)] * 16)
+    reason = judge_quantized(config, plain, scores([(2.5, 0.01, 0.97)] * 16))["quantized_reason"]
+    assert reason.endswith("quantize.max_dnll is 0.02. Deploy the export")
 
 
 def test_several_broken_limits_are_named_together(config):
