@@ -10,7 +10,6 @@ from cherry.planner.local_device import local_gpus
 from model.numerics.formats import AUTO, DEFAULT_FORMAT, FORMATS, natural_format
 from tasks.run_config import RunConfig
 
-
 OUTPUT = "quantized"
 """Name and folder of the quantize step's output in the run's own format."""
 
