@@ -74,8 +74,8 @@ def work(folder: Path) -> None:
     )
     _module("cherry.export", "--run_dir", str(run), "--dtype", "bf16")
     _module("model.quantize", "--source", f"{run}/export", "--target", f"{run}/quantized")
-    models = (["--model_path", f"{run}/export"], ["--model_path", f"{run}/quantized"])
-    for number, chosen in enumerate((*models, ["--untrained", "--config", f"{run}/config.yaml"])):
+    beside = ["--model_path", f"{run}/quantized", "--reference", f"{run}/export"]
+    for number, chosen in enumerate((beside, ["--untrained", "--config", f"{run}/config.yaml"])):
         limits = [
             "--documents",
             str(config.evaluate.documents),

@@ -29,7 +29,7 @@ from model.transformer import DeepseekV3
 _WINDOWS_PER_BATCH = 16
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""tokens [B, T], targets [B, T] -> nll [B] in nats, summed over the targets that are not IGNORE_INDEX."""
+"""tokens [B, T], targets [B, T] -> nll in nats [B], or several sums [B, S], over targets that are not IGNORE_INDEX."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,23 @@ class Heldout:
 def score_documents(
     score: Score, documents: Sequence[HeldoutDocument], window: int, on_progress: Callable[[float], None] | None = None
 ) -> list[DocumentScore]:
-    """Scores of the documents, in order; several windows are scored at a time.
+    """Scores of the documents, in order; see `sums_of`."""
+    sums_DS = sums_of(score, documents, window, on_progress).tolist()
+    return [
+        DocumentScore(document.id, nll, sum(document.loss_mask), document.bytes)
+        for document, [nll] in zip(documents, sums_DS, strict=True)
+    ]
+
+
+def sums_of(
+    score: Score, documents: Sequence[HeldoutDocument], window: int, on_progress: Callable[[float], None] | None = None
+) -> Tensor:
+    """A score's sums over each document, fp64 [documents, S]; several windows are scored at a time.
 
     Args:
         on_progress: called with the fraction that is done.
     """
-    nll = [0.0] * len(documents)
+    sums: list[Tensor | float] = [0.0] * len(documents)
     windows = list(_windows(documents, window))
     windows.sort(key=lambda item: len(item[1]))  # less padding; sums per document do not depend on the order
     for start in range(0, len(windows), _WINDOWS_PER_BATCH):
@@ -69,14 +80,12 @@ def score_documents(
         for row, (_, tokens, targets) in enumerate(batch):
             tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
             targets_BT[row, : len(targets)] = torch.tensor(targets)
-        for (document, _, _), value in zip(batch, score(tokens_BT, targets_BT).tolist(), strict=True):
-            nll[document] += value
+        found_BS = score(tokens_BT, targets_BT).double().view(len(batch), -1)
+        for (document, _, _), found_S in zip(batch, found_BS, strict=True):
+            sums[document] += found_S
         if on_progress is not None:
             on_progress(min(1.0, (start + _WINDOWS_PER_BATCH) / len(windows)))
-    return [
-        DocumentScore(document.id, value, sum(document.loss_mask), document.bytes)
-        for document, value in zip(documents, nll, strict=True)
-    ]
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in sums]) if sums else torch.zeros(0, 1)
 
 
 def _windows(documents: Sequence[HeldoutDocument], window: int) -> Iterator[tuple[int, list[int], list[int]]]:
@@ -104,6 +113,33 @@ def model_score(model: DeepseekV3, device: torch.device) -> Score:
             rows.append(
                 nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="sum").double()
             )
+        return torch.stack(rows).cpu()
+
+    return score
+
+
+def paired_score(model: DeepseekV3, reference: DeepseekV3, device: torch.device) -> Score:
+    """`Score` function of a model beside another one: sums [B, 4] of
+
+    the model's nll and the reference's, the divergence KL(reference || model) over the whole vocabulary in nats, and
+    the targets before which both have the same likeliest token.
+    """
+
+    @torch.no_grad()
+    def score(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        hidden = [one(tokens_BT.to(device)).hidden_BTD for one in (model, reference)]
+        rows = []
+        for row, targets_T in enumerate(targets_BT.to(device)):  # one row's logits at a time
+            at_T = targets_T != IGNORE_INDEX
+            own_NV, other_NV = (
+                one.logits(hidden_BTD[row][at_T]).float().log_softmax(-1)
+                for one, hidden_BTD in zip((model, reference), hidden, strict=True)
+            )
+            targets_N1 = targets_T[at_T, None]
+            divergence = (other_NV.exp() * (other_NV - own_NV)).sum(dtype=torch.float64)
+            agreed = (own_NV.argmax(-1) == other_NV.argmax(-1)).sum()
+            nll = [-log_NV.gather(1, targets_N1).sum(dtype=torch.float64) for log_NV in (own_NV, other_NV)]
+            rows.append(torch.stack([*nll, divergence, agreed.double()]))
         return torch.stack(rows).cpu()
 
     return score

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from base.errors import (
     storage_errors,
 )
 from base.lost_output import outlive_output
+from base.scratch import scratch_folder
 from cherry.watch.node_sampler import sample_node
 
 LAUNCHER_PID = "CHERRY_LAUNCHER_PID"
@@ -89,8 +89,8 @@ def launch(arguments: list[str]) -> None:
     _pass_on_signals(run_directory)
     _sample_node(run_directory)
     _share_cores(ranks)
-    with tempfile.TemporaryDirectory(prefix="cherry-launch-") as logs:
-        options.log_dir = options.log_dir or logs  # torch would leave a directory behind in each run
+    with scratch_folder("cherry-launch") as logs:
+        options.log_dir = options.log_dir or str(logs)  # torch would leave a directory behind in each run
         _start(options)
 
 

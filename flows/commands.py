@@ -174,9 +174,7 @@ def _table(summary: dict[str, Any]) -> Table:
     rows = {
         "loss": f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}",
         "held-out": f"{summary['heldout_bits_per_byte']:.3f} bits per byte (zlib: {summary['zlib_bits_per_byte']:.3f})",
-        "quantized": (
-            f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token"
-        ),
+        "quantized": _quantized(summary),
         "verdict": f"{summary['verdict']} (compared with {summary['compared_with']}): {judged(summary)}",
         "data": f"{summary['documents']:,} documents, {summary['data_bytes'] / 1e6:.1f} MB",
         "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in summary["seconds"].items()),
@@ -184,6 +182,17 @@ def _table(summary: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _quantized(summary: dict[str, Any]) -> str:
+    """A line for each format that was quantized in; the run's own, which is the first, is served."""
+    if not summary["formats"]:  # evaluated by an earlier version
+        return f"{summary['quantized_bytes_ratio']:.2f} of the bytes, {summary['quantized_dnll']:+.4f} nats per token"
+    return "\n".join(
+        f"{row['format']}: {row['bytes_ratio']:.2f} of the bytes, {row['dnll']:+.4f} nats per token, likeliest token "
+        f"the same for {row['top1']:.1%}: {'passed' if row['passed'] else 'not to be served'}"
+        for row in summary["formats"]
+    )
 
 
 def _next(console: Console, config: RunConfig, deploy_command: str) -> None:

@@ -33,7 +33,7 @@ from tasks.run_config import RunConfig
 from tasks.tracking.connect import connect
 
 # Folders of steps' outputs, and what is added to the name of one that is set aside.
-_SET_ASIDE = re.compile(rf"(data|train|export|quantized|evaluate)\.([0-9a-f]{{8}}|{DAMAGED})(\.\d+)?")
+_SET_ASIDE = re.compile(rf"(data|train|export|quantized(?:-\w+)?|evaluate)\.([0-9a-f]{{8}}|{DAMAGED})(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _References:
     def _registered(self, folder: Path) -> str | None:
         match = _SET_ASIDE.fullmatch(folder.name)
         assert match is not None
-        if match[1] not in ("export", "quantized"):
+        if not match[1].startswith(("export", "quantized")):
             return None
         versions = self._versions_of(self._configs[folder.parent])
         if isinstance(versions, str):

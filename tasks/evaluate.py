@@ -5,7 +5,7 @@ Models are scored by cherry/scoring.py, and compared by anything/statistics/comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from anything.statistics.compare import Comparison, compare
+from anything.statistics.compare import compare
 from base import storage
+from model.numerics.formats import FORMATS
+from model.quantization.report import REPORT_NAME
 from tasks.artifacts import show_table
 from tasks.files.outputs import find_output
-from tasks.plots import plot_comparison
+from tasks.plots import plot_comparison, plot_formats
 from tasks.records.figures import difference_of, tracked
-from tasks.records.quantized_format import next_milder
-from tasks.run_config import EvaluateConfig, RunConfig
+from tasks.records.quality import BOUNDS, ESTIMATES, judge_quantized, pairs
+from tasks.records.quantized_format import OUTPUT, chosen_format, compared_formats, next_milder, output_of
+from tasks.run_config import RunConfig
 from tasks.run_logger import run_logger
 from tasks.steps import (
     REGISTRY_DELAYS_S,
@@ -34,6 +37,8 @@ from tasks.steps import (
 from tasks.tracking.protocol import Dataset, ModelVersion
 
 UNTRAINED = "untrained"
+SCORES = "nll-{}.json"
+"""File of a model's scores in the evaluation's folder, by the model's part in it."""
 
 
 @task(
@@ -63,16 +68,19 @@ def evaluate(context: RunContext, data: StepRecord, exported: StepRecord, quanti
             if champion
             else ["--untrained", "--config", f"{context.directory}/config.yaml"]
         )
-        scores = {
-            name: _score(context, step, name, arguments, folder)
-            for name, arguments in {
-                "candidate": ["--model_path", exported.outputs["export"]],
-                "quantized": ["--model_path", quantized.outputs["quantized"]],
-                "baseline": baseline,
-            }.items()
+        export = exported.outputs["export"]
+        models = {"baseline": baseline} | {
+            name: ["--model_path", path, "--reference", export] for name, path in quantized.outputs.items()
         }
+        scores = {name: _score(context, step, name, arguments, folder) for name, arguments in models.items()}
+        scores["candidate"] = {"model": export, **scores[OUTPUT]["reference"]}
+        storage.write_json(str(folder / SCORES.format("candidate")), scores["candidate"])
+        for name in ("baseline", "candidate", OUTPUT):
+            loss, bits = (scores[name][key] for key in ("loss", "bits_per_byte"))
+            step.metrics(**{f"{name}_loss": loss, f"{name}_bits_per_byte": bits})
         result = verdicts(context.config, scores, _label(champion), missing)
         result["baseline_version"] = None if champion is None else champion.version
+        result["formats"] = formats(context.config, scores, quantized.outputs)
         return _report(context, step, result, folder)
 
     return perform(context, "evaluate", inputs, work)
@@ -124,7 +132,7 @@ def _record_inputs(context: RunContext, step: StepRun, champion: ModelVersion | 
 
 def _score(context: RunContext, step: StepRun, name: str, model: list[str], folder: Path) -> dict[str, Any]:
     """Scores of one model on the held-out documents, from a program of its own."""
-    output = folder / f"nll-{name}.json"
+    output = folder / SCORES.format(name)
     arguments = [*model, "--data_dir", f"{context.directory}/data", "--output", str(output)]
     evaluation = context.config.evaluate
     arguments += ["--documents", str(evaluation.documents), "--max_tokens", str(evaluation.max_document_tokens)]
@@ -132,28 +140,10 @@ def _score(context: RunContext, step: StepRun, name: str, model: list[str], fold
         "cherry.scoring",
         arguments,
         on_line=lambda line: step.say(f"{name}: {line}"),
-        on_progress=lambda line, _: step.say(f"{name}: {line}"),  # of one of three models
+        on_progress=lambda line, _: step.say(f"{name}: {line}"),  # of one of several models
     )
     result: dict[str, Any] = storage.read_json(str(output))
-    step.metrics(**{f"{name}_loss": result["loss"], f"{name}_bits_per_byte": result["bits_per_byte"]})
     return result
-
-
-def _pairs(score: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
-    return {document["id"]: (document["nll"], document["tokens"]) for document in score["documents"]}
-
-
-def _compare(
-    baseline: Mapping[str, Any], candidate: Mapping[str, Any], config: EvaluateConfig, margin: float
-) -> Comparison:
-    return compare(
-        _pairs(baseline),
-        _pairs(candidate),
-        margin=margin,
-        confidence=config.confidence,
-        bootstrap_samples=config.bootstrap_samples,
-        seed=config.seed,
-    )
 
 
 def verdicts(
@@ -163,11 +153,15 @@ def verdicts(
 
     A champion that is `missing` cannot be beaten: however the candidate compares with the untrained model, it must not
     replace the champion by itself.
-    The quantized weights pass when the one-sided upper bound of their cost is at most `quantize.max_dnll`, so too few
-    documents cannot pass them.
     """
-    against = _compare(scores["baseline"], scores["candidate"], config.evaluate, config.evaluate.margin_nats)
-    cost = _compare(scores["candidate"], scores["quantized"], config.evaluate, config.quantize.max_dnll)
+    against = compare(
+        pairs(scores["baseline"]),
+        pairs(scores["candidate"]),
+        margin=config.evaluate.margin_nats,
+        confidence=config.evaluate.confidence,
+        bootstrap_samples=config.evaluate.bootstrap_samples,
+        seed=config.evaluate.seed,
+    )
     verdict, reason = against.verdict, against.reason
     if missing is not None:
         alias = config.register_model.champion_alias
@@ -182,35 +176,33 @@ def verdicts(
         "baseline": baseline,
         "champion_missing": missing,
         "candidate_vs_baseline": asdict(against),
-        "quantized_vs_candidate": asdict(cost),
-        "quantized_dnll": cost.difference,
-        "quantized_dnll_upper": cost.upper_one_sided,
-        "quantized_passed": cost.not_worse,
-        "quantized_reason": _cost(cost, config),
+        **judge_quantized(config, scores["candidate"], scores[OUTPUT], milder=next_milder(config)),
         "bits_per_byte": scores["candidate"]["bits_per_byte"],
-        "quantized_bits_per_byte": scores["quantized"]["bits_per_byte"],
         "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
         "heldout_loss": scores["candidate"]["loss"],
         "documents": against.documents,
     }
 
 
-def _cost(cost: Comparison, config: RunConfig) -> str:
-    """A sentence on the loss that quantization costs."""
-    limit, confidence = config.quantize.max_dnll, 100 * config.evaluate.confidence
-    text = (
-        f"quantization costs {cost.difference:+.4f} nats per token, at most {cost.upper_one_sided:+.4f} "
-        f"({confidence:.4g} % one-sided, {cost.documents} documents); quantize.max_dnll is {limit:.4g}"
-    )
-    if cost.not_worse:
-        return text
-    if cost.difference > limit:
-        milder = next_milder(config)
-        return f"{text}. " + ("Deploy the export" if milder is None else f"The next milder is quantize.format={milder}")
-    return (
-        f"{text}. These documents are too few to decide: they can show a difference from "
-        f"{cost.minimum_detectable_effect:.4f} up. Raise evaluate.documents or data.heldout_fraction"
-    )
+def formats(
+    config: RunConfig, scores: Mapping[str, dict[str, Any]], folders: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A row for each format that was quantized in, the run's own first: size, what it costs, and whether it passes.
+
+    Args:
+        folders: the quantized weights, by the name of their scores.
+    """
+    names = {OUTPUT: chosen_format(config).name} | {output_of(name): name for name in compared_formats(config)}
+    rows = []
+    for output, name in names.items():
+        judged = judge_quantized(config, scores["candidate"], scores[output], milder=FORMATS[name].milder)
+        report = storage.read_json(storage.join(folders[output], REPORT_NAME))
+        keys = (*ESTIMATES, *BOUNDS, "quantized_passed", "quantized_reason")
+        row = {"format": name, "bytes_ratio": report["bytes_after"] / report["bytes_before"]}
+        row |= {key.removeprefix("quantized_"): judged[key] for key in keys}
+        cost = judged["quantized_vs_candidate"]
+        rows.append(row | {"dnll_low": cost["low"], "dnll_high": cost["high"]})
+    return rows
 
 
 def shortfall(compared: int, wanted: int) -> str | None:
@@ -239,13 +231,13 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
             "heldout_loss": result["heldout_loss"],
             "heldout_documents": result["documents"],
             "zlib_bits_per_byte": result["zlib_bits_per_byte"],
-            "quantized_dnll": cost["difference"],
+            **{key: result[key] for key in ESTIMATES},
         },
         step.step,
     )
     limits = {
         "minimum_detectable_effect": against["minimum_detectable_effect"],
-        "quantized_dnll_upper": cost["upper_one_sided"],
+        **{key: result[key] for key in BOUNDS},
     }
     differences = {difference_of(baseline, key): against[key] for key in ("difference", "low", "high")}
     told = {"verdict": result["verdict"], "reason": result["reason"], "baseline": baseline}
@@ -254,6 +246,7 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
         step.tracker.log(run_id, metrics=headline.metrics, tags=headline.tags | told)
     step.tracker.log(step.run_id, metrics=tracked(limits, step.step).metrics | differences)
     step.tracker.artifact(step.run_id, folder / "evaluation.json")
+    _show_formats(step, result["formats"])
     show_table(
         f"evaluate-{config.name}",
         [dict(zip(("difference", "nats per token", "low", "high"), row, strict=True)) for row in rows],
@@ -264,3 +257,20 @@ def _report(context: RunContext, step: StepRun, result: dict[str, Any], folder: 
     if (few := shortfall(result["documents"], config.evaluate.documents)) is not None:
         step.say(few)
     return {"evaluation": str(folder / "evaluation.json")}
+
+
+def _show_formats(step: StepRun, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The formats side by side: a table, a plot, and a line for each that is not the run's own."""
+    config = step.context.config
+    if len(rows) == 1:
+        return
+    plot = plot_formats(rows, config.quantize.max_dnll, step.context.path / "evaluate" / "formats.png")
+    for run_id in (step.run_id, step.context.parent_run_id):
+        step.tracker.artifact(run_id, plot, "plots")
+    table = [{key: value for key, value in row.items() if key != "reason"} for row in rows]
+    show_table(
+        f"formats-{config.name}", table, f"Quantization formats of {config.name}; {rows[0]['format']} is its own"
+    )
+    for row in rows[1:]:
+        verdict = "would pass" if row["passed"] else "would not pass"
+        step.say(f"{row['format']} at {row['bytes_ratio']:.2f} of the bytes {verdict}: {row['reason']}", lasting=True)

@@ -281,6 +281,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         "data_digest": data["digest"],
         "quantized_bytes_ratio": quantization["bytes_after"] / quantization["bytes_before"],
         "quantized_dnll": evaluation["quantized_dnll"],
+        "formats": evaluation.get("formats", []),
         "verdict": evaluation["verdict"],
         "reason": evaluation["reason"],
         "compared_with": evaluation["baseline"],

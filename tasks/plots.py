@@ -147,6 +147,32 @@ def plot_comparison(rows: Sequence[tuple[str, float, float, float]], margin: flo
     return path
 
 
+def plot_formats(rows: Sequence[Mapping[str, Any]], limit: float, path: Path) -> Path:
+    """Draw what each quantization format costs, with its interval, over the share of the bytes that it keeps.
+
+    Args:
+        rows: format, bytes_ratio, dnll with dnll_low and dnll_high, and passed of each.
+        limit: largest loss that may be caused, in nats per token.
+    """
+    with _figure(path) as [axes]:
+        axes.axhline(limit, color="tab:red", linestyle="--", linewidth=1, label="quantize.max_dnll")
+        axes.axhline(0.0, color="black", linewidth=1)
+        for row in rows:
+            color = "tab:blue" if row["passed"] else "tab:red"
+            share, cost = 100 * row["bytes_ratio"], row["dnll"]
+            axes.plot([share, share], [row["dnll_low"], row["dnll_high"]], color=color, linewidth=4, alpha=0.4)
+            axes.plot([share], [cost], "o", color=color)
+            words = f"{row['format']}{'' if row['passed'] else ', refused'}"
+            axes.annotate(words, (share, cost), xytext=(8, 6), textcoords="offset points")
+        axes.set(
+            xlabel="bytes, % of bf16", ylabel="cost in held-out loss, nats per token", title="Quantization formats"
+        )
+        axes.margins(x=0.25)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right")
+    return path
+
+
 def plot_memory(
     stages: Mapping[str, Mapping[str, int]], usable_bytes: int, path: Path, *, title: str = "Planned memory"
 ) -> Path:

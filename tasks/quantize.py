@@ -14,12 +14,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from base import storage
-from model.numerics.formats import AUTO
+from model.numerics.formats import AUTO, FORMATS
 from model.quantization.manifest import MANIFEST_NAME
 from model.quantization.report import REPORT_NAME
 from tasks.artifacts import show_table
 from tasks.plots import plot_quantization, plot_quantization_map
-from tasks.records.quantized_format import chosen_format
+from tasks.records.quantized_format import OUTPUT, chosen_format, compared_formats, output_of
 from tasks.steps import RunContext, StepRecord, StepRun, make_room, perform, worth_retrying
 
 KINDS_FILE = "quantization_by_kind.csv"
@@ -36,20 +36,31 @@ KINDS_FILE = "quantization_by_kind.csv"
 def quantize(context: RunContext, exported: StepRecord) -> StepRecord:
     """Record of the quantized weights, made from the export by a program of its own, which goes on where it was."""
     scheme, reason = chosen_format(context.config)
+    others = compared_formats(context.config)
 
     def work(step: StepRun) -> dict[str, str]:
         if context.config.quantize.format == AUTO:
             step.say(f"{scheme}, {reason}")
-        source, target = exported.outputs["export"], context.path / "quantized"
-        make_room(context, "quantize", target, step.fingerprint)
-        if not storage.is_committed(str(target)) and not (target / MANIFEST_NAME).exists():
-            storage.remove_tree(str(target))  # what is left of a damaged output
-        step.run("model.quantize", ["--source", source, "--target", str(target), "--format", scheme])
+        for name in context.config.quantize.compare:
+            if (rule := FORMATS[name].misfit(context.config.model)) is not None:
+                step.say(f"quantize.compare: {name} is left out, for it {rule}")
+        outputs = {output_of(name): context.path / output_of(name) for name in others}
+        for name in others:
+            _quantize(step, exported.outputs["export"], outputs[output_of(name)], name)
+        target = context.path / OUTPUT
+        _quantize(step, exported.outputs["export"], target, scheme)
         _publish(step, target)
-        return {"quantized": str(target)}
+        return {OUTPUT: str(target)} | {name: str(path) for name, path in outputs.items()}
 
     inputs = {"export_fingerprint": exported.fingerprint, "format": scheme}
-    return perform(context, "quantize", inputs, work)
+    return perform(context, "quantize", inputs | ({"compare": others} if others else {}), work)
+
+
+def _quantize(step: StepRun, source: str, target: Path, format_name: str) -> None:
+    make_room(step.context, "quantize", target, step.fingerprint)
+    if not storage.is_committed(str(target)) and not (target / MANIFEST_NAME).exists():
+        storage.remove_tree(str(target))  # what is left of a damaged output
+    step.run("model.quantize", ["--source", source, "--target", str(target), "--format", format_name])
 
 
 def _publish(step: StepRun, target: Path) -> None:

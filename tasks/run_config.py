@@ -43,11 +43,20 @@ class QuantizeConfig(Section):
     format: str = DEFAULT_FORMAT
     """Format of the quantized weights: one of those in model/numerics/formats.py, or `auto`, the one that suits the GPU
     that serves them."""
+    compare: tuple[str, ...] = ()
+    """Other formats to quantize in and to judge beside it; they are not served. Those that the model's sizes do not fit
+    are left out."""
     gpu: str | None = None
     """GPU that serves them, for `auto`, like `H100`; `null` is the cluster file's, or this machine's."""
     max_dnll: PositiveFloat = 0.02
     """Largest increase of the held-out loss, in nats per token, that quantization may cause. The upper confidence bound
     of the increase, one-sided at evaluate.confidence, must not exceed it."""
+    max_kl: PositiveFloat = 0.1
+    """Largest divergence KL(export || quantized) of the next token's distribution, in nats per token. Its upper bound
+    must not exceed it."""
+    min_top1: float = Field(default=0.9, gt=0.0, lt=1.0)
+    """Smallest share of tokens for which export and quantized weights agree on the likeliest one. Its lower bound must
+    not be below it."""
     fallback: str | None = None
     """Format to propose where they cost more; `null` is the registry's next milder one."""
 
@@ -55,6 +64,11 @@ class QuantizeConfig(Section):
         """Problems with formats that are not registered, and with an unknown GPU."""
         if self.format not in (*FORMATS, AUTO):
             yield Problem("format", f"{format_rule()}, {AUTO}", self.format)
+        for number, name in enumerate(self.compare):
+            if name not in FORMATS:
+                yield Problem(f"compare.{number}", format_rule(), name)
+            elif name in self.compare[:number]:
+                yield Problem(f"compare.{number}", "must name each format once", name)
         if self.fallback is not None and self.fallback not in FORMATS:
             yield Problem("fallback", f"{format_rule()}, null", self.fallback)
         if self.gpu is not None and self.gpu not in GPUS:

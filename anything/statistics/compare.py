@@ -113,6 +113,27 @@ def compare(
     )
 
 
+@dataclass(frozen=True)
+class Mean:
+    """Mean per token of what was summed over documents; bounds as in `Comparison`, each one-sided at the confidence."""
+
+    mean: float
+    lower: float
+    upper: float
+    documents: int
+    tokens: int
+
+
+def mean_of(sums: Losses, *, confidence: float, bootstrap_samples: int, seed: int) -> Mean:
+    """Mean per token, with bounds from the spread between documents; arguments and errors as of `compare`."""
+    _check_arguments(0.0, confidence, bootstrap_samples)
+    ids = _in_common(sums, sums)
+    tokens, values = _tokens(ids, sums, sums), _nlls(ids, sums, "model")
+    estimate = _Estimate.of(values, tokens.astype(np.float64), bootstrap_samples, seed)
+    lower, upper = estimate.bound(1 - confidence), estimate.bound(confidence)
+    return Mean(float(values.sum() / tokens.sum()), lower, upper, len(ids), int(tokens.sum()))
+
+
 def _in_common(baseline: Losses, candidate: Losses) -> list[str]:
     """Ids of the documents that both models scored, sorted."""
     ids = sorted(baseline.keys() & candidate.keys())

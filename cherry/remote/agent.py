@@ -16,15 +16,12 @@ import json
 import os
 import queue
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from contextlib import suppress
-from pathlib import Path
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import psutil
@@ -32,6 +29,7 @@ import psutil
 from base.errors import ERROR_FILE_VARIABLE, CherryError, WorkerLostError, error_record
 from base.json_lines import JsonLinesReader, parse_lines
 from base.progress import PROGRESS_FILE_VARIABLE
+from base.scratch import scratch_folder
 from cherry.remote.facts import collect_facts
 from cherry.remote.prepared_data import copy_committed
 from cherry.remote.reach import listen, unreachable
@@ -88,8 +86,9 @@ class Job:
     """The launcher on this host in a session of its own, with its output and its error."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], sender: Sender) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="cherry-agent-"))
-        self._error, progress = self._folder / "error.json", self._folder / "progress.jsonl"
+        self._scratch = ExitStack()
+        folder = self._scratch.enter_context(scratch_folder("cherry-agent"))
+        self._error, progress = folder / "error.json", folder / "progress.jsonl"
         self._sender, self._reports = sender, JsonLinesReader(progress)
         self._fractions: dict[str, float] = {}
         self._reading = threading.Lock()
@@ -159,7 +158,7 @@ class Job:
         error = None
         with suppress(OSError, ValueError):
             error = json.loads(self._error.read_text())
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
         return {"code": self.process.returncode, "error": error}
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.numerics.activations import e4m3_in_groups
 from model.numerics.e4m3 import DTYPE, PROBE, decode, exact_scales
 from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
 from model.numerics.strips import largest_magnitude
@@ -69,6 +70,10 @@ class Fp8Blocks:
         """See `dequantize_blocks`."""
         for rows, strip in _dequantized(stored[""], stored[self.suffix], 0, 0):
             out[rows] = strip
+
+    def round_inputs(self, x_NI: Tensor) -> Tensor:
+        """See `e4m3_in_groups`."""
+        return e4m3_in_groups(x_NI, BLOCK)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:

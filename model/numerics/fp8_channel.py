@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.numerics.activations import e4m3_per_token
 from model.numerics.e4m3 import DTYPE, PROBE, decode, exact_scales
 from model.numerics.schemes import ChannelScheme
 from model.numerics.strips import largest_magnitude, scratch, strips
@@ -35,6 +36,10 @@ class Fp8Channel(ChannelScheme):
         for rows in strips(out):
             strip = decode(stored[""][rows], work[: rows.stop - rows.start])
             out[rows] = strip.mul_(stored["_scale"][rows])
+
+    def round_inputs(self, x_NI: Tensor) -> Tensor:
+        """See `e4m3_per_token`."""
+        return e4m3_per_token(x_NI)
 
 
 def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

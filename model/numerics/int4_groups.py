@@ -70,6 +70,10 @@ class Int4Groups:
             values_OI = unpack(stored["_packed"][rows], out.shape[1])
             out[rows] = dequantize(values_OI, stored["_scale"][rows], self.group)
 
+    def round_inputs(self, x_NI: Tensor) -> Tensor:
+        """Inputs as they are."""
+        return x_NI
+
     def _quantize(self, weight_OI: Tensor) -> dict[str, Tensor]:
         values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
         scales = []

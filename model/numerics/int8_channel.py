@@ -1,8 +1,8 @@
 """int8 weights: symmetric, one fp32 scale per output channel.
 
-On disk it is compressed-tensors' "int-quantized" W8A8: static weights per channel, dynamic activations per token. What
-runs here keeps activations as they are; an engine that follows config.json, like vLLM, rounds them to int8 as well, so
-what int8 costs there must be measured there.
+On disk it is compressed-tensors' "int-quantized" W8A8: static weights per channel, dynamic activations per token. The
+embedded engine keeps activations as they are; one that follows config.json, like vLLM, rounds them to int8 as well, and
+an evaluation does as that one does (model/numerics/modules.py, `round_inputs_of`).
 
 Shapes: O output channel, I input channel.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.numerics.activations import input_scale
 from model.numerics.schemes import ChannelScheme
 from model.numerics.strips import largest_magnitude, scratch, strips
 
@@ -43,6 +44,12 @@ class Int8Channel(ChannelScheme):
         for rows in strips(out):
             strip = work[: rows.stop - rows.start].copy_(values_OI[rows])
             out[rows] = strip.mul_(scale_O1[rows])
+
+    def round_inputs(self, x_NI: Tensor) -> Tensor:
+        """Inputs rounded to int8, each token under its own scale."""
+        x = x_NI.float()
+        scale = input_scale(x, _MAX)
+        return (x / scale).round_().mul_(scale).to(x_NI.dtype)
 
 
 def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,26 @@ def buffer_name(parameter: str, suffix: str) -> str:
     return f"stored_{parameter}{suffix}"
 
 
-class QuantizedLinear(Fp32Buffers):
+class QuantizedModule(Fp32Buffers):
+    """What quantized modules share."""
+
+    scheme: Scheme
+    rounds_inputs = False
+    """Whether inputs are rounded, as an engine does that multiplies in the scheme's numbers."""
+
+    def rounded(self, x_NI: Tensor) -> Tensor:
+        """Inputs [N, I] of a stored weight as they are multiplied."""
+        return self.scheme.round_inputs(x_NI) if self.rounds_inputs else x_NI
+
+
+def round_inputs_of(model: nn.Module) -> None:
+    """Have every quantized module of `model` round its inputs, where its scheme says so."""
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            module.rounds_inputs = True
+
+
+class QuantizedLinear(QuantizedModule):
     """Bias-free linear layer of stored tensors.
 
     Args:
@@ -49,10 +68,10 @@ class QuantizedLinear(Fp32Buffers):
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """Output [N, O] of the layer with dequantized weights."""
-        return F.linear(x_NI, self.weight)
+        return F.linear(self.rounded(x_NI), self.weight)
 
 
-class QuantizedExperts(Fp32Buffers, Experts):
+class QuantizedExperts(QuantizedModule, Experts):
     """Routed experts of stored tensors; only experts with routed rows are dequantized, one at a time."""
 
     kept_types = QuantizedLinear.kept_types
@@ -75,9 +94,10 @@ class QuantizedExperts(Fp32Buffers, Experts):
         for expert, (x_RD, scale_R) in enumerate(slices):
             if x_RD.shape[0]:
                 w13_FD = self._weight(_W13, expert, (2 * self.intermediate, self.width), x_RD.dtype)
-                gate_RF, up_RF = F.linear(x_RD, w13_FD).chunk(2, dim=-1)
+                gate_RF, up_RF = F.linear(self.rounded(x_RD), w13_FD).chunk(2, dim=-1)
                 w2_DF = self._weight(_W2, expert, (self.width, self.intermediate), x_RD.dtype)
-                outputs.append(F.linear(F.silu(gate_RF) * up_RF * scale_R[:, None], w2_DF))
+                # Rounding commutes with the routing weight: it is the scale of a row that changes.
+                outputs.append(F.linear(self.rounded(F.silu(gate_RF) * up_RF * scale_R[:, None]), w2_DF))
         return torch.cat(outputs)
 
     def _weight(self, name: str, expert: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -46,6 +46,9 @@ class Scheme(Protocol):
     def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Set `out` [O, I] to the weight: multiplied in fp32, then rounded to `out`'s type."""
 
+    def round_inputs(self, x_NI: Tensor) -> Tensor:
+        """Inputs of a layer as an engine that follows `config` rounds them; themselves where they keep their bits."""
+
 
 class ChannelScheme(ABC):
     """Scheme of 8-bit values under the weight's own name, and fp32 scales [O, 1] under the name with `_scale`."""
@@ -84,6 +87,10 @@ class ChannelScheme(ABC):
     @abstractmethod
     def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Values times their row's scale."""
+
+    @abstractmethod
+    def round_inputs(self, x_NI: Tensor) -> Tensor:
+        """Inputs in 8 bits, each token under its own scale."""
 
 
 def compressed_tensors_arguments(**given: Any) -> dict[str, Any]:

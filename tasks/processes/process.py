@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from base import storage
 from base.errors import ERROR_FILE_VARIABLE, CherryError, WorkerLostError, error_of_code, read_error
 from base.json_lines import JsonLinesReader
 from base.progress import PROGRESS_FILE_VARIABLE
+from base.scratch import scratch_folder
 from tasks.processes.programs import module_command, module_environment
 
 # Prefect's worker gives a cancelled flow 30 s before SIGKILL; the launcher needs 10 s of them to end its ranks.
@@ -64,8 +64,8 @@ def run_command(
     Raises:
         CherryError: the program's own error; see `error_of`.
     """
-    with tempfile.TemporaryDirectory(prefix="cherry-program-") as folder:
-        error_file, progress_file = Path(folder) / "error.json", Path(folder) / "progress.jsonl"
+    with scratch_folder("cherry-program") as folder:
+        error_file, progress_file = folder / "error.json", folder / "progress.jsonl"
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -13,7 +13,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import NoReturn
 
 from base import storage
 from base.errors import ERROR_FILE_VARIABLE, USER_EXIT_CODES, ConfigError, run_program
+from base.scratch import scratch_folder
 from cherry.launcher import die_with_parent
 from tasks.processes.process import error_of
 from tasks.processes.programs import module_command
@@ -85,8 +85,8 @@ def fan_out(names: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
     Raises:
         CherryError: that of the failed command that explains the others.
     """
-    with tempfile.TemporaryDirectory(prefix="cherry-fan-out-") as folder:
-        _run_all(names, commands, Path(folder))
+    with scratch_folder("cherry-fan-out") as folder:
+        _run_all(names, commands, folder)
 
 
 def _run_all(names: Sequence[str], commands: Sequence[Sequence[str]], folder: Path) -> None:

@@ -10,6 +10,9 @@ from cherry.planner.local_device import local_gpus
 from model.numerics.formats import AUTO, DEFAULT_FORMAT, FORMATS, natural_format
 from tasks.run_config import RunConfig
 
+OUTPUT = "quantized"
+"""Name and folder of the quantize step's output in the run's own format."""
+
 
 class Chosen(NamedTuple):
     """A format of the registry, and a sentence on why it is taken."""
@@ -42,8 +45,19 @@ def chosen_format(config: RunConfig) -> Chosen:
     )
 
 
+def compared_formats(config: RunConfig) -> list[str]:
+    """Formats of `quantize.compare` that fit the model's sizes and are not the run's own."""
+    own = chosen_format(config).name
+    return [name for name in config.quantize.compare if name != own and FORMATS[name].misfit(config.model) is None]
+
+
+def output_of(format_name: str) -> str:
+    """Name and folder of the output in a format of `quantize.compare`."""
+    return f"{OUTPUT}-{format_name}"
+
+
 def next_milder(config: RunConfig) -> str | None:
-    """The format to propose where the run's costs too much loss; `None` where there is none.
+    """The format to propose where the run's costs too much; `None` where there is none.
 
     Raises:
         MissingFileError, ConfigError: see `cherry.cluster.read_cluster`.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from cherry.data.prepare import HeldoutDocument, iterate_heldout
 from cherry.distributed.mesh import DataShard
-from cherry.heldout import evaluate_heldout, model_score, score_documents
+from cherry.heldout import evaluate_heldout, model_score, paired_score, score_documents, sums_of
 from cherry.job_config import JobConfig
 from cherry.training_model import TrainingModel
 from model.transformer import DeepseekV3
@@ -69,6 +69,30 @@ def test_tokens_that_bear_no_loss_are_read_and_not_scored(model: DeepseekV3, pre
     (score,) = score_documents(model_score(model, CPU), [thin], WINDOW)
     assert score.tokens == sum(mask) < sum(whole.loss_mask)
     assert 0 < score.nll == pytest.approx(plain_nll(model, thin, WINDOW), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_beside_another_one(model: DeepseekV3, mini: Callable[..., JobConfig], prepared_data: Path) -> None:
+    other = DeepseekV3(mini().model)
+    other.init_weights(1)
+    other.lm_head.weight.mul_(20.0)
+    documents = list(iterate_heldout(str(prepared_data), None))[:12]
+    sums_DS = sums_of(paired_score(other, model, CPU), documents, WINDOW)
+    for document, [own, reference, divergence, agreed] in zip(documents, sums_DS.tolist(), strict=True):
+        assert own == pytest.approx(plain_nll(other, document, WINDOW), rel=1e-4)
+        assert reference == pytest.approx(plain_nll(model, document, WINDOW), rel=1e-4)
+        expected, same = 0.0, 0
+        for start in range(0, len(document.tokens) - 1, WINDOW):
+            tokens = torch.tensor(document.tokens[start : start + WINDOW + 1])[None, :-1]
+            bears = torch.tensor(document.loss_mask[start + 1 : start + WINDOW + 1])
+            p, q = (one.logits(one(tokens).hidden_BTD)[0].double().log_softmax(-1)[bears] for one in (model, other))
+            expected += float(F.kl_div(q, p, reduction="sum", log_target=True))
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        assert divergence == pytest.approx(expected, rel=1e-3)
+        assert agreed == same
+    alike_DS = sums_of(paired_score(model, model, CPU), documents, WINDOW)
+    assert alike_DS[:, 2].abs().max() < 1e-6
+    assert alike_DS[:, 3].tolist() == [sum(document.loss_mask) for document in documents]
 
 
 @pytest.mark.parametrize("sequences", [3, 1000])

@@ -169,3 +169,23 @@ def test_a_changed_key_redoes_what_depends_on_it_and_nothing_else(project, finis
         assert finished["data_digest"].startswith(dataset.digest)
     plots = {one.path for one in project.mlflow.list_artifacts(parent.info.run_id, "plots")}
     assert {"plots/loss.png", "plots/comparison.png", "plots/plan_memory.png"} <= plots
+
+
+def test_another_format_is_judged_beside_the_run_s_own(project, finished):
+    shutil.copytree(project.runs / "first", project.runs / "formats")
+    (project.runs / "formats" / "run_key").unlink()
+    ended = project.cherry("run", "name=formats", "quantize.compare=[w4a16]")
+    assert ended.returncode == 0, ended.stderr
+    summary = json.loads((project.runs / "formats" / "summary.json").read_text())
+    own, other = summary["formats"]
+    assert (own["format"], own["passed"]) == ("int8", True)
+    assert own["dnll"] == pytest.approx(finished["quantized_dnll"])
+    assert other["format"] == "w4a16"
+    assert other["bytes_ratio"] < own["bytes_ratio"]
+    assert other["kl"] > own["kl"] > 0
+    assert "int8: " in ended.stdout and "w4a16: " in ended.stdout
+    parent, children = tree(project, "formats")
+    for run in (parent, children["evaluate"]):
+        assert "plots/formats.png" in {one.path for one in project.mlflow.list_artifacts(run.info.run_id, "plots")}
+    (version,) = project.versions("formats")
+    assert version.tags["quantized_uri"].startswith(str(project.runs / "formats" / "quantized"))

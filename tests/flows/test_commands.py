@@ -58,3 +58,11 @@ def test_a_release_without_its_server_says_where_its_logs_are(
     with pytest.raises(OperationalError, match="does not answer"):
         commands.deploy(screen, server, config, version=3)
     assert f"logs:  {tmp_path}/serving/*.log" in shown(screen)
+
+
+def test_a_finished_run_shows_its_formats_with_their_verdicts(capsys):
+    row = {"bytes_ratio": 0.5, "dnll": 0.001, "top1": 0.98, "passed": True, "format": "int8"}
+    assert commands._quantized({"formats": [row, row | {"format": "w4a16", "passed": False}]}).splitlines() == [
+        "int8: 0.50 of the bytes, +0.0010 nats per token, likeliest token the same for 98.0%: passed",
+        "w4a16: 0.50 of the bytes, +0.0010 nats per token, likeliest token the same for 98.0%: not to be served",
+    ]

@@ -6,7 +6,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from base import storage
-from tasks.evaluate import find_champion, shortfall, verdicts
+from tasks.evaluate import find_champion, formats, shortfall, verdicts
 from tasks.overrides import resolve
 from tasks.run_config import TrackingConfig
 from tasks.steps import RunContext
@@ -33,8 +33,15 @@ def judged(config, costs, baseline="net v1", missing=None):
     candidate = [2.0 + n for n in range(len(costs))]
     quantized = [loss + cost for loss, cost in zip(candidate, costs, strict=True)]
     worse = [loss + 0.5 for loss in candidate]
-    scores = {"candidate": scored(*candidate), "quantized": scored(*quantized), "baseline": scored(*worse)}
+    scores = {"candidate": scored(*candidate), "quantized": beside(scored(*quantized)), "baseline": scored(*worse)}
     return verdicts(config, scores, baseline, missing)
+
+
+def beside(scores, kl=0.001, top1=0.99):
+    """Scores with the sums that a reference adds, of these means per token."""
+    for document in scores["documents"]:
+        document |= {"kl": kl * document["tokens"], "agreed": top1 * document["tokens"]}
+    return scores
 
 
 def test_fewer_documents_than_were_asked_for_are_reported():
@@ -103,3 +110,22 @@ def test_a_candidate_is_compared_with_the_newest_champion_of_other_weights(confi
         assert find_champion(context, SimpleNamespace(fingerprint="new"))[0].version == 3
         registry.set_alias(name, "champion", 2)  # back: each is now the one before the other
         assert find_champion(context, SimpleNamespace(fingerprint="mine")) == (None, None)
+
+
+def test_formats_are_judged_side_by_side_each_with_its_own_next_milder_one(config, tmp_path):
+    config = config.model_copy(update={"quantize": config.quantize.model_copy(update={"compare": ("w4a16", "int8")})})
+    plain = [2.0 + n for n in range(16)]
+    scores = {
+        "candidate": scored(*plain),
+        "quantized": beside(scored(*[loss + 0.001 for loss in plain])),
+        "quantized-w4a16": beside(scored(*[loss + 0.05 for loss in plain]), kl=0.2, top1=0.8),
+    }
+    folders = {name: str(tmp_path / name) for name in scores}
+    for name, size in (("quantized", 50), ("quantized-w4a16", 25)):
+        storage.write_json(f"{folders[name]}/quantization.json", {"bytes_before": 100, "bytes_after": size})
+    own, other = formats(config, scores, folders)
+    assert (own["format"], own["bytes_ratio"], own["passed"]) == ("int8", 0.5, True)
+    assert (other["format"], other["bytes_ratio"], other["passed"]) == ("w4a16", 0.25, False)
+    assert other["dnll"] == pytest.approx(0.05)
+    assert other["reason"].endswith("The next milder is quantize.format=fp8_block")
+    assert set(own) == set(other)

@@ -12,6 +12,7 @@ from tasks.plots import (
     _plot_load,
     _plot_loss,
     plot_comparison,
+    plot_formats,
     plot_memory,
     plot_quantization,
     plot_quantization_map,
@@ -102,3 +103,14 @@ def test_errors_are_mapped_by_kind_and_layer(tmp_path, layers):
         text = plot_quantization_map(cells, tmp_path / "map.svg").read_text()
     assert all(f">{label}<" in text for label in ("attention", "routed expert", str(layers - 1), "relative error, %"))
     assert size(plot_quantization_map(cells, tmp_path / "map.png"))[0] == 960
+
+
+def test_formats_are_drawn_by_what_they_keep_and_cost(tmp_path):
+    rows = [
+        {"format": name, "bytes_ratio": ratio, "dnll": cost, "dnll_low": cost - 0.01, "dnll_high": cost + 0.01}
+        | {"passed": cost < 0.02}
+        for name, ratio, cost in (("int8", 0.52, 0.001), ("w4a16", 0.37, 0.03))
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = plot_formats(rows, 0.02, tmp_path / "formats.svg").read_text()
+    assert all(f">{words}<" in text for words in ("int8", "w4a16, refused", "quantize.max_dnll", "bytes, % of bf16"))

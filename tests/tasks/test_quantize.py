@@ -23,7 +23,7 @@ def context_and_export(tmp_path, **changes):
     config = resolve(
         "configs/tiny.yaml", {"name": "one", "runs_directory": str(tmp_path), "tracking": {"uri": "json:"}}
     )
-    changed = config.model_copy(update={"quantize": config.quantize.model_copy(update=changes)})
+    changed = config.model_copy(update={"quantize": config.quantize.model_copy(update={"compare": (), **changes})})
     context = RunContext(str(tmp_path / "one"), changed)
     return context, StepRecord("export", "f", {"export": str(context.path / "export")}, {}, 1.0, 0.0, None, None)
 

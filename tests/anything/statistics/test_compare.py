@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anything.statistics.compare import Comparison, compare
+from anything.statistics.compare import Comparison, compare, mean_of
 from base.errors import InvalidInputError
 
 Losses = dict[str, tuple[float, int]]
@@ -256,3 +256,21 @@ def test_it_imports_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_a_mean_s_bounds_are_one_sided_and_hold_as_often_as_they_say() -> None:
+    """Sums of documents of unequal length, around a known mean."""
+    below = above = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        tokens = generator.integers(20, 200, size=40)
+        share = np.clip(0.9 + generator.normal(0.0, 0.05, size=40), 0.0, 1.0)
+        sums = {str(i): (float(share[i] * tokens[i]), int(tokens[i])) for i in range(40)}
+        found = mean_of(sums, confidence=0.95, bootstrap_samples=200, seed=0)
+        assert found.mean == pytest.approx(sum(value for value, _ in sums.values()) / tokens.sum())
+        assert (found.documents, found.tokens) == (40, tokens.sum())
+        below += found.lower > 0.9
+        above += found.upper < 0.9
+    assert 0 < below <= 22, "about 5 %"
+    assert 0 < above <= 22, "about 5 %"
+    assert mean_of(sums, confidence=0.8, bootstrap_samples=200, seed=0).upper < found.upper

@@ -15,7 +15,7 @@ from model.numerics.fp8_blocks import Fp8Blocks
 from model.numerics.fp8_channel import Fp8Channel
 from model.numerics.int4_groups import Int4Groups
 from model.numerics.int8_channel import Int8Channel
-from model.numerics.modules import QuantizedExperts, QuantizedLinear, buffer_name
+from model.numerics.modules import QuantizedExperts, QuantizedLinear, buffer_name, round_inputs_of
 from model.numerics.nvfp4 import Nvfp4
 from model.numerics.schemes import Scheme
 
@@ -81,3 +81,17 @@ def test_other_modules_have_no_quantized_form(make_config: Callable[..., ModelCo
         )
     assert isinstance(experts, QuantizedExperts)
     assert next(experts.buffers()).is_meta
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_round_what_enters_each_of_their_weights(scheme: Scheme) -> None:
+    """Small routing weights change nothing: they are scales of whole rows."""
+    torch.manual_seed(2)
+    experts = QuantizedExperts(scheme, 1, 64, 32)
+    w13 = store(experts, "w13_EFD", scheme, [torch.randn(32, 64), torch.randn(32, 64)], 0)
+    w2 = store(experts, "w2_EDF", scheme, [torch.randn(64, 32)], 0)
+    rows, weight = torch.randn(9, 64), torch.rand(9) * 1e-3
+    round_inputs_of(nn.Sequential(experts))
+    gate, up = (scheme.round_inputs(rows) @ w13.t()).chunk(2, dim=-1)
+    expected = scheme.round_inputs(nn.functional.silu(gate) * up) @ w2.t() * weight[:, None]
+    torch.testing.assert_close(experts.run(rows, weight, torch.tensor([9])), expected, rtol=1e-4, atol=1e-6)

@@ -5,7 +5,7 @@ import pytest
 from base.errors import ConfigError
 from model.numerics.formats import FORMATS, natural_format
 from tasks.overrides import resolve
-from tasks.records.quantized_format import chosen_format, next_milder
+from tasks.records.quantized_format import chosen_format, compared_formats, next_milder
 
 
 def of(tmp_path, **values):
@@ -72,9 +72,18 @@ def test_the_milder_formats_end_at_plain_weights(tmp_path):
     [
         ({"format": "int3"}, "quantize.format"),
         ({"fallback": "auto"}, "quantize.fallback"),
+        ({"compare": ["int3"]}, "quantize.compare.0"),
+        ({"compare": ["fp8", "fp8"]}, "quantize.compare.1: must name each format once"),
         ({"gpu": "H101"}, "quantize.gpu: unknown hardware"),
     ],
 )
 def test_what_no_registry_has_is_refused(tmp_path, values, told):
     with pytest.raises(ConfigError, match=told):
         of(tmp_path, **values)
+
+
+def test_compared_formats_are_those_that_fit_and_are_not_the_run_s_own(tmp_path):
+    assert compared_formats(of(tmp_path, format="int8", compare=["int8", "w4a16", "fp8"])) == ["w4a16", "fp8"]
+    sizes = {"model": {"moe_intermediate_size": 72}, "quantize": {"compare": ["w4a16", "fp8"]}}
+    config = resolve("configs/tiny.yaml", {"runs_directory": str(tmp_path), **sizes})
+    assert compared_formats(config) == ["fp8"]
