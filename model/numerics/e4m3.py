@@ -26,24 +26,34 @@ _FIRST = 2
 # An fp16 number with e4m3's bits behind its sign, and its exponent's first bit clear, is the value times 2^-8.
 _FROM_HALF = 256.0
 _WITHOUT_FIRST_EXPONENT_BIT = -0x4001
-# What is no number has all of these bits.
-_WITHOUT_SIGN = 0x7F
+# Times 2^8 it is still finite. A weight in fp32 has smaller scales: 448 times this one is infinite.
+_LARGEST_SCALE = 2.0**119.5
 
 
-def decode(values: Tensor, out: Tensor) -> Tensor:
-    """`out`, fp32, set to the e4m3 `values` of the same shape.
+def decode(values: Tensor, out: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`out`, fp32, set to the e4m3 `values` of the same shape, times `scale` (fp32, broadcast to it) if that is given.
 
     On a CPU by moving the bits into fp16: torch 2.13's own conversion goes value by value, eight times slower. What
     that would get wrong, the two numbers that are no number, is found by its bits and left to torch.
     """
-    if values.device.type != "cpu":
-        return out.copy_(values)
-    signed = values.view(torch.int8)
-    if signed.numel() and (signed & _WITHOUT_SIGN).amax().item() == _WITHOUT_SIGN:
-        return out.copy_(values)
+    if values.device.type != "cpu" or _has_nan(values):
+        out.copy_(values)
+        return out if scale is None else out.mul_(scale)
     # A CPU multiplies faster than it shifts.
-    bits = signed.to(torch.int16).mul_(1 << 7).bitwise_and_(_WITHOUT_FIRST_EXPONENT_BIT)
-    return out.copy_(bits.view(torch.float16)).mul_(_FROM_HALF)
+    bits = values.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(_WITHOUT_FIRST_EXPONENT_BIT)
+    out.copy_(bits.view(torch.float16))
+    if scale is not None and scale.numel() and scale.amax().item() < _LARGEST_SCALE:
+        # Both factors' powers of two are exact, so the product is rounded as that of value and scale.
+        return out.mul_(scale * _FROM_HALF)
+    out.mul_(_FROM_HALF)
+    return out if scale is None else out.mul_(scale)
+
+
+def _has_nan(values: Tensor) -> bool:
+    """Whether any bits are 0x7F, the largest as a signed byte, or 0xFF, the largest as an unsigned one."""
+    if not values.numel():
+        return False
+    return values.view(torch.int8).amax().item() == 0x7F or values.view(torch.uint8).amax().item() == 0xFF
 
 
 def exact_scales(amax_N: Tensor, probe_NP: Tensor, blocks: Callable[[Tensor], Tensor]) -> Tensor:

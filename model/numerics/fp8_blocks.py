@@ -97,11 +97,10 @@ def dequantize_blocks(values_OI: Tensor, scale: Tensor, *, row: int = 0, column:
 
 def _restore(values_OI: Tensor, scale: Tensor, rows: slice, out: Tensor, *, row: int = 0, column: int = 0) -> None:
     """Set `out`, fp32, to some rows of `dequantize_blocks`."""
-    decode(values_OI[rows], out)
     first, stop = row + rows.start, row + rows.stop
     for block in range(first // BLOCK, math.ceil(stop / BLOCK)):
-        scale_I = _along_row(scale[block], column + out.shape[1])[column:]
-        out[max(0, block * BLOCK - first) : (block + 1) * BLOCK - first].mul_(scale_I)
+        part = slice(max(0, block * BLOCK - first), min(stop, (block + 1) * BLOCK) - first)
+        decode(values_OI[rows][part], out[part], _along_row(scale[block], column + out.shape[1])[column:])
 
 
 def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Fp8Channel(ChannelScheme):
 
     def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
         """Values times their row's scale."""
-        decode(stored[""][rows], out).mul_(stored["_scale"][rows])
+        decode(stored[""][rows], out, stored["_scale"][rows])
 
 
 def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
