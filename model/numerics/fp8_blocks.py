@@ -119,8 +119,12 @@ def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scales(weight_OI: Tensor) -> Tensor:
     """Scales of some rows of blocks."""
-    amax_I = torch.cat([largest_magnitude(block_OI, 0) for block_OI in torch.split(weight_OI, BLOCK)]).float()
-    amax = F.pad(amax_I, (0, -weight_OI.shape[1] % BLOCK)).view(len(amax_I), -1, BLOCK).amax(2)
+    high, wide = scale_shape(weight_OI.shape)
+    amax_I = torch.zeros(high, wide * BLOCK, device=weight_OI.device)
+    for rows in strips(weight_OI, BLOCK):
+        block_I = amax_I[rows.start // BLOCK, : weight_OI.shape[1]]
+        torch.maximum(block_I, largest_magnitude(weight_OI[rows], 0)[0], out=block_I)
+    amax = amax_I.view(high, wide, BLOCK).amax(2)
     probe_NP = _blocks(weight_OI[::BLOCK], 1)[:, :PROBE]
     return exact_scales(amax.flatten(), probe_NP, lambda chosen_N: _blocks(weight_OI, BLOCK)[chosen_N]).view_as(amax)
 
