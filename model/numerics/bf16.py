@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from model.model_config import ModelConfig
-from model.numerics.formats import StoredEntry
+from model.numerics.formats import Restore, StoredEntry
+from model.numerics.strips import as_rows
 
 
 class Bf16Format:
@@ -30,10 +32,14 @@ class Bf16Format:
         """The weights, rounded to bf16."""
         return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
 
-    def dequantize(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights in fp32."""
-        return {name: weight.float() for name, weight in stored.items()}
+    def restorers(self, stored: Mapping[str, Tensor]) -> dict[str, Restore]:
+        """Functions that copy the weights' rows; a weight of one dimension is one row."""
+        return {name: partial(_copy, as_rows(weight)) for name, weight in stored.items()}
 
     def replacement(self, hf_name: str, module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         """None: every module stays."""
         return None
+
+
+def _copy(weight_OI: Tensor, rows: slice, out: Tensor) -> None:
+    out.copy_(weight_OI[rows])

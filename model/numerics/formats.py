@@ -31,6 +31,10 @@ class StoredEntry(NamedTuple):
     """Appended to the released name, like `_scale`; empty for a tensor that takes the weight's own name."""
 
 
+Restore = Callable[["slice", "Tensor"], object]
+"""Function of rows of a weight, and of fp32 memory [rows, I] that it sets to their values."""
+
+
 class QuantizationFormat(Protocol):
     """Quantization format for one model: how weights are quantized, described in config.json, and kept in memory.
 
@@ -55,8 +59,8 @@ class QuantizationFormat(Protocol):
     def quantize(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors as they are stored, by name, of one group's weights (any float type)."""
 
-    def dequantize(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """fp32 weights of one group by released name; the reverse of `quantize` up to its rounding error."""
+    def restorers(self, stored: Mapping[str, Tensor]) -> dict[str, Restore]:
+        """For each weight of one group, a function that dequantizes rows of it: the reverse of `quantize`."""
 
     def replacement(self, hf_name: str, module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         """A module of this format for an nn.Linear or Experts, values unset, that computes in `dtype`.

@@ -9,7 +9,7 @@ Shapes: O output channel, I input channel; scales are ceil(O / 128) x ceil(I / 1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +19,18 @@ from torch import Tensor
 
 from model.numerics.activations import e4m3_in_groups
 from model.numerics.e4m3 import DTYPE, PROBE, decode, exact_scales
-from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
-from model.numerics.strips import largest_magnitude
+from model.numerics.schemes import Entry, Scheme, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.strips import largest_magnitude, scratch, strips
 
 SCALE_SUFFIX = "_scale_inv"
 # weight_block_size of the released config.json.
 BLOCK = 128
-# Blocks side by side that are worked on at once: 1 MiB of fp32 (see model/numerics/strips.py).
-_TILE_BLOCKS = 16
-# Rows that are dequantized at once, for the same reason; they divide a block's.
-_ROWS = 32
 # Rows of blocks whose scales are searched at once.
 _SEARCHED = 4
 
 
 @dataclass(frozen=True)
-class Fp8Blocks:
+class Fp8Blocks(Scheme):
     """Scheme of e4m3 values under the weight's own name, and fp32 scales, one a block, under the name with a suffix."""
 
     suffix: str = "_scale"
@@ -66,10 +62,9 @@ class Fp8Blocks:
         """See `quantize_blocks`."""
         return [dict(zip(("", self.suffix), quantize_blocks(weight_OI), strict=True)) for weight_OI in weights]
 
-    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
-        """See `dequantize_blocks`."""
-        for rows, strip in _dequantized(stored[""], stored[self.suffix], 0, 0):
-            out[rows] = strip
+    def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
+        """Values times their block's scale."""
+        _restore(stored[""], stored[self.suffix], rows, out)
 
     def round_inputs(self, x_NI: Tensor) -> Tensor:
         """See `e4m3_in_groups`."""
@@ -100,22 +95,17 @@ def dequantize_blocks(values_OI: Tensor, scale: Tensor, *, row: int = 0, column:
         column: offset of the first column in its block, 0 to 127.
     """
     result_OI = torch.empty(values_OI.shape, device=values_OI.device)
-    for rows, strip in _dequantized(values_OI, scale, row, column):
-        result_OI[rows] = strip
+    for rows in strips(values_OI):
+        _restore(values_OI, scale, rows, result_OI[rows], row=row, column=column)
     return result_OI
 
 
-def _dequantized(values_OI: Tensor, scale: Tensor, row: int, column: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with their values, fp32, in memory that the next one overwrites."""
-    height, columns = values_OI.shape
-    step = _ROWS if values_OI.device.type == "cpu" else BLOCK
-    work = torch.empty(step, columns, device=values_OI.device)
-    wide = scale.float().repeat_interleave(BLOCK, 1)[:, column : column + columns]
-    for block, scale_I in enumerate(wide):
-        stop = min(height, (block + 1) * BLOCK - row)
-        for first in range(max(0, block * BLOCK - row), stop, step):
-            rows = slice(first, min(stop, first + step))
-            yield rows, decode(values_OI[rows], work[: rows.stop - first]).mul_(scale_I)
+def _restore(values_OI: Tensor, scale: Tensor, rows: slice, out: Tensor, *, row: int = 0, column: int = 0) -> None:
+    """Set `out`, fp32, to some rows of `dequantize_blocks`."""
+    first, stop = row + rows.start, row + rows.stop
+    for block in range(first // BLOCK, math.ceil(stop / BLOCK)):
+        part = slice(max(0, block * BLOCK - first), min(stop, (block + 1) * BLOCK) - first)
+        decode(values_OI[rows][part], out[part], _along_row(scale[block], column + out.shape[1])[column:])
 
 
 def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,37 +114,29 @@ def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     A block that was dequantized from this format is reproduced exactly, see `exact_scales`.
     """
     values_OI = torch.empty(weight_OI.shape, dtype=DTYPE, device=weight_OI.device)
-    scale = torch.empty(scale_shape(weight_OI.shape), device=weight_OI.device)
-    for first in range(0, len(scale), _SEARCHED):
-        rows = slice(first * BLOCK, (first + _SEARCHED) * BLOCK)
-        _quantize_rows_of_blocks(weight_OI[rows], values_OI[rows], scale[first : first + _SEARCHED])
+    scale = torch.cat([_scales(part_OI) for part_OI in torch.split(weight_OI, _SEARCHED * BLOCK)])
+    work = scratch(weight_OI[:BLOCK])
+    for rows in strips(weight_OI, BLOCK):
+        strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
+        values_OI[rows] = strip.div_(_along_row(scale[rows.start // BLOCK], weight_OI.shape[1]))
     return values_OI, scale
 
 
-def _quantize_rows_of_blocks(weight_OI: Tensor, values_OI: Tensor, scale: Tensor) -> None:
-    """Fill `values_OI` and `scale` of some rows of blocks, from one weight's first column to its last."""
-    tiles = list(_tiles(weight_OI))
-    work = torch.empty(BLOCK, max(columns.stop - columns.start for _, columns in tiles), device=weight_OI.device)
-    for rows, columns in tiles:
-        tile = work[: rows.stop - rows.start, : columns.stop - columns.start].copy_(weight_OI[rows, columns])
-        amax_I = F.pad(largest_magnitude(tile, 0)[0], (0, -tile.shape[1] % BLOCK))
-        scale[rows.start // BLOCK, columns.start // BLOCK :][: len(amax_I) // BLOCK] = amax_I.view(-1, BLOCK).amax(1)
+def _scales(weight_OI: Tensor) -> Tensor:
+    """Scales of some rows of blocks."""
+    high, wide = scale_shape(weight_OI.shape)
+    amax_I = torch.zeros(high, wide * BLOCK, device=weight_OI.device)
+    for rows in strips(weight_OI, BLOCK):
+        block_I = amax_I[rows.start // BLOCK, : weight_OI.shape[1]]
+        torch.maximum(block_I, largest_magnitude(weight_OI[rows], 0)[0], out=block_I)
+    amax = amax_I.view(high, wide, BLOCK).amax(2)
     probe_NP = _blocks(weight_OI[::BLOCK], 1)[:, :PROBE]
-    found_N = exact_scales(scale.flatten(), probe_NP, lambda chosen_N: _blocks(weight_OI, BLOCK)[chosen_N])
-    scale.copy_(found_N.view_as(scale))
-    for rows, columns in tiles:
-        tile = work[: rows.stop - rows.start, : columns.stop - columns.start].copy_(weight_OI[rows, columns])
-        scale_N = scale[rows.start // BLOCK, columns.start // BLOCK : -(-columns.stop // BLOCK)]
-        values_OI[rows, columns] = tile.div_(scale_N.repeat_interleave(BLOCK)[: tile.shape[1]])
+    return exact_scales(amax.flatten(), probe_NP, lambda chosen_N: _blocks(weight_OI, BLOCK)[chosen_N]).view_as(amax)
 
 
-def _tiles(weight_OI: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of parts that are one block high and, on a CPU, stay in the caches."""
-    height, columns = weight_OI.shape
-    width = _TILE_BLOCKS * BLOCK if weight_OI.device.type == "cpu" else columns
-    for row in range(0, height, BLOCK):
-        for column in range(0, columns, width):
-            yield slice(row, min(height, row + BLOCK)), slice(column, min(columns, column + width))
+def _along_row(scale_N: Tensor, columns: int) -> Tensor:
+    """fp32 scales of a row of blocks, one a column."""
+    return scale_N.float().repeat_interleave(BLOCK)[:columns]
 
 
 def _blocks(weight_OI: Tensor, block_rows: int) -> Tensor:

@@ -17,7 +17,7 @@ from model.numerics.schemes import ChannelScheme
 from model.numerics.strips import largest_magnitude, scratch, strips
 
 # Rows whose scales are searched at once.
-_CHUNK = 512
+_SEARCHED = 512
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,9 @@ class Fp8Channel(ChannelScheme):
         """See `quantize`."""
         return quantize(weight_OI)
 
-    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+    def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
         """Values times their row's scale."""
-        work = scratch(out)
-        for rows in strips(out):
-            strip = decode(stored[""][rows], work[: rows.stop - rows.start])
-            out[rows] = strip.mul_(stored["_scale"][rows])
+        decode(stored[""][rows], out, stored["_scale"][rows])
 
     def round_inputs(self, x_NI: Tensor) -> Tensor:
         """See `e4m3_per_token`."""
@@ -48,19 +45,15 @@ def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     A row that was dequantized from this format is reproduced exactly.
     """
     values_OI = torch.empty(weight_OI.shape, dtype=DTYPE, device=weight_OI.device)
-    scale_O1 = torch.empty(weight_OI.shape[0], 1, device=weight_OI.device)
-    for first in range(0, weight_OI.shape[0], _CHUNK):
-        _quantize_chunk(weight_OI[first : first + _CHUNK], values_OI[first:], scale_O1[first : first + _CHUNK])
-    return values_OI, scale_O1
-
-
-def _quantize_chunk(weight_OI: Tensor, values_OI: Tensor, scale_O1: Tensor) -> None:
-    """Fill the first rows of `values_OI`, and `scale_O1`."""
+    scale_O1 = torch.cat([_scales(part_OI) for part_OI in torch.split(weight_OI, _SEARCHED)])
     work = scratch(weight_OI)
-    for rows in strips(weight_OI):
-        scale_O1[rows] = largest_magnitude(work[: rows.stop - rows.start].copy_(weight_OI[rows]), 1)
-    probe_OP = weight_OI[:, :PROBE].float()
-    scale_O1[:, 0] = exact_scales(scale_O1[:, 0].clone(), probe_OP, lambda chosen: weight_OI[chosen].float())
     for rows in strips(weight_OI):
         strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
         values_OI[rows] = strip.div_(scale_O1[rows])
+    return values_OI, scale_O1
+
+
+def _scales(weight_OI: Tensor) -> Tensor:
+    """Scales [O, 1] of some rows."""
+    amax_O = torch.cat([largest_magnitude(weight_OI[rows], 1) for rows in strips(weight_OI)])[:, 0].float()
+    return exact_scales(amax_O, weight_OI[:, :PROBE].float(), lambda chosen: weight_OI[chosen].float())[:, None]

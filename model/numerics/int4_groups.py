@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.schemes import Entry, Scheme, compressed_tensors_arguments, compressed_tensors_group
 from model.numerics.strips import largest_magnitude, pack_nibbles, strips, unpack_nibbles
 
 MIN, MAX = -8, 7
@@ -28,7 +28,7 @@ _SCALE_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Int4Groups:
+class Int4Groups(Scheme):
     """Scheme of packed int4 values (`_packed`), bf16 scales [O, G] (`_scale`) and the weight's shape (`_shape`)."""
 
     group: int
@@ -64,11 +64,10 @@ class Int4Groups:
         shape = torch.tensor(values_OI.shape, dtype=torch.int64)
         return {"_packed": pack(values_OI), "_scale": scale_OG.to(_SCALE_DTYPE), "_shape": shape}
 
-    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+    def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
         """Values times their group's scale."""
-        for rows in strips(out):
-            values_OI = unpack(stored["_packed"][rows], out.shape[1])
-            out[rows] = dequantize(values_OI, stored["_scale"][rows], self.group)
+        out.copy_(unpack(stored["_packed"][rows], out.shape[1]))
+        out.view(*stored["_scale"][rows].shape, self.group).mul_(stored["_scale"][rows].float()[:, :, None])
 
     def round_inputs(self, x_NI: Tensor) -> Tensor:
         """Inputs as they are."""

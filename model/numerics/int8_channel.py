@@ -37,13 +37,9 @@ class Int8Channel(ChannelScheme):
         """See `quantize`."""
         return quantize(weight_OI)
 
-    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+    def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
         """Values times their row's scale."""
-        values_OI, scale_O1 = stored[""], stored["_scale"]
-        work = scratch(out)
-        for rows in strips(out):
-            strip = work[: rows.stop - rows.start].copy_(values_OI[rows])
-            out[rows] = strip.mul_(scale_O1[rows])
+        out.copy_(stored[""][rows]).mul_(stored["_scale"][rows])
 
     def round_inputs(self, x_NI: Tensor) -> Tensor:
         """Inputs rounded to int8, each token under its own scale."""
@@ -62,9 +58,9 @@ def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     scale_O1 = torch.empty(weight_OI.shape[0], 1, device=weight_OI.device)
     work = scratch(weight_OI)
     for rows in strips(weight_OI):
-        strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
-        exact_O1 = largest_magnitude(strip, 1).div_(_MAX)
+        exact_O1 = largest_magnitude(weight_OI[rows], 1).float().div_(_MAX)
         # No value needs clamping: a scale that is a normal number is off by half of its last bit at most.
         scale_O1[rows] = torch.where(exact_O1 >= _SMALLEST, exact_O1, 1.0)
+        strip = work[: rows.stop - rows.start].copy_(weight_OI[rows])
         values_OI[rows] = strip.div_(scale_O1[rows]).round_()
     return values_OI, scale_O1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.e4m3 import MAX as FP8_MAX
-from model.numerics.schemes import Entry, compressed_tensors_arguments, compressed_tensors_group
+from model.numerics.schemes import Entry, Scheme, compressed_tensors_arguments, compressed_tensors_group
 from model.numerics.strips import pack_nibbles, scratch, strips, unpack_nibbles
 
 BLOCK = 16
@@ -34,7 +34,7 @@ _TO_HALF = 2.0**-14
 
 
 @dataclass(frozen=True)
-class Nvfp4:
+class Nvfp4(Scheme):
     """Scheme of codes, two a byte (`_packed`), e4m3 scales [O, G] (`_scale`) and an fp32 scale [1] (`_global_scale`).
 
     Weights that are quantized together get one global scale.
@@ -73,12 +73,10 @@ class Nvfp4:
             stored.append({"_packed": packed_OB, "_scale": scale_OG, "_global_scale": global_scale_1.clone()})
         return stored
 
-    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
+    def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
         """Values times their block's scale over the global one."""
-        for rows in strips(out):
-            values_OGB = decode(stored["_packed"][rows]).view(-1, out.shape[1] // BLOCK, BLOCK)
-            scale_OG = stored["_scale"][rows].float() / stored["_global_scale"]
-            out[rows] = values_OGB.mul_(scale_OG[:, :, None]).flatten(1)
+        scale_OG = stored["_scale"][rows].float() / stored["_global_scale"]
+        decode(stored["_packed"][rows], out).view(*scale_OG.shape, BLOCK).mul_(scale_OG[:, :, None])
 
     def round_inputs(self, x_NI: Tensor) -> Tensor:
         """Inputs as they are."""
@@ -123,11 +121,13 @@ def encode(values_OI: Tensor) -> Tensor:
     return pack_nibbles(codes_OI)
 
 
-def decode(packed_OB: Tensor) -> Tensor:
-    """fp32 values [O, I] of codes."""
+def decode(packed_OB: Tensor, out: Tensor | None = None) -> Tensor:
+    """fp32 values [O, I] of codes, in `out` if it is given."""
     codes_OI = unpack_nibbles(packed_OB).to(torch.int16)
     half_OI = (codes_OI & 7).bitwise_left_shift_(9).bitwise_or_((codes_OI & 8).bitwise_left_shift_(12))
-    return half_OI.view(torch.float16).float().div_(_TO_HALF)
+    if out is None:
+        out = torch.empty(half_OI.shape, device=packed_OB.device)
+    return out.copy_(half_OI.view(torch.float16)).div_(_TO_HALF)
 
 
 def _largest(values_OGB: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.experts import Experts
-from model.numerics.formats import StoredEntry
+from model.numerics.formats import Restore, StoredEntry
 from model.numerics.modules import QuantizedExperts, QuantizedLinear, buffer_name
 from model.numerics.schemes import Scheme
 from model.numerics.weight_kinds import Kind, kind_of
@@ -55,18 +56,14 @@ class SchemeFormat:
         stored = zip(weights, scheme.quantize(list(weights.values())), strict=True)
         return {name + suffix: tensor for name, tensors in stored for suffix, tensor in tensors.items()}
 
-    def dequantize(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """fp32 weights."""
+    def restorers(self, stored: Mapping[str, Tensor]) -> dict[str, Restore]:
+        """The scheme's function for each weight."""
         by_weight: dict[str, dict[str, Tensor]] = {}
         for key, tensor in stored.items():
             stem, leaf, suffix = key.rpartition(".weight")
             by_weight.setdefault(stem + leaf, {})[suffix] = tensor
         scheme = self._scheme_of_all(by_weight)
-        weights: dict[str, Tensor] = {}
-        for name, tensors in by_weight.items():
-            weights[name] = torch.empty(scheme.shape(tensors), device=next(iter(tensors.values())).device)
-            scheme.dequantize(tensors, weights[name])
-        return weights
+        return {name: partial(scheme.restore, tensors) for name, tensors in by_weight.items()}
 
     def replacement(self, hf_name: str, module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         """A QuantizedLinear or QuantizedExperts on the module's device; `None` for one that is no projection.

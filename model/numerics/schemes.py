@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from model.numerics.strips import scratch, strips
+
 
 class Entry(NamedTuple):
     """Shape and type of one stored tensor of a weight."""
@@ -43,14 +45,25 @@ class Scheme(Protocol):
     def quantize(self, weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Stored tensors of weights (any float type) that are quantized together, by suffix."""
 
+    def restore(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
+        """Set `out`, fp32 [rows, I], to these rows of the weight; both ends of the slice are given, and within it."""
+
     def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Set `out` [O, I] to the weight: multiplied in fp32, then rounded to `out`'s type."""
+        work = None if out.dtype == torch.float32 else scratch(out)
+        for rows in strips(out):
+            if work is None:
+                self.restore(stored, rows, out[rows])
+            else:
+                strip = work[: rows.stop - rows.start]
+                self.restore(stored, rows, strip)
+                out[rows] = strip
 
     def round_inputs(self, x_NI: Tensor) -> Tensor:
         """Inputs of a layer as an engine that follows `config` rounds them; themselves where they keep their bits."""
 
 
-class ChannelScheme(ABC):
+class ChannelScheme(Scheme, ABC):
     """Scheme of 8-bit values under the weight's own name, and fp32 scales [O, 1] under the name with `_scale`."""
 
     joint = False
@@ -83,14 +96,6 @@ class ChannelScheme(ABC):
     @abstractmethod
     def quantize_one(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Values [O, I] and fp32 scales [O, 1] of a weight."""
-
-    @abstractmethod
-    def dequantize(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
-        """Values times their row's scale."""
-
-    @abstractmethod
-    def round_inputs(self, x_NI: Tensor) -> Tensor:
-        """Inputs in 8 bits, each token under its own scale."""
 
 
 def compressed_tensors_arguments(**given: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Shapes: R row, C column, B = C / 2 byte.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,11 +16,20 @@ from torch import Tensor
 _VALUES = 1 << 18
 
 
-def strips(values_RC: Tensor) -> Iterator[slice]:
-    """Slices of rows, in order; on a GPU one of all rows, for there every operation is a launch."""
+def strips(values_RC: Tensor, block: int | None = None) -> Iterator[slice]:
+    """Slices of rows, in order; on a GPU one of all rows, for there every operation is a launch.
+
+    Args:
+        block: rows that share scales: no slice has rows of two blocks then, also not on a GPU.
+    """
     rows, height = values_RC.shape[0], _height(values_RC)
-    for first in range(0, rows, height):
-        yield slice(first, min(rows, first + height))
+    block = block or max(1, rows)
+    # Parts of a block of nearly one size.
+    height = math.ceil(block / math.ceil(block / height)) if block < rows else height
+    for start in range(0, rows, block):
+        stop = min(rows, start + block)
+        for first in range(start, stop, height):
+            yield slice(first, min(stop, first + height))
 
 
 def scratch(values_RC: Tensor) -> Tensor:
@@ -32,8 +42,17 @@ def _height(values_RC: Tensor) -> int:
     return max(1, rows if values_RC.device.type != "cpu" else min(rows, _VALUES // max(1, columns)))
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """View [R, C] of a tensor of any number of dimensions; one of fewer than two is a row."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+
+
 def largest_magnitude(values: Tensor, dim: int) -> Tensor:
-    """Largest magnitude along one dimension, which stays with size 1. No copy of the values, as `abs` would make."""
+    """Largest magnitude along one dimension, which stays with size 1."""
+    if values.itemsize == 2:
+        # Floats without their sign are ordered like the integers of the same bits, which a CPU compares faster.
+        return (values.view(torch.int16) & 0x7FFF).amax(dim, keepdim=True).view(values.dtype)
+    # Without a copy of the values, as `abs` would make.
     return torch.maximum(values.amax(dim, keepdim=True), values.amin(dim, keepdim=True).neg_())
 
 

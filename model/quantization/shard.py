@@ -91,11 +91,11 @@ def quantize_groups(
         else:
             stored = quantization.quantize(weights)
             tensors |= stored
-            restored = quantization.dequantize(stored)
+            restorers = quantization.restorers(stored)
             for name, weight in weights.items():
                 own = of_weight(stored, name)
                 size = {"bytes_before": before[name], "bytes_after": sum(t.numel() * t.itemsize for t in own.values())}
-                found = measure(weight, restored[name], find_codes(own, name, weight.shape))
+                found = measure(weight, restorers[name], find_codes(own, name, weight.shape))
                 rows.append(_place(name) | {"shape": list(weight.shape)} | size | found)
         if on_read is not None:
             on_read(sum(before.values()))

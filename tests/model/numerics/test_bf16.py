@@ -39,6 +39,10 @@ def test_every_weight_but_the_biases_is_rounded_to_bf16(
 
 def test_what_it_rounds_is_given_back_in_fp32(make_config: Callable[..., ModelConfig]) -> None:
     bf16 = Bf16Format(make_config())
-    weight = torch.randn(3, 4)
-    assert torch.equal(bf16.dequantize(bf16.quantize({"a": weight}))["a"], weight.bfloat16().float())
+    weights = {"a": torch.randn(3, 4), "b": torch.randn(4)}
+    restorers, out = bf16.restorers(bf16.quantize(weights)), torch.empty(2, 4)
+    restorers["a"](slice(1, 3), out)
+    assert torch.equal(out, weights["a"][1:].bfloat16().float())
+    restorers["b"](slice(0, 1), out[:1])
+    assert torch.equal(out[0], weights["b"].bfloat16().float())
     assert bf16.replacement("model.norm.weight", torch.nn.Linear(1, 1), torch.float32) is None

@@ -16,11 +16,27 @@ def test_every_number_decodes_to_torch_s() -> None:
     assert torch.equal(decoded.signbit(), numbers.float().signbit()), "of zero too"
 
 
+def test_a_scale_multiplies_with_one_rounding_whatever_its_size() -> None:
+    numbers = ALL[ALL.float().isfinite()]
+    fractions = torch.rand(60, 1, generator=torch.Generator().manual_seed(0)) + 1.0
+    scales = fractions * 2.0 ** torch.linspace(-149, 127, 60).round()[:, None]
+    for scale in (scales, scales[:50], scales[30:31]):
+        expected = numbers.float() * scale
+        found = decode(numbers.expand(len(scale), -1), torch.empty(len(scale), 254), scale)
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    assert not expected.isnan().any()
+    assert (numbers.float() * scales).isinf().any()
+
+
 @pytest.mark.parametrize("byte", [0x7F, 0xFF])
 def test_what_is_no_number_stays_so(byte: int) -> None:
     values = torch.tensor([0x38, byte], dtype=torch.uint8).view(DTYPE)
     assert decode(values, torch.empty(2)).tolist() == [1.0, pytest.approx(float("nan"), nan_ok=True)]
-    assert decode(ALL[:0], torch.empty(0)).shape == (0,)
+    assert decode(values, torch.empty(2), torch.tensor([3.0])).tolist() == [
+        3.0,
+        pytest.approx(float("nan"), nan_ok=True),
+    ]
+    assert decode(ALL[:0], torch.empty(0), torch.empty(0)).shape == (0,)
 
 
 def test_a_scale_that_reproduces_a_block_is_found_and_else_it_is_amax_over_448() -> None:

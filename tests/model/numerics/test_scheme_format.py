@@ -16,6 +16,7 @@ from base import storage
 from model.model_config import ModelConfig
 from model.numerics.formats import FORMATS, is_projection
 from model.numerics.modules import QuantizedExperts, QuantizedLinear
+from model.numerics.scheme_format import SchemeFormat
 from model.quantize import plan_groups
 from model.transformer import DeepseekV3
 from model.weights.pretrained import (
@@ -53,7 +54,12 @@ def dequantized(uri: str, format_name: str, config: ModelConfig) -> dict[str, Te
             weights[name] = reader.read(name)
         elif stem + leaf not in weights:
             stored = {stem + leaf + key: tensor for key, tensor in stored_of(reader, stem + leaf).items()}
-            weights |= quantization.dequantize(stored)
+            assert isinstance(quantization, SchemeFormat)
+            scheme = quantization.scheme(stem + leaf)
+            assert scheme is not None
+            ((name, restore),) = quantization.restorers(stored).items()
+            weights[name] = torch.empty(scheme.shape(stored_of(reader, name)))
+            restore(slice(0, len(weights[name])), weights[name])
     return weights
 
 

@@ -9,6 +9,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
+from model.numerics import strips
 from model.numerics.fp8_blocks import SCALE_SUFFIX, Fp8Blocks
 from model.numerics.fp8_channel import Fp8Channel
 from model.numerics.int4_groups import Int4Groups
@@ -112,6 +113,65 @@ def test_it_is_the_same_row_by_row_and_in_strips(scheme: Scheme) -> None:
         if suffix not in ("_shape", "_global_scale"):
             assert torch.equal(bits(torch.cat([half[suffix].view(torch.uint8) for half in halves])), bits(tensor))
     assert torch.equal(restored(scheme, whole), torch.cat([restored(scheme, half) for half in halves]))
+
+
+def whole(scheme: Scheme, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Stored tensors of 8 bits and what they stand for, from operations on all of the weight in fp32."""
+    weight, (rows, columns) = weight.float(), weight.shape
+    in_blocks, end = isinstance(scheme, Fp8Blocks), 127 if isinstance(scheme, Int8Channel) else 448
+    if in_blocks:
+        blocks = torch.nn.functional.pad(weight.abs(), (0, -columns % 128, 0, -rows % 128))
+        amax = blocks.view(-1, 128, blocks.shape[1] // 128, 128).amax((1, 3))
+    else:
+        amax = weight.abs().amax(1, keepdim=True)
+    scale = torch.where(amax / end >= torch.finfo(torch.float32).tiny, amax / end, 1.0)
+    wide = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns] if in_blocks else scale
+    quotient = weight / wide
+    values = quotient.round().to(torch.int8) if end == 127 else quotient.to(torch.float8_e4m3fn)
+    return dict(zip(scheme.entries(1, 1), (values, scale), strict=True)), values.float() * wide
+
+
+@pytest.mark.parametrize("scheme", [Int8Channel(), Fp8Channel(), Fp8Blocks()], ids=["int8", "fp8_channel", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (129, 290), (257, 150), (40, 9000)])
+def test_strips_give_the_bits_of_the_whole(
+    scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strips, "_VALUES", 2000)
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(shape, generator=generator) * torch.logspace(-6, 2, shape[0])[:, None]
+    weight[shape[0] // 2, : shape[1] // 2] = 0.0
+    weight[-1, -1] = -weight.abs().max() * 1.5
+    weight[shape[0] // 3] *= 1e-36
+    weight = weight.to(dtype)
+    if shape[0] > 1 and not isinstance(scheme, Int8Channel):  # an int8 of what is no number is not defined
+        weight[shape[0] // 4, 0] = math.inf
+        weight[shape[0] // 5, -1] = math.nan
+    (stored,), (expected, exact) = scheme.quantize([weight]), whole(scheme, weight)
+    found = restored(scheme, stored)
+    for ours, theirs in [*((stored[key].float(), expected[key].float()) for key in expected), (found, exact)]:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    for rows in (slice(0, 1), slice(shape[0] // 3, shape[0])):
+        part = torch.empty(rows.stop - rows.start, shape[1])
+        scheme.restore(stored, rows, part)
+        torch.testing.assert_close(part, exact[rows], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scheme", [Int4Groups(32), Nvfp4()], ids=["int4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(1, 32), (37, 96), (3, 9600)])
+def test_strips_of_any_height_give_the_same_four_bits(
+    scheme: Scheme, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weights((max(2, shape[0]), shape[1]))[: shape[0]].bfloat16()
+    (expected,) = scheme.quantize([weight])
+    exact = restored(scheme, expected)
+    monkeypatch.setattr(strips, "_VALUES", 500)
+    (stored,) = scheme.quantize([weight])
+    assert all(torch.equal(bits(stored[key]), bits(tensor)) for key, tensor in expected.items())
+    assert torch.equal(restored(scheme, stored), exact)
+    part = torch.empty(1, shape[1])
+    scheme.restore(stored, slice(shape[0] - 1, shape[0]), part)
+    assert torch.equal(part, exact[-1:])
 
 
 @everywhere

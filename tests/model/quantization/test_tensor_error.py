@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from model.numerics import int4_groups
+from model.numerics.formats import Restore
+from model.numerics.fp8_blocks import Fp8Blocks
+from model.numerics.fp8_channel import Fp8Channel
+from model.numerics.int8_channel import Int8Channel
+from model.numerics.schemes import Scheme
+from model.numerics.strips import as_rows
 from model.quantization.tensor_error import find_codes, measure, of_weight
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def rows_of(restored: Tensor) -> Restore:
+    return lambda rows, out: out.copy_(as_rows(restored)[rows])
 
 
 @pytest.mark.parametrize("shape", [(1000, 700), (3, 20_000), (5,), (0, 4)])
@@ -17,7 +29,7 @@ def test_errors_are_those_of_the_whole_tensor(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(shape, generator=generator).bfloat16()
     restored = weight.float() + 0.01 * torch.randn(shape, generator=generator)
-    found = measure(weight, restored, None)
+    found = measure(weight, rows_of(restored), None)
     exact, error = weight.double(), restored.double() - weight.double()
     assert found["squared"] == pytest.approx(float(exact.square().sum()), rel=1e-5)
     assert found["error_squared"] == pytest.approx(float(error.square().sum()), rel=1e-5)
@@ -28,7 +40,7 @@ def test_errors_are_those_of_the_whole_tensor(shape: tuple[int, ...]) -> None:
 
 
 def test_a_weight_of_zeros_has_no_relative_error() -> None:
-    assert measure(torch.zeros(4, 4), torch.zeros(4, 4), None)["rel_error"] == 0.0
+    assert measure(torch.zeros(4, 4), rows_of(torch.zeros(4, 4)), None)["rel_error"] == 0.0
 
 
 def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +83,7 @@ def test_values_beyond_the_range_count_as_clipped_and_rounded_ones_do_not(
     stored, restored = quantize(weight)
     codes = find_codes({"a.weight": stored, "a.weight_scale": torch.ones(50, 1)}, "a.weight", weight.shape)
     assert codes is not None
-    assert measure(weight, restored, codes)["clipped"] == pytest.approx(2 / 8)
+    assert measure(weight, rows_of(restored), codes)["clipped"] == pytest.approx(2 / 8)
     odd = find_codes({"a.weight": stored[:, :-1].contiguous()}, "a.weight", weight.shape)
     assert odd is None, "of another width"
 
@@ -79,7 +91,34 @@ def test_values_beyond_the_range_count_as_clipped_and_rounded_ones_do_not(
 def test_the_number_of_values_need_not_be_a_multiple_of_anything() -> None:
     weight = torch.tensor([[200.0, 1.0, -200.0], [1.0, 2.0, 3.0], [-128.0, 127.0, 0.0]])
     values, restored = int8(weight)
-    assert measure(weight, restored, find_codes({"w": values}, "w", weight.shape))["clipped"] == pytest.approx(3 / 9)
+    assert measure(weight, rows_of(restored), find_codes({"w": values}, "w", weight.shape))["clipped"] == pytest.approx(
+        3 / 9
+    )
+
+
+@pytest.mark.parametrize("scheme", [Int8Channel(), Fp8Channel(), Fp8Blocks()], ids=["int8", "fp8_channel", "blocks"])
+@pytest.mark.parametrize("shape", [(1, 40), (130, 300), (300, 130), (257, 3000)])
+def test_figures_are_those_of_the_whole_weight_where_scales_are_known(scheme: Scheme, shape: tuple[int, int]) -> None:
+    """None is clipped as it was quantized; under smaller scales many are, in some blocks and not in others."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * torch.logspace(-3, 0, shape[0])[:, None]
+    weight[shape[0] // 2, 10:] = 0.0
+    (stored,) = scheme.quantize([weight])
+    shrunk = {**stored, "_scale": stored["_scale"].clone()}
+    shrunk["_scale"][::2] *= 0.9
+    for tensors in (stored, shrunk):
+        restored = torch.empty(shape)
+        scheme.dequantize(tensors, restored)
+        codes = find_codes({"a.weight" + key: tensor for key, tensor in tensors.items()}, "a.weight", weight.shape)
+        assert codes is not None
+        assert codes.limit is not None
+        found = measure(weight, partial(scheme.restore, tensors), codes)
+        exact, error = weight.double(), restored.double() - weight.double()
+        assert found["rel_error"] == pytest.approx(float(error.norm() / exact.norm()), rel=1e-6)
+        assert found["max_abs_error"] == pytest.approx(float(error.abs().max()), rel=1e-6)
+        numbers, (end, ratio) = tensors[""].float().abs(), (127, 127.5 / 127) if codes.end == 127 else (448, 464 / 448)
+        beyond = (numbers >= end) & (exact.abs() > restored.double().abs() * ratio * (1 + 1e-6))
+        assert found["clipped"] == pytest.approx(float(beyond.double().mean()))
+        assert bool(found["clipped"]) == (tensors is shrunk)
 
 
 def test_stored_tensors_belong_to_the_weight_of_their_layer() -> None:
