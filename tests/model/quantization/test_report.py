@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.quantization.report import kind_of, layer_of, make_report
+from model.numerics.weight_kinds import layer_of
+from model.quantization.report import kind_of, make_report
 
 
 @pytest.mark.parametrize(
