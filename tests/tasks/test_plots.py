@@ -12,6 +12,7 @@ from tasks.plots import (
     _plot_load,
     _plot_loss,
     plot_comparison,
+    plot_expert_coverage,
     plot_memory,
     plot_quantization,
     plot_quantization_map,
@@ -102,3 +103,15 @@ def test_errors_are_mapped_by_kind_and_layer(tmp_path, layers):
         text = plot_quantization_map(cells, tmp_path / "map.svg").read_text()
     assert all(f">{label}<" in text for label in ("attention", "routed expert", str(layers - 1), "relative error, %"))
     assert size(plot_quantization_map(cells, tmp_path / "map.png"))[0] == 960
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(1, [5, 5]), (4, [0, 900, 30]), (59, [10**6, 3])])
+def test_the_coverage_of_a_calibration_has_its_layers_and_how_many_experts_borrowed(tmp_path, layers, tokens):
+    rows = [
+        {"layer": 3 + number, "tokens": tokens, "borrowed": [0] * (len(tokens) - 1) + [8]} for number in range(layers)
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = plot_expert_coverage(rows, tmp_path / "map.svg").read_text()
+    title = f"Calibration tokens of each expert; {layers} took others' too"
+    assert all(f">{label}<" in text for label in (title, "3", str(2 + layers)))
+    assert size(plot_expert_coverage(rows, tmp_path / "map.png"))[0] == 960

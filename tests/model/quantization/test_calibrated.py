@@ -42,9 +42,13 @@ CONFIG = small_config(num_hidden_layers=2, **SIZES)
 LAYERS = 3
 
 
-def saved(config: ModelConfig, folder: Path) -> str:
-    """Folder of a random model in bf16, in several shards."""
+def saved(config: ModelConfig, folder: Path, *, quiet: Sequence[str] = ()) -> str:
+    """Folder of a random model in bf16, in several shards; weights whose names have a part of `quiet` are small."""
     model = random_model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in quiet):
+                parameter.mul_(0.05)
     named = (pair for name, tensor in model.state_dict().items() for pair in state_to_hf(name, tensor, config))
     save_pretrained(named, str(folder), config, dtype=torch.bfloat16, max_shard_bytes=60_000)
     return str(folder)
@@ -87,18 +91,29 @@ def report_of(folder: str) -> dict[str, Any]:
     return found
 
 
-def output_error(source: str, folder: str) -> float:
-    """Error of the logits of tokens that no calibration saw, relative to the plain model's."""
-    plain, rounded = (load_pretrained(uri, dtype=torch.float32) for uri in (source, folder))
-    tokens_BT = random_tokens(CONFIG, 16, 48, seed=9)
-    with torch.no_grad():
-        exact, found = (model.logits(model(tokens_BT).hidden_BTD) for model in (plain, rounded))
-    return ((found - exact).norm() / exact.norm()).item()
+@torch.no_grad()
+def logits_of(folder: str, tokens_BT: Tensor) -> Tensor:
+    model = load_pretrained(folder, dtype=torch.float32)
+    return model.logits(model(tokens_BT).hidden_BTD)
 
 
-def test_each_method_s_model_is_nearer_to_the_plain_one_than_rounding(source: str, folders: dict[str, str]) -> None:
-    errors = {name: output_error(source, folder) for name, folder in folders.items()}
-    assert 0.001 < errors["gptq"] < 0.8 * errors["nearest"], errors
+def test_each_method_s_model_is_nearer_to_the_plain_one_than_rounding(tmp_path: Path) -> None:
+    """By the logits of tokens that no calibration saw.
+
+    Every token goes to all experts, and what else is quantized adds little to the residual: an expert that is chosen
+    only sometimes, for a change in the last digit, and the fp8 of the rest would drown what int4 costs.
+    """
+    everyone = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": SIZES["n_routed_experts"]}
+    more = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "routed_scaling_factor": 2.0}
+    config = small_config(**SIZES, **everyone, **more)
+    source = saved(config, tmp_path / "plain", quiet=["o_proj", "shared_experts.down_proj", "mlp.down_proj"])
+    tokens_BT = random_tokens(config, 16, 48, seed=9)
+    exact, errors = logits_of(source, tokens_BT), dict[str, float]()
+    for name in ("nearest", *CALIBRATED):
+        made(source, tmp_path / name, None if name == "nearest" else name)
+        found = logits_of(str(tmp_path / name), tokens_BT)
+        errors[name] = ((found - exact).norm() / exact.norm()).item()
+    assert 0.01 < errors["gptq"] < 0.6 * errors["nearest"], errors
     assert errors["awq"] < 0.95 * errors["nearest"], errors
     assert errors["search"] < 0.95 * errors["nearest"], errors
 
@@ -157,8 +172,9 @@ def test_errors_are_of_the_source_s_own_weights(source: str, folders: dict[str, 
         [row] = [row for row in report_of(folder)["by_kind"] if row["kind"] == "routed expert"]
         of_expert[name] = row["rel_error"]
     assert 0.05 < of_expert["nearest"] < 0.15
-    assert of_expert["nearest"] < of_expert["awq"] < 2 * of_expert["nearest"]
-    assert of_expert["nearest"] < of_expert["gptq"] < 2 * of_expert["nearest"]
+    assert of_expert["search"] < of_expert["nearest"]
+    assert 0.8 * of_expert["nearest"] < of_expert["awq"] < 1.5 * of_expert["nearest"]
+    assert of_expert["nearest"] < of_expert["gptq"] < 1.5 * of_expert["nearest"], "it keeps outputs, not weights"
     [row] = [row for row in report_of(folders["gptq"])["tensors"] if "layers.1.mlp.experts.2.down" in row["name"]]
     reader, name = WeightsReader(folders["gptq"]), row["name"]
     stored = {name + suffix: tensor for suffix, tensor in stored_of(reader, name).items()}
@@ -187,11 +203,14 @@ def test_workers_and_an_object_store_make_the_same_files(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    expected, remote = contents(folders["awq"]), "memory://calibrated"
-    lines = made(source, remote, "awq", workers=2)
+    expected, remote, local = contents(folders["awq"]), "memory://calibrated", tmp_path / "quantized"
+    lines = made(source, remote, "awq")
     assert any(line.startswith("calibrated layer 3/3") for line in lines)
-    for name, content in expected.items():
-        assert storage.read_bytes(storage.join(remote, name)) == content, name
+    assert storage.list_names(remote) == sorted(expected)
+    for name in set(expected) - {storage.MARKER}:  # which has no digests of remote files
+        assert storage.read_bytes(storage.join(remote, name)) == expected[name], name
+    made(source, local, "awq", workers=2)
+    assert contents(local) == expected
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
