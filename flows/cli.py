@@ -221,7 +221,7 @@ def quantize(*, source: str, target: str, scheme: str, **given: str | int | None
     flags = ["--source", source, "--target", target, "--format", scheme]
     for name, value in given.items():
         flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    command = module_command("cherry.quantize", flags)
+    command = module_command("cherry.calibration.quantize", flags)
     sys.stdout.flush()
     os.execve(command[0], command, module_environment())  # signals, output and exit code are the program's  # noqa: S606
 

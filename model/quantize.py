@@ -2,7 +2,7 @@
 
 Weights that the format does not quantize keep their type. The loss that quantization costs is measured elsewhere, by an
 evaluation. The same command goes on after it was interrupted, killed, or ran out of disk. Weights are rounded to the
-nearest here; `python -m cherry.quantize` takes the same flags, and those of a calibration.
+nearest here; `python -m cherry.calibration.quantize` takes the same flags, and those of a calibration.
 
     python -m model.quantize --source <folder> --target <folder> [--format <name>] [--workers <n>]
 """

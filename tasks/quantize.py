@@ -57,7 +57,7 @@ def quantize(context: RunContext, data: StepRecord, exported: StepRecord) -> Ste
         make_room(context, "quantize", target, step.fingerprint)
         if not storage.is_committed(str(target)) and not (target / MANIFEST_NAME).exists():
             storage.remove_tree(str(target))  # what is left of a damaged output
-        step.run("cherry.quantize", ["--source", source, "--target", str(target), *flags])
+        step.run("cherry.calibration.quantize", ["--source", source, "--target", str(target), *flags])
         _publish(step, target)
         return {"quantized": str(target)}
 

@@ -13,7 +13,7 @@ import torch
 
 from base import storage
 from base.errors import ConfigError, DataError, MissingFileError, run_program
-from cherry.quantize import main
+from cherry.calibration.quantize import main
 from model.quantization.calibrated import work_directory
 from model.weights.pretrained import load_pretrained, save_pretrained, state_to_hf
 from tests.model.conftest import random_model, small_config
@@ -37,7 +37,7 @@ def weights(prepared: Path) -> Path:
 
 
 def words(source: Path, target: Path, *options: str) -> list[str]:
-    return ["cherry.quantize", "--source", str(source), "--target", str(target), *options]
+    return ["cherry.calibration.quantize", "--source", str(source), "--target", str(target), *options]
 
 
 GPTQ = ("--format", "w4a16", "--method", "gptq")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from base.errors import DataError, MissingFileError
-from cherry.data.calibration_set import calibration_documents, documents_of, training_sequences
+from cherry.calibration.documents import calibration_documents, documents_of, training_sequences
 from cherry.data.shards import TokenDataset
 from cherry.data.tokenizer import load_tokenizer
 from cherry.job_config import DataConfig

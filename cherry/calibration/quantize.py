@@ -1,6 +1,6 @@
 """Quantization of a weights folder as a program, calibrated or not: `model.quantize` with a calibration's flags.
 
-    python -m cherry.quantize --source <folder> --target <folder> [--format <name>] [--workers <n>]
+    python -m cherry.calibration.quantize --source <folder> --target <folder> [--format <name>] [--workers <n>]
         [--method <name> --calibration <data> [--calibration-tokens <n>]]
 
 Calibration data is a run's prepared directory (`runs/NAME/data`), or text and records, which are encoded by the
@@ -15,7 +15,7 @@ from argparse import Namespace
 import torch
 
 from base.errors import ConfigError, run_program
-from cherry.data.calibration_set import FILE_SEQUENCE_LENGTH, calibration_documents
+from cherry.calibration.documents import FILE_SEQUENCE_LENGTH, calibration_documents
 from model.calibration.names import CALIBRATED, DEFAULT_SEQUENCES, METHODS, NEAREST, method_rule
 from model.numerics.formats import find_format
 from model.quantization.calibrated import Calibration, check_method
@@ -24,7 +24,7 @@ from model.quantize import make_parser, quantize
 
 def main() -> None:
     """Quantize the folder `--source` into `--target`, and print progress and the errors by kind."""
-    parser = make_parser("python -m cherry.quantize")
+    parser = make_parser("python -m cherry.calibration.quantize")
     parser.add_argument(
         "--method", default=NEAREST, help=f"how int4 weights are rounded: {', '.join(METHODS)} ({NEAREST})"
     )
