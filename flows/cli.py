@@ -29,6 +29,7 @@ from flows.offline import keep_terminal_free, set_offline_defaults
 from flows.services.services_command import services
 from flows.terminal import noting_interrupts
 from flows.watch_commands import logs, top
+from model.calibration.names import METHODS, NEAREST
 from model.numerics.formats import DEFAULT_FORMAT, FORMATS
 
 if TYPE_CHECKING:
@@ -201,7 +202,16 @@ def stop(*, runs_directory: Path) -> None:
 @click.argument("target")
 @click.option("--format", "scheme", type=click.Choice(list(FORMATS)), default=DEFAULT_FORMAT, show_default=True)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: a core each]")
-def quantize(*, source: str, target: str, scheme: str, workers: int | None) -> None:
+@click.option(
+    "--method", type=click.Choice(METHODS), default=NEAREST, show_default=True, help="Rounding of int4 weights."
+)
+@click.option(
+    "--calibration", metavar="DATA", help="For all methods but nearest: a run's data directory, or text files."
+)
+@click.option(
+    "--calibration-tokens", type=click.IntRange(1), metavar="N", help="Tokens of it.  [default: 128 sequences]"
+)
+def quantize(*, source: str, target: str, scheme: str, **given: str | int | None) -> None:
     """Quantize the weights of SOURCE into TARGET, folders or URIs, without a run.
 
     The same command goes on after it was interrupted.
@@ -209,7 +219,9 @@ def quantize(*, source: str, target: str, scheme: str, workers: int | None) -> N
     from tasks.processes.programs import module_command, module_environment
 
     flags = ["--source", source, "--target", target, "--format", scheme]
-    command = module_command("model.quantize", [*flags, *([] if workers is None else ["--workers", str(workers)])])
+    for name, value in given.items():
+        flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    command = module_command("cherry.calibration.quantize", flags)
     sys.stdout.flush()
     os.execve(command[0], command, module_environment())  # signals, output and exit code are the program's  # noqa: S606
 

@@ -35,7 +35,7 @@ _STEPS: dict[str, tuple[Callable[..., StepRecord], tuple[str, ...]]] = {
     "data": (prepare_data.fn, ()),
     "train": (train.fn, ("data",)),
     "export": (export.fn, ("train",)),
-    "quantize": (quantize.fn, ("export",)),
+    "quantize": (quantize.fn, ("data", "export")),
     "evaluate": (evaluate.fn, ("data", "export", "quantize")),
     "register": (register.fn, ("export", "quantize", "evaluate")),
 }

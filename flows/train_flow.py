@@ -48,7 +48,7 @@ def train_flow(config: ConfigParameter = DEFAULT_CONFIG, overrides: Overrides = 
         data = prepare_data(context)
         trained = train.with_options(retries=retry.attempts - 1, retry_delay_seconds=retry.delay_s)(context, data)
         exported = export(context, trained)
-        quantized = quantize(context, exported)
+        quantized = quantize(context, data, exported)
         for _ in range(_COMPARISONS):
             evaluated = evaluate(context, data, exported, quantized)
             if not is_outdated(register(context, exported, quantized, evaluated)):

@@ -28,8 +28,10 @@ STEP_SOURCES: dict[str, tuple[str, ...]] = {
     "train": (
         *("base", "model", "cherry", "tasks/train.py"),
         *(
+            "!model/calibration",
             "!model/quantize.py",
             "!model/quantization",
+            "!cherry/calibration",
             "!cherry/cluster.py",
             "!cherry/remote",
             "!cherry/sky",
@@ -40,7 +42,7 @@ STEP_SOURCES: dict[str, tuple[str, ...]] = {
         ),
     ),
     "export": ("base", "model", "cherry", "tasks/export.py"),
-    "quantize": ("base", "model", "tasks/quantize.py"),
+    "quantize": ("base", "model", "cherry/calibration", "cherry/data", "tasks/quantize.py"),
     "evaluate": ("base", "model", "cherry", "anything/statistics", "tasks/evaluate.py"),
     "register": ("base", "tasks/records/model_card.py", "tasks/register.py", "tasks/tracking"),
 }

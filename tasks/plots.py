@@ -1,4 +1,4 @@
-"""Plots of a run: planned memory, loss, learning rate, expert load, quantization error, a comparison's intervals."""
+"""Plots of a run: planned memory, loss, learning rate, expert load, quantization, a comparison's intervals."""
 
 from __future__ import annotations
 
@@ -130,6 +130,28 @@ def plot_quantization_map(cells: Sequence[Mapping[str, Any]], path: Path) -> Pat
         axes.set(xlabel="layer", title="Quantization error by kind and layer")
         assert axes.figure is not None
         axes.figure.colorbar(image, ax=axes, label="relative error, %")
+    return path
+
+
+def plot_expert_coverage(coverage: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the calibration tokens of each expert, a row a layer and a column an expert, to `path`.
+
+    The scale is logarithmic, so that experts with few tokens stand out; none counts as one.
+
+    Args:
+        coverage: rows of a report: layer, tokens, borrowed.
+    """
+    with _figure(path, height=min(9.0, 1.8 + 0.25 * len(coverage))) as [axes]:
+        rows = [[max(1, tokens) for tokens in layer["tokens"]] for layer in coverage]
+        image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", norm="log")
+        borrowed = sum(count > 0 for layer in coverage for count in layer["borrowed"])
+        marks = sorted({round(i * (len(coverage) - 1) / 10) for i in range(11)})
+        axes.set_yticks(marks, [str(coverage[i]["layer"]) for i in marks])
+        axes.set(
+            xlabel="expert", ylabel="layer", title=f"Calibration tokens of each expert; {borrowed} took others' too"
+        )
+        assert axes.figure is not None
+        axes.figure.colorbar(image, ax=axes, label="tokens")
     return path
 
 

@@ -18,6 +18,7 @@ from anything.serve_config import ServeConfig
 from base.config import Problem, Section
 from cherry.hardware import GPUS
 from cherry.job_config import JobConfig
+from model.calibration.names import METHODS, NEAREST, method_rule, misfit
 from model.numerics.formats import AUTO, DEFAULT_FORMAT, FORMATS, format_rule
 
 
@@ -46,6 +47,11 @@ class QuantizeConfig(Section):
     compare: tuple[str, ...] = ()
     """Other formats to quantize in and to judge beside it; they are not served. Those that the model's sizes do not fit
     are left out."""
+    method: str = NEAREST
+    """How int4 weights (the routed experts of w4a16) are rounded: `nearest`, or calibrated on the run's own training
+    data: `gptq`, `awq`, or `search` for the scales alone. docs/quantization.md compares them."""
+    calibration_tokens: PositiveInt | None = None
+    """Tokens of the training data that a calibration takes; `null` is 128 sequences."""
     gpu: str | None = None
     """GPU that serves them, for `auto`, like `H100`; `null` is the cluster file's, or this machine's."""
     max_dnll: PositiveFloat = 0.02
@@ -61,9 +67,16 @@ class QuantizeConfig(Section):
     """Format to propose where they cost more; `null` is the registry's next milder one."""
 
     def problems(self) -> Iterator[Problem]:
-        """Problems with formats that are not registered, and with an unknown GPU."""
+        """Problems with formats that are not registered, methods that do not fit them, and an unknown GPU."""
         if self.format not in (*FORMATS, AUTO):
             yield Problem("format", f"{format_rule()}, {AUTO}", self.format)
+        elif self.method in METHODS and (rule := misfit(self.method, self.format)) is not None:
+            yield Problem("method", rule, self.method)
+        if self.method not in METHODS:
+            yield Problem("method", method_rule(), self.method)
+        if self.calibration_tokens is not None and self.method == NEAREST:
+            rule = f"must be null with quantize.method {NEAREST}, which needs no calibration"
+            yield Problem("calibration_tokens", rule, self.calibration_tokens)
         for number, name in enumerate(self.compare):
             if name not in FORMATS:
                 yield Problem(f"compare.{number}", format_rule(), name)

@@ -200,13 +200,15 @@ class BlockCalibration:
         found = round_feed_forward(self._read(expert), rows.all, self._normed, self._rounding.method)
         gate_name, up_name, down_name = self._layer.expert_names(expert)
         half = found.gate_up_XD.shape[0] // 2
-        for name, part in ((gate_name, slice(0, half)), (up_name, slice(half, None))):
+        up_factor_F = None if found.scaling_F is None else found.scaling_F.reciprocal()
+        for name, part, row_factor_F in ((gate_name, slice(0, half), None), (up_name, slice(half, None), up_factor_F)):
             if found.gate_up is not None:
-                keep(name, _piece(found.gate_up, (part,)))
+                piece = _piece(found.gate_up, (part,))
+                keep(name, piece._replace(row_factor_O=row_factor_F, column_factor_I=self._expert_scaling_D))
             elif self._rounding.method.awq:
                 keep(name, found.gate_up_XD[part])
         if found.down is not None:
-            keep(down_name, found.down)
+            keep(down_name, found.down._replace(column_factor_I=found.scaling_F))
         for chunk in chunks(rows.own):
             act_RF = activation(self._normed(chunk.token_R), found.gate_up_XD, chunk.weight_R)
             out_RD = nn.functional.linear(act_RF, found.down_DF).to(self._rows.after_ND)

@@ -47,17 +47,20 @@ class Rounded(NamedTuple):
     down_DF: Tensor
     gate_up: Int4Weight | None
     down: Int4Weight | None
+    scaling_F: Tensor | None
+    """What AWQ multiplied down's columns by, and divided up's rows by; `None` where it did not."""
 
 
 @torch.no_grad()
 def round_feed_forward(plain: FeedForward, rows: Rows, inputs: Inputs, method: Method) -> Rounded:
     """Round what is to be rounded; with AWQ, up's rows and down's columns are scaled first."""
-    exact_XD, down_DF = plain.gate_up_XD.clone(), plain.down_DF.clone()
+    exact_XD, down_DF, scaling_F = plain.gate_up_XD.clone(), plain.down_DF.clone(), None
     if method.awq and plain.round_down:
         moment = _moment(activation(inputs(chunk.token_R), exact_XD, chunk.weight_R) for chunk in chunks(rows))
         search = ScalingSearch(moment.mean(), method.group, method.scale_dtype)
         search.add(down_DF, moment.sum_II)
-        fold_up(exact_XD, down_DF, search.best())
+        scaling_F = search.best()
+        fold_up(exact_XD, down_DF, scaling_F)
     gate_up_XD, gate_up, down = exact_XD, None, None
     if plain.round_gate_up:
         gate_up = method.round(exact_XD, gate_up_moment(rows, inputs) if method.needs_inputs else None)
@@ -73,7 +76,7 @@ def round_feed_forward(plain: FeedForward, rows: Rows, inputs: Inputs, method: M
         target_DF = drift.corrected(down_DF, method.dampening) if drift is not None and method.corrects else down_DF
         down = method.round(target_DF, None if drift is None else drift.moment)
         down_DF = down.dequantized().to(down_DF.dtype)
-    return Rounded(gate_up_XD, down_DF, gate_up, down)
+    return Rounded(gate_up_XD, down_DF, gate_up, down, scaling_F)
 
 
 class Drift:

@@ -21,9 +21,13 @@ class Int4Weight(NamedTuple):
     scale_OG: Tensor
     """In the type that it is stored in: the values were chosen for the rounded scale."""
     group: int
+    row_factor_O: Tensor | None = None
+    """What AWQ multiplied the rows by before they were rounded, fp32; kept for routed experts, where `None` is 1."""
+    column_factor_I: Tensor | None = None
+    """The same of the columns."""
 
     def dequantized(self) -> Tensor:
-        """fp32 weights [O, I]."""
+        """fp32 weights [O, I], with the factors in them."""
         return dequantize(self.values_OI, self.scale_OG, self.group)
 
 

@@ -5,7 +5,9 @@ Shapes: O output channel, I input channel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +67,21 @@ class Method:
         if self.search:
             return with_scale(weight_OI, search_scale(weight_OI, self.group, seen_II, self.scale_dtype), self.group)
         return nearest(weight_OI, self.group, self.scale_dtype)
+
+
+# By name, as configurations have it (model/calibration/names.py).
+_NAMED: Mapping[str, Mapping[str, Any]] = {
+    "search": {"gptq": False},
+    "gptq": {},
+    "awq": {"gptq": False, "awq": True},
+}
+
+
+def named(name: str, group: int) -> Method:
+    """Settings of a calibrated method.
+
+    Args:
+        name: one of `model.calibration.names.CALIBRATED`.
+        group: input channels that share a scale.
+    """
+    return Method(group=group, **_NAMED[name])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from base import storage
 from model.calibration.expert_rows import ExpertCoverage
 from model.calibration.int4_weight import Int4Weight
 from model.numerics.int4_groups import pack, unpack
+from model.numerics.weight_kinds import layer_of
 from model.weights.safetensors_file import SafetensorsFile, write_file
 
 Result = Int4Weight | Tensor
@@ -21,7 +24,12 @@ Result = Int4Weight | Tensor
 
 # A part is written as soon as it holds this much, so that a layer of 11 B weights is never in memory as a whole.
 _PART_BYTES = 256 << 20
-_WORDS, _SCALE = ".int4_words", ".int4_scale"
+_WORDS, _SCALE, _ROW_FACTOR, _COLUMN_FACTOR = ".int4_words", ".int4_scale", ".row_factor", ".column_factor"
+
+
+def layer_directory(work_directory: Path, number: int) -> str:
+    """Directory of a layer's results."""
+    return str(work_directory / f"layer-{number:05}")
 
 
 class LayerWriter:
@@ -42,6 +50,9 @@ class LayerWriter:
             self._int4[name] = [result.values_OI.shape[1], result.group]
             self._add(name + _WORDS, pack(result.values_OI).cpu())
             self._add(name + _SCALE, result.scale_OG.cpu().contiguous())
+            for suffix, factor in ((_ROW_FACTOR, result.row_factor_O), (_COLUMN_FACTOR, result.column_factor_I)):
+                if factor is not None:
+                    self._add(name + suffix, factor.detach().cpu().clone())
         else:
             self._add(name, result.detach().cpu().clone())
 
@@ -64,25 +75,77 @@ class LayerWriter:
         storage.commit(self._directory, {"parts": self._parts, "int4": self._int4, "experts": experts})
 
 
+class Factors(NamedTuple):
+    """What AWQ multiplied a weight's rows [O] and columns [I] by before they were rounded; `None` is 1."""
+
+    row_O: Tensor | None
+    column_I: Tensor | None
+
+
+class LayerResults:
+    """Results of one layer by released name; its files stay open.
+
+    Raises:
+        MissingFileError: the layer was never finished.
+    """
+
+    def __init__(self, directory: str) -> None:
+        record = storage.read_commit(directory)
+        self.int4: dict[str, list[int]] = record["int4"]
+        """Input channels and group size of each int4 weight."""
+        files = [SafetensorsFile(storage.join(directory, part)) for part in record["parts"]]
+        self._file_of = {name: file for file in files for name in file.tensors}
+        beside = (_SCALE, _ROW_FACTOR, _COLUMN_FACTOR)
+        self.names = [stored.removesuffix(_WORDS) for stored in self._file_of if not stored.endswith(beside)]
+        self._known = set(self.names)
+
+    def read(self, name: str) -> Result | None:
+        """Result of one weight; `None` where calibration left it as it was."""
+        if name not in self._known:
+            return None
+        if name not in self.int4:
+            return self._read(name)
+        columns, group = self.int4[name]
+        values_OI = unpack(self._read(name + _WORDS), columns)
+        return Int4Weight(values_OI, self._read(name + _SCALE), group, *self.factors(name))
+
+    def factors(self, name: str) -> Factors:
+        """Factors of one int4 weight."""
+        stored = (name + suffix for suffix in (_ROW_FACTOR, _COLUMN_FACTOR))
+        return Factors(*(self._read(key) if key in self._file_of else None for key in stored))
+
+    def _read(self, stored: str) -> Tensor:
+        return self._file_of[stored].read(stored)
+
+
+class CalibrationResults:
+    """Results of a work directory by released name; the files of one layer are open at a time."""
+
+    def __init__(self, work_directory: Path) -> None:
+        self._directory = work_directory
+        self._open: tuple[int, LayerResults | None] | None = None
+
+    def of(self, name: str) -> LayerResults | None:
+        """Results of the layer that a weight is in; `None` for one of no layer, or of one that was not calibrated."""
+        number = layer_of(name)
+        if number is None:
+            return None
+        if self._open is None or self._open[0] != number:
+            directory = layer_directory(self._directory, number)
+            self._open = number, LayerResults(directory) if storage.is_committed(directory) else None
+        return self._open[1]
+
+
 def read_results(directory: str) -> Iterator[tuple[str, Result]]:
     """Results of a layer by released name, one in memory at a time.
 
     Raises:
         MissingFileError: the layer was never finished.
     """
-    record = storage.read_commit(directory)
-    files = [SafetensorsFile(storage.join(directory, part)) for part in record["parts"]]
-    file_of = {name: file for file in files for name in file.tensors}
-    for stored, file in file_of.items():
-        if stored.endswith(_SCALE):
-            continue
-        name = stored.removesuffix(_WORDS)
-        if name not in record["int4"]:
-            yield name, file.read(name)
-            continue
-        columns, group = record["int4"][name]
-        scale_OG = file_of[name + _SCALE].read(name + _SCALE)
-        yield name, Int4Weight(unpack(file.read(stored), columns), scale_OG, group)
+    results = LayerResults(directory)
+    for name in results.names:
+        if (result := results.read(name)) is not None:
+            yield name, result
 
 
 def read_coverage(directory: str) -> list[ExpertCoverage]:

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +28,23 @@ from model.calibration.block import BlockCalibration, BlockRows, Settings
 from model.calibration.expert_rows import ExpertCoverage
 from model.calibration.layer import Layer
 from model.calibration.method import Method
-from model.calibration.results import LayerWriter, Result, read_coverage, read_results
+from model.calibration.pace import Pace
+from model.calibration.results import LayerWriter, Result, layer_directory, read_coverage, read_results
 from model.calibration.token_rows import batches_of, map_rows, sync
+from model.code_digest import code_digest
 from model.model_config import ModelConfig
 from model.numerics.formats import is_projection
 from model.transformer import next_tokens
 from model.weights.pretrained import WeightsReader, read_model_config
 
-_IDENTITY, _MIDDLE, _MIXED = "calibration.json", "middle.bin", "mtp.bin"
+IDENTITY_NAME = "calibration.json"
+"""File of a work directory with what its results depend on: written first, removed last."""
+_MIDDLE, _MIXED = "middle.bin", "mtp.bin"
 # What is removed from a work directory; anything else there is not ours.
-_OWN = (_IDENTITY, "layer-*", "hidden-*.bin", _MIDDLE, _MIXED)
+_OWN = ("layer-*", "hidden-*.bin", _MIDDLE, _MIXED, IDENTITY_NAME)
+_READ = (".safetensors", ".json")
+# What computes the results, beside torch.
+_CODE = ("attention.py", "calibration", "experts.py", "layers.py", "moe.py", "numerics", "rope.py", "transformer.py")
 
 
 def calibrated(
@@ -52,8 +60,36 @@ def calibrated(
 ) -> Iterator[tuple[str, Result]]:
     """Rounded weights by released name, layer after layer; with AWQ also the plain weights that it changed.
 
-    A layer's results are in `work_directory` once it is done; called again with the same arguments, it goes on with
-    the layer after the last one that is there.
+    See `calibrated_layers` for arguments and errors.
+    """
+    layers = calibrated_layers(
+        source_uri,
+        documents,
+        work_directory,
+        method,
+        wanted=wanted,
+        dtype=dtype,
+        device=device,
+        on_progress=on_progress,
+    )
+    for directory in layers:
+        yield from read_results(directory)
+
+
+def calibrated_layers(
+    source_uri: str,
+    documents: Sequence[Tensor],
+    work_directory: Path,
+    method: Method,
+    *,
+    wanted: Callable[[str], bool] = is_projection,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    on_progress: Progress | None = None,
+) -> Iterator[str]:
+    """Directory of each layer's results in `work_directory`, as soon as they are there (model/calibration/results.py).
+
+    Called again with the same arguments, it goes on with the layer after the last one that is there.
 
     Args:
         documents: int64 tokens [T] of each calibration document.
@@ -70,22 +106,36 @@ def calibrated(
     _check(documents, config)
     work = _Work(work_directory, sum(map(len, documents)), config, dtype)
     reader = WeightsReader(source_uri)
-    names = [name for name in reader.names if wanted(name)]
-    work.begin(_identity(source_uri, documents, method, names, dtype))
+    found = work.begin(calibration_identity(source_uri, documents, method, wanted=wanted, dtype=dtype))
     settings = Settings(method, wanted, dtype, torch.device(device))
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    pace = Pace(_sizes(reader, wanted), layers, found, on_progress)
     for number in range(layers):
-        if not storage.is_committed(work.results(number)):
-            _calibrate(reader, Layer(number, config), documents, work, settings)
-        if on_progress is not None:
-            on_progress(f"calibrated layer {number + 1}/{layers}", (number + 1) / layers)
-        yield from read_results(work.results(number))
+        if number >= found:
+            _calibrate(reader, Layer(number, config), documents, work, settings, pace)
+            pace.finish_layer()
+        yield work.results(number)
+
+
+def discard(work_directory: Path) -> None:
+    """Remove what a calibration wrote to its work directory, and the directory if nothing else is in it."""
+    for own in (own for pattern in _OWN for own in work_directory.glob(pattern)):
+        storage.remove_tree(str(own))
+    if work_directory.is_dir() and not any(work_directory.iterdir()):
+        work_directory.rmdir()
 
 
 def coverage_of(work_directory: Path) -> list[ExpertCoverage]:
     """What each routed expert was calibrated with, of the layers that are done."""
     layers = sorted(path for path in work_directory.glob("layer-*") if storage.is_committed(str(path)))
     return [expert for path in layers for expert in read_coverage(str(path))]
+
+
+def _sizes(reader: WeightsReader, wanted: Callable[[str], bool]) -> dict[str, int]:
+    """Stored bytes of each weight that is rounded."""
+    reader.open_files()
+    infos = {name: reader.info(name) for name in reader.names if wanted(name)}
+    return {name: info.stop - info.start for name, info in infos.items()}
 
 
 def _check(documents: Sequence[Tensor], config: ModelConfig) -> None:
@@ -99,22 +149,31 @@ def _check(documents: Sequence[Tensor], config: ModelConfig) -> None:
         )
 
 
-def _identity(
-    source_uri: str, documents: Sequence[Tensor], method: Method, names: list[str], dtype: torch.dtype
+def calibration_identity(
+    source_uri: str,
+    documents: Sequence[Tensor],
+    method: Method,
+    *,
+    wanted: Callable[[str], bool] = is_projection,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """What results depend on; those of another identity are not gone on with."""
+    """What results depend on, as JSON values: those of another identity are not gone on with.
+
+    `tokens` is a digest of the documents. Of the source's files size and version count, as in
+    `model.quantization.manifest.describe_origin`.
+    """
     hasher = hashlib.sha256()
     for document in documents:
         hasher.update(f"{len(document)}:".encode())
         hasher.update(document.contiguous().numpy().tobytes())
-    settings = {key: str(value) for key, value in asdict(method).items()}
-    source = {"uri": source_uri, "files": storage.stored_files(source_uri)}
+    files = [[file.name, file.bytes, file.version] for file in storage.find(source_uri) if file.name.endswith(_READ)]
+    names = [name for name in WeightsReader(source_uri).names if wanted(name)]
     return {
-        "source": storage.fingerprint(source),
+        "source": storage.fingerprint([source_uri, files, names]),
         "tokens": hasher.hexdigest(),
-        "method": settings,
-        "weights": storage.fingerprint(names),
+        "method": {key: str(value) for key, value in asdict(method).items()},
         "dtype": str(dtype),
+        "code": [code_digest(_CODE), version("torch")],
     }
 
 
@@ -124,23 +183,28 @@ class _Work:
     def __init__(self, directory: Path, rows: int, config: ModelConfig, dtype: torch.dtype) -> None:
         self.directory, self._shape, self._dtype = directory, (rows, config.hidden_size), dtype
 
-    def begin(self, identity: dict[str, Any]) -> None:
-        """Keep results of the same identity, and remove any others."""
-        path = str(self.directory / _IDENTITY)
-        if not storage.exists(path) or storage.read_json(path) != identity or not self._can_resume():
-            for pattern in _OWN:
-                for own in self.directory.glob(pattern):
-                    storage.remove_tree(str(own))
-            storage.write_json(path, identity)
+    def begin(self, identity: dict[str, Any]) -> int:
+        """Number of layers that are finished; results of another identity are removed."""
+        path = self.directory / IDENTITY_NAME
+        if not path.exists() or _read_object(path) != identity or not self._can_resume():
+            discard(self.directory)
+            storage.write_json(str(path), identity)
+        return self._finished()
+
+    def _finished(self) -> int:
+        number = 0
+        while storage.is_committed(self.results(number)):
+            number += 1
+        return number
 
     def _can_resume(self) -> bool:
-        done = len([path for path in self.directory.glob("layer-*") if storage.is_committed(str(path))])
+        done = self._finished()
         path, size = self.hidden(done), math.prod(self._shape) * self._dtype.itemsize
         return not done or (path.exists() and path.stat().st_size == size)
 
     def results(self, number: int) -> str:
         """Directory of a layer's results."""
-        return str(self.directory / f"layer-{number:05}")
+        return layer_directory(self.directory, number)
 
     def hidden(self, number: int) -> Path:
         """File of the hidden states before a layer; those after the last one are there as well."""
@@ -151,8 +215,16 @@ class _Work:
         return map_rows(path, self._shape, self._dtype)
 
 
+def _read_object(path: Path) -> Any:
+    """A JSON document; `None` for a damaged one."""
+    try:
+        return storage.read_json(str(path))
+    except ValueError:
+        return None
+
+
 def _calibrate(
-    reader: WeightsReader, layer: Layer, documents: Sequence[Tensor], work: _Work, settings: Settings
+    reader: WeightsReader, layer: Layer, documents: Sequence[Tensor], work: _Work, settings: Settings, pace: Pace
 ) -> None:
     before = work.hidden(layer.number)
     if layer.number == 0:
@@ -165,7 +237,12 @@ def _calibrate(
     rows = BlockRows(source_ND, work.rows(middle), work.rows(after))
     writer = LayerWriter(work.results(layer.number))
     block = BlockCalibration(reader, layer, rows, list(batches_of(documents)), settings)
-    coverage = block.run(writer.keep)
+
+    def keep(name: str, result: Result) -> None:
+        writer.keep(name, result)
+        pace.keep(name)
+
+    coverage = block.run(keep)
     sync(after)
     writer.commit(coverage)
     for path in (before, middle, mixed):

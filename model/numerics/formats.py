@@ -116,6 +116,11 @@ class FormatEntry:
             f"that share a scale (they are {sizes[0]} and {sizes[1]}); fp8_channel and int8 fit any size"
         )
 
+    @property
+    def has_int4_groups(self) -> bool:
+        """Whether weights are rounded to int4 in groups, which calibration can do better than to the nearest."""
+        return _INT4_GROUPS in self.weights
+
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json describes a folder of this format."""
         found = _stored_weights(config)
@@ -123,6 +128,7 @@ class FormatEntry:
 
 
 _FP8_BLOCK, _FP8_CHANNEL = "float-quantized 8 bits block", "float-quantized 8 bits channel"
+_INT4_GROUPS = "pack-quantized 4 bits group"
 
 FORMATS: dict[str, FormatEntry] = {
     "bf16": FormatEntry("model.numerics.bf16:Bf16Format", "bf16, as trained", frozenset({"bfloat16"})),
@@ -157,7 +163,7 @@ FORMATS: dict[str, FormatEntry] = {
     "w4a16": FormatEntry(
         "model.numerics.mixes:w4a16",
         "routed experts int4 in groups of 128 input channels, the rest fp8 in blocks",
-        frozenset({"pack-quantized 4 bits group", _FP8_BLOCK}),
+        frozenset({_INT4_GROUPS, _FP8_BLOCK}),
         frozenset({_FP8_CHANNEL}),
         experts_multiple=32,
         milder="fp8_block",

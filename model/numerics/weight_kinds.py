@@ -1,9 +1,11 @@
-"""Kinds of projections that a format can store differently, from their released names. Needs no torch."""
+"""What released names tell: kinds of projections that a format can store differently, and layers. Needs no torch."""
 
 from __future__ import annotations
 
 import re
 from enum import Enum
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class Kind(Enum):
@@ -26,3 +28,9 @@ def kind_of(hf_name: str) -> Kind | None:
     if leaf != "weight":
         return None
     return next((kind for kind in Kind if re.match(kind.value, module)), None)
+
+
+def layer_of(hf_name: str) -> int | None:
+    """Layer of a released weight, the MTP module's behind the last one; `None` outside of layers."""
+    found = _LAYER.search(hf_name)
+    return int(found[1]) if found else None

@@ -13,6 +13,7 @@ from base.errors import InvalidInputError, WeightsError
 from base.storage import Progress
 from model.model_config import ModelConfig
 from model.numerics.formats import DEFAULT_FORMAT, QuantizationFormat, find_format, is_release_fp8, quantized_config
+from model.quantization.calibrated import CalibratedFormat, Calibrating, Calibration, check_method, discard_work
 from model.quantization.manifest import MANIFEST_NAME, Manifest, describe_origin, difference, is_whole
 from model.quantization.meter import Meter
 from model.quantization.plan import Groups, plan_groups
@@ -24,6 +25,8 @@ from model.weights.pretrained import WeightsReader, read_model_config, write_ind
 # Every other file of a folder is copied; these are written anew.
 _WRITTEN = ("config.json", "model.safetensors.index.json", storage.MARKER, REPORT_NAME)
 _COPIED = (".json", ".jinja", ".model")
+# Of the time that a calibrated quantization takes, about; the rest is writing.
+_CALIBRATION_SHARE = 0.9
 
 
 def quantize_folder(
@@ -33,16 +36,19 @@ def quantize_folder(
     *,
     format_name: str = DEFAULT_FORMAT,
     workers: int | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Quantize a folder into another one, a shard at a time and worker; the marker is written last.
 
-    A target that an earlier call left unfinished is gone on with, if source, format and code are the same: shards that
-    are still as they were written stay. A finished one of the same is only checked. Any other is started over.
+    A target that an earlier call left unfinished is gone on with, if source, format, calibration and code are the same:
+    layers that are calibrated and shards that are still as they were written stay. A finished one of the same is only
+    checked. Any other is started over.
 
     Args:
         on_progress: called with a line for people and the fraction done, at least after each shard.
         format_name: one of `model.numerics.formats.FORMATS`.
         workers: processes, each with one shard in memory; `None` works in this process alone.
+        calibration: of the format's int4 weights; `None` rounds them to the nearest.
 
     Returns:
         The report, also in quantization.json; see `make_report`.
@@ -50,29 +56,43 @@ def quantize_folder(
     Raises:
         MissingFileError, WeightsError: the source cannot be read, or is quantized already (fp8 in DeepSeek's own
             format is dequantized first).
-        InvalidInputError: source and target are the same folder, or the target holds something else.
-        ConfigError: no such format, or the model's sizes do not fit it.
+        InvalidInputError: source and target are the same folder, the target holds something else, or the calibration's
+            tokens are not the model's.
+        ConfigError: no such format, the model's sizes do not fit it, or it has no int4 weights to calibrate.
         DiskFullError, StorageError, WorkerLostError: a file could not be written, or a worker was killed. The target
             stays without a marker, and the same call goes on.
     """
     entry = find_format(format_name)
+    if calibration is not None:
+        check_method(calibration.method, format_name)
     model_config, raw_config = _check(source_uri, target_uri)
-    quantization, reader = entry.load(model_config), WeightsReader(source_uri)
-    origin = describe_origin(source_uri, format_name, quantization.quantization_config)
-    tell = on_progress or (lambda line, fraction: None)
-    if (report := _finished(target_uri, origin, tell)) is not None:
-        Manifest(target_uri).remove()
-        return report
-    plan, manifest = plan_groups(reader, quantization), Manifest(target_uri)
-    records = _begin(manifest, origin, plan, workers or available_cores(), tell)
-    meter = Meter({file: origin["files"].get(file, [0])[0] for file in plan}, set(records), tell)
-    open_plan = {file: groups for file, groups in plan.items() if file not in records}
-    _work(_events(reader, target_uri, format_name, quantization, open_plan, workers), manifest, records, meter)
-    report = make_report(entry.description, [records[file] for file in plan])
-    write_index(target_uri, {name: file for file in plan for name in records[file]["names"]})
-    _commit(source_uri, target_uri, quantized_config(raw_config, quantization), report, origin)
-    manifest.remove()
+    plain, tell = entry.load(model_config), on_progress or (lambda line, fraction: None)
+    calibrating = None if calibration is None else Calibrating(source_uri, target_uri, calibration, plain)
+    identity = None if calibrating is None else calibrating.identity()
+    origin = describe_origin(source_uri, format_name, plain.quantization_config, identity)
+    if (report := _finished(target_uri, origin, tell)) is None:
+        reader, manifest = WeightsReader(source_uri), Manifest(target_uri)
+        plan = plan_groups(reader, plain)
+        records = _begin(manifest, origin, plan, workers or available_cores(), tell)
+        quantization, tell_shards = plain, tell
+        if calibrating is not None:
+            quantization = calibrating.run(_part(tell, 0.0, _CALIBRATION_SHARE))
+            tell_shards = _part(tell, _CALIBRATION_SHARE, 1.0)
+        meter = Meter({file: origin["files"].get(file, [0])[0] for file in plan}, set(records), tell_shards)
+        open_plan = {file: groups for file, groups in plan.items() if file not in records}
+        _work(_events(reader, target_uri, format_name, quantization, open_plan, workers), manifest, records, meter)
+        details = None if calibrating is None else calibrating.report()
+        report = make_report(entry.description, [records[file] for file in plan], details)
+        write_index(target_uri, {name: file for file in plan for name in records[file]["names"]})
+        _commit(source_uri, target_uri, quantized_config(raw_config, plain), report, origin)
+    Manifest(target_uri).remove()
+    discard_work(target_uri)
     return report
+
+
+def _part(tell: Progress, first: float, last: float) -> Progress:
+    """Progress of a part of the work, as progress of the whole."""
+    return lambda line, fraction: tell(line, first + (last - first) * fraction)
 
 
 def _work(
@@ -195,7 +215,8 @@ def _events(
 ) -> Generator[Event, None, None]:
     """Events of quantizing all files of `plan`, in this process or in workers."""
     if workers is not None and plan:
-        yield from quantize_in_workers(reader.uri, target_uri, format_name, plan, min(workers, len(plan)))
+        calibration = quantization.work_directory if isinstance(quantization, CalibratedFormat) else None
+        yield from quantize_in_workers(reader.uri, target_uri, format_name, plan, min(workers, len(plan)), calibration)
         return
     if workers is None:
         for file, groups in plan.items():

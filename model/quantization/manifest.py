@@ -7,17 +7,17 @@ processors compute that at 1.5 GB/s, three times as fast as BLAKE2b (measured on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from base import storage
 from base.errors import MissingFileError
+from model.calibration.names import NEAREST
+from model.code_digest import code_digest
 
 MANIFEST_NAME = "manifest"
 """Folder of the manifest in the target."""
@@ -28,17 +28,27 @@ _READ_THREADS = 8
 _CODE = ("numerics", "quantization", "weights")
 
 
-def describe_origin(source_uri: str, format_name: str, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+def describe_origin(
+    source_uri: str,
+    format_name: str,
+    quantization_config: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What a target is made from, as JSON values: two targets with the same are the same.
 
     Of the source's files size and version: modification time on a file system, entity tag in an object store.
+
+    Args:
+        calibration: `method`, `tokens` and `calibration_code`, see `Calibrating.identity`; `None` where weights are
+            rounded to the nearest.
     """
     files = [file for file in storage.find(source_uri) if "/" not in file.name]
     return {
         "source": os.path.abspath(storage.local_path(source_uri)) if storage.is_local(source_uri) else source_uri,
         "files": {file.name: [file.bytes, file.version] for file in files if file.name.endswith(_READ)},
         "format": [format_name, storage.fingerprint(dict(quantization_config))],
-        "code": [_code_digest(), version("torch")],
+        "code": [code_digest(_CODE), version("torch")],
+        **(calibration or {}),
     }
 
 
@@ -48,10 +58,15 @@ def difference(origin: Mapping[str, Any], earlier: Mapping[str, Any]) -> str | N
         "source": f"another source ({earlier.get('source')})",
         "files": "other files of the source",
         "format": f"another format ({(earlier.get('format') or ['unknown'])[0]})",
+        "method": f"another method ({(earlier.get('method') or [NEAREST])[0]})",
+        "tokens": "other calibration tokens",
         "code": "another version of the code",
+        "calibration_code": "another version of the calibration's code",
     }
-    changed = [text for key, text in words.items() if earlier.get(key) != origin[key]]
-    return " and ".join(changed) or None
+    changed = [key for key in words if earlier.get(key) != origin.get(key)]
+    if "method" in changed:  # the others are its own
+        changed = [key for key in changed if key not in ("tokens", "calibration_code")]
+    return " and ".join(words[key] for key in changed) or None
 
 
 class Manifest:
@@ -131,12 +146,3 @@ def _read_object(uri: str) -> dict[str, Any] | None:
     except (MissingFileError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _code_digest() -> str:
-    """SHA-256 of the source files that compute a target."""
-    hasher = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for path in sorted(path for room in _CODE for path in (package / room).rglob("*.py")):
-        hasher.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return hasher.hexdigest()

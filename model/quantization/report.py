@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from model.calibration.names import NEAREST
+
 REPORT_NAME = "quantization.json"
 # By the part of the released name that tells them apart; the first that is found.
 _KINDS = (
@@ -20,7 +22,6 @@ _KINDS = (
     (re.compile(r"\b(lm_head|shared_head\.head)\."), "head"),
     (re.compile(r"\beh_proj\."), "MTP projection"),
 )
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _LARGEST = 10
 
 
@@ -29,20 +30,20 @@ def kind_of(name: str) -> str:
     return next((kind for pattern, kind in _KINDS if pattern.search(name)), "other")
 
 
-def layer_of(name: str) -> int | None:
-    """Layer of a released weight, the MTP module's behind the last one; `None` outside of layers."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
-
-
-def make_report(description: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def make_report(
+    description: str, records: Sequence[Mapping[str, Any]], calibration: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The report as JSON values, from the records of all shards (see `quantize_shard`), in the plan's order.
 
     `tensors` has a row for each quantized weight: name, kind, layer, shape, rel_error (Frobenius), max_abs_error,
     clipped (a share of its values), bytes_before and bytes_after. `by_kind`, `by_layer` and `by_layer_and_kind` have
     the same for all weights of a kind, layer, or both; `kept` the bytes of what keeps its type, by kind.
     `largest_errors` names the tensors with the largest rel_error. bytes_before and bytes_after are those of all
-    weights, `shards` the size and SHA-256 of each file.
+    weights, `shards` the size and SHA-256 of each file. `method` is how int4 weights were rounded, one of
+    `model.calibration.names.METHODS`.
+
+    Args:
+        calibration: its part of the report, see `Calibrating.report`; `None` where weights are rounded to the nearest.
     """
     rows = [row for record in records for row in record["tensors"]]
     kept = [row for record in records for row in record["kept"]]
@@ -59,9 +60,11 @@ def make_report(description: str, records: Sequence[Mapping[str, Any]]) -> dict[
         }
     return {
         "format": description,
+        "method": NEAREST if calibration is None else calibration["method"],
         **totals,
         "ratio": totals["bytes_after"] / totals["bytes_before"],
         **summary,
+        **({} if calibration is None else {"calibration": calibration}),
         "by_kind": _totals(rows, ["kind"]),
         "by_layer": _totals(rows, ["layer"]),
         "by_layer_and_kind": _totals(rows, ["layer", "kind"]),

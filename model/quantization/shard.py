@@ -14,8 +14,10 @@ from base import storage
 from base.errors import WeightsError
 from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.formats import QuantizationFormat
+from model.numerics.weight_kinds import layer_of
+from model.quantization.calibrated import CalibratedFormat
 from model.quantization.plan import Groups
-from model.quantization.report import kind_of, layer_of
+from model.quantization.report import kind_of
 from model.quantization.tensor_error import find_codes, measure, of_weight
 from model.weights.ranged_read import Request, fill
 from model.weights.reader import WeightsReader, scale_problem
@@ -84,6 +86,8 @@ def quantize_groups(
     rows: list[dict[str, Any]] = []
     for names, weights in _read(reader, groups):
         before = {name: _bytes(reader, name) for name in names}
+        if isinstance(quantization, CalibratedFormat):
+            weights = quantization.changed(weights)
         if quantization.group(names[0]) is None:
             tensors |= weights
             if kept is not None:

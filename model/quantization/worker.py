@@ -4,7 +4,7 @@ It answers on what was its standard output, in JSON lines: `read` (bytes since t
 record), `error` (an error's record, after which it ends). It ends when its input does, at once: whoever started it is
 gone, and another may write the same folder.
 
-    python -m model.quantization.worker SOURCE TARGET FORMAT THREADS
+    python -m model.quantization.worker SOURCE TARGET FORMAT THREADS [CALIBRATION'S WORK DIRECTORY]
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import queue
 import sys
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from base.errors import CherryError, error_record
-from model.numerics.formats import find_format
+from model.numerics.formats import QuantizationFormat, find_format
+from model.quantization.calibrated import CalibratedFormat
 from model.quantization.shard import quantize_shard
 from model.weights.pretrained import read_model_config
 from model.weights.reader import WeightsReader
@@ -27,7 +29,7 @@ from model.weights.reader import WeightsReader
 
 def main() -> None:
     """Quantize shards until the input ends."""
-    source, target, format_name, threads = sys.argv[1:]
+    source, target, format_name, threads, *calibration = sys.argv[1:]
     # What a library prints must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -35,7 +37,10 @@ def main() -> None:
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     torch.set_num_threads(int(threads))
     try:
-        reader, quantization = WeightsReader(source), find_format(format_name).load(read_model_config(source)[0])
+        reader = WeightsReader(source)
+        quantization: QuantizationFormat = find_format(format_name).load(read_model_config(source)[0])
+        for directory in calibration:
+            quantization = CalibratedFormat(quantization, Path(directory))
         while True:
             job = jobs.get()
             record = quantize_shard(

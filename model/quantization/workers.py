@@ -32,11 +32,19 @@ def available_cores() -> int:
 
 
 def quantize_in_workers(
-    source_uri: str, target_uri: str, format_name: str, plan: Mapping[str, Groups], workers: int
+    source_uri: str,
+    target_uri: str,
+    format_name: str,
+    plan: Mapping[str, Groups],
+    workers: int,
+    calibration: Path | None = None,
 ) -> Generator[Event, None, None]:
     """Events of quantizing all files of `plan`, as they come; the cores are shared out among the workers.
 
     When the iterator is closed, or raises, all workers have ended.
+
+    Args:
+        calibration: work directory of a finished calibration.
 
     Raises:
         CherryError: a worker's error.
@@ -44,8 +52,9 @@ def quantize_in_workers(
     """
     threads = max(1, available_cores() // workers)
     command = [sys.executable, "-P", "-m", "model.quantization.worker", source_uri, target_uri, format_name]
+    command += [str(threads), *([] if calibration is None else [str(calibration)])]
     jobs, events = deque(plan.items()), queue.Queue[Event | CherryError]()
-    running = [_Worker([*command, str(threads)], jobs, events) for _ in range(workers)]
+    running = [_Worker(command, jobs, events) for _ in range(workers)]
     try:
         left = len(plan)
         while left:

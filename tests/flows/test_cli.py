@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from base import storage
-from base.errors import ConfigError, MissingFileError, ServiceError
+from base.errors import ConfigError, DataError, MissingFileError, ServiceError
 from flows.cli import cli
 from model.model_config import PRESETS, ModelConfig
 from model.weights.hf_config import hf_config
@@ -163,13 +163,20 @@ def test_weights_are_quantized_by_the_program_that_takes_the_command_s_place(tmp
     assert ended.returncode == 0, ended.stderr
     assert "100% quantized" in ended.stdout
     assert storage.is_committed(str(tmp_path / "quantized"))
-    command[4:5] = [str(tmp_path / "nowhere")]
+    command += ["--format", "w4a16", "--method", "gptq", "--calibration", str(tmp_path / "no data")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == DataError.exit_code, ended.stderr
+    assert "has no tokenizer.json" in ended.stderr
+    command[4:] = [str(tmp_path / "nowhere"), str(tmp_path / "quantized")]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == MissingFileError.exit_code
     assert ended.stderr.count("error: ") == 1
 
 
-@pytest.mark.parametrize("options", [("--format", "int3"), ("--workers", "0")])
+@pytest.mark.parametrize(
+    "options",
+    [("--format", "int3"), ("--workers", "0"), ("--method", "round"), ("--calibration-tokens", "0")],
+)
 def test_what_quantize_cannot_do_is_refused(options, capsys, code):
     assert code("quantize", "a", "b", *options) == ConfigError.exit_code
     assert options[1] in capsys.readouterr().err

@@ -28,6 +28,9 @@ def checkout(tmp_path: Path) -> Path:
         ("cherry/trainer.py", {"provision", "train", "export", "evaluate"}),
         ("model/quantize.py", {"export", "quantize", "evaluate"}),
         ("model/quantization/folder.py", {"export", "quantize", "evaluate"}),
+        ("model/calibration/gptq.py", {"export", "quantize", "evaluate"}),
+        ("cherry/calibration/quantize.py", {"provision", "export", "quantize", "evaluate"}),
+        ("cherry/calibration/documents.py", {"provision", "export", "quantize", "evaluate"}),
         ("cherry/planner/plan.py", {"provision", "export", "evaluate"}),
         ("anything/statistics/compare.py", {"evaluate"}),
         ("tasks/export.py", {"export"}),
@@ -89,6 +92,16 @@ def test_training_depends_on_all_that_its_program_imports() -> None:
     imported = imported_files("cherry.rank_main") | imported_files("cherry.launcher")
     assert PACKAGES_FOLDER / "cherry" / "trainer.py" in imported
     assert imported <= source_files(PACKAGES_FOLDER, STEP_SOURCES["train"])
+
+
+def test_quantizing_depends_on_what_its_program_imports() -> None:
+    """Of cherry's own files: the program, and what makes a calibration set; the config's are in the flags."""
+    imported = imported_files("cherry.calibration.quantize")
+    others = {PACKAGES_FOLDER / "cherry" / f"{name}.py" for name in _CONFIGURATION}
+    assert imported <= source_files(PACKAGES_FOLDER, STEP_SOURCES["quantize"]) | others
+
+
+_CONFIGURATION = ("__init__", "job_config", "parallel_rules", "train_config", "loss", "triton_loss")
 
 
 def git(folder: Path, *arguments: str) -> str:

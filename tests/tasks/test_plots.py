@@ -12,6 +12,7 @@ from tasks.plots import (
     _plot_load,
     _plot_loss,
     plot_comparison,
+    plot_expert_coverage,
     plot_formats,
     plot_memory,
     plot_quantization,
@@ -114,3 +115,15 @@ def test_formats_are_drawn_by_what_they_keep_and_cost(tmp_path):
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         text = plot_formats(rows, 0.02, tmp_path / "formats.svg").read_text()
     assert all(f">{words}<" in text for words in ("int8", "w4a16, refused", "quantize.max_dnll", "bytes, % of bf16"))
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(1, [5, 5]), (4, [0, 900, 30]), (59, [10**6, 3])])
+def test_the_coverage_of_a_calibration_has_its_layers_and_how_many_experts_borrowed(tmp_path, layers, tokens):
+    rows = [
+        {"layer": 3 + number, "tokens": tokens, "borrowed": [0] * (len(tokens) - 1) + [8]} for number in range(layers)
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = plot_expert_coverage(rows, tmp_path / "map.svg").read_text()
+    title = f"Calibration tokens of each expert; {layers} took others' too"
+    assert all(f">{label}<" in text for label in (title, "3", str(2 + layers)))
+    assert size(plot_expert_coverage(rows, tmp_path / "map.png"))[0] == 960

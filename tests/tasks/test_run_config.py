@@ -123,3 +123,25 @@ def test_what_is_accepted_mlflow_accepts(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 501])
 def test_an_experiment_name_that_mlflow_refuses_is_refused(name: str) -> None:
     assert refused("tracking", "experiment", name)
+
+
+@pytest.mark.parametrize("format_name", ["int8", "fp8", "nvfp4", "auto"])
+def test_a_method_needs_a_format_with_int4_groups(format_name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve("configs/tiny.yaml", {"quantize": {"method": "gptq", "format": format_name}})
+    text = (
+        f"quantize.method: rounds int4 weights in groups, and the format {format_name} has none: take the format w4a16"
+    )
+    assert text in str(caught.value)
+    assert "(got 'gptq')" in str(caught.value)
+
+
+def test_a_method_and_its_tokens_are_checked() -> None:
+    found = resolve("configs/tiny.yaml", {"quantize": {"method": "awq", "format": "w4a16", "calibration_tokens": 99}})
+    assert (found.quantize.method, found.quantize.calibration_tokens) == ("awq", 99)
+    assert resolve("configs/tiny.yaml", {}).quantize.method == "nearest"
+    assert refused("quantize", "method", "round")
+    with pytest.raises(
+        ConfigError, match=r"calibration_tokens: must be null with quantize\.method nearest.*\(got 99\)"
+    ):
+        resolve("configs/tiny.yaml", {"quantize": {"calibration_tokens": 99}})

@@ -1,5 +1,6 @@
 """Calibration of a folder, beside the whole model with the same weights; and that it goes on where it was stopped."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from base import storage
 from base.errors import InvalidInputError
 from model.calibration.int4_weight import Int4Weight
 from model.calibration.method import Method
-from model.calibration.runner import calibrated, coverage_of
+from model.calibration.runner import IDENTITY_NAME, calibrated, coverage_of, discard
 from model.calibration.token_rows import map_rows
 from model.numerics.formats import is_projection
 from model.transformer import DeepseekV3, next_tokens
@@ -143,7 +144,8 @@ def test_a_stopped_calibration_goes_on_with_the_layer_after_the_last(by_gptq, fo
     before = {path: path.stat().st_mtime_ns for path in work.glob("layer-00000/*")}
     again = dict(calibrated(folder, documents, work, GPTQ, on_progress=lambda line, _: told.append(line)))
     assert {path: path.stat().st_mtime_ns for path in work.glob("layer-00000/*")} == before
-    assert len(told) == 3
+    assert told[0] == "resumed: 1 of 3 layers are calibrated"
+    assert [line.split(",")[0] for line in told[1:]] == ["calibrated layer 2/3", "calibrated layer 3/3"]
     assert list(again) == list(whole)
     for name, result in again.items():
         assert torch.equal(result.values_OI, whole[name].values_OI), name
@@ -159,6 +161,40 @@ def test_other_documents_or_another_method_start_anew(folder, tmp_path, document
         found.append(set(results))
     assert found[0] == found[1] == found[3] < found[2]
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_source_that_was_rewritten_in_the_same_sizes_starts_anew(folder, tmp_path, documents):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    work = tmp_path / "work"
+    before = dict(calibrated(str(source), documents, work, NEAREST))
+    reader = WeightsReader(folder)
+    name = next(filter(is_projection, reader.names))
+    shard, info = source / Path(reader.file_of(name).uri).name, reader.info(name)
+    content = bytearray(shard.read_bytes())
+    content[info.start : info.stop] = bytes(info.stop - info.start)
+    shard.unlink()
+    shard.write_bytes(content)
+    after = dict(calibrated(str(source), documents, work, NEAREST))
+    assert before[name].values_OI.any()
+    assert not after[name].values_OI.any()
+
+
+def test_a_work_directory_is_removed_with_what_is_its_own(folder, tmp_path, documents):
+    for work in (tmp_path / "one", tmp_path / "two"):
+        list(calibrated(folder, documents[:1], work, NEAREST))
+    (tmp_path / "two" / "notes.txt").write_text("not calibration's")
+    for work in (tmp_path / "one", tmp_path / "two", tmp_path / "none"):
+        discard(work)
+    assert [path.name for path in tmp_path.rglob("*")] == ["two", "notes.txt"]
+
+
+def test_a_damaged_identity_starts_anew(folder, tmp_path, documents):
+    list(calibrated(folder, documents[:1], tmp_path, NEAREST))
+    (tmp_path / IDENTITY_NAME).write_text("{")
+    told = []
+    list(calibrated(folder, documents[:1], tmp_path, NEAREST, on_progress=lambda line, _: told.append(line)))
+    assert len(told) == 3
 
 
 def test_each_expert_s_tokens_are_counted(by_gptq, documents):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.model_config import ModelConfig
-from model.numerics.weight_kinds import Kind, kind_of
+from model.numerics.weight_kinds import Kind, kind_of, layer_of
 from model.transformer import DeepseekV3
 from model.weights.hf_names import state_to_hf
 
@@ -41,3 +41,10 @@ def test_every_weight_has_one_kind_or_is_known_to_have_none(
 )
 def test_names(name: str, kind: Kind | None) -> None:
     assert kind_of(name) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("model.layers.61.mlp.gate.weight", 61), ("model.norm.weight", None), ("lm_head.weight", None)]
+)
+def test_layers(name: str, layer: int | None) -> None:
+    assert layer_of(name) == layer

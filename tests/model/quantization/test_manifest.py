@@ -65,3 +65,20 @@ def test_origins_differ_by_source_files_format_and_code(tmp_path: Path) -> None:
     assert difference(again, origin) == "other files of the source"
     assert difference(origin, {**origin, "code": ["x", "y"]}) == "another version of the code"
     assert difference(origin, {}) is not None
+
+
+def test_origins_differ_by_the_calibration(tmp_path: Path) -> None:
+    def origin(**calibration: object) -> dict[str, object]:
+        return describe_origin(str(tmp_path), "one", {}, calibration or None)
+
+    plain, found = origin(), {"method": ["gptq", "ab"], "tokens": "cd", "calibration_code": ["ef", "1"]}
+    calibrated = origin(**found)
+    assert difference(calibrated, origin(**found)) is None
+    assert difference(calibrated, origin(**{**found, "tokens": "xy"})) == "other calibration tokens"
+    assert (
+        difference(calibrated, origin(**{**found, "method": ["awq", "ab"], "tokens": "xy"})) == "another method (awq)"
+    )
+    changed = origin(**{**found, "calibration_code": ["xy", "1"]})
+    assert difference(calibrated, changed) == "another version of the calibration's code"
+    assert difference(calibrated, plain) == "another method (nearest)"
+    assert difference(plain, calibrated) == "another method (gptq)"

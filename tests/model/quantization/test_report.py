@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.quantization.report import kind_of, layer_of, make_report
+from model.numerics.weight_kinds import layer_of
+from model.quantization.report import kind_of, make_report
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,8 @@ def test_totals_weigh_tensors_by_their_size_and_name_the_largest_errors() -> Non
     assert [item["name"] for item in report["tensors"]] == [second, first, expert]
     assert [item["name"] for item in report["largest_errors"]] == [second, expert, first]
     assert report["worst_tensor"] == second
+    assert report["method"] == "nearest"
+    assert "calibration" not in report
     assert report["mean_rel_error"] == pytest.approx(0.2)
     attention, routed = report["by_kind"]
     assert (attention["kind"], attention["tensors"], attention["bytes_after"]) == ("attention", 2, 24)
@@ -77,3 +80,8 @@ def test_a_folder_without_projections_has_a_report_without_errors() -> None:
     assert report["quantized_tensors"] == 0
     assert "worst_tensor" not in report
     assert report["by_kind"] == []
+
+
+def test_a_calibration_names_the_method() -> None:
+    report = make_report("w4a16", [record("a", row("model.norm.weight", 0.1))], {"method": "gptq", "tokens": 7})
+    assert (report["method"], report["calibration"]) == ("gptq", {"method": "gptq", "tokens": 7})

@@ -1,13 +1,16 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from base.errors import DataError, MissingFileError
-from cherry.data.calibration_set import documents_of, training_sequences
+from cherry.calibration.documents import calibration_documents, documents_of, training_sequences
 from cherry.data.shards import TokenDataset
 from cherry.data.tokenizer import load_tokenizer
 from cherry.job_config import DataConfig
+from model.model_config import PRESETS, ModelConfig
+from model.weights.hf_config import hf_config
 from tests.training_job import prepare_documents
 
 
@@ -62,3 +65,37 @@ def test_what_cannot_be_used_is_refused(prepared, tmp_path):
         of(tmp_path / "nowhere", prepared, tokens=10)
     with pytest.raises(DataError, match="no tokenizer"):
         of(tmp_path / "blank.txt", tmp_path, tokens=10)
+
+
+@pytest.fixture
+def weights(prepared, tmp_path):
+    """Folder of a model, as far as a calibration set reads it."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    config = ModelConfig(**{**PRESETS["tiny"], "vocab_size": 600, "max_position_embeddings": 64})
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
+    shutil.copy(prepared / "tokenizer.json", folder)
+    return folder
+
+
+def test_a_prepared_directory_and_a_file_are_told_apart(prepared, weights, tmp_path):
+    found = calibration_documents(str(prepared), str(weights), 33)
+    assert [len(tokens_T) for tokens_T in found] == [32, 32]
+    assert len(calibration_documents(str(prepared), str(weights), None)) == min(128, len(TokenDataset(str(prepared))))
+    (tmp_path / "a.txt").write_text("delta " * 200)
+    [tokens_T] = calibration_documents(str(tmp_path / "a.txt"), str(weights), None)
+    assert len(tokens_T) == 64, "of no more positions than the model has"
+
+
+def test_data_of_another_tokenizer_is_refused(prepared, weights):
+    (weights / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes().replace(b'"alpha"', b'"Alpha"'))
+    text = json.loads((weights / "tokenizer.json").read_text())
+    text["model"]["vocab"] = {
+        ("\u0120other" if name == "\u0120alpha" else name): n for name, n in text["model"]["vocab"].items()
+    }
+    text["model"]["merges"] = []
+    (weights / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(DataError, match="prepared with another tokenizer than the one of"):
+        calibration_documents(str(prepared), str(weights), None)
+    (weights / "tokenizer.json").unlink()
+    assert calibration_documents(str(prepared), str(weights), None), "nothing to compare with"

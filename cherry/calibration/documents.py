@@ -16,12 +16,61 @@ from base.errors import DataError
 from cherry.data.chat_template import FILE_NAME as TEMPLATE_NAME
 from cherry.data.corpus import Document, Source
 from cherry.data.encode import Encoder
-from cherry.data.shards import TokenDataset
+from cherry.data.shards import TokenDataset, read_manifest
 from cherry.data.tokenizer import check_fit, load_tokenizer
 from cherry.data.tokenizer_files import saved_template, tokenizer_uri
 from cherry.job_config import DataConfig
+from model.calibration.names import DEFAULT_SEQUENCES
+from model.weights.pretrained import read_model_config
 
+FILE_SEQUENCE_LENGTH = 2048
+"""Tokens at most of a file's document: as in GPTQ's paper (arXiv 2210.17323, section 5)."""
 _BATCH_DOCUMENTS = 64
+_MANIFEST, _TOKENIZER = "manifest.json", "tokenizer.json"
+
+
+def calibration_documents(data: str, weights: str, tokens: int | None) -> list[NDArray[np.int64]]:
+    """Tokens [T] of each calibration document, at least so many in all, or all there are.
+
+    Args:
+        data: a prepared directory, or documents as `data.source` takes them.
+        weights: folder of the model that is quantized.
+        tokens: `None` is 128 sequences, of the prepared length or of `FILE_SEQUENCE_LENGTH`.
+
+    Raises:
+        MissingFileError, WeightsError, ConfigError: data or weights cannot be read.
+        DataError: there is no text, or the data is of another tokenizer than the model.
+    """
+    config, _ = read_model_config(weights)
+    if storage.exists(storage.join(data, _MANIFEST)):
+        _check_tokenizer(data, weights)
+        length = read_manifest(data).sequence_length
+        return training_sequences(data, tokens or DEFAULT_SEQUENCES * length)
+    length = min(FILE_SEQUENCE_LENGTH, config.max_position_embeddings)
+    return documents_of(
+        DataConfig(source=data, sequence_length=length),
+        weights,
+        tokens=tokens or DEFAULT_SEQUENCES * length,
+        vocab_size=config.vocab_size,
+        bos_id=config.bos_token_id,
+        eos_id=config.eos_token_id,
+    )
+
+
+def _check_tokenizer(data: str, weights: str) -> None:
+    """Refuse data that was prepared with another tokenizer than the one beside the weights, where there is one.
+
+    Raises:
+        DataError: their vocabularies differ.
+    """
+    uris = [storage.join(folder, _TOKENIZER) for folder in (data, weights)]
+    if all(storage.exists(uri) for uri in uris):
+        prepared, own = (load_tokenizer(uri).get_vocab() for uri in uris)
+        if prepared != own:
+            raise DataError(
+                f"{data}: was prepared with another tokenizer than the one of {weights}, so its tokens mean something "
+                "else there. Calibrate with the data of the run that the weights are of, or with a file of text."
+            )
 
 
 def training_sequences(data_directory: str, tokens: int) -> list[NDArray[np.int64]]:
