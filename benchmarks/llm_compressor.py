@@ -116,7 +116,7 @@ def quantize(export: Path, tokens: dict[str, Tensor], target: Path, settings: di
     linearize_moe(model)
     report: dict[str, Any] = {"plain_loss": heldout_loss(model, tokens)}
     recipe = recipe_of(settings, model)
-    documents = [{"input_ids": one} for one in torch.split(tokens["calibration_ST"], _BATCH)]
+    documents: Any = [{"input_ids": one} for one in torch.split(tokens["calibration_ST"], _BATCH)]
     started = time.perf_counter()
     oneshot(
         model=model,
