@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step, build_torchtitan, build_transformers
+from cherry.distributed.peer_memory import held_bytes
 from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, peak_flops
 from cherry.optim.build import set_learning_rate
@@ -195,7 +196,7 @@ def measure(
         "step_ms": round(1000 * step_s, 2),
         "mfu": round(tok_s * flops / peak_flops(device, row["precision"]), 4),
         "mfu_convention": MFU_CONVENTION,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "peak_gib": round((torch.cuda.max_memory_allocated() + held_bytes()) / 2**30, 2) if cuda else None,
         "parameters": config.parameters(),
         "first_step_s": round(seconds[0], 1),
         "loss": round(losses[-1], 4),

@@ -19,6 +19,7 @@ from torch import Tensor
 from base import storage
 from base.errors import CherryError, storage_errors
 from base.json_lines import as_record, parse_lines
+from cherry.distributed.peer_memory import held_bytes
 from cherry.hardware import find_gpu
 from cherry.train_record import TrainRecord
 
@@ -47,9 +48,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak allocated bytes: of torch's allocator on a GPU, of the whole process (its resident set) on a CPU."""
+    """Peak allocated bytes: of torch's allocator and of shared memory on a GPU, of the whole process (its resident set) on a CPU."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_allocated(device)) + held_bytes()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux reports KiB
 
 

@@ -9,10 +9,13 @@ Shapes: S ranks of the group, N values of a rank's part.
 from __future__ import annotations
 
 import os
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_PIECES: weakref.WeakSet[PeerMemory] = weakref.WeakSet()
 
 
 class PeerMemory:
@@ -29,6 +32,12 @@ class PeerMemory:
         self._handle, self._rank = symmetric_memory.rendezvous(self._memory, group), group.rank()
         self.ranks = [self._handle.get_buffer(rank, (values,), dtype) for rank in range(group.size())]
         """The pieces of all ranks by their number in the group; this rank's own among them."""
+        _PIECES.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's piece."""
+        return self._memory.nbytes
 
     def own(self, first: int, values: int) -> Tensor:
         """Values of this rank's piece from `first` on, as a tensor that begins its own storage."""
@@ -42,6 +51,11 @@ class PeerMemory:
             channel: barriers that may be under way at the same time must have different ones.
         """
         self._handle.barrier(channel=channel)
+
+
+def held_bytes() -> int:
+    """Bytes of this process's pieces, which torch's allocator does not count."""
+    return sum(piece.nbytes for piece in _PIECES)
 
 
 def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
