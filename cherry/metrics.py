@@ -48,7 +48,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak allocated bytes: of torch's allocator and of shared memory on a GPU, of the whole process (its resident set) on a CPU."""
+    """Peak allocated bytes: of torch's allocator and of shared memory on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device)) + held_bytes()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux reports KiB
