@@ -202,15 +202,9 @@ def stop(*, runs_directory: Path) -> None:
 @click.argument("target")
 @click.option("--format", "scheme", type=click.Choice(list(FORMATS)), default=DEFAULT_FORMAT, show_default=True)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: a core each]")
-@click.option(
-    "--method", type=click.Choice(METHODS), default=NEAREST, show_default=True, help="Rounding of int4 weights."
-)
-@click.option(
-    "--calibration", metavar="DATA", help="For all methods but nearest: a run's data directory, or text files."
-)
-@click.option(
-    "--calibration-tokens", type=click.IntRange(1), metavar="N", help="Tokens of it.  [default: 128 sequences]"
-)
+@click.option("--method", type=click.Choice(METHODS), default=NEAREST, show_default=True, help="Of int4 weights.")
+@click.option("--calibration", metavar="DATA", help="For other methods: a run's data directory, or text files.")
+@click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="Of it.  [default: 128 sequences]")
 def quantize(*, source: str, target: str, scheme: str, **given: str | int | None) -> None:
     """Quantize the weights of SOURCE into TARGET, folders or URIs, without a run.
 

@@ -1,6 +1,15 @@
 """The table of faults, as it is made of them."""
 
+import json
+from pathlib import Path
+
 from benchmarks.chaos.record import Fault, markdown, rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def kept():
+    return json.loads((ROOT / "benchmarks" / "results" / "chaos.json").read_text())
 
 
 def test_a_row_counts_the_faults_of_one_kind_and_provider():
@@ -18,3 +27,15 @@ def test_a_row_counts_the_faults_of_one_kind_and_provider():
         "| cut | slurm | 1 | 1 | - | 0 | - | 0 | - | - | - |",
         "| all |  | 3 | 2 | 1 | 1 |  | 2 |  |  |  |",
     ]
+
+
+def test_the_kept_faults_are_many_and_lost_nothing():
+    assert sum(row["injected"] for row in kept()) >= 200
+    for row in kept():
+        assert row["completed"] == row["injected"], row
+        assert row["losses_equal"] in (None, row["injected"]), row
+        assert (row["data_lost"], row["survivors"]) == (0, 0), row
+
+
+def test_the_document_has_the_kept_table():
+    assert markdown(kept()) in (ROOT / "docs" / "chaos.md").read_text()
