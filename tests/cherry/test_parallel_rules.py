@@ -31,8 +31,21 @@ def test_a_context_rank_takes_two_chunks() -> None:
     assert sequence_divides(7, 1)
 
 
-def test_one_half_precision_rank_keeps_its_copies() -> None:
-    assert keeps_working_copies(1, "bf16", cpu_offload=False)
-    assert keeps_working_copies(1, "fp8", cpu_offload=False)
-    for ranks, precision, offload in ((2, "bf16", False), (1, "fp32", False), (1, "bf16", True)):
-        assert not keeps_working_copies(ranks, precision, cpu_offload=offload)
+@pytest.mark.parametrize(
+    ("ranks", "precision", "offload", "reshard", "kept"),
+    [
+        (1, "bf16", False, True, True),
+        (1, "fp8", False, True, True),
+        (2, "bf16", False, False, True),
+        (64, "fp8", False, False, True),
+        (2, "bf16", False, True, False),
+        (1, "fp32", False, True, False),
+        (2, "fp32", False, False, False),
+        (1, "bf16", True, True, False),
+        (2, "bf16", True, False, False),
+    ],
+)
+def test_half_precision_copies_are_kept_alone_or_where_nothing_is_resharded(
+    ranks: int, precision: str, *, offload: bool, reshard: bool, kept: bool
+) -> None:
+    assert keeps_working_copies(ranks, precision, cpu_offload=offload, reshard=reshard) is kept

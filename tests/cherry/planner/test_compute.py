@@ -75,7 +75,12 @@ def test_the_optimizer_moves_so_many_bytes_a_parameter(changes: dict[str, object
 def test_fsdp_copies_gathered_parameters_in_both_passes_and_gradients_in_the_backward_pass() -> None:
     work = released()
     assert fsdp_copy_bytes(work, 1000, 100) == (2 * 2 * 1000, 2 * 2 * 1000 + (2 + 4) * 100)
-    assert fsdp_copy_bytes(replace(work, kept_share=1.0), 1000, 100) == (2 * 2 * 1000, (2 + 4) * 100)
+    until_backward = replace(work, kept_share=1.0, precision="fp32")
+    assert fsdp_copy_bytes(until_backward, 1000, 100) == (2 * 4 * 1000, (4 + 4) * 100)
+    # From step to step: nothing is copied, the ranks' parts of an own gradient are summed.
+    kept = replace(work, kept_share=1.0)
+    assert kept.keeps_working_copies and not kept.keeps_gradients
+    assert fsdp_copy_bytes(kept, 1000, 100) == (0, 2 * 100 + 4 * 100 / work.ranks)
     alone = released(shard=1, expert=1, gpus_per_node=1)
     assert alone.keeps_working_copies
     assert fsdp_copy_bytes(alone, 1000, 100) == (0, 0)
