@@ -79,9 +79,12 @@ def test_every_option_is_known_with_dashes_and_with_underscores_and_shown_with_d
 
 def test_every_option_reaches_its_subcommand():
     for command in cli.commands.values():
-        body = ast.parse(inspect.getsource(command.callback)).body[0].body
-        read = {node.id for line in body for node in ast.walk(line) if isinstance(node, ast.Name)}
-        assert {parameter.name for parameter in command.params} <= read, command.name
+        function = ast.parse(inspect.getsource(command.callback)).body[0]
+        read = {node.id for line in function.body for node in ast.walk(line) if isinstance(node, ast.Name)}
+        taken = {parameter.name for parameter in command.params}
+        if (rest := function.args.kwarg) is not None and rest.arg in read:  # all that have no name of their own
+            taken &= {argument.arg for argument in function.args.kwonlyargs}
+        assert taken <= read, command.name
 
 
 @pytest.mark.parametrize(
