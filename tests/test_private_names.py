@@ -19,8 +19,11 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("base", "model", "cherry", "anything", "tasks", "flows")
 HOOKS = "cherry/distributed/fsdp_hooks.py"
+RESIDENT = "cherry/distributed/resident_group.py"
 _FSDP = "torch.distributed.fsdp._fully_shard"
 IMPORTS: dict[str, set[str]] = {
+    "torch.distributed._symmetric_memory.empty": {"cherry/distributed/peer_memory.py"},
+    "torch.distributed._symmetric_memory.rendezvous": {"cherry/distributed/peer_memory.py"},
     "torch.distributed.checkpoint._fsspec_filesystem.FsspecReader": {"cherry/checkpoint/checkpointer.py"},
     "torch.distributed.checkpoint._fsspec_filesystem.FsspecWriter": {"cherry/checkpoint/checkpointer.py"},
     f"{_FSDP}._fsdp_api.ReduceScatter": {HOOKS},
@@ -28,16 +31,18 @@ IMPORTS: dict[str, set[str]] = {
     f"{_FSDP}._fsdp_collectives.DefaultAllocMixin": {HOOKS},
     f"{_FSDP}._fsdp_collectives.DefaultReduceScatter": {HOOKS},
     f"{_FSDP}._fsdp_common.DDPMeshInfo": {HOOKS},
-    f"{_FSDP}._fsdp_common.FSDPMeshInfo": {HOOKS},
-    f"{_FSDP}._fsdp_common.HSDPMeshInfo": {HOOKS},
+    f"{_FSDP}._fsdp_common.FSDPMeshInfo": {HOOKS, RESIDENT},
+    f"{_FSDP}._fsdp_common.HSDPMeshInfo": {HOOKS, RESIDENT},
     f"{_FSDP}._fsdp_param_group.FSDPParamGroup": {HOOKS},
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": {"cherry/distributed/local_part.py"},
     "torch.distributed.tensor.placement_types._StridedShard": {HOOKS},
 }
 """Imports of a private module or a private name."""
 ATTRIBUTES: dict[str, set[str]] = {
+    "_all_gather_process_group": {RESIDENT},
     "_apply": {"model/layers.py"},
     "_buffers": {"cherry/distributed/fsdp.py"},
+    "_coalescing_manager": {RESIDENT},
     "_dump_snapshot": {"cherry/hooks/profiler.py"},
     "_foreach_add_": {"cherry/optim/adamw.py", "cherry/optim/muon.py"},
     "_foreach_copy_": {"cherry/optim/muon.py"},
@@ -45,8 +50,8 @@ ATTRIBUTES: dict[str, set[str]] = {
     "_foreach_mul_": {"cherry/optim/muon.py"},
     "_foreach_norm": {"cherry/optim/grad_norm.py"},
     "_foreach_zero_": {"cherry/optim/expert_bias.py"},
-    "_fsdp_param_group": {HOOKS},
-    "_get_fsdp_state": {HOOKS},
+    "_fsdp_param_group": {HOOKS, RESIDENT},
+    "_get_fsdp_state": {HOOKS, RESIDENT},
     "_grouped_mm": {"model/experts.py"},
     "_option_string_actions": {"base/errors.py"},
     "_record_memory_history": {"cherry/hooks/profiler.py"},
@@ -71,12 +76,15 @@ def owner_of(attribute: str) -> object:
     """The library's object that must have the attribute."""
     import torch
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
     from torch.distributed.tensor import DTensor
 
     owners: dict[str, Callable[[], object]] = {
+        "_all_gather_process_group": lambda: FSDPParamGroup,
         "_apply": torch.nn.Module,
         "_buffers": torch.nn.Module,
+        "_coalescing_manager": lambda: torch.distributed,
         "_dump_snapshot": lambda: torch.cuda.memory,
         "_option_string_actions": argparse.ArgumentParser,
         "_record_memory_history": lambda: torch.cuda.memory,

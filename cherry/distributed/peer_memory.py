@@ -26,10 +26,10 @@ class PeerMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup, values: int, dtype: torch.dtype, device: torch.device) -> None:
-        from torch.distributed import _symmetric_memory as symmetric_memory
+        from torch.distributed._symmetric_memory import empty, rendezvous
 
-        self._memory = symmetric_memory.empty(values, dtype=dtype, device=device)
-        self._handle, self._rank = symmetric_memory.rendezvous(self._memory, group), group.rank()
+        self._memory = empty(values, dtype=dtype, device=device)
+        self._handle, self._rank = rendezvous(self._memory, group), group.rank()
         self.ranks = [self._handle.get_buffer(rank, (values,), dtype) for rank in range(group.size())]
         """The pieces of all ranks by their number in the group; this rank's own among them."""
         _PIECES.add(self)

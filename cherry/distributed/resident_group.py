@@ -99,7 +99,7 @@ class Unit:
         self.peers: PeerMemory | None = None
         cut = any(param.fsdp_placement.dim for param in self.group.fsdp_params)
         if self.ranks > 1 and not cut and can_share(self.process_group, device):
-            dtype = state._mp_policy.param_dtype
+            dtype = self.group.mp_policy.param_dtype
             assert dtype is not None, "only half-precision copies are resident"
             self.peers = PeerMemory(self.process_group, self.ranks * self.values, dtype, device)
             self._give_memory(self.peers)
