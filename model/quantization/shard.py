@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from base import storage
-from base.errors import WeightsError
+from base.errors import MissingFileError, WeightsError
 from model.numerics.e4m3 import DTYPE as FP8
 from model.numerics.formats import QuantizationFormat
 from model.numerics.weight_kinds import layer_of
@@ -21,7 +22,7 @@ from model.quantization.report import kind_of
 from model.quantization.tensor_error import find_codes, measure, of_weight
 from model.weights.ranged_read import Request, fill
 from model.weights.reader import WeightsReader, scale_problem
-from model.weights.safetensors_file import whole_box, write_file
+from model.weights.safetensors_file import SafetensorsFile, whole_box, write_file
 
 # Bytes of weights that are in memory beside what a shard is to hold: enough for requests to an object store to be
 # large and concurrent.
@@ -124,12 +125,28 @@ def _read(reader: WeightsReader, groups: Groups) -> Iterator[tuple[list[str], di
 
 
 def _read_local(reader: WeightsReader, groups: Groups) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-    """Views of mapped files, which are closed after every batch, so that their pages are given up."""
-    for batch in _batches(reader, groups):
+    """Views of mapped files, which are closed after every batch, so that their pages are given up.
+
+    The disk reads a batch while the one before it is quantized.
+    """
+    batches = list(_batches(reader, groups))
+    _read_ahead(reader, batches[:1])
+    for number, batch in enumerate(batches):
+        _read_ahead(reader, batches[number + 1 : number + 2])
         for names in batch:
             yield names, {name: reader.read_weight(name) for name in names}
         for file in reader.files:
             reader.close(file)
+
+
+def _read_ahead(reader: WeightsReader, batches: Sequence[Groups]) -> None:
+    """Have the disk read the weights of these batches, as far as their files are whole."""
+    by_file: dict[SafetensorsFile, list[str]] = {}
+    for name in (name for batch in batches for names in batch for name in names):
+        with suppress(WeightsError, MissingFileError):  # raised when it is read
+            by_file.setdefault(reader.file_of(name), []).append(name)
+    for file, names in by_file.items():
+        file.read_ahead(names)
 
 
 def _read_remote(reader: WeightsReader, groups: Groups) -> Iterator[tuple[list[str], dict[str, Tensor]]]:

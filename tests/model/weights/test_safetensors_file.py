@@ -75,3 +75,16 @@ def test_a_full_disk_keeps_the_file_that_was_there(small_disk: Path) -> None:
         write_file(str(file), {"w": torch.ones(1 << 20)})
     assert os.listdir(small_disk) == [file.name]
     assert file.read_bytes() == before
+
+
+def test_reading_ahead_changes_nothing_and_asks_no_remote_store(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.safetensors")
+    tensors = {"a": torch.arange(6.0).view(2, 3), "empty": torch.empty(0)}
+    write_file(path, tensors)
+    file = SafetensorsFile(path)
+    file.read_ahead(tensors)
+    assert all(torch.equal(file.read(name), tensor) for name, tensor in tensors.items())
+    write_file("memory://ahead/a.safetensors", tensors)
+    remote = SafetensorsFile("memory://ahead/a.safetensors")
+    storage.remove_tree("memory://ahead")
+    remote.read_ahead(tensors)
