@@ -43,8 +43,9 @@ def _sweep(parent: Path, kind: str) -> None:
         with suppress(OSError):  # another user's, or gone meanwhile
             descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(lock.with_suffix(""))
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(lock.with_suffix(""))
             finally:
                 os.close(descriptor)
 

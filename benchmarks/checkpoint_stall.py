@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from cherry.checkpoint.checkpointer import Checkpointer
+from cherry.distributed.fsdp_hooks import install
 from cherry.job_config import JobConfig
 from cherry.optim.expert_bias import update_expert_bias
 from cherry.training_model import build
@@ -54,7 +55,7 @@ class Training:
         job = JobConfig.model_validate({"name": "stall", "model": shape, "train": train, "data": data})
         self.config = job.model
         self.network = build(job, device)
-        self.network.start()
+        self.network.start(install(self.network.module, job.communication))
         self.model, self.optimizer = self.network.model, self.network.optimizer
         self.tokens = torch.randint(self.config.vocab_size, (self.batch, self.length + 1)).to(device)
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.plan_cases import SIZES, benchmark_workload
+from cherry.distributed.fsdp_hooks import install
 from cherry.hardware import GIB
 from cherry.job_config import JobConfig
 from cherry.optim.expert_bias import update_expert_bias
@@ -83,7 +84,7 @@ def measure(case: dict, steps: int) -> dict:
     job = job_of(row)
     try:
         network = build(job, torch.device("cuda"))
-        network.start()
+        network.start(install(network.module, job.communication))
         seconds = _run(network, job, steps)
     except torch.OutOfMemoryError:
         return {**row, "failed": "out of memory"}

@@ -49,8 +49,8 @@ from cherry.data.prepare import HeldoutDocument, iterate_heldout
 from cherry.data.shards import TokenDataset
 from model.calibration.int4_weight import Int4Weight
 from model.calibration.method import Method
-from model.calibration.results import Result
-from model.calibration.runner import calibrated, coverage_of
+from model.calibration.results import Result, read_results
+from model.calibration.runner import calibrated_layers, coverage_of
 from model.numerics.formats import is_projection
 from model.transformer import DeepseekV3
 from model.weights.hf_names import pieces
@@ -173,7 +173,7 @@ def measure(name: str, group: int, options: argparse.Namespace) -> dict[str, obj
         reset_peak()
         started = time.perf_counter()
         wanted = _is_expert if options.experts_only else is_projection
-        results = list(calibrated(str(export), documents, Path(work), method, wanted=wanted))
+        results = list(read_results(calibrated_layers(str(export), documents, Path(work), method, wanted=wanted)))
         seconds, peak = time.perf_counter() - started, peak_gib()
         coverage = coverage_of(Path(work))
     size = 2 * sum(entry.numel() for entry in plain.state_dict().values())

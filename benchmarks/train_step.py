@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step, build_torchtitan, build_transformers
+from cherry.distributed.fsdp_hooks import install
 from cherry.distributed.peer_memory import held_bytes
 from cherry.job_config import JobConfig
 from cherry.metrics import MFU_CONVENTION, peak_flops
@@ -111,7 +113,7 @@ def build_cherry(
     job = job_of(config, device, compiled=compiled, chunk=chunk, parallel=parallel, **changes)
     network = build(job, device)
     ranks = dist.get_world_size()
-    network.start()
+    network.start(install(network.module, job.communication))
     rates = warm_rates(warmup_steps)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -258,7 +260,7 @@ def main() -> None:
     about = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "torchtitan") if _installed(name)},
-        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:], *world]),
+        "command": shlex.join(["python", "-m", "benchmarks.train_step", *sys.argv[1:], *world]),
     }
     names = options.impl or (list(builders(1)) if cuda else ["cherry", "transformers"])
     shapes: list[dict] = [{}]

@@ -33,32 +33,11 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DocumentScore:
-    """Sum of -log p over a document's scored tokens, in nats; `bytes` is the UTF-8 length of their text."""
-
-    id: str
-    nll: float
-    tokens: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Heldout:
     """Held-out loss over all scored tokens: `loss` in nats per token, and bits per byte of text."""
 
     loss: float
     bits_per_byte: float
-
-
-def score_documents(
-    score: Score, documents: Sequence[HeldoutDocument], window: int, on_progress: Callable[[float], None] | None = None
-) -> list[DocumentScore]:
-    """Scores of the documents, in order; see `sums_of`."""
-    sums_DS = sums_of(score, documents, window, on_progress).tolist()
-    return [
-        DocumentScore(document.id, nll, sum(document.loss_mask), document.bytes)
-        for document, [nll] in zip(documents, sums_DS, strict=True)
-    ]
 
 
 def sums_of(

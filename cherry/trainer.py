@@ -131,7 +131,7 @@ class Trainer:
         model = self.config.model.model_dump(mode="json")
         self.network.reshard()
         record = restore(uri, self.model, self.optimizer.optimizer, self._group, expected_model=model)
-        self.network.start()
+        self.network.start(self.communication)
         self.communication.restore(uri, self._group)
         self.progress = Progress(**{key: record[key] for key in asdict(Progress()) if key in record})
         if "guard" in record:

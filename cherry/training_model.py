@@ -20,7 +20,7 @@ from cherry.distributed.context_parallel import ContextParallel, apply_context_p
 from cherry.distributed.fsdp_hooks import Communication
 from cherry.distributed.local_part import local_part
 from cherry.distributed.resident_params import ResidentParams
-from cherry.job_config import CommunicationConfig, JobConfig
+from cherry.job_config import JobConfig
 from cherry.lora import add_adapters, initialize_adapters
 from cherry.loss import cross_entropy_sum
 from cherry.optim.adamw import OwnGradients
@@ -85,13 +85,16 @@ class Network:
     fp8: bool = False
     resident: ResidentParams | None = None
 
-    def start(self, communication: Communication | None = None) -> None:
-        """Make the parameters ready for the next pass, once the first or a restored state is in place."""
+    def start(self, communication: Communication) -> None:
+        """Make the parameters ready for the next pass, once the first or a restored state is in place.
+
+        Args:
+            communication: the state of the module's hooks: which micro-batch is the last, and what is counted.
+        """
         if self.resident is not None:
             self.resident.unshard()
         elif self.resident_micro_batches is not None:
-            hooks = communication or Communication(self.module, CommunicationConfig())
-            self.resident = ResidentParams(self.module, self.resident_micro_batches, hooks)
+            self.resident = ResidentParams(self.module, self.resident_micro_batches, communication)
             if self.fp8:
                 from model.fp8.linear import cache_fp8_weights
 

@@ -59,8 +59,11 @@ def held_bytes() -> int:
 
 
 def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the ranks of a group are GPUs of one node that reach each other's memory."""
-    if device.type != "cuda" or group.size() == 1:
+    """Whether the ranks of a group are GPUs of one node that reach each other's memory.
+
+    False also where a process sees its own GPU alone, so that it cannot be told.
+    """
+    if device.type != "cuda" or group.size() == 1 or torch.cuda.device_count() < group.size():
         return False
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = {rank // on_node for rank in dist.get_process_group_ranks(group)}

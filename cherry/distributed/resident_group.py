@@ -37,6 +37,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
+        self._given = False
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
@@ -46,6 +47,7 @@ class Lane:
         if self._stream is None:
             yield
             return
+        self._given = True
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -59,8 +61,9 @@ class Lane:
         return lambda: torch.cuda.current_stream().wait_event(event)
 
     def join(self) -> None:
-        """Make the main stream wait for all of it."""
-        if self._stream is not None:
+        """Make the main stream wait for all that was given since the last time."""
+        if self._stream is not None and self._given:
+            self._given = False
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def keep(self, tensor: Tensor) -> None:
@@ -84,7 +87,7 @@ class _Entry(NamedTuple):
 
 
 class Unit:
-    """One FSDP unit, its ranks, and where its gathered parameters lie. Make those of all units before `gather_all`."""
+    """One FSDP unit, its ranks, and where its gathered parameters lie. Make it before FSDP gathers them first."""
 
     def __init__(self, module: FSDPModule, device: torch.device) -> None:
         state = module._get_fsdp_state()

@@ -5,7 +5,7 @@ Shapes: O output channel, I input channel, G group, W 32-bit word of eight value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -136,16 +136,17 @@ class CalibrationResults:
         return self._open[1]
 
 
-def read_results(directory: str) -> Iterator[tuple[str, Result]]:
-    """Results of a layer by released name, one in memory at a time.
+def read_results(directories: Iterable[str]) -> Iterator[tuple[str, Result]]:
+    """Results of layers by released name, one in memory at a time: rounded weights, with AWQ also those it changed.
 
     Raises:
-        MissingFileError: the layer was never finished.
+        MissingFileError: a layer was never finished.
     """
-    results = LayerResults(directory)
-    for name in results.names:
-        if (result := results.read(name)) is not None:
-            yield name, result
+    for directory in directories:
+        results = LayerResults(directory)
+        for name in results.names:
+            if (result := results.read(name)) is not None:
+                yield name, result
 
 
 def read_coverage(directory: str) -> list[ExpertCoverage]:

@@ -29,7 +29,7 @@ from model.calibration.expert_rows import ExpertCoverage
 from model.calibration.layer import Layer
 from model.calibration.method import Method
 from model.calibration.pace import Pace
-from model.calibration.results import LayerWriter, Result, layer_directory, read_coverage, read_results
+from model.calibration.results import LayerWriter, Result, layer_directory, read_coverage
 from model.calibration.token_rows import batches_of, map_rows, sync
 from model.code_digest import code_digest
 from model.model_config import ModelConfig
@@ -45,35 +45,6 @@ _OWN = ("layer-*", "hidden-*.bin", _MIDDLE, _MIXED, IDENTITY_NAME)
 _READ = (".safetensors", ".json")
 # What computes the results, beside torch.
 _CODE = ("attention.py", "calibration", "experts.py", "layers.py", "moe.py", "numerics", "rope.py", "transformer.py")
-
-
-def calibrated(
-    source_uri: str,
-    documents: Sequence[Tensor],
-    work_directory: Path,
-    method: Method,
-    *,
-    wanted: Callable[[str], bool] = is_projection,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
-) -> Iterator[tuple[str, Result]]:
-    """Rounded weights by released name, layer after layer; with AWQ also the plain weights that it changed.
-
-    See `calibrated_layers` for arguments and errors.
-    """
-    layers = calibrated_layers(
-        source_uri,
-        documents,
-        work_directory,
-        method,
-        wanted=wanted,
-        dtype=dtype,
-        device=device,
-        on_progress=on_progress,
-    )
-    for directory in layers:
-        yield from read_results(directory)
 
 
 def calibrated_layers(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from base.config import dump
 from cherry.data.prepare import iterate_heldout, prepare
 from cherry.export import export
-from cherry.heldout import model_score, score_documents
+from cherry.heldout import model_score, sums_of
 from cherry.trainer import Trainer
 from model.weights.pretrained import load_pretrained
 
@@ -60,8 +60,8 @@ def finetune(mini, base, tmp_path):
 
 def assistant_loss(model, directory):
     documents = list(iterate_heldout(str(directory / "data"), 32))
-    scores = score_documents(model_score(model, torch.device("cpu")), documents, 32)
-    return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+    nll = sums_of(model_score(model, torch.device("cpu")), documents, 32).sum()
+    return float(nll) / sum(sum(document.loss_mask) for document in documents)
 
 
 def said_by_the_assistant(tokens):

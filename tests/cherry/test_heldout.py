@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from cherry.data.prepare import HeldoutDocument, iterate_heldout
 from cherry.distributed.mesh import DataShard
-from cherry.heldout import evaluate_heldout, model_score, paired_score, score_documents, sums_of
+from cherry.heldout import evaluate_heldout, model_score, paired_score, sums_of
 from cherry.job_config import JobConfig
 from cherry.training_model import TrainingModel
 from model.transformer import DeepseekV3
@@ -53,11 +53,9 @@ def test_scores_of_documents_are_those_of_plain_forward_passes(
     documents = list(iterate_heldout(str(prepared_data), None))
     assert max(len(document.tokens) for document in documents) > 2 * WINDOW, "several windows a document"
     progress: list[float] = []
-    scores = score_documents(model_score(model, CPU), documents, window, progress.append)
-    assert [(score.id, score.bytes) for score in scores] == [(document.id, document.bytes) for document in documents]
-    for score, document in zip(scores, documents, strict=True):
-        assert score.nll == pytest.approx(plain_nll(model, document, window), rel=1e-4)
-        assert score.tokens == sum(document.loss_mask)
+    sums_DS = sums_of(model_score(model, CPU), documents, window, progress.append)
+    for [nll], document in zip(sums_DS.tolist(), documents, strict=True):
+        assert nll == pytest.approx(plain_nll(model, document, window), rel=1e-4)
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
 
@@ -66,9 +64,9 @@ def test_tokens_that_bear_no_loss_are_read_and_not_scored(model: DeepseekV3, pre
     whole = next(iterate_heldout(str(prepared_data), WINDOW))
     mask = [bears and place % 3 == 0 for place, bears in enumerate(whole.loss_mask)]
     thin = replace(whole, loss_mask=mask)
-    (score,) = score_documents(model_score(model, CPU), [thin], WINDOW)
-    assert score.tokens == sum(mask) < sum(whole.loss_mask)
-    assert 0 < score.nll == pytest.approx(plain_nll(model, thin, WINDOW), rel=1e-4)
+    assert sum(mask) < sum(whole.loss_mask)
+    [[nll]] = sums_of(model_score(model, CPU), [thin], WINDOW).tolist()
+    assert 0 < nll == pytest.approx(plain_nll(model, thin, WINDOW), rel=1e-4)
 
 
 @torch.no_grad()

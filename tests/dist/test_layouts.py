@@ -76,12 +76,14 @@ KEPT_AS = [
     ("shard 2", 2, []),
     ("expert 2, two micro-batches", 2, [EXPERT, "train.gradient_accumulation_steps=2"]),
     ("replicate 2 x expert 2, recomputed", 4, [REPLICATE, EXPERT, RECOMPUTE]),
+    ("replicate 2, two micro-batches", 4, [REPLICATE, "train.gradient_accumulation_steps=2"]),
     ("by width", 4, TWO_EXPERTS),
     ("muon", 2, ["train.optimizer=muon", EXPERT]),
 ]
 IN_BF16 = ["train.precision=bf16", "checkpoint.every_steps=2"]
 GATHERED = [Wanted(f"{name}, gathered anew", ranks, [*IN_BF16, *flags]) for name, ranks, flags in KEPT_AS]
 STAYING = [Wanted(f"{name}, kept", ranks, [*IN_BF16, *flags, KEPT]) for name, ranks, flags in KEPT_AS]
+KEPT_RESUMED = [replace(job, name=f"{job.name}, resumed", resume_from=(job.name, 2)) for job in STAYING[2:4]]
 FP8_KEPT = Wanted("wide, in fp8, kept", 2, [*WIDE, "train.precision=fp8", KEPT])
 BUILT = Wanted("built", 4, [EXPERT], largest=True)
 # 12 sequences a step divide by every number of ranks.
@@ -185,8 +187,8 @@ def test_fp8_weights_that_stay_on_two_ranks_are_those_that_are_quantized_anew(jo
 
 def test_parameters_that_stay_gathered_train_as_those_that_are_gathered_anew(train_jobs):
     """A CPU's own AdamW sums in another order than the one that writes copies: the last bit of bf16 may differ."""
-    five = ["train.steps=5"]
-    jobs = train_jobs([replace(job, flags=[*five, *job.flags]) for job in (*GATHERED, *STAYING)])
+    four = ["train.steps=4"]
+    jobs = train_jobs([replace(job, flags=[*four, *job.flags]) for job in (*GATHERED, *STAYING, *KEPT_RESUMED)])
     for anew, kept in zip(GATHERED, STAYING, strict=True):
         ours, theirs = (jobs[job.name].metrics for job in (kept, anew))
         for key in ("loss", "mtp_loss", "grad_norm", "heldout_loss"):
@@ -197,6 +199,13 @@ def test_parameters_that_stay_gathered_train_as_those_that_are_gathered_anew(tra
         assert ours[0]["bytes_on_wire_total"] < theirs[0]["bytes_on_wire_total"], (
             "parameters once a step, gradients in bf16"
         )
+    for job, whole in zip(KEPT_RESUMED, STAYING[2:4], strict=True):
+        kept = {line["step"]: line for line in jobs[whole.name].metrics}
+        ours = [line for line in jobs[job.name].metrics if line["step"] > 2]
+        assert [line["step"] for line in ours] == [3, 4]
+        for line in ours:
+            for key in ("loss", "grad_norm", "bytes_on_wire_total"):
+                assert line[key] == kept[line["step"]][key], (job.name, key)
 
 
 def test_every_rank_reads_its_part_of_stored_weights_also_of_experts_cut_by_width(jobs):

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cherry.distributed import fsdp
+from cherry.distributed.fsdp_hooks import Communication
 from cherry.distributed.mesh import build_meshes
-from cherry.job_config import ParallelConfig
+from cherry.job_config import CommunicationConfig, ParallelConfig
 from cherry.optim import adamw
 from cherry.optim.build import build_optimizer
 from cherry.train_config import TrainConfig
@@ -48,7 +49,7 @@ def build(*, resident: bool, micro_batches: int, fp8: bool = False, optimizer: s
     module.to_empty(device="cpu")
     fsdp.initialize(model, seed=0)
     network = Network(model, module.train(), build_optimizer(model, train), micro_batches if resident else None, fp8)
-    network.start()
+    network.start(Communication(network.module, CommunicationConfig()))
     return network
 
 
@@ -107,7 +108,7 @@ def test_quantized_weights_follow_parameters_that_were_restored(one_rank: None) 
     with torch.no_grad():
         for parameter, value in zip(network.model.parameters(), first, strict=True):
             parameter.to_local().copy_(value)  # type: ignore[attr-defined]
-    network.start()
+    network.start(Communication(network.module, CommunicationConfig()))
     batch = tokens[0, 0]
     again, _, _ = network.module(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
     assert again.item() == losses[0]

@@ -26,9 +26,9 @@ def test_results_come_back_as_they_were_kept(tmp_path, monkeypatch, part_bytes):
     for name, result in (("a.weight", int4), ("b.weight", odd), ("c.weight", plain)):
         writer.keep(name, result)
     with pytest.raises(MissingFileError):
-        list(read_results(directory))
+        list(read_results([directory]))
     writer.commit(coverage)
-    found = dict(read_results(directory))
+    found = dict(read_results([directory]))
     assert set(found) == {"a.weight", "b.weight", "c.weight"}
     assert torch.equal(found["c.weight"], plain)
     for name, expected in (("a.weight", int4), ("b.weight", odd)):
@@ -48,7 +48,7 @@ def test_what_an_unfinished_layer_left_is_gone_when_it_is_written_again(tmp_path
     again = LayerWriter(str(tmp_path))
     again.keep("new.weight", weight(2, 2))
     again.commit([])
-    assert [name for name, _ in read_results(str(tmp_path))] == ["new.weight"]
+    assert [name for name, _ in read_results([str(tmp_path)])] == ["new.weight"]
 
 
 @pytest.mark.parametrize("part_bytes", [1, 1 << 20])

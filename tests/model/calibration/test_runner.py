@@ -11,12 +11,13 @@ from base import storage
 from base.errors import InvalidInputError
 from model.calibration.int4_weight import Int4Weight
 from model.calibration.method import Method
-from model.calibration.runner import IDENTITY_NAME, calibrated, coverage_of, discard
+from model.calibration.runner import IDENTITY_NAME, coverage_of, discard
 from model.calibration.token_rows import map_rows
 from model.numerics.formats import is_projection
 from model.transformer import DeepseekV3, next_tokens
 from model.weights.hf_names import pieces
 from model.weights.pretrained import WeightsReader, load_pretrained, save_pretrained, state_to_hf
+from tests.model.calibration.inputs import calibrated
 from tests.model.conftest import random_model, random_tokens, small_config
 
 NEAREST = Method(group=16, gptq=False, search=False)

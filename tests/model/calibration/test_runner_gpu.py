@@ -11,10 +11,10 @@ from torch import Tensor
 from model.calibration.int4_weight import Int4Weight
 from model.calibration.method import Method
 from model.calibration.results import Result
-from model.calibration.runner import calibrated
 from model.transformer import DeepseekV3
 from model.weights.hf_names import pieces
 from model.weights.pretrained import load_pretrained, save_pretrained, state_to_hf
+from tests.model.calibration.inputs import calibrated
 from tests.model.conftest import random_model, random_tokens, small_config
 
 pytestmark = [
