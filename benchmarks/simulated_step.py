@@ -32,6 +32,7 @@ from cherry.job_config import ParallelConfig
 from cherry.optim.build import build_optimizer
 from cherry.train_config import TrainConfig
 from cherry.training_model import TrainingModel, _wrap_blocks
+from model.experts import Experts
 from model.model_config import PRESETS, ModelConfig
 from model.transformer import DeepseekV3
 
@@ -119,10 +120,10 @@ def _balanced() -> Iterator[None]:
     call = AllToAllDispatcher.__call__
 
     def noting_rows(
-        dispatcher: AllToAllDispatcher, run: object, x_ND: Tensor, weight_NK: Tensor, permutation: object
+        dispatcher: AllToAllDispatcher, experts: Experts, x_ND: Tensor, weight_NK: Tensor, *routed: Tensor
     ) -> Tensor:
         dispatcher.simulated_rows = weight_NK.numel()
-        return call(dispatcher, run, x_ND, weight_NK, permutation)
+        return call(dispatcher, experts, x_ND, weight_NK, *routed)
 
     with (
         mock.patch.object(AllToAllDispatcher, "plan", plan),

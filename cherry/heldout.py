@@ -141,18 +141,19 @@ def evaluate_heldout(
     network.eval()
     try:
         for start in range(0, len(documents), ranks * _WINDOWS_PER_BATCH):
-            own = documents[start + rank : start + ranks * _WINDOWS_PER_BATCH : ranks]
-            for batch in [own] if own else [documents[:1]]:  # a rank without documents takes part, but counts nothing
-                tokens_BT = torch.zeros(len(batch), window, dtype=torch.int64)
-                targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
-                for row, (_, tokens, targets) in enumerate(_windows(batch, window)):
-                    tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
-                    targets_BT[row, : len(targets)] = torch.tensor(targets)
-                loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
-                if own:  # each context rank has a part of the loss, but counts all of the text
-                    counted = sum(sum(document.loss_mask) for document in own) / share.context_ranks
-                    size = sum(document.bytes for document in own) / share.context_ranks
-                    sums += torch.tensor([float(loss), counted, size], dtype=torch.float64)
+            here = documents[start : start + ranks * _WINDOWS_PER_BATCH]
+            own = here[rank::ranks]
+            # As many rows on every rank; one without a document counts nothing.
+            tokens_BT = torch.zeros(-(-len(here) // ranks), window, dtype=torch.int64)
+            targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
+            for row, (_, tokens, targets) in enumerate(_windows(own, window)):
+                tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
+                targets_BT[row, : len(targets)] = torch.tensor(targets)
+            loss, _, _ = network(tokens_BT.to(device), targets_BT.to(device))
+            # Each context rank has a part of the loss, but counts all of the text.
+            counted = sum(sum(document.loss_mask) for document in own) / share.context_ranks
+            size = sum(document.bytes for document in own) / share.context_ranks
+            sums += torch.tensor([float(loss), counted, size], dtype=torch.float64)
     finally:
         network.train()
     if dist.get_world_size() > 1:

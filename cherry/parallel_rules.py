@@ -33,6 +33,21 @@ def sequence_divides(sequence_length: int, context: int) -> bool:
     return context == 1 or sequence_length % (2 * context) == 0
 
 
+# 256 MiB of gradients that other ranks of a node have sent. With less room the host has more launches than time for
+# them; with more, memory is lost.
+INBOX_VALUES = 2**27
+FEW_REPLICAS = 4
+"""Replicas of one node that send each other whole gradients instead of reducing fp32 sums."""
+
+
+def gathers_tokens(ranks: int, experts_per_token: int) -> bool:
+    """Whether expert parallel ranks of one node gather all tokens instead of exchanging the rows of experts.
+
+    At twice as many ranks as a token has experts it is twice the bytes of an all-to-all, but beside other work.
+    """
+    return 1 < ranks <= 2 * experts_per_token
+
+
 def keeps_working_copies(ranks: int, precision: str, *, cpu_offload: bool, reshard: bool) -> bool:
     """Whether a rank keeps the half-precision copies of its parameters between passes.
 

@@ -9,7 +9,7 @@ F expert's intermediate width, X = 2 F.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function of rows [R, D] in expert order, their routing weights [R] and the rows of each expert [E] -> [R, D]."""
+
+
+Rows = int | Callable[[], int]
+"""A number of rows, or a function that waits for it."""
 
 
 class Permutation(NamedTuple):
@@ -27,33 +31,58 @@ class Permutation(NamedTuple):
     order_R: Tensor
     """The flat (token, slot) position of each row."""
     inverse_NK: Tensor
-    """The row of each slot; R for a slot without a row."""
+    """The row of each slot; R or more for a slot without a row."""
     counts_E: Tensor
     """Rows of each expert, int64."""
     experts_NK: Tensor
     """The expert of each slot; E for a slot without a row."""
 
 
-TokenDispatcher = Callable[[RunExperts, Tensor, Tensor, Permutation], Tensor]
-"""`run_permuted` under expert parallelism: dispatches rows to the ranks that hold their experts, combines outputs."""
+class TokenDispatcher(Protocol):
+    """Expert parallelism: brings tokens to the ranks that hold their experts, and the outputs back.
+
+    The layer calls the three in this order, with other work between them that may hide what they send.
+    """
+
+    def send(self, x_ND: Tensor) -> Tensor:
+        """Tokens for `__call__`, which may be on their way already."""
+        ...
+
+    def __call__(
+        self, experts: Experts, sent: Tensor, weight_NK: Tensor, experts_NK: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """Outputs for `receive`, which may be on their way back; `experts` are those of this rank."""
+        ...
+
+    def receive(self, out: Tensor) -> Tensor:
+        """Sum over each token's top-k slots of weight * expert(x) [N, D]."""
+        ...
+
+    def count_bytes(self, on_bytes_sent: Callable[[int], None]) -> None:
+        """Call `on_bytes_sent` with the bytes that go to other ranks, each time some do."""
+        ...
 
 
-def permutation_by_expert(experts_NK: Tensor, counts_E: Tensor, rows: int | None = None) -> Permutation:
+def permutation_by_expert(
+    experts_NK: Tensor, counts_E: Tensor, rows: Rows | None = None, *, elsewhere: bool = False
+) -> Permutation:
     """Permutation that sorts (token, slot) pairs by expert; stable, so the order is deterministic.
 
     Args:
         experts_NK: the expert of each slot; E = len(counts_E) for a slot without a row.
-        rows: R, where it is not N K.
+        rows: R, where it is not N K. A function is called when all that does not need R is under way.
+        elsewhere: there may be slots without a row although `rows` is not given: they come last.
     """
     # A radix sort takes one pass a byte of its keys.
-    one_byte = counts_E.shape[0] + (rows is not None) <= 256
-    key_R = experts_NK.flatten().to(torch.uint8) if one_byte else experts_NK.flatten()
-    order_R = key_R.argsort(stable=True)[:rows]
-    place_R = torch.arange(order_R.shape[0], device=order_R.device)
-    # Without `rows` all places are written; else those of slots without a row stay R.
-    inverse_R = torch.empty_like(order_R) if rows is None else order_R.new_full((experts_NK.numel(),), rows)
-    inverse_NK = inverse_R.scatter_(0, order_R, place_R).view_as(experts_NK)
-    return Permutation(order_R // experts_NK.shape[1], order_R, inverse_NK, counts_E, experts_NK)
+    one_byte = counts_E.shape[0] + (elsewhere or rows is not None) <= 256
+    key = experts_NK.flatten().to(torch.uint8) if one_byte else experts_NK.flatten()
+    order = key.argsort(stable=True)
+    place = torch.arange(order.shape[0], device=order.device)
+    # Slots without a row come last, so their places are R and above.
+    inverse_NK = torch.empty_like(order).scatter_(0, order, place).view_as(experts_NK)
+    token = order // experts_NK.shape[1]
+    count = rows() if callable(rows) else rows
+    return Permutation(token[:count], order[:count], inverse_NK, counts_E, experts_NK)
 
 
 def run_permuted(run: RunExperts, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
@@ -102,13 +131,14 @@ class _Unpermute(torch.autograd.Function):
 
 
 def sum_topk(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
-    """Sum over top-k slots of each token's rows [N, D]; an index of R adds nothing."""
+    """Sum over top-k slots of each token's rows [N, D]; an index of R or more adds nothing."""
     if rows_RD.is_cuda:
         from model import triton_experts
 
         return triton_experts.sum_topk(rows_RD, inverse_NK)
-    if rows_RD.shape[0] < inverse_NK.numel():
-        rows_RD = F.pad(rows_RD, (0, 0, 0, 1))
+    rows = rows_RD.shape[0]
+    if rows < inverse_NK.numel():
+        rows_RD, inverse_NK = F.pad(rows_RD, (0, 0, 0, 1)), inverse_NK.clamp(max=rows)
     return rows_RD.index_select(0, inverse_NK.flatten()).view(*inverse_NK.shape, rows_RD.shape[-1]).sum(1)
 
 
@@ -124,8 +154,8 @@ class Experts(nn.Module):
 
     dispatcher: TokenDispatcher | None = None
     """Set under expert parallelism: this rank holds only some of the experts."""
-    fp8: Callable[[Tensor, Tensor, Permutation, Tensor, Tensor, tuple[Tensor, ...]], Tensor] | None = None
-    """Set for fp8 training: `run_permuted` with w13, w2 and `fp8_operands` as further arguments."""
+    fp8: Callable[..., Tensor] | None = None
+    """Set for fp8 training: `model.fp8.linear.fp8_experts`."""
     fp8_operands: tuple[Tensor, ...] = ()
     """Quantized w13 and w2, where they are cached across steps."""
 
@@ -136,21 +166,47 @@ class Experts(nn.Module):
         self.loop = looped_experts
         """`looped_experts`; excluded from compilation where blocks are compiled, because the counts are data."""
 
-    def forward(self, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
-        """Sum over each token's top-k slots of weight * expert(x) [N, D], in x's type (autocast's under autocast).
+    def send(self, x_ND: Tensor) -> Tensor:
+        """Tokens for `forward`, in x's type (autocast's under autocast): on their way to other ranks' experts."""
+        dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
+        x_ND = x_ND.to(dtype or x_ND.dtype)
+        return x_ND if self.dispatcher is None else self.dispatcher.send(x_ND)
+
+    def forward(self, sent: Tensor, weight_NK: Tensor, experts_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """Outputs for `receive`, of tokens that were sent.
+
+        Args:
+            counts_E: this rank's rows of each expert, int64.
+        """
+        if self.dispatcher is not None:
+            return self.dispatcher(self, sent, weight_NK, experts_NK, counts_E)
+        return self.run_routed(sent, weight_NK, experts_NK, counts_E)
+
+    def receive(self, out: Tensor) -> Tensor:
+        """Sum over each token's top-k slots of weight * expert(x) [N, D]."""
+        return out if self.dispatcher is None else self.dispatcher.receive(out)
+
+    def run_routed(
+        self, x_ND: Tensor, weight_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, rows: Rows | None = None
+    ) -> Tensor:
+        """Sum over each token's rows of weight * expert(x) [N, D] by the experts of this rank.
 
         The weight is applied before the down projection, where rows are narrowest; the two orders are equal
         because that projection is linear.
+
+        Args:
+            experts_NK, counts_E, rows: as for `permutation_by_expert`.
         """
-        dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else None
-        x_ND = x_ND.to(dtype or x_ND.dtype)
-        if self.fp8 is not None and self.dispatcher is None:
-            return self.fp8(x_ND, weight_NK, permutation, *self._weights(x_ND.dtype), self.fp8_operands)
-        dispatcher = self.dispatcher or run_permuted
-        return dispatcher(self.run, x_ND, weight_NK, permutation)
+        if self.fp8 is not None:
+            weights = *self._weights(x_ND.dtype), self.fp8_operands
+            permutation = permutation_by_expert(experts_NK, counts_E, elsewhere=rows is not None)
+            return self.fp8(x_ND, weight_NK, permutation, *weights, rows)
+        return run_permuted(self.run, x_ND, weight_NK, permutation_by_expert(experts_NK, counts_E, rows))
 
     def run(self, rows_RD: Tensor, weight_R: Tensor, counts_E: Tensor) -> Tensor:
         """Expert outputs [R, D] of rows in expert order: grouped matmuls where available, else one expert at a time."""
+        if not rows_RD.shape[0]:  # kernels need a row, and under expert parallelism every rank needs gradients
+            return self.run(F.pad(rows_RD, (0, 0, 0, 1)), F.pad(weight_R, (0, 1)), _one_row(counts_E))[:0]
         w13_EFD, w2_EDF = self._weights(rows_RD.dtype)
         if self.fp8 is not None:
             identity = identity_permutation(counts_E, rows_RD.shape[0])
@@ -161,6 +217,12 @@ class Experts(nn.Module):
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return own_part(self.w13_EFD).to(dtype), own_part(self.w2_EDF).to(dtype)
+
+
+def _one_row(counts_E: Tensor) -> Tensor:
+    one_E = torch.zeros_like(counts_E)
+    one_E[0] = 1
+    return one_E
 
 
 def own_part(weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.experts import Experts, permutation_by_expert
+from model.experts import Experts
 from model.layers import Fp32Buffers, SwiGLU
 from model.model_config import ModelConfig
 
@@ -122,6 +122,7 @@ class MoE(Fp32Buffers):
         """
         batch, length, width = x_BTD.shape
         x_ND = x_BTD.reshape(-1, width)
+        sent = self.experts.send(x_ND)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
         routing = route(logits_NE, self.e_score_correction_bias_E, self.config)
@@ -129,10 +130,11 @@ class MoE(Fp32Buffers):
         chosen_NE = chosen_NE.scatter_(1, routing.experts_NK, 1.0)
         chosen_BE = chosen_NE.view(batch, length, -1).sum(dim=1)
         counts_E = chosen_BE.sum(dim=0)
-        permutation = permutation_by_expert(routing.experts_NK, counts_E.to(torch.int64))
-        out_ND = self.experts(x_ND, routing.weight_NK, permutation)
-        if self.shared_experts is not None:
-            out_ND = out_ND + self.shared_experts(x_ND)
+        out = self.experts(sent, routing.weight_NK, routing.experts_NK, counts_E.to(torch.int64))
+        shared_ND = None if self.shared_experts is None else self.shared_experts(x_ND)
+        out_ND = self.experts.receive(out)
+        if shared_ND is not None:
+            out_ND = out_ND + shared_ND
         balance_loss = counts_E.new_zeros(())
         if self.training:
             score_BTE = routing.score_NE.view(batch, length, -1)

@@ -88,7 +88,7 @@ def swiglu_backward(h_RX: Tensor, weight_R: Tensor, grad_RF: Tensor) -> tuple[Te
 
 
 def sum_topk(rows_RD: Tensor, inverse_NK: Tensor) -> Tensor:
-    """Sum over top-k slots of each token's rows [N, D], in fp32, in the rows' type; an index of R adds nothing."""
+    """Sum over top-k slots of each token's rows [N, D], in fp32, in the rows' type; a row of R or more adds nothing."""
     (rows, width), (tokens, slots) = rows_RD.shape, inverse_NK.shape
     out_ND = rows_RD.new_empty(tokens, width)
     columns = min(1024, triton.next_power_of_2(width))

@@ -22,6 +22,8 @@ EXCEPTIONS = {
     # Several ranks, and GPUs that reach each other's memory.
     "cherry/distributed/resident_group.py": "tests/dist/test_layouts.py",
     "cherry/distributed/peer_memory.py": "tests/dist/test_layouts_gpu.py",
+    "cherry/distributed/peer_exchange.py": "tests/dist/test_layouts_gpu.py",
+    "cherry/distributed/lane.py": "tests/dist/test_layouts_gpu.py",
     # What they do shows on hosts that are lost.
     "cherry/remote/attempt.py": "tests/chaos/test_lost_hosts.py",
     "cherry/remote/supervisor.py": "tests/chaos/test_lost_hosts.py",

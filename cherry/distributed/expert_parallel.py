@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
-from model.experts import Permutation, RunExperts, run_permuted
+from model.experts import Experts, RunExperts, permutation_by_expert, run_permuted
 
 
 class AllToAll:
@@ -85,25 +84,35 @@ class AllToAllDispatcher:
         """Call `on_bytes_sent` with the bytes that every all-to-all sends to other ranks."""
         self.all_to_all.on_bytes_sent = on_bytes_sent
 
+    def send(self, x_ND: Tensor) -> Tensor:
+        """The tokens as they are: which rows go where, the routing tells."""
+        return x_ND
+
     # One graph break: how many rows go where is data.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, run: RunExperts, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
-        """Sum over each token's top-k slots of weight * expert(x) [N, D], each row computed on its expert's rank.
+    def __call__(
+        self, experts: Experts, x_ND: Tensor, weight_NK: Tensor, experts_NK: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """Sum over each token's top-k slots of weight * expert(x) [N, D], each row computed on its expert's rank."""
+        plan, permutation = self.plan(counts_E), permutation_by_expert(experts_NK, counts_E)
+        return run_permuted(partial(self.dispatch_and_combine, plan, experts.run), x_ND, weight_NK, permutation)
 
-        Args:
-            run: this rank's experts: rows [Q, D] in expert order, their weights [Q] and the rows of each expert [L].
-        """
-        plan = self.plan(permutation.counts_E)
-        return run_permuted(partial(self.dispatch_and_combine, plan, run), x_ND, weight_NK, permutation)
+    def receive(self, out_ND: Tensor) -> Tensor:
+        """The outputs, which are all here."""
+        return out_ND
 
     def dispatch_and_combine(
         self, plan: DispatchPlan, run: RunExperts, rows_RD: Tensor, weight_R: Tensor, _: Tensor
     ) -> Tensor:
-        """Expert outputs [R, D] in the order of `rows_RD`: dispatch, `run` on each expert's rank, combine."""
+        """Expert outputs [R, D] in the order of `rows_RD`: dispatch, `run` on each expert's rank, combine.
+
+        Args:
+            run: this rank's experts: rows [Q, D] in expert order, their weights [Q] and the rows of each expert [L].
+        """
         rows_QD, weight_Q = self.all_to_all(plan.input_splits, plan.output_splits, rows_RD, weight_R)
         rows_QD = _Reorder.apply(rows_QD, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
         weight_Q = _Reorder.apply(weight_Q, plan.order_Q, plan.inverse_Q)  # type: ignore[no-untyped-call]
-        out_QD = _run_at_least_one_row(run, rows_QD, weight_Q, plan.counts_L)
+        out_QD = run(rows_QD, weight_Q, plan.counts_L)
         out_QD = _Reorder.apply(out_QD, plan.inverse_Q, plan.order_Q)  # type: ignore[no-untyped-call]
         (out_RD,) = self.all_to_all(plan.output_splits, plan.input_splits, out_QD)
         return out_RD
@@ -127,13 +136,17 @@ class AllToAllDispatcher:
         return DispatchPlan(input_splits, output_splits, order_Q, inverse_Q, received_SL.sum(0))
 
 
-def _run_at_least_one_row(run: RunExperts, rows_QD: Tensor, weight_Q: Tensor, counts_L: Tensor) -> Tensor:
-    """Expert outputs [Q, D]. Without rows `run` gets one of zeros: kernels need it, and every rank gradients."""
-    if rows_QD.shape[0]:
-        return run(rows_QD, weight_Q, counts_L)
-    single_L = torch.zeros_like(counts_L)
-    single_L[0] = 1
-    return run(F.pad(rows_QD, (0, 0, 0, 1)), F.pad(weight_Q, (0, 1)), single_L)[:0]
+def own_slots(experts_MK: Tensor, part: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Slots [M, K] by their place among the experts of one part, and the rows of each of these [experts].
+
+    Args:
+        part: experts part * experts to (part + 1) * experts - 1; `experts` stands for a slot of another part.
+    """
+    own_MK = experts_MK - part * experts
+    own_MK = torch.where((own_MK >= 0) & (own_MK < experts), own_MK, experts)
+    # Adding into so few counters would be slow on a GPU.
+    places_E = torch.arange(experts, device=own_MK.device)
+    return own_MK, (own_MK.view(-1, 1) == places_E).sum(0)
 
 
 class _Reorder(torch.autograd.Function):

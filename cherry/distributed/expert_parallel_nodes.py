@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cherry.distributed.expert_parallel import AllToAll, AllToAllDispatcher
-from model.experts import Permutation, RunExperts, permutation_by_expert, permute, run_permuted, unpermute
+from cherry.distributed.expert_parallel import AllToAll, AllToAllDispatcher, own_slots
+from model.experts import Experts, Permutation, RunExperts, permutation_by_expert, permute, run_permuted, unpermute
 
 
 class HierarchicalDispatcher:
@@ -38,24 +38,30 @@ class HierarchicalDispatcher:
         self.internode.on_bytes_sent = on_bytes_sent
         self.intranode.count_bytes(on_bytes_sent)
 
+    def send(self, x_ND: Tensor) -> Tensor:
+        """The tokens as they are: which of them go where, the routing tells."""
+        return x_ND
+
+    def receive(self, out_ND: Tensor) -> Tensor:
+        """The outputs, which are all here."""
+        return out_ND
+
     # One graph break: how many tokens go where is data.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, run: RunExperts, x_ND: Tensor, weight_NK: Tensor, permutation: Permutation) -> Tensor:
-        """Sum over each token's top-k slots of weight * expert(x) [N, D], each row computed on its expert's rank.
-
-        Args:
-            run: this rank's experts.
-        """
+    def __call__(
+        self, experts: Experts, x_ND: Tensor, weight_NK: Tensor, experts_NK: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """Sum over each token's top-k slots of weight * expert(x) [N, D], each row computed on its expert's rank."""
         nodes = self.internode.ranks
-        node_experts = permutation.counts_E.shape[0] // nodes
-        input_splits, output_splits, by_node = self._plan_internode(permutation.experts_NK, nodes, node_experts)
+        node_experts = counts_E.shape[0] // nodes
+        input_splits, output_splits, by_node = self._plan_internode(experts_NK, nodes, node_experts)
         # Expert indices are sent with the weights: fp32 holds them exactly.
-        routing_NX = torch.cat([weight_NK.float(), permutation.experts_NK.float()], dim=1)
+        routing_NX = torch.cat([weight_NK.float(), experts_NK.float()], dim=1)
         x_MD, routing_MX = self.internode(
             input_splits, output_splits, permute(x_ND, by_node), permute(routing_NX, by_node)
         )
         weight_MK, experts_MK = routing_MX.chunk(2, dim=1)
-        out_MD = self._run_intranode(run, x_MD, weight_MK, experts_MK.detach().long(), node_experts)
+        out_MD = self._run_intranode(experts.run, x_MD, weight_MK, experts_MK.detach().long(), node_experts)
         (out_PD,) = self.internode(output_splits, input_splits, out_MD)
         return unpermute(out_PD, by_node)
 
@@ -74,11 +80,7 @@ class HierarchicalDispatcher:
         self, run: RunExperts, x_MD: Tensor, weight_MK: Tensor, experts_MK: Tensor, node_experts: int
     ) -> Tensor:
         """Outputs of this node's experts for received tokens, weighted and summed over top-k slots [M, D]."""
-        own_MK = experts_MK - self.internode.rank * node_experts
-        own_MK = torch.where((own_MK >= 0) & (own_MK < node_experts), own_MK, node_experts)
-        counts_E = own_MK.new_zeros(node_experts + 1).scatter_add_(
-            0, own_MK.flatten(), torch.ones_like(own_MK.flatten())
-        )
-        plan = self.intranode.plan(counts_E[:node_experts])
-        permutation = permutation_by_expert(own_MK, counts_E[:node_experts], sum(plan.input_splits))
+        own_MK, counts_E = own_slots(experts_MK, self.internode.rank, node_experts)
+        plan = self.intranode.plan(counts_E)
+        permutation = permutation_by_expert(own_MK, counts_E, sum(plan.input_splits))
         return run_permuted(partial(self.intranode.dispatch_and_combine, plan, run), x_MD, weight_MK, permutation)

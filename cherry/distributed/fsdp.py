@@ -16,13 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from cherry.distributed.expert_gather import GatherDispatcher
 from cherry.distributed.expert_parallel import AllToAllDispatcher
 from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
+from cherry.distributed.lane import Lane
 from cherry.distributed.local_part import local_part
 from cherry.distributed.mesh import Meshes, build_meshes
+from cherry.distributed.peer_exchange import PeerExchange
+from cherry.distributed.peer_memory import can_share
 from cherry.job_config import CommunicationConfig, ParallelConfig
-from cherry.parallel_rules import keeps_working_copies, shards_by_width
-from model.experts import Experts
+from cherry.parallel_rules import gathers_tokens, keeps_working_copies, shards_by_width
+from model.experts import Experts, TokenDispatcher
 from model.moe import MoE
 from model.transformer import Block, DeepseekV3, initial_values
 
@@ -71,8 +75,10 @@ def shard_model(
         resident = keeps_resident_params(meshes, precision, parallel)
     policies = _policies(meshes, precision, parallel, resident=resident)
     blocks = [module for module in root.modules() if isinstance(module, Block)]
+    dispatcher = _dispatcher(meshes, root)
     for block in blocks:
         if meshes.experts is not None and isinstance(block.mlp, MoE):
+            block.mlp.experts.dispatcher = dispatcher
             _shard_experts(block.mlp.experts, meshes, policies, reshard=parallel.reshard_after_forward is not False)
         fully_shard(
             block,
@@ -100,6 +106,21 @@ def _policies(meshes: Meshes, precision: str, parallel: ParallelConfig, *, resid
     }
 
 
+def _dispatcher(meshes: Meshes, root: nn.Module) -> TokenDispatcher | None:
+    """How tokens come to the experts of other ranks: one for all layers."""
+    if meshes.experts is None:
+        return None
+    if meshes.expert_nodes is not None:
+        return HierarchicalDispatcher(*meshes.expert_nodes)
+    group = meshes.experts["expert"].get_group()
+    top_k = max((layer.config.num_experts_per_tok for layer in root.modules() if isinstance(layer, MoE)), default=0)
+    cuda = meshes.dense.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if can_share(group, device) and gathers_tokens(group.size(), top_k):
+        return GatherDispatcher(*(PeerExchange(group, Lane(device)) for _ in range(2)))
+    return AllToAllDispatcher(group)
+
+
 def _shard_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], *, reshard: bool) -> None:
     """Shard a layer's experts over the expert parallel group, then each rank's own experts over the efsdp axis."""
     assert meshes.experts is not None
@@ -107,10 +128,6 @@ def _shard_experts(experts: Experts, meshes: Meshes, policies: dict[str, Any], *
     for name, parameter in list(experts.named_parameters()):
         own = torch.empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:], device="meta")
         setattr(experts, name, nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False)))
-    if meshes.expert_nodes is None:
-        experts.dispatcher = AllToAllDispatcher(mesh.get_group())
-    else:
-        experts.dispatcher = HierarchicalDispatcher(*meshes.expert_nodes)
     shards = meshes.expert_shards
     placement = _shard_placement_fn(experts, shards)
     fully_shard(experts, mesh=shards, reshard_after_forward=reshard, shard_placement_fn=placement, **policies)

@@ -31,8 +31,6 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from cherry.checkpoint.checkpointer import read_state, reader_of
 from cherry.distributed.bits import bit_sum
 from cherry.distributed.compression import CODECS, Codec, all_reduce, reduce_scatter_bf16
-from cherry.distributed.expert_parallel import AllToAllDispatcher
-from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
 from cherry.job_config import CommunicationConfig
 from model.experts import Experts
 
@@ -168,7 +166,7 @@ def install(network: nn.Module, config: CommunicationConfig) -> Communication:
     """
     communication = Communication(network, config)
     for experts in network.modules():
-        if isinstance(experts, Experts) and isinstance(experts.dispatcher, AllToAllDispatcher | HierarchicalDispatcher):
+        if isinstance(experts, Experts) and experts.dispatcher is not None:
             experts.dispatcher.count_bytes(partial(communication.traffic.add, "expert", "all_to_all"))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for module, group in _param_groups(network):

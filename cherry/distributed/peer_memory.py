@@ -28,6 +28,7 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, values: int, dtype: torch.dtype, device: torch.device) -> None:
         from torch.distributed._symmetric_memory import empty, rendezvous
 
+        self.values, self.dtype = values, dtype
         self._memory = empty(values, dtype=dtype, device=device)
         self._handle, self._rank = rendezvous(self._memory, group), group.rank()
         self.ranks = [self._handle.get_buffer(rank, (values,), dtype) for rank in range(group.size())]

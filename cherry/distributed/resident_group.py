@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -25,51 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
-from torch.distributed.tensor import DTensor
 
 from cherry.distributed.fsdp_hooks import Communication
+from cherry.distributed.inbox import Inbox, aligned
+from cherry.distributed.lane import Lane
 from cherry.distributed.peer_memory import PeerMemory, can_share
 from cherry.optim.adamw import local
-
-
-class Lane:
-    """A stream beside the main one, for communication; on a CPU everything is done at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._given = False
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def after_main(self) -> Iterator[None]:
-        """Context whose work runs beside the main stream, after what that has been given so far."""
-        if self._stream is None:
-            yield
-            return
-        self._given = True
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def mark(self) -> Callable[[], None]:
-        """Function that makes the main stream wait for what has been given so far, called within `after_main`."""
-        if self._stream is None:
-            return lambda: None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return lambda: torch.cuda.current_stream().wait_event(event)
-
-    def join(self) -> None:
-        """Make the main stream wait for all that was given since the last time."""
-        if self._stream is not None and self._given:
-            self._given = False
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-    def keep(self, tensor: Tensor) -> None:
-        """Keep the main stream's memory of a tensor until the work that was given here is done with it."""
-        if self._stream is not None:
-            tensor.record_stream(self._stream)
+from cherry.parallel_rules import FEW_REPLICAS
 
 
 class _Entry(NamedTuple):
@@ -115,10 +77,21 @@ class Unit:
     @property
     def values(self) -> int:
         """Values of a rank's parts together, with what aligns them."""
-        return sum(map(_aligned, self.sizes))
+        return sum(map(aligned, self.sizes))
+
+    def summed_by(self, device: torch.device, micro_batches: int) -> dist.ProcessGroup | None:
+        """The ranks that send each other gradients through an inbox; `None` where they cannot, or had better not.
+
+        Replicas of whole parameters send them whole: fewer bytes than the fp32 sums that they else reduce, if they
+        are few and need no sums over micro-batches.
+        """
+        if self.ranks > 1:
+            return self.process_group if self.peers is not None else None
+        few = self.replicas is not None and 1 < self.replicas.size() <= FEW_REPLICAS and micro_batches == 1
+        return self.replicas if few and can_share(cast(dist.ProcessGroup, self.replicas), device) else None
 
     def _offsets(self) -> Iterator[int]:
-        return accumulate(map(_aligned, self.sizes), initial=0)
+        return accumulate(map(aligned, self.sizes), initial=0)
 
     def _give_memory(self, peers: PeerMemory) -> None:
         """Have FSDP gather the parameters into this memory, and never free it."""
@@ -141,36 +114,12 @@ class Unit:
         return _Entry(param.sharded_param, param.unsharded_param, parts_SN, own_N, cut, offset)
 
 
-class Inbox:
-    """Where the other ranks of a node write the gradients that this rank owns, for two units in turn.
-
-    Args:
-        units: those that use it, all of one group of ranks.
-    """
-
-    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
-        values, senders = max(unit.values for unit in units), units[0].ranks - 1
-        self._memory = PeerMemory(units[0].process_group, 2 * senders * values, torch.bfloat16, device)
-        self._boxes = [piece.view(2, senders, values) for piece in self._memory.ranks]
-        self._turn = 0
-
-    def open(self) -> list[Tensor]:
-        """The boxes [S - 1, values] of all ranks, a row a sender, once nobody reads them any more."""
-        self._turn = 1 - self._turn
-        self._memory.barrier(self._turn)
-        return [boxes[self._turn] for boxes in self._boxes]
-
-    def close(self) -> None:
-        """Let the stream go on when all have written."""
-        self._memory.barrier(2 + self._turn)
-
-
 class ResidentGroup:
     """The parameters of one FSDP unit, resident on this rank.
 
     Args:
         unit: its parameters are gathered and will not be freed.
-        inbox: of the unit's ranks, where they share memory.
+        inbox: of the ranks that sum its gradients, where they share memory.
         sums: gets the reduced gradient of each fp32 parameter: this rank's part, fp32, over all micro-batches.
         prepare: called when the gathered parameters of a step are first used, with the resident parameters.
     """
@@ -267,8 +216,8 @@ class ResidentGroup:
                 values = (self._unit.ranks - 1) * parts_SN.shape[1]
                 size = values * parts_SN.itemsize
                 self._communication.traffic.add("shard", "reduce_scatter", size, fp32=4 * values)
-            if self._inbox is not None and self._unit.peers is not None and entries:
-                self._post(self._inbox, entries, sent)
+            if self._inbox is not None and entries:
+                self._post(self._inbox, entries, [parts_SN.expand(self._inbox.ranks, -1) for parts_SN in sent])
             else:
                 for entry, parts_SN in zip(entries, sent, strict=True):
                     self._add(entry, self._exchanged(parts_SN).sum(0, dtype=torch.float32))
@@ -277,23 +226,19 @@ class ResidentGroup:
             entry.resident.grad = None
 
     def _post(self, inbox: Inbox, entries: Sequence[_Entry], sent: Sequence[Tensor]) -> None:
-        """Write the parts into their owners' boxes, and sum what came."""
+        """Have the ranks write the parts into each other's inboxes, and sum what comes."""
         from cherry.distributed.triton_sum import sum_parts
 
-        boxes, own = inbox.open(), self._unit.rank
-        for rank in _others(self._unit):
-            for entry, parts_SN in zip(entries, sent, strict=True):
-                row = own - (own > rank)  # an owner sends itself nothing
-                target_N = boxes[rank][row, entry.offset : entry.offset + parts_SN.shape[1]]
-                target_N.copy_(parts_SN[rank], non_blocking=True)
-        inbox.close()
-        for entry, parts_SN in zip(entries, sent, strict=True):
-            size = local(entry.sharded.data).numel()
-            received_SN = boxes[own][:, entry.offset : entry.offset + size]
-            earlier = self._sums.get(entry.sharded)
-            earlier_N = None if earlier is None else earlier.view(-1)
-            shape = local(entry.sharded.data).shape
-            self._sums[entry.sharded] = sum_parts(parts_SN[own, :size], received_SN, own, earlier_N).view(shape)
+        shards = [local(entry.sharded.data) for entry in entries]
+        earlier = [entry.sharded in self._sums for entry in entries]
+        for entry, shard in zip(entries, shards, strict=True):
+            self._sums.setdefault(entry.sharded, shard.new_empty(shard.shape, dtype=torch.float32))
+        for (index, first, values, _), received_SN in inbox.exchange(sent):
+            last = min(first + values, shards[index].numel())  # without padding
+            if last > first:
+                total_N = self._sums[entries[index].sharded].view(-1)[first:last]
+                own_N = sent[index][inbox.rank, first:last]
+                sum_parts(own_N, received_SN[:, : last - first], inbox.rank, total_N, add=earlier[index])
 
     def _exchanged(self, parts_SN: Tensor) -> Tensor:
         """The parts of this rank's values that each rank has, [S, N]."""
@@ -325,19 +270,19 @@ class ResidentGroup:
         replicas = self._unit.replicas
         if replicas is None or replicas.size() == 1 or not self._communication.last:
             return
+        posted = self._inbox is not None and self._unit.ranks == 1
         for entry in entries:
             total = self._sums[entry.sharded]
-            dist.all_reduce(total, group=replicas)
             size = 2 * total.nbytes * (replicas.size() - 1) // replicas.size()
-            self._communication.traffic.add("replicate", "all_reduce", size, fp32=size)
+            if posted:
+                sent = (replicas.size() - 1) * total.numel() * entry.own_N.itemsize
+                self._communication.traffic.add("replicate", "all_to_all", sent, fp32=size)
+            else:
+                dist.all_reduce(total, group=replicas)
+                self._communication.traffic.add("replicate", "all_reduce", size, fp32=size)
 
     def _exposed(self) -> Any:
         return self._communication.exposed(self.entries[0].own_N.device)
-
-
-def _aligned(values: int) -> int:
-    """Values up to the next whole 256 bytes, where matmuls and copies want tensors to begin."""
-    return -(-values // 128) * 128
 
 
 def _others(unit: Unit) -> list[int]:
@@ -372,20 +317,12 @@ def units_of(network: nn.Module, device: torch.device) -> list[Unit]:
     ]
 
 
-def inboxes_of(units: Sequence[Unit], device: torch.device) -> dict[dist.ProcessGroup, Inbox]:
-    """An inbox for each group of ranks that share memory."""
-    sharing: dict[dist.ProcessGroup, list[Unit]] = {}
-    for unit in units:
-        if unit.peers is not None:
-            sharing.setdefault(unit.process_group, []).append(unit)
-    return {group: Inbox(members, device) for group, members in sharing.items()}
-
-
-def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """The part of a rank as the tensor that the fp32 parameter is: of its mesh, or plain."""
-    if not isinstance(parameter.data, DTensor):
-        return part
-    spec = parameter.data
-    return DTensor.from_local(
-        part, spec.device_mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride()
-    )
+def inboxes_of(units: Sequence[Unit], device: torch.device, micro_batches: int) -> list[Inbox | None]:
+    """The inbox of each unit: one for all whose gradients the same ranks of a node sum."""
+    groups = [unit.summed_by(device, micro_batches) for unit in units]
+    largest: dict[dist.ProcessGroup, int] = {}
+    for unit, group in zip(units, groups, strict=True):
+        if group is not None:
+            largest[group] = max(largest.get(group, 0), unit.values)
+    inboxes = {group: Inbox(group, values, device) for group, values in largest.items()}
+    return [None if group is None else inboxes[group] for group in groups]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cherry.distributed.fsdp_hooks import Communication
-from cherry.distributed.resident_group import Lane, ResidentGroup, inboxes_of, sharded_like, units_of
+from cherry.distributed.lane import Lane
+from cherry.distributed.resident_group import ResidentGroup, inboxes_of, units_of
 from cherry.optim.adamw import local
 from cherry.optim.grad_norm import total_norm
 
@@ -46,8 +47,8 @@ class ResidentParams:
             module.unshard()
         self._lane = Lane(device)
         shared = (self._lane, communication, self._sums, self._prepare)
-        inboxes = inboxes_of(units, device)
-        self._groups = [ResidentGroup(unit, inboxes.get(unit.process_group), *shared) for unit in units]
+        inboxes = inboxes_of(units, device, micro_batches)
+        self._groups = [ResidentGroup(unit, inbox, *shared) for unit, inbox in zip(units, inboxes, strict=True)]
         entries = [(group, entry) for group in self._groups for entry in group.entries]
         resident = {entry.sharded: entry.resident for _, entry in entries}
         self.resident: Mapping[nn.Parameter, nn.Parameter] = {one: resident[one] for one in parameters}
@@ -75,11 +76,15 @@ class ResidentParams:
         return accumulate
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's part of the gradient of an fp32 parameter: fp32 when it is a sum, else in the resident's type."""
+        """This rank's part of the gradient of an fp32 parameter: fp32 when it is a sum, else in the resident's type.
+
+        A plain tensor: the GPU would wait while all of them became DTensors.
+        """
         self._lane.join()
         if (total := self._sums.get(parameter)) is not None:
-            return sharded_like(parameter, total)
-        return self.resident[parameter].grad
+            return total
+        found = self.resident[parameter].grad
+        return None if found is None else local(found)
 
     def low_precision(self, parameter: nn.Parameter) -> Tensor:
         """The resident values of this rank's part of an fp32 parameter, for the optimizer to write."""
@@ -88,7 +93,7 @@ class ResidentParams:
     def gradient_norm(self) -> Tensor:
         """The total norm of the gradients over all ranks' parts, 0-dim fp32."""
         found = [(parameter, self.gradient(parameter)) for parameter in self.resident]
-        return total_norm([(parameter, local(gradient)) for parameter, gradient in found if gradient is not None])
+        return total_norm([(parameter, gradient) for parameter, gradient in found if gradient is not None])
 
     def cache_quantized(self, quantized: Mapping[nn.Parameter, Fp8Weight]) -> None:
         """Cache fp8-quantized weights across steps, keyed by resident parameter."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,17 +26,15 @@ def _sum(own_ptr, received_ptr, total_ptr, size, stride, RANK: tl.constexpr, RAN
     tl.store(total_ptr + at, total, inside)
 
 
-def sum_parts(own_N: Tensor, received_SN: Tensor, rank: int, earlier_N: Tensor | None) -> Tensor:
-    """fp32 sum [N] of a part over ranks, in their order, added to `earlier_N` in place where that is given.
+def sum_parts(own_N: Tensor, received_SN: Tensor, rank: int, total_N: Tensor, *, add: bool) -> None:
+    """Write the fp32 sum of a part over ranks, in their order, into `total_N`, or add it there.
 
     Args:
         own_N: this rank's own, contiguous.
         received_SN: those of the S - 1 others in their order; rows are contiguous.
     """
-    total_N = torch.empty(own_N.shape, dtype=torch.float32, device=own_N.device) if earlier_N is None else earlier_N
     grid = (triton.cdiv(own_N.numel(), _BLOCK),)
     _sum[grid](
         own_N, received_SN, total_N, own_N.numel(), received_SN.stride(0),
-        RANK=rank, RANKS=received_SN.shape[0] + 1, ADD=earlier_N is not None, BLOCK=_BLOCK,
+        RANK=rank, RANKS=received_SN.shape[0] + 1, ADD=add, BLOCK=_BLOCK,
     )  # fmt: skip
-    return total_N

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from model.experts import Experts, Permutation, own_part
+from model.experts import Experts, Permutation, Rows, own_part
 from model.fp8.ops import (
     cast_both_,
     cast_weight,
@@ -113,22 +113,32 @@ def _can_use_fp8(linear: nn.Linear) -> bool:
     return bias is None and min(widths) >= BLOCK and all(width % _ALIGNED == 0 for width in widths)
 
 
-def pad_rows(permutation: Permutation) -> PaddedRows:
-    """Permutation with each expert's rows moved to the next whole block. P is the worst case: no shape is data."""
-    rows, experts = permutation.order_R.shape[0], permutation.counts_E.shape[0]
-    blocks = -(-rows // BLOCK) + experts
+def pad_rows(permutation: Permutation, rows: Rows | None = None) -> PaddedRows:
+    """Permutation with each expert's rows moved to the next whole block. P is the worst case: no shape is data.
+
+    Args:
+        rows: R where the permutation has slots without a row at its end. A function is called when all is under way
+            that does not need R.
+    """
+    slots, experts = permutation.inverse_NK.numel(), permutation.counts_E.shape[0]
+    blocks = -(-slots // BLOCK) + experts
     blocks_E = (permutation.counts_E + BLOCK - 1) // BLOCK
     ends_E = blocks_E.cumsum(0)
     shift_E = BLOCK * (ends_E - blocks_E) - (permutation.counts_E.cumsum(0) - permutation.counts_E)
-    shift_E = torch.cat([shift_E, shift_E.new_full((1,), BLOCK * blocks - rows)])
-    place_NK = permutation.inverse_NK + shift_E[permutation.experts_NK]
-    tokens, slots = place_NK.shape
-    token_NK = torch.arange(tokens, device=place_NK.device, dtype=torch.int32)[:, None].expand(tokens, slots)
+    place_NK = permutation.inverse_NK + torch.cat([shift_E, shift_E.new_zeros(1)])[permutation.experts_NK]
+    place_NK = torch.where(permutation.experts_NK < experts, place_NK, BLOCK * blocks)
+    token_NK = torch.arange(len(place_NK), device=place_NK.device, dtype=torch.int32)[:, None].expand_as(place_NK)
     token_P = torch.full((BLOCK * blocks + 1,), -1, device=place_NK.device, dtype=torch.int32)
     token_P = token_P.scatter(0, place_NK.flatten(), token_NK.flatten())[:-1]
     expert_T = torch.searchsorted(ends_E, torch.arange(blocks, device=ends_E.device), right=True)
     expert_T = torch.where(expert_T < experts, expert_T, -1).to(torch.int32)
-    return PaddedRows(token_P, place_NK, expert_T, torch.cat([ends_E.new_zeros(1), ends_E]).to(torch.int32))
+    starts_E = torch.cat([ends_E.new_zeros(1), ends_E]).to(torch.int32)
+    count = permutation.order_R.shape[0] if rows is None else rows() if callable(rows) else rows
+    if count < slots:
+        blocks = -(-count // BLOCK) + experts
+        place_NK = place_NK.clamp(max=BLOCK * blocks)
+        token_P, expert_T = token_P[: BLOCK * blocks], expert_T[:blocks]
+    return PaddedRows(token_P, place_NK, expert_T, starts_E)
 
 
 def fp8_linear(x_NI: Tensor, weight_OI: Tensor, operands: Fp8Weight | None = None) -> Tensor:
@@ -148,14 +158,16 @@ def fp8_experts(
     w13_EXD: Tensor,
     w2_EDF: Tensor,
     operands: tuple[Tensor, ...] = (),
+    rows: Rows | None = None,
 ) -> Tensor:
     """Sum over each token's top-k slots of weight * expert(x) [N, D], as `model.experts.run_permuted` with SwiGLUs.
 
     Args:
         operands: fields of w13's `Fp8Weight`, then of w2's; without them weights are quantized in each pass.
+        rows: as for `pad_rows`.
     """
-    rows = pad_rows(permutation)
-    return cast(Tensor, _Experts.apply(x_ND, weight_NK, *rows, w13_EXD, w2_EDF, *operands))  # type: ignore[no-untyped-call]
+    padded = pad_rows(permutation, rows)
+    return cast(Tensor, _Experts.apply(x_ND, weight_NK, *padded, w13_EXD, w2_EDF, *operands))  # type: ignore[no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cherry.parallel_rules import experts_shard_evenly, keeps_working_copies, sequence_divides, shards_by_width
+from cherry.parallel_rules import (
+    experts_shard_evenly,
+    gathers_tokens,
+    keeps_working_copies,
+    sequence_divides,
+    shards_by_width,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,7 @@ def test_half_precision_copies_are_kept_alone_or_where_nothing_is_resharded(
     ranks: int, precision: str, *, offload: bool, reshard: bool, kept: bool
 ) -> None:
     assert keeps_working_copies(ranks, precision, cpu_offload=offload, reshard=reshard) is kept
+
+
+def test_tokens_are_gathered_by_up_to_twice_as_many_ranks_as_a_token_has_experts() -> None:
+    assert [gathers_tokens(ranks, 2) for ranks in (1, 2, 4, 5)] == [False, True, True, False]

@@ -1,11 +1,12 @@
-"""One rank of an expert parallel check: all-to-all dispatch and combine against all experts on this rank.
+"""One rank of an expert parallel check: dispatch and combine against all experts on this rank.
 
-    python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE
+    python expert_parallel_rows.py STORE RANK RANKS RANKS_A_NODE|gather
 
 A failed assertion is the result.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from cherry.distributed.expert_gather import GatherDispatcher
 from cherry.distributed.expert_parallel import AllToAllDispatcher
 from cherry.distributed.expert_parallel_nodes import HierarchicalDispatcher
-from model.experts import Experts, permutation_by_expert
+from model.experts import Experts, TokenDispatcher
 
 TOKENS, TOP_K, WIDTH, EXPERTS_A_RANK = 24, 2, 16, 2
 
@@ -34,15 +36,43 @@ def chosen(case: str, rank: int, experts: int) -> torch.Tensor:
     return any_NK[: 1 if rank == 0 else TOKENS]
 
 
-def dispatcher_over(ranks: int, on_node: int) -> AllToAllDispatcher | HierarchicalDispatcher:
+class OverGloo:
+    """Exchange of equal parts by gloo, one at a time; what came is overwritten by the next, as in memory that stays."""
+
+    def __init__(self) -> None:
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self.on_bytes_sent: Callable[[int], None] = lambda _: None
+        self._box, self._work = torch.empty(0), None
+
+    def start(self, parts: torch.Tensor) -> None:
+        assert self._work is None
+        if self._box.numel() < parts.numel():
+            self._box = torch.empty(parts.numel())
+        received = self._box[: parts.numel()].fill_(torch.nan)
+        self._work = dist.all_to_all_single(received, parts.contiguous().flatten(), async_op=True)
+        self.on_bytes_sent((self.ranks - 1) * parts[0].nbytes)
+
+    def finish(self) -> None:
+        self._work.wait()
+        self._work = None
+
+    def box(self, shape: torch.Size) -> torch.Tensor:
+        return self._box[: shape.numel()].view(shape)
+
+
+def dispatcher_over(ranks: int, on_node: int | None) -> TokenDispatcher:
+    if on_node is None:
+        return GatherDispatcher(OverGloo(), OverGloo())
     if on_node == ranks:
         return AllToAllDispatcher(dist.group.WORLD)
     grid = init_device_mesh("cpu", (ranks // on_node, on_node), mesh_dim_names=("internode", "intranode"))
     return HierarchicalDispatcher(grid.get_group("internode"), grid.get_group("intranode"))
 
 
-def bytes_away(case: str, rank: int, ranks: int, on_node: int) -> int:
+def bytes_away(case: str, rank: int, ranks: int, on_node: int | None) -> int:
     """Bytes that this rank sends to others: tokens between nodes, then rows between ranks of its node, both ways."""
+    if on_node is None:  # tokens and sums, and the gradients of both; what the router says, and its gradient
+        return 4 * (ranks - 1) * TOKENS * (4 * WIDTH + 2 * 2 * TOP_K)
     homes = [chosen(case, other, ranks * EXPERTS_A_RANK) // EXPERTS_A_RANK for other in range(ranks)]
     node, place = rank // on_node, rank % on_node
     crossing = sum(len({*nodes} - {node}) for nodes in (homes[rank] // on_node).tolist())
@@ -59,7 +89,14 @@ def bytes_away(case: str, rank: int, ranks: int, on_node: int) -> int:
     return 4 * (crossing * (2 * WIDTH + 2 * TOP_K) + rows * (2 * WIDTH + 1))
 
 
-def main(store: str, rank: int, ranks: int, on_node: int) -> None:
+def run(module: Experts, x_ND: torch.Tensor, weight_NK: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+    """As a layer does, with work of its own that uses saved tensors while the outputs are on their way."""
+    out = module(module.send(x_ND), weight_NK, *routed)
+    beside = x_ND.sin()
+    return module.receive(out) + beside.square()
+
+
+def main(store: str, rank: int, ranks: int, on_node: int | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     experts = ranks * EXPERTS_A_RANK
@@ -72,19 +109,20 @@ def main(store: str, rank: int, ranks: int, on_node: int) -> None:
     own.dispatcher = dispatcher_over(ranks, on_node)
     sent: list[int] = []
     own.dispatcher.count_bytes(sent.append)
-    for case in ("any", "the last rank's alone", "one busy, one without any", "one rank has few tokens"):
+    ragged = [] if on_node is None else ["one rank has few tokens"]
+    for case in ("any", "the last rank's alone", "one busy, one without any", *ragged):
         experts_NK = chosen(case, rank, experts)
         generator = torch.Generator().manual_seed(100 + rank)
         x_ND = torch.randn(len(experts_NK), WIDTH, generator=generator)
         weight_NK = torch.rand(experts_NK.shape, generator=generator)
-        permutation = permutation_by_expert(experts_NK, experts_NK.flatten().bincount(minlength=experts))
+        counts_E = experts_NK.flatten().bincount(minlength=experts)
         found = {}
         for name, module, recompute in (("whole", whole, False), ("own", own, False), ("again", own, True)):
             module.zero_grad()
             sent.clear()
             inputs = x_ND.clone().requires_grad_(), weight_NK.clone().requires_grad_()
-            arguments = *inputs, permutation
-            out_ND = checkpoint(module, *arguments, use_reentrant=False) if recompute else module(*arguments)
+            arguments = module, *inputs, experts_NK, counts_E
+            out_ND = checkpoint(run, *arguments, use_reentrant=False) if recompute else run(*arguments)
             (out_ND.square().sum() + out_ND.sum()).backward()
             if name == "own":
                 assert sum(sent) == bytes_away(case, rank, ranks, on_node), case
@@ -99,4 +137,4 @@ def main(store: str, rank: int, ranks: int, on_node: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:4]), None if sys.argv[4] == "gather" else int(sys.argv[4]))

@@ -23,8 +23,10 @@ def test_parts_are_summed_in_fp32_in_the_order_of_the_ranks(ranks: int, size: in
         expected_N += part_N.float()
     for rank in range(ranks):
         others = torch.cat([parts_SN[:rank], parts_SN[rank + 1 :]])
-        assert torch.equal(sum_parts(parts_SN[rank], others, rank, None), expected_N)
-        earlier_N = torch.ones(size, device="cuda")
-        total_N = sum_parts(parts_SN[rank], others, rank, earlier_N)
-        assert total_N is earlier_N
+        total_N = torch.full((size + 1,), torch.nan, device="cuda")
+        sum_parts(parts_SN[rank], others, rank, total_N[:size], add=False)
+        assert torch.equal(total_N[:size], expected_N)
+        assert total_N[size].isnan(), "nothing is written past the end"
+        total_N = torch.ones(size, device="cuda")
+        sum_parts(parts_SN[rank], others, rank, total_N, add=True)
         assert torch.equal(total_N, expected_N + 1)

@@ -44,6 +44,8 @@ def test_padded_rows_leave_out_slots_routed_off_rank() -> None:
     size = len(rows.token_P)
     assert rows.place_NK.tolist() == [[0, size], [size, BLOCK], [size, size], [BLOCK + 1, 1]]
     assert rows.token_P[[0, 1, BLOCK, BLOCK + 1]].tolist() == [0, 3, 1, 3]
+    later = pad_rows(permutation_by_expert(experts_NK, torch.tensor([2, 2]), elsewhere=True), lambda: 4)
+    assert all(torch.equal(*pair) for pair in zip(rows, later, strict=True)), "a count that comes late changes nothing"
 
 
 def test_the_identity_permutation_runs_rows_in_expert_order_as_they_are() -> None:
