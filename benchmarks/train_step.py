@@ -12,7 +12,9 @@ torch.compile; torchtitan runs where it is installed, and needs a GPU.
 
 With `--nproc` as many GPUs of this host take part, each with its own 4 x 4,096 tokens, and each of cherry's rows comes
 once for every `--layout`: `shard` (FSDP2), `kept` (the same with parameters kept gathered), `expert` and `expert, kept`
-(routed experts spread over all GPUs), `replicate`. Peers are sharded by FSDP2. `tok_s` is of one GPU.
+(routed experts spread over all GPUs), `replicate`. Peers are sharded by FSDP2. `tok_s` is of one GPU; `of_one_gpu` is
+its share of what the same implementation reaches alone, measured first in the same call. Three more steps are profiled:
+`exposed_comm_ms` is communication while nothing else runs, `idle_ms` the time without any kernel.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -35,6 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_time import profiled
 from benchmarks.peers import BETAS, CLIP, DECAY, RATE, Step, build_torchtitan, build_transformers
 from cherry.distributed.fsdp_hooks import install
 from cherry.distributed.peer_memory import held_bytes
@@ -46,6 +50,7 @@ from cherry.training_model import build
 from model.model_config import PRESETS, ModelConfig
 
 SLICE_3B = {**PRESETS["16b"], "num_hidden_layers": 6, "rope_scaling": None, "max_position_embeddings": 4096}
+_ONE_GPU = "CHERRY_BENCHMARK_ONE_GPU"
 KEPT = {"reshard_after_forward": False}
 LAYOUTS: dict[str, Callable[[int], dict]] = {
     "shard": lambda _: {},
@@ -187,6 +192,8 @@ def measure(
         torch.manual_seed(0)
         step = builders(chunk or batch * length, LAYOUTS[layout](ranks) if ranks > 1 else None)[name](config, device)
         seconds, losses = _run(step, config, steps, batch, length, device)
+        peak = torch.cuda.max_memory_allocated() + held_bytes() if cuda else 0
+        lost = _profiled(step, config, batch, length, device) if ranks > 1 and cuda else {}
     except torch.OutOfMemoryError:
         return {**row, "failed": "out of memory"}
     step_s = statistics.median(seconds[min(4, steps // 3) :])
@@ -198,7 +205,8 @@ def measure(
         "step_ms": round(1000 * step_s, 2),
         "mfu": round(tok_s * flops / peak_flops(device, row["precision"]), 4),
         "mfu_convention": MFU_CONVENTION,
-        "peak_gib": round((torch.cuda.max_memory_allocated() + held_bytes()) / 2**30, 2) if cuda else None,
+        **lost,
+        "peak_gib": round(peak / 2**30, 2) if cuda else None,
         "parameters": config.parameters(),
         "first_step_s": round(seconds[0], 1),
         "loss": round(losses[-1], 4),
@@ -221,6 +229,12 @@ def _run(
     if device.type == "cuda":
         torch.cuda.synchronize()
     return [_between(*pair) for pair in itertools.pairwise(ends)], [loss.item() for loss in losses]
+
+
+def _profiled(step: Step, config: ModelConfig, batch: int, length: int, device: torch.device) -> dict[str, float]:
+    """Exposed communication and idle time of a step, in ms."""
+    tokens = torch.randint(config.vocab_size, (batch, length), device=device)
+    return profiled(lambda: step(tokens, tokens), 3)._asdict()
 
 
 def _now(device: torch.device) -> torch.cuda.Event | float:
@@ -250,19 +264,16 @@ def main() -> None:
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if options.nproc > 1 and "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
-        place = sys.argv.index("--nproc")  # torchrun would take it for its own
-        own = sys.argv[1:place] + sys.argv[place + 2 :]
-        command = [sys.executable, *launcher, "-m", "benchmarks.train_step", *own]
-        raise SystemExit(subprocess.run(command, check=False).returncode)
+        raise SystemExit(_start_ranks(options.nproc))
     _join(cuda=cuda)
     world = ["--nproc", str(dist.get_world_size())] if dist.get_world_size() > 1 else []
     about = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "torchtitan") if _installed(name)},
-        "command": shlex.join(["python", "-m", "benchmarks.train_step", *sys.argv[1:], *world]),
+        "command": shlex.join(["python", "-m", "benchmarks.train_step", *_without_output(sys.argv[1:]), *world]),
     }
     names = options.impl or (list(builders(1)) if cuda else ["cherry", "transformers"])
+    layouts = options.layout if world else ["shard"]
     shapes: list[dict] = [{}]
     if options.scale:
         names = options.impl or ["cherry"]
@@ -270,10 +281,13 @@ def main() -> None:
         shapes = [{**s, "max_position_embeddings": 16384} for s in shapes]
         shapes += [{"n_routed_experts": n} for n in (16, 32, 128)] + [{"batch": n} for n in (1, 2)]
     for shape in shapes:
-        for name, layout in itertools.product(names, options.layout):
-            if layout != options.layout[0] and "cherry" not in name:
+        for name, layout in itertools.product(names, layouts):
+            if layout != layouts[0] and "cherry" not in name:
                 continue  # peers have one
+            layout = layout if "cherry" in name else "shard"
             row = {**measure(name, options.size, options.steps, options.chunk, shape, layout), **about}
+            if (alone := _alone().get(name)) and "tok_s" in row:
+                row["of_one_gpu"] = round(row["tok_s"] / alone, 4)
             if dist.get_rank() == 0:
                 print(json.dumps(row), flush=True)
                 if options.output:
@@ -283,6 +297,43 @@ def main() -> None:
             if cuda:
                 torch.cuda.empty_cache()
     dist.destroy_process_group()
+
+
+def _start_ranks(ranks: int) -> int:
+    """Run this command on one GPU, then on several beside that; the exit code."""
+    place = sys.argv.index("--nproc")  # torchrun would take it for its own
+    own = ["-m", "benchmarks.train_step", *sys.argv[1:place], *sys.argv[place + 2 :]]
+    with tempfile.TemporaryDirectory(prefix="cherry-train-step-") as folder:
+        rows = Path(folder, "one.json")
+        code = subprocess.run([sys.executable, *own, "--output", str(rows)], check=False).returncode
+        if code:
+            return code
+        _copy_rows(rows)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = {**os.environ, _ONE_GPU: str(rows)}
+        return subprocess.run([sys.executable, *launcher, *own], env=environment, check=False).returncode
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """Arguments that change what is measured."""
+    if "--output" not in arguments:
+        return arguments
+    place = arguments.index("--output")
+    return _without_output(arguments[:place] + arguments[place + 2 :])
+
+
+def _copy_rows(rows: Path) -> None:
+    """Keep the rows of one GPU where those of several go."""
+    if "--output" in sys.argv:
+        target = Path(sys.argv[sys.argv.index("--output") + 1])
+        for row in json.loads(rows.read_text()):
+            _keep(row, target)
+
+
+def _alone() -> dict[str, float]:
+    """Tokens a second of one GPU by implementation, where this command measured them first."""
+    path = os.environ.get(_ONE_GPU)
+    return {row["impl"]: row["tok_s"] for row in json.loads(Path(path).read_text()) if "tok_s" in row} if path else {}
 
 
 def _join(*, cuda: bool) -> None:
