@@ -47,8 +47,8 @@ def row(case: str, kind: str, predicted: float, measured: float, source: str) ->
 
 
 def measured_steps() -> Iterator[dict[str, object]]:
-    """Rows of measured steps on single GPUs."""
-    for name in ("train_step.json", "scale.json", "plan_gpu.jsonl"):
+    """Rows of measured steps on one GPU and on several of a host."""
+    for name in ("train_step.json", "scale.json", "plan_gpu.jsonl", "multi_gpu.json"):
         path = RESULTS / name
         text = path.read_text() if path.exists() else ""
         rows = json.loads(text) if name.endswith("json") else [json.loads(line) for line in text.splitlines()]
@@ -60,10 +60,16 @@ def measured_steps() -> Iterator[dict[str, object]]:
             work = benchmark_workload(kept)
             case = kept.get("case") or f"{kept['batch']} x {kept['length']}, {kept['experts']} experts"
             case += "" if kept["impl"] == "cherry" else f", {kept['impl']}"
-            case = f"{kept['size']} on {kept['gpu']}: {case}"
+            case = f"{kept['size']} on {_gpus(kept)}: {case}"
             source = f"benchmarks/results/{name}, {kept['date']}"
             yield row(case, "memory", memory_of(work)[0].allocated / GIB, kept["peak_gib"], source)
             yield row(case, "time", 1000 * step_time(work).total, kept["step_ms"], source)
+
+
+def _gpus(row: dict) -> str:
+    """The GPUs of a measured step, with the layout where they are several."""
+    ranks = row.get("world", 1)
+    return row["gpu"] if ranks == 1 else f"{ranks} {row['gpu']}, {row['layout']}"
 
 
 def released(gpu: str, ranks: int, expert: int, sequences: int, precision: str, **keys: object) -> Workload:

@@ -168,6 +168,10 @@ class Efficiency:
     """Fraction of the intra-node links in a ring."""
     network: float
     """Fraction of the network adapters in a ring."""
+    fsdp_copies: float
+    """Fraction of a large copy's rate in FSDP2's casts and copies to and from its buffers, on several ranks."""
+    beside_nccl: float
+    """Seconds that matmuls lose to each second of NCCL's kernels in a node, which take SMs from them."""
     all_to_all: float
     """Fraction of the network adapters in an NCCL all-to-all across nodes."""
     fused_all_to_all: float
@@ -187,6 +191,8 @@ class Efficiency:
 # passes: 1,044e12 to 1,083e12 on dense shapes where bf16 reaches 758e12 to 784e12, grouped 1,033e12 (gate and up) and
 # 990e12 (down), within 3 % of fraction and half here (benchmarks/results/fp8_matmuls.jsonl, 2026-11-27).
 # Links: an all-reduce of 1 GiB over the 8 H100 of a node had 361e9 of 450e9 bytes/s, over 4 of them 355e9 (2026-11-13).
+# FSDP2's copies and what matmuls lose beside NCCL: fitted to the steps of two H200 that gather in every pass
+# (benchmarks/results/multi_gpu.json, 2026-11-30).
 # Fractions of adapters are assumed, as no cluster of several nodes was measured here: 0.8 in a ring, 0.7 in an
 # all-to-all, in which every pair of GPUs has a message of its own.
 GPU_EFFICIENCY = Efficiency(
@@ -197,6 +203,8 @@ GPU_EFFICIENCY = Efficiency(
     memory=0.87,
     link=0.80,
     network=0.80,
+    fsdp_copies=0.385,
+    beside_nccl=0.45,
     all_to_all=0.70,
     fused_all_to_all=0.90,
     layer_s=2.4e-3,
@@ -212,6 +220,8 @@ CPU_EFFICIENCY = Efficiency(
     memory=0.8,
     link=0.5,
     network=0.5,
+    fsdp_copies=1.0,
+    beside_nccl=0.0,
     all_to_all=0.5,
     fused_all_to_all=0.5,
     layer_s=10e-3,

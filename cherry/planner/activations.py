@@ -31,7 +31,7 @@ class Activations:
     transient: int
     """Gradients and intermediate results that the backward pass of its largest part makes besides."""
     dispatch: int
-    """Buffers of the all-to-all dispatch and combine."""
+    """Buffers of the dispatch and combine."""
 
 
 def boundary_bytes(work: Workload) -> int:
@@ -71,6 +71,8 @@ def layer_activations(work: Workload, *, moe: bool, imbalance: float) -> Activat
     if work.precision == "fp8":
         transient = _fp8_transient(work, padded)
     dispatched = rows if work.expert > 1 else 0.0
+    if work.gathers_tokens:  # those of all ranks, and the sums for them
+        dispatched = 2 * work.expert * work.tokens
     if work.once_per_node:  # tokens that came to this node, before they are copied to its experts
         dispatched += work.nodes_of_a_token * imbalance * work.tokens
     dispatch = size * dispatched * model.hidden_size

@@ -41,7 +41,7 @@ def even_all_to_all_seconds(work: Workload, group: Group, sent_bytes: float) -> 
 
 
 def all_to_all_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
-    """Seconds of one all-to-all of a micro-batch's routed rows, each of `row_bytes`: intra-node, and across nodes.
+    """Seconds of a micro-batch's dispatch or combine, in rows of `row_bytes`: intra-node, and across nodes.
 
     The EP rank with most rows sets the time, and all wait for it. Where both parts overlap, the second figure is what
     the first does not hide.
@@ -49,6 +49,9 @@ def all_to_all_seconds(work: Workload, row_bytes: float) -> tuple[float, float]:
     group, model = work.expert_group, work.model
     if group.ranks == 1:
         return 0.0, 0.0
+    if work.gathers_tokens:  # every token to every rank, whatever the imbalance
+        rate = work.gpu.link_rate * work.efficiency.link
+        return COLLECTIVE_S + work.tokens * row_bytes * (group.ranks - 1) / rate, 0.0
     rows = work.tokens * work.imbalance
     chosen = model.num_experts_per_tok
     intra_bytes = (

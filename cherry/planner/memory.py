@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cherry.hardware import FRAGMENTATION, WORKSPACE_BYTES, usable_bytes
+from cherry.parallel_rules import INBOX_VALUES
 from cherry.planner.activations import Activations, boundary_bytes, layer_activations, root_bytes
 from cherry.planner.matmuls import CACHED_FP8_BYTES, cached_fp8_elements
 from cherry.planner.optimizer_cost import state_bytes, workspace_bytes
@@ -321,9 +322,10 @@ class _Stages:
     def _reduce_scatter(self, layer: Layer, before: Layer) -> int:
         """Bytes of a unit's gradients in reduction, beside the next unit's backward pass."""
         work = self.work
-        if work.keeps_working_copies and work.ranks > 1:  # two units' parts of the other ranks
+        if work.keeps_working_copies and work.ranks > 1:  # the other ranks' parts of a unit
             largest = max(unit.trained_elements for unit in (*layer.units, *before.units))
-            return 2 * work.type_bytes * largest * (work.ranks - 1) // work.ranks
+            values = largest * (work.ranks - 1) // work.ranks
+            return work.type_bytes * (min(values, INBOX_VALUES) if work.posts_gradients else values)
         if not self._gathers:
             return 0
         return self.work.reduce_bytes * max(unit.trained_elements for unit in (*layer.units, *before.units))

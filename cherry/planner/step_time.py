@@ -120,8 +120,9 @@ class _Step:
             "between matmuls": count * (both.memory + copies),
             "optimizer": optimizer_seconds(work) + orthogonalize_seconds(work),
         }
-        shard_bytes = work.replicate_bytes * self.network.total("padded_trained")
-        replicas = all_reduce_seconds(work, work.replicate_group, shard_bytes)
+        replicas = self._replicas()
+        if slowed := self._slowed(count * (gather_forward + gather_backward + reduce), replicas):
+            busy["beside NCCL"] = slowed
         # Behind the last micro-batch's backward pass only.
         spare = max(0.0, backward.total - gather_backward - reduce)
         exposed = {
@@ -147,6 +148,26 @@ class _Step:
         }
         return StepTime(work, busy, collectives, exposed)
 
+    def _replicas(self) -> float:
+        """Seconds of the sum over replicas."""
+        work, values = self.work, self.network.total("padded_trained")
+        if work.posts_gradients and work.dense_shards == 1:  # whole gradients, in their own type
+            rate = work.gpu.link_rate * work.efficiency.link
+            return work.type_bytes * values * (work.replicate - 1) / rate
+        return all_reduce_seconds(work, work.replicate_group, work.replicate_bytes * values)
+
+    def _slowed(self, shards: float, replicas: float) -> float:
+        """Seconds that matmuls take longer beside NCCL's kernels in a node.
+
+        Args:
+            shards: seconds of all-gathers and reduce-scatters.
+            replicas: seconds of the sum over replicas.
+        """
+        work = self.work
+        near = 0.0 if work.posts_gradients else replicas * (work.replicate_group.nodes == 1)
+        near += 0.0 if work.posts_gradients else shards * (work.dense_group.nodes == 1)
+        return work.efficiency.beside_nccl * near
+
     def _compute(self) -> tuple[Times, Times]:
         forward, backward = Times(), Times()
         for passes in (head_passes(self.work), mtp_passes(self.work)):
@@ -159,15 +180,24 @@ class _Step:
         """Seconds of FSDP2's copies in device memory."""
         network = self.network
         moved = sum(fsdp_copy_bytes(self.work, network.total("elements"), network.total("trained_elements")))
-        return memory_seconds(self.work, moved)
+        slow = self.work.ranks > 1 and not self.work.keeps_working_copies
+        return memory_seconds(self.work, moved) / (self.work.efficiency.fsdp_copies if slow else 1.0)
 
     def _all_to_all(self) -> tuple[float, float]:
         """Seconds of dispatch and combine, intra-node and across nodes: forward, backward, and recompute's forward."""
         work = self.work
         passes = 3 if work.recompute == "full" else 2
         inside, across = all_to_all_seconds(work, work.type_bytes * work.model.hidden_size)
+        if work.gathers_tokens:
+            inside = max(0.0, inside - self._shared_experts())
         count = passes * _ALL_TO_ALLS * self.network.mixture_layers
         return count * inside, count * across
+
+    def _shared_experts(self) -> float:
+        """Seconds of the shared experts' forward pass, beside which tokens travel."""
+        work, model = self.work, self.work.model
+        flops = 6.0 * work.tokens * model.hidden_size * model.n_shared_experts * model.moe_intermediate_size
+        return flops / (work.gpu.flops[work.precision] * work.efficiency.matmul[work.precision])
 
     def _collectives(self) -> tuple[float, float, float]:
         """Seconds of the blocks' all-gathers in the forward and in the backward pass, and of their reduce-scatters."""

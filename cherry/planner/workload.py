@@ -133,6 +133,22 @@ class Workload:
         )
 
     @cached_property
+    def gathers_tokens(self) -> bool:
+        """Whether experts' ranks gather all tokens, by copy engine (cherry/distributed/expert_gather.py)."""
+        near = self.expert_group.nodes == 1 and not self.gpu.shared_memory
+        return near and parallel_rules.gathers_tokens(self.expert, self.model.num_experts_per_tok)
+
+    @cached_property
+    def posts_gradients(self) -> bool:
+        """Whether the ranks that sum a gradient write it into each other's memory, by copy engine."""
+        if not self.keeps_working_copies:
+            return False
+        if self.dense_shards > 1:
+            return self.dense_group.nodes == 1
+        few = self.replicate <= parallel_rules.FEW_REPLICAS and self.accumulation == 1
+        return few and self.replicate_group.nodes == 1
+
+    @cached_property
     def keeps_gradients(self) -> bool:
         """Whether gradients stay in the type of the working copies until the optimizer reads them: nobody sums them."""
         return self.keeps_working_copies and self.ranks == 1 and self.accumulation == 1

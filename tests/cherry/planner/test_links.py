@@ -53,3 +53,11 @@ def test_an_even_all_to_all_takes_the_slower_of_node_and_network() -> None:
     assert even_all_to_all_seconds(work, group, size) == pytest.approx(size * 56 / 64 / 35e9, rel=0.01)
     inside = replace(work, expert=8)
     assert even_all_to_all_seconds(inside, inside.expert_group, size) == pytest.approx(size * 7 / 8 / 360e9, rel=0.01)
+
+
+def test_ranks_of_one_node_gather_tokens_whatever_the_imbalance() -> None:
+    work = replace(released(), expert=8)  # a token has 8 experts
+    expected = 4096 * 14336 * 7 / 360e9, 0.0
+    assert all_to_all_seconds(work, 2 * 7168) == pytest.approx(expected, rel=0.02)
+    assert all_to_all_seconds(replace(work, assumed_imbalance=3.0), 2 * 7168) == pytest.approx(expected, rel=0.02)
+    assert not replace(work, expert=16).gathers_tokens, "they are on two nodes"
