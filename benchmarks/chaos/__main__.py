@@ -162,7 +162,7 @@ SUITES: dict[str, Callable[[Chaos], None]] = {
     "services": services,
 }
 # Most of the time a job waits for a lease or a heartbeat to be over. Hosts are there once on a machine.
-SIDE_BY_SIDE = ("ssh", "slurm", "twice"), ("saves", "storage", "services"), ("flows",)
+SIDE_BY_SIDE = ("ssh", "slurm", "twice"), ("saves", "storage"), ("flows", "services")
 
 
 def side_by_side(folder: Path, options: argparse.Namespace) -> tuple[list[Fault], list[str]]:
