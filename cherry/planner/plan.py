@@ -165,6 +165,7 @@ def layout_of(work: Workload) -> dict[str, Any]:
         "parallel.shard": work.shard,
         "parallel.context": work.context,
         "parallel.expert": work.expert,
+        "parallel.reshard_after_forward": work.reshard_after_forward,
         "train.batch_size": work.batch_sequences,
         "train.gradient_accumulation_steps": work.accumulation,
         "train.activation_checkpointing": work.recompute,

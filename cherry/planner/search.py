@@ -25,6 +25,8 @@ _CONTEXT = (1, 2, 4, 8)
 _MICRO_SEQUENCES = 4096
 _CHUNKS = (512, 1024, 2048, 4096)
 _MORE_NODES = (2, 4, 8)
+# Bytes of a gradient that replicas reduce as it is.
+_FP32 = 4.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,14 @@ def _layouts(own: Workload, replicate: int) -> Iterator[Workload]:
             for micro in _micro_batches(base) if base is not None else ():
                 for precision in precisions:
                     for recompute in ("none", "full"):
-                        yield replace(micro, precision=precision, recompute=recompute)
+                        work = replace(micro, precision=precision, recompute=recompute)
+                        yield from (replace(work, kept_share=share) for share in _kept_shares(own, work))
+
+
+def _kept_shares(own: Workload, work: Workload) -> list[float]:
+    """The plan's own share of parameters that stay gathered; all where that makes a step faster; none beside all."""
+    stays = work.ranks > 1 and work.replicate_bytes == _FP32 and replace(work, kept_share=1.0).keeps_working_copies
+    return sorted({own.kept_share, *([1.0] if stays else []), *([0.0] if own.kept_share == 1 else [])})
 
 
 def offered_precisions(gpu: Gpu, known: Sequence[str]) -> list[str]:
@@ -154,6 +163,8 @@ def _changes(own: Workload, cluster: ClusterSpec) -> Iterator[tuple[dict[str, ob
     """Single changes that could make room, each with the workload after it."""
     if own.recompute == "none":
         yield {"train.activation_checkpointing": "full"}, replace(own, recompute="full")
+    if own.kept_share == 1 and own.ranks > 1:
+        yield {"parallel.reshard_after_forward": True}, replace(own, kept_share=0.0)
     if own.moment_bytes == 4:
         yield {"train.optimizer_state_dtype": "bf16"}, replace(own, moment_bytes=2)
     if own.precision == "fp32" and "bf16" in own.gpu.precisions:

@@ -206,20 +206,27 @@ class _Step:
             for unit in layer.units:
                 group = self._group(unit)
                 forward += count * self._gather(unit, group)
-                reduce += count * ring_seconds(self.work, group, self.work.reduce_bytes * unit.trained_elements)
+                reduce += count * self._reduce(unit, group)
         return forward, forward if self.work.kept_share < 1 else 0.0, reduce
 
     def _gather(self, unit: Unit, group: Group) -> float:
+        """Seconds of a unit's all-gather in each micro-batch; what stays gathered is gathered once a step."""
         seconds = ring_seconds(self.work, group, self.work.type_bytes * unit.elements)
+        if self.work.keeps_working_copies:
+            return seconds / self.work.accumulation
         if self.work.cpu_offload:  # the shard comes from the CPU's memory first
             seconds += self.work.type_bytes * unit.padded / self.work.gpu.host_rate
         return seconds
 
+    def _reduce(self, unit: Unit, group: Group) -> float:
+        """Seconds of the reduction of a unit's gradients, which leave in their own type where parameters stay."""
+        size = self.work.type_bytes if self.work.keeps_working_copies else self.work.reduce_bytes
+        return ring_seconds(self.work, group, size * unit.trained_elements)
+
     def _root(self) -> tuple[float, float]:
         """Seconds of the root's all-gather, before any compute, and of its reduce-scatter, after all of it."""
         unit, group = self.network.root, self.work.dense_group
-        reduce = ring_seconds(self.work, group, self.work.reduce_bytes * unit.trained_elements)
-        return self._gather(unit, group), reduce
+        return self._gather(unit, group), self._reduce(unit, group)
 
     def _group(self, unit: Unit) -> Group:
         return self.work.expert_shard_group if unit.name == EXPERTS else self.work.dense_group

@@ -132,6 +132,11 @@ class Workload:
             self.ranks, self.precision, cpu_offload=self.cpu_offload, reshard=self.kept_share < 1
         )
 
+    @property
+    def reshard_after_forward(self) -> bool | int:
+        """What the configuration says of parameters after a forward pass: `kept_share` in its terms."""
+        return True if self.kept_share == 0 else False if self.kept_share == 1 else round(1 / self.kept_share)
+
     @cached_property
     def gathers_tokens(self) -> bool:
         """Whether experts' ranks gather all tokens, by copy engine (cherry/distributed/expert_gather.py)."""

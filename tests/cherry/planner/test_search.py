@@ -7,7 +7,7 @@ import pytest
 from base.config import load
 from cherry.cluster import read_cluster
 from cherry.planner import search as searching
-from cherry.planner.plan import make_plan
+from cherry.planner.plan import Plan, make_plan
 from cherry.planner.search import nearest_that_fit, search
 from tasks.run_config import RunConfig
 from tests.cherry.planner.workloads import ROOT, plan_for
@@ -64,8 +64,12 @@ def test_a_search_ranks_layouts_that_the_configuration_takes(
 def test_a_search_goes_over_every_key_that_a_layout_has() -> None:
     """Replicas as far as they fit, and every micro-batch that divides the batch."""
     overrides = ["launch.nnodes=64", "train.batch_size=3072", "train.gradient_accumulation_steps=6"]
-    config = load(ROOT / "configs" / "16b.yaml", RunConfig, overrides)
-    found = search(make_plan(config, read_cluster(str(ROOT / "configs" / "clusters" / "h100-512.yaml"))))
+    cluster = read_cluster(str(ROOT / "configs" / "clusters" / "h100-512.yaml"))
+
+    def made(more: list[str]) -> Plan:
+        return make_plan(load(ROOT / "configs" / "16b.yaml", RunConfig, [*overrides, *more]), cluster)
+
+    found = search(made([]))
     values: dict[str, set[object]] = {}
     for layout in found:
         for key, value in layout.changes.items():
@@ -76,6 +80,10 @@ def test_a_search_goes_over_every_key_that_a_layout_has() -> None:
     assert {1, 2, 3} <= values["train.gradient_accumulation_steps"]
     assert values["train.activation_checkpointing"] == {"none"}
     assert "fp32" in values["train.precision"]
+    assert values["parallel.reshard_after_forward"] == {False}
+    assert found[0].changes["parallel.reshard_after_forward"] is False, "where it fits it is the fastest"
+    freed = [layout for layout in search(made(["parallel.reshard_after_forward=false"])) if layout.changes]
+    assert any(layout.changes.get("parallel.reshard_after_forward") is True for layout in freed)
 
 
 def test_a_search_offers_it_where_the_configuration_and_the_gpu_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
