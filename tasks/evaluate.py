@@ -22,7 +22,14 @@ from tasks.files.outputs import find_output
 from tasks.plots import plot_comparison, plot_formats
 from tasks.records.figures import difference_of, tracked
 from tasks.records.quality import BOUNDS, ESTIMATES, judge_quantized, pairs
-from tasks.records.quantized_format import OUTPUT, chosen_format, compared_formats, next_milder, output_of
+from tasks.records.quantized_format import (
+    OUTPUT,
+    chosen_format,
+    closer_method,
+    compared_formats,
+    next_milder,
+    output_of,
+)
 from tasks.run_config import RunConfig
 from tasks.run_logger import run_logger
 from tasks.steps import (
@@ -176,7 +183,9 @@ def verdicts(
         "baseline": baseline,
         "champion_missing": missing,
         "candidate_vs_baseline": asdict(against),
-        **judge_quantized(config, scores["candidate"], scores[OUTPUT], milder=next_milder(config)),
+        **judge_quantized(
+            config, scores["candidate"], scores[OUTPUT], milder=next_milder(config), closer=closer_method(config)
+        ),
         "bits_per_byte": scores["candidate"]["bits_per_byte"],
         "zlib_bits_per_byte": scores["candidate"]["zlib_bits_per_byte"],
         "heldout_loss": scores["candidate"]["loss"],

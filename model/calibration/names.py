@@ -8,6 +8,8 @@ NEAREST = "nearest"
 """Each weight to the nearest value, without calibration."""
 CALIBRATED = ("search", "gptq", "awq")
 """Methods that look at what the model computes on calibration tokens, with settings in model/calibration/method.py."""
+BEST = "gptq"
+"""The one that cost least of those measured (benchmarks/results/quantize_methods.jsonl)."""
 METHODS = (NEAREST, *CALIBRATED)
 DEFAULT_SEQUENCES = 128
 """Calibration sequences where no number of tokens is given: those of GPTQ's paper (arXiv 2210.17323, section 5)."""

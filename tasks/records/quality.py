@@ -23,7 +23,12 @@ def pairs(score: Mapping[str, Any], key: str = "nll") -> dict[str, tuple[float, 
 
 
 def judge_quantized(
-    config: RunConfig, plain: Mapping[str, Any], quantized: Mapping[str, Any], *, milder: str | None = None
+    config: RunConfig,
+    plain: Mapping[str, Any],
+    quantized: Mapping[str, Any],
+    *,
+    milder: str | None = None,
+    closer: str | None = None,
 ) -> dict[str, Any]:
     """Figures, verdict and a sentence, under the names that evaluation.json has for them.
 
@@ -35,6 +40,7 @@ def judge_quantized(
         plain: scores of the weights that they were made from, as `cherry.scoring` writes them.
         quantized: scores beside those as reference.
         milder: the format to propose where they cost too much; `None` where there is none.
+        closer: the method to propose before that, which rounds in the same format at less cost.
     """
     evaluation = config.evaluate
     rules: dict[str, Any] = {
@@ -55,9 +61,14 @@ def judge_quantized(
         "quantized_top1": agreement.mean,
         "quantized_top1_lower": agreement.lower,
         "quantized_passed": not broken,
-        "quantized_reason": _reason(config, broken, cost, divergence, agreement, milder),
+        "quantized_reason": _reason(config, broken, cost, divergence, agreement, _proposal(milder, closer)),
         "quantized_bits_per_byte": quantized["bits_per_byte"],
     }
+
+
+def _proposal(milder: str | None, closer: str | None) -> str:
+    first = "" if closer is None else f"quantize.method={closer} rounds in the same format at less cost. "
+    return first + ("Deploy the export" if milder is None else f"The next milder is quantize.format={milder}")
 
 
 def _broken(config: RunConfig, cost: Comparison, divergence: Mean, agreement: Mean) -> dict[str, bool]:
@@ -77,7 +88,7 @@ def _reason(
     cost: Comparison,
     divergence: Mean,
     agreement: Mean,
-    milder: str | None,
+    proposal: str,
 ) -> str:
     """A sentence on what quantization costs, and what to do where that is too much."""
     limits, confidence = config.quantize, 100 * config.evaluate.confidence
@@ -91,7 +102,7 @@ def _reason(
         return text
     text += "; " + ", ".join(f"quantize.{key} is {getattr(limits, key):.4g}" for key in broken)
     if any(broken.values()):
-        return f"{text}. " + ("Deploy the export" if milder is None else f"The next milder is quantize.format={milder}")
+        return f"{text}. {proposal}"
     return (
         f"{text}. These documents are too few to decide: they can show a difference from "
         f"{cost.minimum_detectable_effect:.4f} up. Raise evaluate.documents or data.heldout_fraction"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from cherry.cluster import read_cluster
 from cherry.hardware import GPUS, find_gpu
 from cherry.planner.local_device import local_gpus
+from model.calibration.names import BEST, NEAREST, misfit
 from model.numerics.formats import AUTO, DEFAULT_FORMAT, FORMATS, natural_format
 from tasks.run_config import RunConfig
 
@@ -63,6 +64,16 @@ def next_milder(config: RunConfig) -> str | None:
         MissingFileError, ConfigError: see `cherry.cluster.read_cluster`.
     """
     return config.quantize.fallback or FORMATS[chosen_format(config).name].milder
+
+
+def closer_method(config: RunConfig) -> str | None:
+    """The method to propose where the run's format costs too much by plain rounding; `None` where there is none.
+
+    Raises:
+        MissingFileError, ConfigError: see `cherry.cluster.read_cluster`.
+    """
+    nearest = config.quantize.method == NEAREST
+    return BEST if nearest and misfit(BEST, chosen_format(config).name) is None else None
 
 
 def _serving_gpu(config: RunConfig) -> tuple[str, str | None]:

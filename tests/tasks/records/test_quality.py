@@ -63,6 +63,14 @@ def test_a_limit_that_only_the_bound_breaks_asks_for_documents(config, cost):
     assert "milder" not in result["quantized_reason"]
 
 
+def test_a_closer_method_is_proposed_before_a_milder_format(config):
+    plain, costly = scores([(2.0, 0.0, 1.0)] * 16), scores([(2.5, 0.01, 0.97)] * 16)
+    reason = judge_quantized(config, plain, costly, milder="fp8_block", closer="gptq")["quantized_reason"]
+    assert reason.endswith(
+        ". quantize.method=gptq rounds in the same format at less cost. The next milder is quantize.format=fp8_block"
+    )
+
+
 def test_without_a_milder_format_the_export_is_proposed(config):
     plain = scores([(2.0, 0.0, 1.0)] * 16)
     reason = judge_quantized(config, plain, scores([(2.5, 0.01, 0.97)] * 16))["quantized_reason"]

@@ -5,7 +5,7 @@ import pytest
 from base.errors import ConfigError
 from model.numerics.formats import FORMATS, natural_format
 from tasks.overrides import resolve
-from tasks.records.quantized_format import chosen_format, compared_formats, next_milder
+from tasks.records.quantized_format import chosen_format, closer_method, compared_formats, next_milder
 
 
 def of(tmp_path, **values):
@@ -65,6 +65,12 @@ def test_the_milder_formats_end_at_plain_weights(tmp_path):
         assert seen[-1] == "bf16"
     assert next_milder(of(tmp_path, format="w4a16")) == "fp8_block"
     assert next_milder(of(tmp_path, format="w4a16", fallback="int8")) == "int8"
+
+
+def test_calibration_is_proposed_where_it_rounds_the_format_and_was_not_used(tmp_path):
+    assert closer_method(of(tmp_path, format="w4a16")) == "gptq"
+    assert closer_method(of(tmp_path, format="w4a16", method="awq")) is None
+    assert closer_method(of(tmp_path, format="int8")) is None
 
 
 @pytest.mark.parametrize(
