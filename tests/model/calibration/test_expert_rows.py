@@ -11,7 +11,8 @@ def test_an_expert_s_rows_and_weights_are_those_that_the_layer_gives_it():
     given = {}
 
     def watch(module, arguments):
-        _, weight_NK, permutation = arguments
+        _, weight_NK, experts_NK, counts_E = arguments
+        permutation = permutation_by_expert(experts_NK, counts_E)
         weights = weight_NK.flatten()[permutation.order_R].split(permutation.counts_E.tolist())
         tokens = permutation.token_R.split(permutation.counts_E.tolist())
         given.update(enumerate(zip(tokens, weights, strict=True)))
