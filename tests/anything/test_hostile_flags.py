@@ -63,7 +63,7 @@ serve --model_path WORD --port 0 --key_file keys
 serve --model_path folder --port 0 --key_file WORD
 serve --routes WORD --port 0 --key_file keys
 serve --routes list --port WORD --key_file keys
-serve --routes list --config WORD --key_file keys
+serve --routes list --config WORD --port 0 --key_file keys
 serve --routes list --port 0 --port_file WORD --key_file keys
 serve --model_path folder --port 0 --model_version WORD --key_file keys
 serve WORD WORD
