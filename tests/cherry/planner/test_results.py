@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan import published
+from benchmarks.plan import measured_steps, published
 from benchmarks.plan_cases import benchmark_workload
 
 ROWS = json.loads((Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "plan.json").read_text())
@@ -70,6 +70,10 @@ def test_others_speeds_are_met_or_a_sentence_says_why_not() -> None:
     for row in of_kind("published"):
         told = "cannot be expressed" in row["source"] or "was not stated" in row["source"]
         assert told or abs(row["ratio"] - 1) <= 0.25, row["case"]
+
+
+def test_the_kept_predictions_of_measured_steps_are_the_planners() -> None:
+    assert list(measured_steps()) == [row for row in ROWS if row["kind"] in ("memory", "time")]
 
 
 def test_the_kept_speeds_are_the_planners() -> None:
